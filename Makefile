@@ -1,0 +1,47 @@
+# Each target makes its own .venv; nothing else to know. ARGS="..." goes to the demo or to pytest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python bench/demo/run.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/pytest $(ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python bench/run.py $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+clean:
+	rm -rf $(VENV) build dist demo_out
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hullkit needs Python >= 3.10; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python constraints.txt $(SOURCES)
+	$(PIP) '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python constraints.txt $(SOURCES)
+	$(PIP) '.[test]'
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.lint: $(VENV)/.test
+	$(PIP) '.[lint]'
+	touch $@

@@ -1,0 +1,15 @@
+// Largest-remainder apportionment (Hamilton): counts_i is the floor of the quota total * w_i / sum w, plus
+// one for the largest remainders (lowest index on a tie) until the counts sum to total.
+#pragma once
+
+#include "hullkit/tensor_view.h"
+
+namespace hullkit {
+
+// weights [B, S] float64 (negative ones count as 0, all zero as uniform), counts [B, S] int64, total >= 1.
+void apportion_cpu(const TensorView& weights, int64_t total, const TensorView& counts, int num_threads);
+
+// quotas[i] = total * weights[i] / sum(weights), summed left to right so that every caller rounds alike.
+void quotas(const double* weights, int64_t count, int64_t total, double* quotas);
+
+}  // namespace hullkit

@@ -1,0 +1,21 @@
+// Rounds convex weights to an integer multiset: counts c >= 0, sum c = total, with small
+//   L(c) = ||query - sum_i (c_i / total) s_i||^2   over the support points s_i.
+// Floors of the quotas, then greedy completion, then exchange passes (HullFT, arXiv 2605.30337), as in
+// exact experimental design.
+#pragma once
+
+#include "hullkit/pool_spec.h"
+
+namespace hullkit {
+
+// query [B, d]; indices [B, S] int64 with -1 for padding; weights [B, S] float64 (negative ones count as
+// 0, all zero as uniform); counts [B, S] int64, 0 where padded. total >= 1, exchange_passes >= 0.
+// A unit goes from i to j only while c_i > 0 and only if that lowers L by more than 1e-14; the donors of a
+// pass are the positive counts it starts with.
+// Numerics: the support's Gram matrix accumulates in float32 (float64 for float64 input), the rest in float64.
+// Cost: O(m^2 d) for the Gram matrix of m support points, O(m) a greedy unit, O(m^2) an exchange pass.
+void round_multiplicities_cpu(const PoolSpec& pool, const TensorView& query, const TensorView& indices,
+                              const TensorView& weights, int64_t total, int64_t exchange_passes,
+                              const TensorView& counts, int num_threads);
+
+}  // namespace hullkit

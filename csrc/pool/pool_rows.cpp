@@ -1,0 +1,220 @@
+#include "pool/pool_rows.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "hullkit/check.h"
+#include "hullkit/parallel.h"
+#include "simd/simd.h"
+
+namespace hullkit {
+namespace {
+
+// A widened copy pays when it fits the caches; a larger pool is widened block by block on every pass.
+constexpr int64_t kMaxWidenedBytes = int64_t{32} << 20;
+constexpr int64_t kRowsPerBlock = 64;
+// Below this many multiply-adds a pass takes less time than waking a thread.
+constexpr int64_t kMinParallelWork = int64_t{1} << 21;
+
+int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+    case DType::kInt64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+  }
+  throw_value_error("dtype: unknown code ", static_cast<int>(dtype));
+}
+
+bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
+
+void widen_half(DType dtype, const void* source, float* out, int64_t count) {
+  const auto* halves = static_cast<const uint16_t*>(source);
+  if (dtype == DType::kFloat16) {
+    simd().widen_f16(halves, out, count);
+  } else {
+    simd().widen_bf16(halves, out, count);
+  }
+}
+
+template <typename T>
+const char* type_name() {
+  return sizeof(T) == sizeof(double) ? "float64" : "float32";
+}
+
+}  // namespace
+
+template <typename T>
+QueryVector<T>::QueryVector(const TensorView& view, int64_t index, const char* argument) {
+  const int64_t d = view.shape[1];
+  const char* source = static_cast<const char*>(view.data) + index * view.stride[0] * element_bytes(view.dtype);
+  data_ = reinterpret_cast<const T*>(source);
+  if constexpr (std::is_same_v<T, float>) {
+    if (is_half(view.dtype)) {
+      copy_.resize(d);
+      widen_half(view.dtype, source, copy_.data(), d);
+      data_ = copy_.data();
+    }
+  }
+  for (int64_t j = 0; j < d; ++j) {
+    HULLKIT_CHECK(std::isfinite(data_[j]), argument, ": expected finite values, got ", data_[j], " at [", index, ", ",
+                  j, "]");
+  }
+}
+
+template <typename T>
+PoolRows<T>::PoolRows(const PoolSpec& spec, int64_t b, bool reuse)
+    : dtype_(spec.rows.dtype), batch_entry_(b), dim_(spec.dim()) {
+  row_bytes_ = spec.rows.stride[1] * element_bytes(dtype_);
+  base_ = static_cast<const char*>(spec.rows.data) + b * spec.rows.stride[0] * element_bytes(dtype_);
+  const int64_t n = spec.positions();
+  int64_t length = n;
+  if (spec.lengths.defined()) {
+    length = *spec.lengths.at<int64_t>(b);
+    HULLKIT_CHECK(length >= 1 && length <= n, "lengths: expected 1 <= lengths[", b, "] <= ", n, ", got ", length);
+  }
+  sources_.reserve(length);
+  for (int64_t i = 0; i < length; ++i) {
+    add(spec, i, spec.candidates.defined() ? *spec.candidates.at<int64_t>(b, i) : i);
+  }
+  HULLKIT_CHECK(!sources_.empty(), "candidates: expected at least one candidate in entry ", b, ", got only -1");
+  if (reuse && size() * dim_ * static_cast<int64_t>(sizeof(float)) <= kMaxWidenedBytes) keep_widened();
+}
+
+template <typename T>
+PoolRows<T>::PoolRows(const PoolSpec& spec, int64_t b, const int64_t* positions, int64_t count)
+    : dtype_(spec.rows.dtype), batch_entry_(b), dim_(spec.dim()), all_valid_(false) {
+  row_bytes_ = spec.rows.stride[1] * element_bytes(dtype_);
+  base_ = static_cast<const char*>(spec.rows.data) + b * spec.rows.stride[0] * element_bytes(dtype_);
+  const int64_t n = spec.positions();
+  for (int64_t i = 0; i < count && positions[i] != -1; ++i) {
+    HULLKIT_CHECK(positions[i] >= 0 && positions[i] < n, "indices: expected positions 0..", n - 1,
+                  " (-1 for padding), got ", positions[i], " at [", b, ", ", i, "]");
+    const int64_t row = spec.candidates.defined() ? *spec.candidates.at<int64_t>(b, positions[i]) : positions[i];
+    HULLKIT_CHECK(row != -1, "candidates: expected a row at position ", positions[i], " that indices names, got -1");
+    add(spec, positions[i], row);
+  }
+  HULLKIT_CHECK(!sources_.empty(), "indices: expected at least one support point in entry ", b, ", got only -1");
+  keep_widened();
+}
+
+template <typename T>
+void PoolRows<T>::add(const PoolSpec& spec, int64_t position, int64_t row) {
+  if (spec.candidates.defined()) {
+    const int64_t rows = spec.rows.shape[1];
+    HULLKIT_CHECK(row >= -1 && row < rows, "candidates: expected rows 0..", rows - 1, " (-1 for none), got ", row,
+                  " at [", batch_entry_, ", ", position, "]");
+    if (row == -1) {
+      if (all_valid_) {
+        all_valid_ = false;
+        for (int64_t i = 0; i < position; ++i) positions_.push_back(i);
+      }
+      return;
+    }
+  }
+  if (!all_valid_) positions_.push_back(position);
+  sources_.push_back(base_ + row * row_bytes_);
+}
+
+template <typename T>
+void PoolRows<T>::keep_widened() {
+  if constexpr (std::is_same_v<T, float>) {
+    if (!is_half(dtype_)) return;
+    widened_.reset(new float[size() * dim_]);
+    for (int64_t i = 0; i < size(); ++i) {
+      float* row = widened_.get() + i * dim_;
+      widen(sources_[i], row);
+      sources_[i] = row;
+    }
+  }
+}
+
+template <typename T>
+void PoolRows<T>::widen(const void* source, float* out) const {
+  widen_half(dtype_, source, out, dim_);
+}
+
+template <typename T>
+const T* PoolRows<T>::row(int64_t i, T* buffer) const {
+  if constexpr (std::is_same_v<T, float>) {
+    if (is_half(dtype_) && !widened_) {
+      widen(sources_[i], buffer);
+      return buffer;
+    }
+  }
+  return static_cast<const T*>(sources_[i]);
+}
+
+template <typename T>
+void PoolRows<T>::dots_block(const void* const* sources, int64_t count, const T* const* vectors, int num_vectors,
+                             T* const* out) const {
+  const SimdOps<T>& ops = simd().ops<T>();
+  const auto product = [&](const T* const* rows, int64_t n, int64_t first) {
+    if (num_vectors == 1) {
+      ops.dots(rows, n, vectors[0], dim_, out[0] + first);
+    } else {
+      T* const shifted[2] = {out[0] + first, out[1] + first};
+      ops.dots2(rows, n, vectors, dim_, shifted);
+    }
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (is_half(dtype_) && !widened_) {
+      std::vector<float> block(kRowsPerBlock * dim_);
+      const float* rows[kRowsPerBlock];
+      for (int64_t first = 0; first < count; first += kRowsPerBlock) {
+        const int64_t n = std::min(kRowsPerBlock, count - first);
+        for (int64_t i = 0; i < n; ++i) {
+          widen(sources[first + i], block.data() + i * dim_);
+          rows[i] = block.data() + i * dim_;
+        }
+        product(rows, n, first);
+      }
+      return;
+    }
+  }
+  product(reinterpret_cast<const T* const*>(sources), count, 0);
+}
+
+template <typename T>
+void PoolRows<T>::dots(const void* const* sources, int64_t count, const T* const* vectors, int num_vectors,
+                       T* const* out, int num_threads) const {
+  if (num_threads < 2 || count * dim_ < kMinParallelWork) {
+    dots_block(sources, count, vectors, num_vectors, out);
+    return;
+  }
+  const int64_t chunk = std::max<int64_t>(kRowsPerBlock, (count + 4 * num_threads - 1) / (4 * num_threads));
+  parallel_for((count + chunk - 1) / chunk, num_threads, [&](int64_t i) {
+    const int64_t first = i * chunk;
+    T* const shifted[2] = {out[0] + first, num_vectors == 2 ? out[1] + first : nullptr};
+    dots_block(sources + first, std::min(chunk, count - first), vectors, num_vectors, shifted);
+  });
+}
+
+template <typename T>
+void PoolRows<T>::dots(const T* vector, T* out, int num_threads) const {
+  dots(sources_.data(), size(), &vector, 1, &out, num_threads);
+}
+
+template <typename T>
+void PoolRows<T>::explain_not_finite(int64_t i, const char* argument) const {
+  std::vector<T> buffer(dim_);
+  const T* values = row(i, buffer.data());
+  for (int64_t j = 0; j < dim_; ++j) {
+    HULLKIT_CHECK(std::isfinite(values[j]), "pool: expected finite values, got ", values[j], " in entry ",
+                  batch_entry_, ", candidate ", position(i), ", coordinate ", j);
+  }
+  throw_value_error("pool: expected inner products with ", argument, " within the range of ", type_name<T>(),
+                    ", got an overflow in entry ", batch_entry_, ", candidate ", position(i),
+                    "; scale the embeddings down");
+}
+
+template class QueryVector<float>;
+template class QueryVector<double>;
+template class PoolRows<float>;
+template class PoolRows<double>;
+
+}  // namespace hullkit

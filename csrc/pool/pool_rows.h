@@ -1,0 +1,83 @@
+// One query's candidates as kernels read them: addresses of valid rows, widened from half precision.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "hullkit/pool_spec.h"
+
+namespace hullkit {
+
+// Arithmetic type of an input type: float64 stays, everything else is float32.
+inline bool computes_in_double(DType dtype) { return dtype == DType::kFloat64; }
+
+// Calls kernel(T{}) with T the arithmetic type.
+template <typename Kernel>
+void with_compute_type(DType dtype, Kernel&& kernel) {
+  if (computes_in_double(dtype)) {
+    kernel(double{});
+  } else {
+    kernel(float{});
+  }
+}
+
+// A vector [d] of row `index` of a [B, d] view, widened if need be; checked finite under the name `argument`.
+template <typename T>
+class QueryVector {
+ public:
+  QueryVector(const TensorView& view, int64_t index, const char* argument);
+  const T* data() const { return data_; }
+
+ private:
+  std::vector<T> copy_;
+  const T* data_;
+};
+
+// Valid candidates of batch entry `b`, in position order.
+// reuse = true: rows will be read many times, so half-precision ones are widened once where that is small.
+template <typename T>
+class PoolRows {
+ public:
+  PoolRows(const PoolSpec& spec, int64_t b, bool reuse);
+  // Only the rows at these positions, -1 skipped at the end; used where a support is already known.
+  PoolRows(const PoolSpec& spec, int64_t b, const int64_t* positions, int64_t count);
+
+  int64_t size() const { return static_cast<int64_t>(sources_.size()); }
+  int64_t dim() const { return dim_; }
+  // Position 0..n-1 of valid candidate i; increasing in i, so ties may be decided on i.
+  int64_t position(int64_t i) const { return all_valid_ ? i : positions_[i]; }
+
+  // out[i] = <row i, vector> for every row, shared among threads where the pool is large enough to pay for that.
+  void dots(const T* vector, T* out, int num_threads) const;
+  // out[k][t] = <row of sources[t], vectors[k]> for t < count, k < num_vectors (1 or 2): a pass over some rows.
+  void dots(const void* const* sources, int64_t count, const T* const* vectors, int num_vectors, T* const* out,
+            int num_threads) const;
+  // Where the rows lie, in their own dtype; entries may be dropped or reordered in a copy handed to dots.
+  const std::vector<const void*>& sources() const { return sources_; }
+  // Row i in the arithmetic type; `buffer` [d] is used if the row must be widened.
+  const T* row(int64_t i, T* buffer) const;
+  // Throws the ValueError that explains why the product of row i and `argument` is not finite.
+  [[noreturn]] void explain_not_finite(int64_t i, const char* argument) const;
+
+ private:
+  void add(const PoolSpec& spec, int64_t position, int64_t row);
+  void dots_block(const void* const* sources, int64_t count, const T* const* vectors, int num_vectors,
+                  T* const* out) const;
+  void widen(const void* source, float* out) const;
+  void keep_widened();
+
+  DType dtype_;
+  int64_t batch_entry_;
+  int64_t dim_;
+  bool all_valid_ = true;
+  const char* base_;
+  int64_t row_bytes_;
+  std::vector<const void*> sources_;
+  std::vector<int64_t> positions_;
+  std::unique_ptr<T[]> widened_;
+};
+
+}  // namespace hullkit

@@ -1,0 +1,169 @@
+// With y = sum_i (c_i / N) s_i and h = G c - N b, where G is the support's Gram matrix and b_i = <s_i, q>:
+//   N^2 (L(c + e_i) - L(c))       = 2 h_i + G_ii
+//   N^2 (L(c - e_i + e_j) - L(c)) = 2 (h_j - h_i) + G_ii + G_jj - 2 G_ij
+// so a candidate move is O(1), and a move made is O(m).
+#include "hullkit/round_multiplicities.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "hullkit/apportion.h"
+#include "hullkit/parallel.h"
+#include "pool/pool_rows.h"
+
+namespace hullkit {
+namespace {
+
+constexpr double kMinImprovement = 1e-14;
+
+class Rounding {
+ public:
+  Rounding(std::vector<double> gram, std::vector<double> products, const double* weights, int64_t total)
+      : size_(static_cast<int64_t>(products.size())),
+        total_(static_cast<double>(total)),
+        gram_(std::move(gram)),
+        slope_(std::move(products)),
+        diagonal_(size_),
+        counts_(size_) {
+    for (int64_t i = 0; i < size_; ++i) diagonal_[i] = gram_[i * (size_ + 1)];
+    std::vector<double> quota(size_);
+    quotas(weights, size_, total, quota.data());
+    for (double& h : slope_) h *= -total_;
+    remaining_ = total;
+    for (int64_t i = 0; i < size_; ++i) {
+      const double whole = std::floor(quota[i]);
+      counts_[i] = static_cast<int64_t>(whole);
+      remaining_ -= counts_[i];
+      if (whole > 0.0) add_to_slope(i, whole);
+    }
+  }
+
+  void complete() {
+    for (; remaining_ > 0; --remaining_) {
+      int64_t best = 0;
+      double best_change = 2.0 * slope_[0] + diagonal_[0];
+      for (int64_t i = 1; i < size_; ++i) {
+        const double change = 2.0 * slope_[i] + diagonal_[i];
+        if (change < best_change) {
+          best = i;
+          best_change = change;
+        }
+      }
+      ++counts_[best];
+      add_to_slope(best, 1.0);
+    }
+  }
+
+  // One pass; false if it moved nothing.
+  bool exchange() {
+    const double threshold = -kMinImprovement * total_ * total_;
+    const std::vector<int64_t> at_start = counts_;
+    bool moved = false;
+    for (int64_t i = 0; i < size_; ++i) {
+      if (at_start[i] == 0) continue;
+      // Asked again before every move: the published procedure does not, and its counts can turn negative.
+      for (int64_t j = 0; counts_[i] > 0 && (j = next_receiver(i, j, threshold)) < size_; ++j) {
+        --counts_[i];
+        ++counts_[j];
+        add_to_slope(i, -1.0);
+        add_to_slope(j, 1.0);
+        moved = true;
+      }
+    }
+    return moved;
+  }
+
+  const std::vector<int64_t>& counts() const { return counts_; }
+
+ private:
+  // The first j >= begin to which a unit of i should go, size_ if there is none. Whole blocks are dismissed
+  // by their smallest change, which the compiler vectorises; the loop over single candidates it cannot.
+  int64_t next_receiver(int64_t i, int64_t begin, double threshold) const {
+    constexpr int64_t kBlock = 16;
+    const double* row = gram_.data() + i * size_;
+    const double own = row[i] - 2.0 * slope_[i];
+    const auto change = [&](int64_t j) { return 2.0 * slope_[j] + diagonal_[j] - 2.0 * row[j] + own; };
+    int64_t j = begin;
+    while (j < size_) {
+      if (j + kBlock <= size_) {
+        int below = 0;
+        for (int64_t t = 0; t < kBlock; ++t) below |= change(j + t) < threshold;
+        if (!below) {
+          j += kBlock;
+          continue;
+        }
+      }
+      const int64_t end = std::min(j + kBlock, size_);
+      for (; j < end; ++j) {
+        if (j != i && change(j) < threshold) return j;
+      }
+    }
+    return size_;
+  }
+
+  void add_to_slope(int64_t i, double units) {
+    const double* row = gram_.data() + i * size_;
+    for (int64_t j = 0; j < size_; ++j) slope_[j] += units * row[j];
+  }
+
+  int64_t size_;
+  double total_;
+  std::vector<double> gram_;   // [m, m]
+  std::vector<double> slope_;  // [m] h = G c - N b
+  std::vector<double> diagonal_;  // [m] G_ii
+  std::vector<int64_t> counts_;
+  int64_t remaining_;
+};
+
+template <typename T>
+void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const int64_t* indices, int64_t width,
+               const double* weights, int64_t total, int64_t exchange_passes, int64_t* counts) {
+  const QueryVector<T> query_vector(query, b, "query");
+  const PoolRows<T> rows(pool, b, indices, width);
+  const int64_t m = rows.size();
+  std::vector<double> products(m);
+  std::vector<T> column(m), next_column(m);
+  rows.dots(query_vector.data(), column.data(), 1);
+  for (int64_t i = 0; i < m; ++i) {
+    if (!std::isfinite(column[i])) rows.explain_not_finite(i, "query");
+    products[i] = column[i];
+  }
+  // The lower triangle, two columns a pass; <x, y> and <y, x> have the same bits.
+  std::vector<double> gram(m * m);
+  for (int64_t j = 0; j < m; j += 2) {
+    const int num_columns = j + 1 < m ? 2 : 1;
+    const T* const vectors[2] = {rows.row(j, nullptr), num_columns == 2 ? rows.row(j + 1, nullptr) : nullptr};
+    T* const out[2] = {column.data(), next_column.data()};
+    rows.dots(rows.sources().data() + j, m - j, vectors, num_columns, out, 1);
+    for (int k = 0; k < num_columns; ++k) {
+      for (int64_t i = j; i < m; ++i) {
+        if (!std::isfinite(out[k][i - j])) rows.explain_not_finite(i, "the support");
+        gram[i * m + j + k] = gram[(j + k) * m + i] = out[k][i - j];
+      }
+    }
+  }
+
+  Rounding rounding(std::move(gram), std::move(products), weights, total);
+  rounding.complete();
+  for (int64_t pass = 0; pass < exchange_passes && rounding.exchange(); ++pass) {
+  }
+  for (int64_t i = 0; i < width; ++i) counts[i] = i < m ? rounding.counts()[i] : 0;
+}
+
+}  // namespace
+
+void round_multiplicities_cpu(const PoolSpec& pool, const TensorView& query, const TensorView& indices,
+                              const TensorView& weights, int64_t total, int64_t exchange_passes,
+                              const TensorView& counts, int num_threads) {
+  with_compute_type(pool.rows.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_for(pool.batch(), num_threads, [&](int64_t b) {
+      round_one<T>(pool, query, b, indices.at<int64_t>(b), indices.shape[1], weights.at<double>(b), total,
+                   exchange_passes, counts.at<int64_t>(b));
+    });
+  });
+}
+
+}  // namespace hullkit

@@ -1,0 +1,202 @@
+// Included by exactly one translation unit per instruction set, which defines HULLKIT_SIMD_BYTES.
+// Everything here has internal linkage: a function compiled for a wide instruction set must never be the
+// copy that the linker keeps for all units. For the same reason no header with inline templates comes in.
+#pragma once
+
+#include "simd/simd.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace hullkit {
+namespace {
+
+constexpr int kBytes = HULLKIT_SIMD_BYTES;
+
+template <typename T>
+struct WideOf;
+template <>
+struct WideOf<float> {
+  typedef float type __attribute__((vector_size(kBytes)));
+};
+template <>
+struct WideOf<double> {
+  typedef double type __attribute__((vector_size(kBytes)));
+};
+template <typename T>
+using Wide = typename WideOf<T>::type;
+typedef float HalfWideFloat __attribute__((vector_size(kBytes / 2)));
+typedef int64_t WideIndex __attribute__((vector_size(kBytes)));
+
+template <typename V, typename T>
+inline V load(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <typename V, typename T>
+inline void store(T* to, V v) {
+  __builtin_memcpy(to, &v, sizeof(V));
+}
+
+// Explicit, because the compiler's own contraction may differ between two instantiations of one loop.
+#if defined(__AVX512F__)
+inline Wide<float> multiply_add(Wide<float> a, Wide<float> b, Wide<float> c) { return _mm512_fmadd_ps(a, b, c); }
+inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) { return _mm512_fmadd_pd(a, b, c); }
+#elif defined(__AVX2__)
+inline Wide<float> multiply_add(Wide<float> a, Wide<float> b, Wide<float> c) { return _mm256_fmadd_ps(a, b, c); }
+inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) { return _mm256_fmadd_pd(a, b, c); }
+#else
+inline Wide<float> multiply_add(Wide<float> a, Wide<float> b, Wide<float> c) { return a * b + c; }
+inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) { return a * b + c; }
+#endif
+
+template <typename T>
+inline T horizontal_sum(Wide<T> v) {
+  constexpr int kLanes = kBytes / sizeof(T);
+  T lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// R rows times K vectors at once: enough independent sums to keep the multipliers busy. Each product has one
+// chain of sums whatever R and K are, so its bits do not depend on them.
+template <typename T, int R, int K>
+inline void dot_block(const T* const* rows, const T* const* vectors, int64_t d, T* const* out, int64_t first) {
+  using V = Wide<T>;
+  constexpr int kLanes = kBytes / sizeof(T);
+  V sums[R][K] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= d; j += kLanes) {
+    V shared[K];
+    for (int k = 0; k < K; ++k) shared[k] = load<V>(vectors[k] + j);
+    for (int r = 0; r < R; ++r) {
+      const V row = load<V>(rows[r] + j);
+      for (int k = 0; k < K; ++k) sums[r][k] = multiply_add(row, shared[k], sums[r][k]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int k = 0; k < K; ++k) {
+      T sum = horizontal_sum<T>(sums[r][k]);
+      for (int64_t t = j; t < d; ++t) sum += rows[r][t] * vectors[k][t];
+      out[k][first + r] = sum;
+    }
+  }
+}
+
+template <typename T, int R, int K>
+void dot_blocks(const T* const* rows, int64_t n, const T* const* vectors, int64_t d, T* const* out) {
+  int64_t i = 0;
+  for (; i + R <= n; i += R) dot_block<T, R, K>(rows + i, vectors, d, out, i);
+  for (; i + 2 <= n; i += 2) dot_block<T, 2, K>(rows + i, vectors, d, out, i);
+  if (i < n) dot_block<T, 1, K>(rows + i, vectors, d, out, i);
+}
+
+template <typename T>
+void dots(const T* const* rows, int64_t n, const T* vector, int64_t d, T* out) {
+  dot_blocks<T, 8, 1>(rows, n, &vector, d, &out);
+}
+
+template <typename T>
+void dots2(const T* const* rows, int64_t n, const T* const vectors[2], int64_t d, T* const out[2]) {
+  dot_blocks<T, 4, 2>(rows, n, vectors, d, out);
+}
+
+inline Wide<double> load_widened(const double* from) { return load<Wide<double>>(from); }
+inline Wide<double> load_widened(const float* from) {
+  return __builtin_convertvector(load<HalfWideFloat>(from), Wide<double>);
+}
+
+template <typename V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+int64_t advance(double* scores, const T* column, double step, const double* base, int64_t n) {
+  using V = Wide<double>;
+  constexpr int kLanes = kBytes / sizeof(double);
+  constexpr int kUnroll = 4;
+  const V keep = V{} + (1.0 - step);
+  const V move = V{} + step;
+  V best_lanes[kUnroll];
+  for (V& lanes : best_lanes) lanes = V{} - __builtin_inf();
+  int64_t i = 0;
+  const auto advance_at = [&](int64_t at) {
+    const V target = load<V>(base + at) - load_widened(column + at);
+    const V score = multiply_add(keep, load<V>(scores + at), move * target);
+    store(scores + at, score);
+    return score;
+  };
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) best_lanes[u] = larger(best_lanes[u], advance_at(i + u * kLanes));
+  }
+  for (; i + kLanes <= n; i += kLanes) best_lanes[0] = larger(best_lanes[0], advance_at(i));
+  const V pair = larger(larger(best_lanes[0], best_lanes[1]), larger(best_lanes[2], best_lanes[3]));
+  double best = pair[0];
+  for (int lane = 1; lane < kLanes; ++lane) best = pair[lane] > best ? pair[lane] : best;
+  for (; i < n; ++i) {
+    // The arithmetic of the vector loop, so that equal rows tie wherever they stand.
+    const V score = multiply_add(keep, V{} + scores[i], move * (V{} + (base[i] - static_cast<double>(column[i]))));
+    scores[i] = score[0];
+    best = scores[i] > best ? scores[i] : best;
+  }
+  i = 0;
+  while (scores[i] != best) ++i;
+  return i;
+}
+
+template <typename T>
+void add_scaled(double* out, const T* row, double weight, int64_t d) {
+  using V = Wide<double>;
+  constexpr int kLanes = kBytes / sizeof(double);
+  int64_t j = 0;
+  for (; j + kLanes <= d; j += kLanes) store(out + j, load<V>(out + j) + weight * load_widened(row + j));
+  for (; j < d; ++j) out[j] += weight * static_cast<double>(row[j]);
+}
+
+inline float float_from_bits(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+void widen_bf16(const uint16_t* in, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = float_from_bits(static_cast<uint32_t>(in[i]) << 16);
+}
+
+inline float widen_one_f16(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t exponent = (half >> 10) & 0x1fu;
+  const uint32_t mantissa = half & 0x3ffu;
+  if (exponent == 0x1f) return float_from_bits(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent != 0) return float_from_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal halves are normal floats
+  return sign ? -magnitude : magnitude;
+}
+
+void widen_f16(const uint16_t* in, float* out, int64_t count) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8) {
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  }
+#endif
+  for (; i < count; ++i) out[i] = widen_one_f16(in[i]);
+}
+
+constexpr Simd make_simd(const char* name) {
+  return Simd{name,
+              {dots<float>, dots2<float>, advance<float>, add_scaled<float>},
+              {dots<double>, dots2<double>, advance<double>, add_scaled<double>},
+              widen_f16,
+              widen_bf16};
+}
+
+}  // namespace
+}  // namespace hullkit

@@ -1,0 +1,44 @@
+"""hullkit: kernels for test-time finetuning of language models.
+
+Choose, for one prompt, a sparse convex combination of training sequences (Frank-Wolfe over the hull of
+a candidate pool), round it to an integer multiset, and spend each gradient on several updates.
+Method: HullFT, arXiv 2605.30337.
+"""
+
+from ._native import __version__, build_info
+from .finetune import AdaptReport, TestTimeFinetuner
+from .metrics import bits_per_byte
+from .rounding import apportion, round_multiplicities
+from .schedule import Reuse, reuse_schedule
+from .selection import (
+    FrankWolfeResult,
+    KNNResult,
+    LMOResult,
+    Multiset,
+    Status,
+    frank_wolfe,
+    knn,
+    lmo,
+    select,
+)
+
+__all__ = [
+    "AdaptReport",
+    "FrankWolfeResult",
+    "KNNResult",
+    "LMOResult",
+    "Multiset",
+    "Reuse",
+    "Status",
+    "TestTimeFinetuner",
+    "__version__",
+    "apportion",
+    "bits_per_byte",
+    "build_info",
+    "frank_wolfe",
+    "knn",
+    "lmo",
+    "reuse_schedule",
+    "round_multiplicities",
+    "select",
+]

@@ -1,0 +1,167 @@
+"""Argument checks of every public function: names the argument, what was expected, what came.
+
+Checks read shapes, dtypes and devices only. Values (NaN, Inf, lengths and candidates out of range)
+are checked by the kernels, which read them anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGRAL = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+MAX_TOTAL = 2**40  # quotas are float64: their floors are exact far beyond any budget up to here
+
+
+class Problem(NamedTuple):
+    """Checked inputs of a selection, as the operators take them: batched or not."""
+
+    pool: Tensor  # [n, d] or [B, n, d], unit stride along d
+    query: Tensor  # [d] or [B, d], unit stride along d
+    lengths: Tensor | None  # [] or [B] int64
+    candidates: Tensor | None  # [n] or [B, n] int64
+
+    @property
+    def positions(self) -> int:
+        """n, the number of candidate positions of each query."""
+        return self.pool.shape[-2] if self.candidates is None else self.candidates.shape[-1]
+
+    def empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Uninitialised output, `shape` behind the batch dimension if there is one."""
+        return torch.empty((*self.query.shape[:-1], *shape), dtype=dtype, device=self.pool.device)
+
+
+def check_tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    return value
+
+
+def check_floating(name: str, value: Any) -> Tensor:
+    tensor = check_tensor(name, value)
+    if tensor.dtype not in _FLOATING:
+        raise TypeError(
+            f"{name}: expected dtype float64, float32, float16 or bfloat16, got {tensor.dtype}"
+        )
+    return tensor
+
+
+def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} ({value!r})")
+    if value < minimum or (maximum is not None and value > maximum):
+        bound = f">= {minimum}" if maximum is None else f"in {minimum}..{maximum}"
+        raise ValueError(f"{name}: expected an int {bound}, got {value}")
+    return value
+
+
+def check_total(value: Any) -> int:
+    return check_int("total", value, 1, MAX_TOTAL)
+
+
+def check_number(name: str, value: Any, minimum: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r})")
+    if not value >= minimum:  # also refuses NaN
+        raise ValueError(f"{name}: expected a number >= {minimum}, got {value}")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
+
+
+def check_device(operation: str, tensor: Tensor, backend: str | None) -> None:
+    """Kernels exist for CPU tensors; anything slower only on request."""
+    check_choice("backend", backend, (None, "reference"))
+    if tensor.device.type != "cpu" and backend is None:
+        raise NotImplementedError(
+            f"{operation}: expected CPU tensors, got device {tensor.device}: this version has CPU "
+            "kernels only. Move the inputs with .cpu(), or pass backend='reference' (slow)"
+        )
+
+
+def _same(name: str, tensor: Tensor, pool: Tensor) -> None:
+    if tensor.device != pool.device:
+        raise ValueError(f"{name}: expected the pool's device {pool.device}, got {tensor.device}")
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Kernels walk coordinates with stride 1 and know no autograd; any other stride is copied."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def check_integers(name: str, value: Any, shape: tuple[int, ...], pool: Tensor) -> Tensor:
+    """An integer tensor of exactly `shape` on the pool's device, as int64."""
+    tensor = check_tensor(name, value)
+    if tensor.dtype not in _INTEGRAL:
+        raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    _same(name, tensor, pool)
+    return tensor if tensor.dtype is torch.int64 else tensor.to(torch.int64)
+
+
+def check_pool_query(
+    pool: Any,
+    query: Any,
+    lengths: Any = None,
+    candidates: Any = None,
+    *,
+    query_name: str = "query",
+) -> Problem:
+    """Checks the inputs that every selection shares.
+
+    pool (n, d) with query (d,): one problem. pool (n, d) with query (B, d): one pool for all.
+    pool (B, n, d) with query (B, d): a pool each. candidates needs a shared pool.
+    """
+    pool = check_floating("pool", pool)
+    query = check_floating(query_name, query)
+    if query.dtype != pool.dtype:
+        raise TypeError(f"{query_name}: expected the pool's dtype {pool.dtype}, got {query.dtype}")
+    _same(query_name, query, pool)
+    if pool.ndim not in (2, 3):
+        raise ValueError(f"pool: expected shape (n, d) or (B, n, d), got {tuple(pool.shape)}")
+    if query.ndim not in (1, 2):
+        raise ValueError(f"{query_name}: expected shape (d,) or (B, d), got {tuple(query.shape)}")
+    if pool.ndim == 3 and (query.ndim == 1 or query.shape[0] != pool.shape[0]):
+        raise ValueError(
+            f"{query_name}: expected shape ({pool.shape[0]}, {pool.shape[2]}) for a pool of shape "
+            f"{tuple(pool.shape)}, got {tuple(query.shape)}"
+        )
+    if query.shape[-1] != pool.shape[-1]:
+        raise ValueError(
+            f"{query_name}: expected d = {pool.shape[-1]} coordinates as in the pool, "
+            f"got {query.shape[-1]}"
+        )
+    if pool.shape[-1] == 0 or pool.shape[-2] == 0:
+        raise ValueError(
+            f"pool: expected at least one row and one coordinate, got shape {tuple(pool.shape)}"
+        )
+    leading = tuple(query.shape[:-1])  # () or (B,)
+    if lengths is not None:
+        lengths = check_integers("lengths", lengths, leading, pool)
+    if candidates is not None:
+        candidates = check_tensor("candidates", candidates)
+        if pool.ndim != 2:
+            raise ValueError(
+                "candidates: expected a shared pool of shape (M, d), "
+                f"got a pool of shape {tuple(pool.shape)}"
+            )
+        if candidates.ndim != query.ndim or candidates.shape[-1] == 0:
+            raise ValueError(
+                f"candidates: expected shape {(*leading, 'n')} with n >= 1, "
+                f"got {tuple(candidates.shape)}"
+            )
+        candidates = check_integers("candidates", candidates, (*leading, candidates.shape[-1]), pool)
+
+    return Problem(_readable(pool), _readable(query), lengths, candidates)

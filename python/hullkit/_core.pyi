@@ -1,0 +1,59 @@
+# The compiled module; private. A tensor is (address, dtype code, shape, strides in elements).
+from typing import Any
+
+_View = tuple[int, int, tuple[int, ...], tuple[int, ...]] | None
+
+__version__: str
+
+def lmo_cpu(
+    pool: _View,
+    direction: _View,
+    lengths: _View,
+    candidates: _View,
+    index: _View,
+    value: _View,
+    num_threads: int,
+    /,
+) -> None: ...
+def knn_cpu(
+    pool: _View,
+    query: _View,
+    lengths: _View,
+    candidates: _View,
+    indices: _View,
+    values: _View,
+    num_threads: int,
+    /,
+) -> None: ...
+def frank_wolfe_cpu(
+    pool: _View,
+    query: _View,
+    lengths: _View,
+    candidates: _View,
+    max_support: int,
+    max_iters: int,
+    tol: float,
+    indices: _View,
+    weights: _View,
+    support_size: _View,
+    residual_norm: _View,
+    dual_gap: _View,
+    num_iters: _View,
+    status: _View,
+    num_threads: int,
+    /,
+) -> None: ...
+def round_multiplicities_cpu(
+    pool: _View,
+    query: _View,
+    indices: _View,
+    weights: _View,
+    candidates: _View,
+    total: int,
+    exchange_passes: int,
+    counts: _View,
+    num_threads: int,
+    /,
+) -> None: ...
+def apportion_cpu(weights: _View, total: int, counts: _View, num_threads: int, /) -> None: ...
+def build_info() -> dict[str, Any]: ...

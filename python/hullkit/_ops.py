@@ -1,0 +1,62 @@
+"""Every operator of hullkit: schema, CPU implementation, fake.
+
+All are out-variants without a return value: the caller allocates, so buffers can be reused, a fake
+has nothing to get wrong, and `torch.compile(fullgraph=True)` sees only mutated arguments.
+Arguments are batched or unbatched, as in the public functions, which check them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import _native
+
+_LIBRARY = torch.library.Library("hullkit", "DEF")
+
+
+def _operator(schema: str, cpu: Callable[..., None]) -> Callable[..., None]:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"hullkit::{name}", _fake, lib=_LIBRARY)
+    overload: Callable[..., None] = getattr(torch.ops.hullkit, name).default
+    return overload
+
+
+def _fake(*_: Any) -> None:
+    """Outputs are arguments: there is nothing to shape."""
+
+
+# pool [n, d] or [B, n, d]; query [d] or [B, d]; lengths [] or [B]; candidates [n] or [B, n]; outputs alike
+lmo = _operator(
+    "lmo(Tensor pool, Tensor direction, Tensor? lengths, Tensor? candidates,"
+    " Tensor(a!) index, Tensor(b!) value) -> ()",
+    _native.lmo_cpu,
+)
+
+knn = _operator(
+    "knn(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates,"
+    " Tensor(a!) indices, Tensor(b!) values) -> ()",
+    _native.knn_cpu,
+)
+
+frank_wolfe = _operator(
+    "frank_wolfe(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates,"
+    " int max_support, int max_iters, float tol, Tensor(a!) indices, Tensor(b!) weights,"
+    " Tensor(c!) support_size, Tensor(d!) residual_norm, Tensor(e!) dual_gap,"
+    " Tensor(f!) num_iters, Tensor(g!) status) -> ()",
+    _native.frank_wolfe_cpu,
+)
+
+round_multiplicities = _operator(
+    "round_multiplicities(Tensor pool, Tensor query, Tensor indices, Tensor weights,"
+    " Tensor? candidates, int total, int exchange_passes, Tensor(a!) counts) -> ()",
+    _native.round_multiplicities_cpu,
+)
+
+apportion = _operator(
+    "apportion(Tensor weights, int total, Tensor(a!) counts) -> ()", _native.apportion_cpu
+)

@@ -1,0 +1,24 @@
+"""The oracles: every operation as the naive float64 procedure, one problem at a time, in NumPy.
+
+They say what the kernels must compute, serve as `backend="reference"`, and are what tests and
+benchmarks compare with. Readable first; slow.
+"""
+
+from .apportion import apportion, quotas
+from .finetune import finetune
+from .frank_wolfe import FrankWolfeOutcome, frank_wolfe
+from .knn import knn
+from .lmo import lmo, row_dots
+from .round_multiplicities import round_multiplicities
+
+__all__ = [
+    "FrankWolfeOutcome",
+    "apportion",
+    "finetune",
+    "frank_wolfe",
+    "knn",
+    "lmo",
+    "quotas",
+    "round_multiplicities",
+    "row_dots",
+]

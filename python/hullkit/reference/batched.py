@@ -1,0 +1,174 @@
+"""The oracles behind the operators' signatures: this is `backend="reference"`.
+
+Each function fills the same output tensors as the operator of its name, one query after another;
+like the operators they take batched and unbatched arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import apportion as _apportion
+from . import frank_wolfe as _frank_wolfe
+from . import knn as _knn
+from . import lmo as _lmo
+from . import round_multiplicities as _round_multiplicities
+from .lmo import Array
+
+_STATUS_CODES = {"CONVERGED": 0, "MAX_SUPPORT": 1, "MAX_ITERS": 2, "STALLED": 3}
+
+
+class _Problem(NamedTuple):
+    pool: Array  # valid candidates only
+    query: Array
+    positions: NDArray[np.int64]  # [valid] position of each of them
+
+
+def _finite(name: str, tensor: Tensor) -> Array:
+    values: Array = tensor.detach().cpu().to(torch.float64).numpy()
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: expected finite values, got NaN or Inf")
+    return values
+
+
+def _problems(
+    pool: Tensor,
+    query: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    query_name: str = "query",
+) -> Iterator[tuple[int, _Problem]]:
+    if query.ndim == 1:
+        query = query.unsqueeze(0)
+        lengths = None if lengths is None else lengths.unsqueeze(0)
+        candidates = None if candidates is None else candidates.unsqueeze(0)
+    if pool.ndim == 2:
+        pool = pool.expand(query.shape[0], -1, -1)
+    for b in range(query.shape[0]):
+        n = pool.shape[1] if candidates is None else candidates.shape[1]
+        rows = np.arange(n) if candidates is None else candidates[b].cpu().numpy().copy()
+        if rows.min() < -1 or rows.max() >= pool.shape[1]:
+            raise ValueError(
+                f"candidates: expected rows 0..{pool.shape[1] - 1} (-1 for none), "
+                f"got {rows.min()}..{rows.max()} in entry {b}"
+            )
+        if lengths is not None:
+            length = int(lengths[b])
+            if not 1 <= length <= n:
+                raise ValueError(f"lengths: expected 1 <= lengths[{b}] <= {n}, got {length}")
+            rows[length:] = -1
+        positions = np.flatnonzero(rows >= 0)
+        if len(positions) == 0:
+            raise ValueError(
+                f"candidates: expected at least one candidate in entry {b}, got only -1"
+            )
+        valid = _finite("pool", pool[b][torch.from_numpy(rows[positions]).to(pool.device)])
+        yield b, _Problem(valid, _finite(query_name, query[b]), positions)
+
+
+def _entries(*outputs: Tensor, rank: int) -> list[Tensor]:
+    """Views of the outputs with a batch dimension in front of `rank` others."""
+    return [out if out.ndim > rank else out.unsqueeze(0) for out in outputs]
+
+
+def _fill(out: Tensor, values: Array | NDArray[np.int64], padding: float) -> None:
+    out.fill_(padding)
+    out[: len(values)] = torch.from_numpy(np.ascontiguousarray(values)).to(out.device)
+
+
+def lmo(
+    pool: Tensor,
+    direction: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    index: Tensor,
+    value: Tensor,
+) -> None:
+    index, value = _entries(index, value, rank=0)
+    for b, problem in _problems(pool, direction, lengths, candidates, "direction"):
+        best, value[b] = _lmo(problem.pool, problem.query)
+        index[b] = int(problem.positions[best])
+
+
+def knn(
+    pool: Tensor,
+    query: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    indices: Tensor,
+    values: Tensor,
+) -> None:
+    indices, values = _entries(indices, values, rank=1)
+    for b, problem in _problems(pool, query, lengths, candidates):
+        nearest, products = _knn(problem.pool, problem.query, indices.shape[1])
+        _fill(indices[b], problem.positions[nearest], -1)
+        _fill(values[b], products, -np.inf)
+
+
+def frank_wolfe(
+    pool: Tensor,
+    query: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    max_support: int,
+    max_iters: int,
+    tol: float,
+    indices: Tensor,
+    weights: Tensor,
+    support_size: Tensor,
+    residual_norm: Tensor,
+    dual_gap: Tensor,
+    num_iters: Tensor,
+    status: Tensor,
+) -> None:
+    indices, weights = _entries(indices, weights, rank=1)
+    scalars = _entries(support_size, residual_norm, dual_gap, num_iters, status, rank=0)
+    for b, problem in _problems(pool, query, lengths, candidates):
+        outcome = _frank_wolfe(problem.pool, problem.query, max_support, max_iters, tol)
+        _fill(indices[b], problem.positions[outcome.indices], -1)
+        _fill(weights[b], outcome.weights, 0)
+        certificates = (
+            len(outcome.indices),
+            outcome.residual_norm,
+            outcome.dual_gap,
+            outcome.num_iters,
+            _STATUS_CODES[outcome.status],
+        )
+        for out, scalar in zip(scalars, certificates, strict=True):
+            out[b] = scalar
+
+
+def round_multiplicities(
+    pool: Tensor,
+    query: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    candidates: Tensor | None,
+    total: int,
+    exchange_passes: int,
+    counts: Tensor,
+) -> None:
+    indices, weights, counts = _entries(indices, weights, counts, rank=1)
+    for b, problem in _problems(pool, query, None, candidates):
+        used = int((indices[b] >= 0).sum())
+        support = np.searchsorted(problem.positions, indices[b, :used].cpu().numpy())
+        result = _round_multiplicities(
+            problem.pool[support],
+            problem.query,
+            _finite("weights", weights[b, :used]),
+            total,
+            exchange_passes,
+        )
+        _fill(counts[b], result, 0)
+
+
+def apportion(weights: Tensor, total: int, counts: Tensor) -> None:
+    weights, counts = _entries(weights, counts, rank=1)
+    for b in range(weights.shape[0]):
+        _fill(counts[b], _apportion(_finite("weights", weights[b]), total), 0)

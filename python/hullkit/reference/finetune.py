@@ -1,0 +1,49 @@
+"""Test-time finetuning with gradient reuse, written out: what the fast forms must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .schedule import updates
+
+
+def finetune(
+    model: nn.Module,
+    examples: Sequence[Tensor],
+    counts: Sequence[int],
+    *,
+    lr: float = 5e-5,
+    refresh_interval: int = 2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> list[float]:
+    """Finetune `model` in place, in its own dtype; return the loss (nats per token) of every pass.
+
+    Adam of Kingma & Ba (arXiv 1412.6980, algorithm 1), one update per unit of `counts`, no dropout.
+    """
+    model.eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    m = [torch.zeros_like(p) for p in parameters]
+    v = [torch.zeros_like(p) for p in parameters]
+    cached: list[Tensor] = []
+    losses = []
+    for t, (example, refresh) in enumerate(updates(counts, refresh_interval), start=1):
+        if refresh:
+            ids = examples[example]
+            output = model(ids[None])
+            logits = output if isinstance(output, Tensor) else output.logits
+            log_p = torch.log_softmax(logits[0, :-1], dim=-1)
+            loss = -log_p[torch.arange(len(ids) - 1), ids[1:]].mean()
+            cached = [g.clone() for g in torch.autograd.grad(loss, parameters)]
+            losses.append(loss.item())
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(parameters, cached, strict=True)):
+                m[i] = betas[0] * m[i] + (1 - betas[0]) * g
+                v[i] = betas[1] * v[i] + (1 - betas[1]) * g * g
+                m_hat = m[i] / (1 - betas[0] ** t)
+                v_hat = v[i] / (1 - betas[1] ** t)
+                p.sub_(lr * m_hat / (v_hat.sqrt() + eps))
+    return losses

@@ -1,0 +1,66 @@
+"""Vanilla Frank-Wolfe over the hull of a pool, residual and all products formed anew each iteration."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .lmo import Array, lmo, row_dots
+
+
+class FrankWolfeOutcome(NamedTuple):
+    indices: NDArray[np.int64]  # touched vertices by falling weight, lowest index on a tie
+    weights: Array
+    residual_norm: float
+    dual_gap: float
+    num_iters: int
+    status: str  # name of a hullkit.Status
+
+
+def frank_wolfe(
+    pool: Array,
+    query: Array,
+    max_support: int | None = None,
+    max_iters: int = 250,
+    tol: float = 1e-5,
+) -> FrankWolfeOutcome:
+    """Minimises 1/2 ||query - w @ pool||^2 over the simplex with exact line search.
+
+    Stops when the residual norm falls below tol, when max_support distinct vertices were touched,
+    after max_iters steps, or when the LMO answers the iterate itself.
+    """
+    first, _ = lmo(pool, -query)
+    weights = np.zeros(len(pool))
+    weights[first] = 1.0
+    iterate = pool[first].copy()
+    touched = {first}
+    num_iters = 0
+    status = "MAX_SUPPORT" if max_support == 1 else "MAX_ITERS"
+    while status == "MAX_ITERS" and num_iters < max_iters:
+        residual = query - iterate
+        if np.linalg.norm(residual) < tol:
+            status = "CONVERGED"
+            break
+        vertex, _ = lmo(pool, -residual)
+        direction = pool[vertex] - iterate
+        length_squared = direction @ direction
+        if length_squared < 1e-12:
+            status = "STALLED"
+            break
+        step = min(max(residual @ direction / length_squared, 0.0), 1.0)
+        weights *= 1.0 - step
+        weights[vertex] += step
+        iterate = iterate + step * direction
+        touched.add(vertex)
+        num_iters += 1
+        if len(touched) == max_support:
+            status = "MAX_SUPPORT"
+    indices = np.array(sorted(touched))
+    indices = indices[np.argsort(-weights[indices], kind="stable")]
+    residual = query - weights[indices] @ pool[indices]
+    gap = row_dots(pool, residual).max() - residual @ (query - residual)
+    return FrankWolfeOutcome(
+        indices, weights[indices], float(np.linalg.norm(residual)), float(gap), num_iters, status
+    )

@@ -1,0 +1,25 @@
+"""Linear minimisation oracle over the hull of the rows of a pool."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def row_dots(pool: Array, vector: Array) -> Array:
+    """<pool_i, vector> for every row, equal rows giving equal bits.
+
+    A plain matrix-vector product does not promise the latter: BLAS sums the rows at the edge of its
+    blocks in another order, and then two copies of one vertex do not tie.
+    """
+    products: Array = np.matmul(pool[:, None, :], vector)[:, 0]
+    return products
+
+
+def lmo(pool: Array, direction: Array) -> tuple[int, float]:
+    """argmin_i <direction, pool_i> (lowest index on a tie) and that minimum."""
+    products = row_dots(pool, direction)
+    index = int(np.argmin(products))
+    return index, float(products[index])

@@ -1,0 +1,51 @@
+"""Convex weights to integer counts, the reconstruction formed anew for every candidate move."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .apportion import quotas
+from .lmo import Array
+
+
+def round_multiplicities(
+    support: Array, query: Array, weights: Array, total: int, exchange_passes: int = 2
+) -> NDArray[np.int64]:
+    """Counts c >= 0 with sum c = total and small L(c) = ||query - (c / total) @ support||^2.
+
+    Floors of the quotas; then units where L becomes smallest (lowest index on a tie); then passes
+    that move a unit from i to j, in index order, if that lowers L by more than 1e-14.
+    """
+
+    def loss(counts: NDArray[np.int64]) -> float:
+        difference = query - (counts / total) @ support
+        return float(difference @ difference)
+
+    def moved(counts: NDArray[np.int64], source: int | None, target: int) -> NDArray[np.int64]:
+        counts = counts.copy()
+        if source is not None:
+            counts[source] -= 1
+        counts[target] += 1
+        return counts
+
+    size = len(support)
+    counts = np.floor(quotas(weights, total)).astype(np.int64)
+    for _ in range(total - counts.sum()):
+        losses = [loss(moved(counts, None, i)) for i in range(size)]
+        counts = moved(counts, None, int(np.argmin(losses)))
+    for _ in range(exchange_passes):
+        current = loss(counts)
+        any_moved = False
+        for i in np.flatnonzero(counts > 0):
+            for j in range(size):
+                # The published procedure does not ask for counts[i] > 0 here, and can go negative.
+                if j == i or counts[i] == 0:
+                    continue
+                candidate = moved(counts, i, j)
+                candidate_loss = loss(candidate)
+                if candidate_loss + 1e-14 < current:
+                    counts, current, any_moved = candidate, candidate_loss, True
+        if not any_moved:
+            break
+    return counts

@@ -1,0 +1,282 @@
+"""Choosing training sequences for a prompt: the LMO, Frank-Wolfe, nearest neighbours, and `select`."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._checks import (
+    check_choice,
+    check_device,
+    check_int,
+    check_number,
+    check_pool_query,
+    check_total,
+)
+from .reference import batched
+from .rounding import round_multiplicities
+
+
+class Status(IntEnum):
+    """Why a Frank-Wolfe run ended; `FrankWolfeResult.status` holds these numbers."""
+
+    CONVERGED = 0  # ||query - iterate|| < tol
+    MAX_SUPPORT = 1  # max_support distinct vertices touched
+    MAX_ITERS = 2  # max_iters steps taken
+    STALLED = 3  # the LMO answered the iterate itself: the iterate is an optimal vertex
+
+
+class LMOResult(NamedTuple):
+    index: Tensor  # [B] int64
+    value: Tensor  # [B] float64
+
+
+class KNNResult(NamedTuple):
+    indices: Tensor  # [B, k] int64, nearest first, -1 = padding
+    values: Tensor  # [B, k] float64 inner products, -inf = padding
+
+
+class FrankWolfeResult(NamedTuple):
+    indices: Tensor  # [B, S] int64 by falling weight, -1 = padding
+    weights: Tensor  # [B, S] float64, 0 = padding
+    support_size: Tensor  # [B] int64
+    residual_norm: Tensor  # [B] float64
+    dual_gap: Tensor  # [B] float64
+    num_iters: Tensor  # [B] int64
+    status: Tensor  # [B] int64, see Status
+
+
+class Multiset(NamedTuple):
+    """A selection ready for finetuning: example `rows[j]` gets `counts[j]` updates, in this order."""
+
+    indices: Tensor  # [B, S] int64 positions, heaviest or nearest first, -1 = padding
+    counts: Tensor  # [B, S] int64, sum = total, 0 = padding
+    rows: Tensor  # [B, S] int64 rows of the pool: indices, looked up in candidates if there are any
+    result: FrankWolfeResult | KNNResult  # what the counts were made from, with its certificates
+
+
+def lmo(
+    pool: Tensor,
+    direction: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    candidates: Tensor | None = None,
+    backend: str | None = None,
+) -> LMOResult:
+    """Linear minimisation oracle over the hull of each pool.
+
+    For every b: `index[b] = argmin_i <direction[b], pool[b, i]>` and `value[b]` that minimum.
+    `direction` is a gradient: pass minus the residual to find the vertex most aligned with it.
+    Equivalent to: `(pool @ direction).min(0)`, with the lowest index on a tie.
+
+    Args:
+        pool: `(n, d)` or `(B, n, d)`; float64, float32, float16 or bfloat16. `(n, d)` with a batch of
+            directions is shared by all of them.
+        direction: `(d,)` or `(B, d)`, the pool's dtype and device.
+        lengths: `(B,)` integers, 1 <= lengths[b] <= n: candidates from lengths[b] on are ignored.
+            For an unbatched call a 0-d tensor.
+        candidates: `(B, n)` integers, rows of a shared `pool (M, d)`, -1 = none; `(n,)` unbatched.
+            Returned indices are then positions in `candidates[b]`. Nothing is gathered into a copy.
+        backend: None for the kernels, "reference" for the float64 oracle.
+    Returns:
+        LMOResult(index `(B,)` int64, value `(B,)` float64); 0-d tensors for an unbatched call.
+    Raises:
+        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf, and for
+            lengths or candidates out of range.
+        NotImplementedError: tensors on a device without kernels.
+
+    Products accumulate in float32 (float64 for float64 input) in an order that depends on d alone:
+    the same query gives the same bits in any batch and with any number of threads.
+    Cost: B n d multiply-adds.
+    """
+    problem = check_pool_query(pool, direction, lengths, candidates, query_name="direction")
+    check_device("lmo", problem.pool, backend)
+    out = LMOResult(problem.empty(torch.int64), problem.empty(torch.float64))
+    run = _ops.lmo if backend is None else batched.lmo
+    run(*problem, *out)
+    return out
+
+
+def knn(
+    pool: Tensor,
+    query: Tensor,
+    k: int,
+    *,
+    lengths: Tensor | None = None,
+    candidates: Tensor | None = None,
+    backend: str | None = None,
+) -> KNNResult:
+    """The k pool rows with the largest inner product with each query.
+
+    Equivalent to: `(pool @ query).topk(k)`, with the lowest index on a tie.
+
+    Args:
+        pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
+        k: 1 <= k <= n.
+    Returns:
+        KNNResult(indices `(B, k)` int64, values `(B, k)` float64), largest first; where a query has
+        fewer than k valid candidates, indices end in -1 and values in -inf.
+    Raises:
+        As :func:`lmo`; ValueError for k outside 1..n.
+
+    Numerics as in :func:`lmo`. Cost: B n d multiply-adds and a partial sort of n.
+    """
+    problem = check_pool_query(pool, query, lengths, candidates)
+    check_device("knn", problem.pool, backend)
+    check_int("k", k, 1, problem.positions)
+    out = KNNResult(problem.empty(torch.int64, k), problem.empty(torch.float64, k))
+    run = _ops.knn if backend is None else batched.knn
+    run(*problem, *out)
+    return out
+
+
+def frank_wolfe(
+    pool: Tensor,
+    query: Tensor,
+    *,
+    max_support: int | None = None,
+    max_iters: int = 250,
+    tol: float = 1e-5,
+    variant: str = "vanilla",
+    lengths: Tensor | None = None,
+    candidates: Tensor | None = None,
+    backend: str | None = None,
+) -> FrankWolfeResult:
+    """Sparse convex reconstruction of each query from its pool.
+
+    Minimises `f(w) = 1/2 ||query - sum_i w_i pool_i||^2` over the probability simplex by Frank-Wolfe
+    with exact line search, from the vertex with the largest inner product with the query. All ties
+    go to the lowest index. Equivalent to: `hullkit.reference.frank_wolfe`, for every query.
+
+    Args:
+        pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
+        max_support: stop once this many distinct vertices were touched (their weight may have become
+            0 since); >= 1, None for no limit. 1 returns the nearest vertex.
+        max_iters: >= 0 steps at most.
+        tol: stop when `||query - iterate|| < tol`, in the units of the input; >= 0.
+        variant: "vanilla".
+    Returns:
+        FrankWolfeResult with S = min(max_support, n, max_iters + 1):
+        indices `(B, S)` int64: the touched vertices by falling weight, then -1;
+        weights `(B, S)` float64 >= 0 that sum to 1; support_size `(B,)`: vertices touched;
+        residual_norm `(B,)` float64: `||query - sum_i w_i pool_i||`;
+        dual_gap `(B,)` float64: `max_i <gradient, iterate - pool_i>`, a bound on `f(w) - min f`;
+        num_iters `(B,)` int64; status `(B,)` int64, see :class:`Status`.
+        Without the leading B for an unbatched call.
+    Raises:
+        As :func:`lmo`; ValueError for options out of range.
+
+    Numerics: inner products as in :func:`lmo`, everything after them in float64; residual_norm and
+    dual_gap are recomputed from the input at the end. float64 input follows the oracle's path.
+    Cost: O(n d) for each vertex touched (a column of the pool's Gram matrix, computed once), O(n) for
+    each iteration. Memory: at most 2 n S values for each query in flight (one a thread).
+    Source: Jaggi 2013; HullFT, arXiv 2605.30337.
+    """
+    problem = check_pool_query(pool, query, lengths, candidates)
+    check_device("frank_wolfe", problem.pool, backend)
+    check_choice("variant", variant, ("vanilla",))
+    check_int("max_iters", max_iters, 0)
+    tol = check_number("tol", tol, 0.0)
+    width = min(problem.positions, max_iters + 1)
+    if max_support is None:
+        max_support = problem.positions + 1  # never reached
+    else:
+        width = min(width, check_int("max_support", max_support, 1))
+    out = FrankWolfeResult(
+        indices=problem.empty(torch.int64, width),
+        weights=problem.empty(torch.float64, width),
+        support_size=problem.empty(torch.int64),
+        residual_norm=problem.empty(torch.float64),
+        dual_gap=problem.empty(torch.float64),
+        num_iters=problem.empty(torch.int64),
+        status=problem.empty(torch.int64),
+    )
+    run = _ops.frank_wolfe if backend is None else batched.frank_wolfe
+    run(*problem, max_support, max_iters, tol, *out)
+    return out
+
+
+def select(
+    pool: Tensor,
+    query: Tensor,
+    total: int,
+    *,
+    method: str = "hull",
+    max_support: int | None = None,
+    max_iters: int = 250,
+    tol: float = 1e-5,
+    exchange_passes: int = 2,
+    lengths: Tensor | None = None,
+    candidates: Tensor | None = None,
+    backend: str | None = None,
+) -> Multiset:
+    """A multiset of `total` training sequences for each prompt, in one call.
+
+    method="hull": :func:`frank_wolfe`, then :func:`hullkit.round_multiplicities` (HullFT).
+    method="knn": the `total` nearest, one update each; max_support, max_iters, tol and
+    exchange_passes do not apply and must be left alone.
+
+    Args:
+        pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
+        total: updates to spend, 1 <= total; at most the number of valid candidates for "knn".
+        max_support: None for `total`: more examples than updates cannot all be visited.
+        max_iters, tol: as in :func:`frank_wolfe`; exchange_passes: as in round_multiplicities.
+    Returns:
+        Multiset(indices, counts, rows, result): `rows[b, j]` is the pool row to train on `counts[b, j]`
+        times, in this order; without the leading B for an unbatched call.
+    Raises:
+        As the functions it calls.
+    """
+    check_choice("method", method, ("hull", "knn"))
+    check_total(total)
+    result: FrankWolfeResult | KNNResult
+    if method == "hull":
+        result = frank_wolfe(
+            pool,
+            query,
+            max_support=total if max_support is None else max_support,
+            max_iters=max_iters,
+            tol=tol,
+            lengths=lengths,
+            candidates=candidates,
+            backend=backend,
+        )
+        counts = round_multiplicities(
+            pool,
+            query,
+            result,
+            total,
+            exchange_passes=exchange_passes,
+            candidates=candidates,
+            backend=backend,
+        )
+    else:
+        result = _nearest(pool, query, total, lengths, candidates, backend)
+        counts = torch.ones_like(result.indices)
+    rows = result.indices
+    if candidates is not None:
+        looked_up = candidates.to(torch.int64).gather(-1, rows.clamp_min(0))
+        rows = torch.where(rows < 0, rows, looked_up)
+    return Multiset(result.indices, counts, rows, result)
+
+
+def _nearest(
+    pool: Tensor,
+    query: Tensor,
+    total: int,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    backend: str | None,
+) -> KNNResult:
+    result = knn(pool, query, total, lengths=lengths, candidates=candidates, backend=backend)
+    short = (result.indices < 0).any(-1)
+    if bool(short.any()):
+        raise ValueError(
+            f"total: expected at most the number of valid candidates for method='knn', got {total} "
+            f"for entries {short.nonzero().flatten().tolist()} with fewer"
+        )
+    return result
