@@ -1,10 +1,9 @@
-#include "hullkit/apportion.h"
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <vector>
 
+#include "hullkit/apportion.h"
 #include "hullkit/check.h"
 #include "hullkit/parallel.h"
 
@@ -38,9 +37,8 @@ void apportion_cpu(const TensorView& weights, int64_t total, const TensorView& c
     }
     std::vector<int64_t> order(size);
     std::iota(order.begin(), order.end(), int64_t{0});
-    std::partial_sort(order.begin(), order.begin() + remaining, order.end(), [&](int64_t i, int64_t j) {
-      return quota[i] != quota[j] ? quota[i] > quota[j] : i < j;
-    });
+    std::partial_sort(order.begin(), order.begin() + remaining, order.end(),
+                      [&](int64_t i, int64_t j) { return quota[i] != quota[j] ? quota[i] > quota[j] : i < j; });
     for (int64_t t = 0; t < remaining; ++t) ++count[order[t]];
   });
 }

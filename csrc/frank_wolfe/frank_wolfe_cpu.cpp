@@ -1,6 +1,4 @@
 // Frank-Wolfe on the quantities that make an iteration O(n): base = X q, scores = X residual, and three scalars.
-#include "hullkit/frank_wolfe.h"
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -8,6 +6,7 @@
 #include <vector>
 
 #include "frank_wolfe/gram_columns.h"
+#include "hullkit/frank_wolfe.h"
 #include "hullkit/parallel.h"
 #include "pool/pool_rows.h"
 #include "simd/simd.h"

@@ -55,8 +55,7 @@ class GramColumns {
     const T* vectors[2];
     T* const products[2] = {products_[0].data(), products_[1].data()};
     for (int k = 0; k < count; ++k) vectors[k] = rows_.row(wanted[k], vectors_[k].data());
-    rows_.dots(pending_sources_.data(), static_cast<int64_t>(pending_.size()), vectors, count, products,
-               num_threads_);
+    rows_.dots(pending_sources_.data(), static_cast<int64_t>(pending_.size()), vectors, count, products, num_threads_);
     for (int k = 0; k < count; ++k) {
       T* column = new T[rows_.size()];
       columns_[wanted[k]].reset(column);

@@ -1,11 +1,10 @@
-#include "hullkit/knn.h"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <vector>
 
+#include "hullkit/knn.h"
 #include "hullkit/parallel.h"
 #include "pool/pool_rows.h"
 

@@ -1,8 +1,7 @@
-#include "hullkit/lmo.h"
-
 #include <cmath>
 #include <vector>
 
+#include "hullkit/lmo.h"
 #include "hullkit/parallel.h"
 #include "pool/pool_rows.h"
 

@@ -204,8 +204,8 @@ void PoolRows<T>::explain_not_finite(int64_t i, const char* argument) const {
   std::vector<T> buffer(dim_);
   const T* values = row(i, buffer.data());
   for (int64_t j = 0; j < dim_; ++j) {
-    HULLKIT_CHECK(std::isfinite(values[j]), "pool: expected finite values, got ", values[j], " in entry ",
-                  batch_entry_, ", candidate ", position(i), ", coordinate ", j);
+    HULLKIT_CHECK(std::isfinite(values[j]), "pool: expected finite values, got ", values[j], " in entry ", batch_entry_,
+                  ", candidate ", position(i), ", coordinate ", j);
   }
   throw_value_error("pool: expected inner products with ", argument, " within the range of ", type_name<T>(),
                     ", got an overflow in entry ", batch_entry_, ", candidate ", position(i),

@@ -2,8 +2,6 @@
 //   N^2 (L(c + e_i) - L(c))       = 2 h_i + G_ii
 //   N^2 (L(c - e_i + e_j) - L(c)) = 2 (h_j - h_i) + G_ii + G_jj - 2 G_ij
 // so a candidate move is O(1), and a move made is O(m).
-#include "hullkit/round_multiplicities.h"
-
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -11,6 +9,7 @@
 
 #include "hullkit/apportion.h"
 #include "hullkit/parallel.h"
+#include "hullkit/round_multiplicities.h"
 #include "pool/pool_rows.h"
 
 namespace hullkit {
@@ -110,8 +109,8 @@ class Rounding {
 
   int64_t size_;
   double total_;
-  std::vector<double> gram_;   // [m, m]
-  std::vector<double> slope_;  // [m] h = G c - N b
+  std::vector<double> gram_;      // [m, m]
+  std::vector<double> slope_;     // [m] h = G c - N b
   std::vector<double> diagonal_;  // [m] G_ii
   std::vector<int64_t> counts_;
   int64_t remaining_;

@@ -1,7 +1,7 @@
 """hullkit: kernels for test-time finetuning of language models.
 
-Choose, for one prompt, a sparse convex combination of training sequences (Frank-Wolfe over the hull of
-a candidate pool), round it to an integer multiset, and spend each gradient on several updates.
+Choose, for one prompt, a sparse convex combination of training sequences (Frank-Wolfe over the hull
+of a candidate pool), round it to an integer multiset, and spend each gradient on several updates.
 Method: HullFT, arXiv 2605.30337.
 """
 

@@ -51,7 +51,8 @@ def check_floating(name: str, value: Any) -> Tensor:
     return tensor
 
 
-def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> Any:
+    """An int, or the symbol that stands for one while torch.compile traces."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} ({value!r})")
     if value < minimum or (maximum is not None and value > maximum):
@@ -60,7 +61,7 @@ def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -
     return value
 
 
-def check_total(value: Any) -> int:
+def check_total(value: Any) -> Any:
     return check_int("total", value, 1, MAX_TOTAL)
 
 
@@ -162,6 +163,8 @@ def check_pool_query(
                 f"candidates: expected shape {(*leading, 'n')} with n >= 1, "
                 f"got {tuple(candidates.shape)}"
             )
-        candidates = check_integers("candidates", candidates, (*leading, candidates.shape[-1]), pool)
+        candidates = check_integers(
+            "candidates", candidates, (*leading, candidates.shape[-1]), pool
+        )
 
     return Problem(_readable(pool), _readable(query), lengths, candidates)

@@ -1,4 +1,4 @@
-"""Tensors to the compiled core: addresses, shapes and element strides. The only importer of `_core`."""
+"""Tensors to the compiled core: addresses, shapes, element strides. The only importer of `_core`."""
 
 from __future__ import annotations
 

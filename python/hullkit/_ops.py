@@ -30,7 +30,7 @@ def _fake(*_: Any) -> None:
     """Outputs are arguments: there is nothing to shape."""
 
 
-# pool [n, d] or [B, n, d]; query [d] or [B, d]; lengths [] or [B]; candidates [n] or [B, n]; outputs alike
+# pool [n, d] or [B, n, d]; query [d] or [B, d]; lengths [] or [B]; candidates [n] or [B, n]
 lmo = _operator(
     "lmo(Tensor pool, Tensor direction, Tensor? lengths, Tensor? candidates,"
     " Tensor(a!) index, Tensor(b!) value) -> ()",

@@ -1,4 +1,4 @@
-"""Choosing training sequences for a prompt: the LMO, Frank-Wolfe, nearest neighbours, and `select`."""
+"""Choosing training sequences for a prompt: LMO, Frank-Wolfe, nearest neighbours, `select`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Status(IntEnum):
 
 
 class LMOResult(NamedTuple):
-    index: Tensor  # [B] int64
+    index: Tensor  # type: ignore[assignment]  # [B] int64; hides tuple.index
     value: Tensor  # [B] float64
 
 
@@ -51,7 +51,7 @@ class FrankWolfeResult(NamedTuple):
 
 
 class Multiset(NamedTuple):
-    """A selection ready for finetuning: example `rows[j]` gets `counts[j]` updates, in this order."""
+    """A selection to finetune on: example `rows[j]` gets `counts[j]` updates, in this order."""
 
     indices: Tensor  # [B, S] int64 positions, heaviest or nearest first, -1 = padding
     counts: Tensor  # [B, S] int64, sum = total, 0 = padding
@@ -74,8 +74,8 @@ def lmo(
     Equivalent to: `(pool @ direction).min(0)`, with the lowest index on a tie.
 
     Args:
-        pool: `(n, d)` or `(B, n, d)`; float64, float32, float16 or bfloat16. `(n, d)` with a batch of
-            directions is shared by all of them.
+        pool: `(n, d)` or `(B, n, d)`; float64, float32, float16 or bfloat16. `(n, d)` with a batch
+            of directions is shared by all of them.
         direction: `(d,)` or `(B, d)`, the pool's dtype and device.
         lengths: `(B,)` integers, 1 <= lengths[b] <= n: candidates from lengths[b] on are ignored.
             For an unbatched call a 0-d tensor.
@@ -148,14 +148,14 @@ def frank_wolfe(
 ) -> FrankWolfeResult:
     """Sparse convex reconstruction of each query from its pool.
 
-    Minimises `f(w) = 1/2 ||query - sum_i w_i pool_i||^2` over the probability simplex by Frank-Wolfe
-    with exact line search, from the vertex with the largest inner product with the query. All ties
-    go to the lowest index. Equivalent to: `hullkit.reference.frank_wolfe`, for every query.
+    Minimises `f(w) = 1/2 ||query - sum_i w_i pool_i||^2` over the simplex by Frank-Wolfe with exact line
+    search, from the vertex with the largest inner product with the query. All ties go to the lowest
+    index. Equivalent to: `hullkit.reference.frank_wolfe`, for every query.
 
     Args:
         pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
-        max_support: stop once this many distinct vertices were touched (their weight may have become
-            0 since); >= 1, None for no limit. 1 returns the nearest vertex.
+        max_support: stop once this many distinct vertices were touched (their weight may have
+            become 0 since); >= 1, None for no limit. 1 returns the nearest vertex.
         max_iters: >= 0 steps at most.
         tol: stop when `||query - iterate|| < tol`, in the units of the input; >= 0.
         variant: "vanilla".
@@ -172,8 +172,8 @@ def frank_wolfe(
 
     Numerics: inner products as in :func:`lmo`, everything after them in float64; residual_norm and
     dual_gap are recomputed from the input at the end. float64 input follows the oracle's path.
-    Cost: O(n d) for each vertex touched (a column of the pool's Gram matrix, computed once), O(n) for
-    each iteration. Memory: at most 2 n S values for each query in flight (one a thread).
+    Cost: O(n d) for each vertex touched (a column of the pool's Gram matrix, computed once), O(n)
+    for each iteration. Memory: at most 2 n S values for each query in flight (one a thread).
     Source: Jaggi 2013; HullFT, arXiv 2605.30337.
     """
     problem = check_pool_query(pool, query, lengths, candidates)
@@ -226,8 +226,8 @@ def select(
         max_support: None for `total`: more examples than updates cannot all be visited.
         max_iters, tol: as in :func:`frank_wolfe`; exchange_passes: as in round_multiplicities.
     Returns:
-        Multiset(indices, counts, rows, result): `rows[b, j]` is the pool row to train on `counts[b, j]`
-        times, in this order; without the leading B for an unbatched call.
+        Multiset(indices, counts, rows, result): `rows[b, j]` is the pool row to train on
+        `counts[b, j]` times, in this order; without the leading B for an unbatched call.
     Raises:
         As the functions it calls.
     """

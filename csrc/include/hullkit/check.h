@@ -15,8 +15,8 @@ class ValueError : public std::invalid_argument {
 }  // namespace hullkit
 
 // HULLKIT_CHECK(condition, "lengths[", b, "]: expected ..., got ", x) throws ValueError.
-#define HULLKIT_CHECK(condition, ...)                           \
-  do {                                                          \
+#define HULLKIT_CHECK(condition, ...)                            \
+  do {                                                           \
     if (!(condition)) ::hullkit::throw_value_error(__VA_ARGS__); \
   } while (false)
 

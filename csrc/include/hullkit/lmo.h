@@ -9,7 +9,7 @@ namespace hullkit {
 
 // direction [B, d], index [B] int64, value [B] float64.
 // Products accumulate in float32 (float64 for float64 input), in an order that depends on d alone.
-void lmo_cpu(const PoolSpec& pool, const TensorView& direction, const TensorView& index,
-             const TensorView& value, int num_threads);
+void lmo_cpu(const PoolSpec& pool, const TensorView& direction, const TensorView& index, const TensorView& value,
+             int num_threads);
 
 }  // namespace hullkit

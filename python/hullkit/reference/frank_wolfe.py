@@ -1,4 +1,4 @@
-"""Vanilla Frank-Wolfe over the hull of a pool, residual and all products formed anew each iteration."""
+"""Vanilla Frank-Wolfe over the hull of a pool, all products formed anew each iteration."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def round_multiplicities(
     for _ in range(exchange_passes):
         current = loss(counts)
         any_moved = False
-        for i in np.flatnonzero(counts > 0):
+        for i in np.flatnonzero(counts > 0).tolist():
             for j in range(size):
                 # The published procedure does not ask for counts[i] > 0 here, and can go negative.
                 if j == i or counts[i] == 0:
