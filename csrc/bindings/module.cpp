@@ -9,6 +9,7 @@
 #include "hullkit/knn.h"
 #include "hullkit/lmo.h"
 #include "hullkit/round_multiplicities.h"
+#include "hullkit/select.h"
 #include "simd/simd.h"
 
 namespace py = pybind11;
@@ -65,6 +66,13 @@ struct Problem {
   TensorView scalars(py::handle tensor) const { return batched(view(tensor), 0, batch); }
   TensorView vectors(py::handle tensor) const { return batched(view(tensor), 1, batch); }
 
+  FrankWolfeResult frank_wolfe(py::handle indices, py::handle weights, py::handle support_size,
+                               py::handle residual_norm, py::handle dual_gap, py::handle num_iters,
+                               py::handle status) const {
+    return {vectors(indices),  vectors(weights),   scalars(support_size), scalars(residual_norm),
+            scalars(dual_gap), scalars(num_iters), scalars(status)};
+  }
+
   TensorView query;
   int64_t batch;
   PoolSpec pool;
@@ -92,14 +100,23 @@ void bind_selection(py::module_& module) {
                 double tol, Handle indices, Handle weights, Handle support_size, Handle residual_norm, Handle dual_gap,
                 Handle num_iters, Handle status, int num_threads) {
                const Problem problem(pool, query, lengths, candidates);
-               const FrankWolfeParams params{max_support, max_iters, tol};
-               const FrankWolfeResult result{problem.vectors(indices),      problem.vectors(weights),
-                                             problem.scalars(support_size), problem.scalars(residual_norm),
-                                             problem.scalars(dual_gap),     problem.scalars(num_iters),
-                                             problem.scalars(status)};
+               const FrankWolfeResult result =
+                   problem.frank_wolfe(indices, weights, support_size, residual_norm, dual_gap, num_iters, status);
                const py::gil_scoped_release release;
-               frank_wolfe_cpu(problem.pool, problem.query, params, result, num_threads);
+               frank_wolfe_cpu(problem.pool, problem.query, {max_support, max_iters, tol}, result, num_threads);
              });
+  module.def("select_cpu", [](Handle pool, Handle query, Handle lengths, Handle candidates, int64_t max_support,
+                              int64_t max_iters, double tol, int64_t total, int64_t exchange_passes, Handle indices,
+                              Handle weights, Handle support_size, Handle residual_norm, Handle dual_gap,
+                              Handle num_iters, Handle status, Handle counts, int num_threads) {
+    const Problem problem(pool, query, lengths, candidates);
+    const FrankWolfeResult result =
+        problem.frank_wolfe(indices, weights, support_size, residual_norm, dual_gap, num_iters, status);
+    const TensorView counts_view = problem.vectors(counts);
+    const py::gil_scoped_release release;
+    select_cpu(problem.pool, problem.query, {max_support, max_iters, tol}, total, exchange_passes, result, counts_view,
+               num_threads);
+  });
 }
 
 void bind_rounding(py::module_& module) {

@@ -8,9 +8,9 @@
 
 namespace hullkit {
 
-// Only products not known from another column by symmetry are computed. A pool that outgrows a core's own
-// cache is bound by reading it, so a pass over such a pool computes a second column, that of the row most
-// likely to be asked for next. Neither changes a bit of any product.
+// Only products not known from another column by symmetry are computed. A pass over the pool is bound by
+// reading it, so each computes a second column as well: that of the row most likely to be asked for next.
+// Neither changes a bit of any product.
 template <typename T>
 class GramColumns {
  public:
@@ -26,23 +26,18 @@ class GramColumns {
   }
 
   bool known(int64_t i) const { return columns_[i] != nullptr; }
+  const T* known_column(int64_t i) const { return columns_[i].get(); }
 
   // [n], entry j is <row i, row j>. scores [n] rank the rows by how soon their columns may be wanted.
   const T* column(int64_t i, const double* scores) {
     if (!known(i)) {
-      const int64_t wanted[2] = {i, bound_by_reading() ? likely_next(i, scores) : -1};
+      const int64_t wanted[2] = {i, likely_next(i, scores)};
       compute(wanted, wanted[1] < 0 ? 1 : 2);
     }
     return columns_[i].get();
   }
 
  private:
-  static constexpr int64_t kOwnCacheBytes = int64_t{1} << 19;
-
-  bool bound_by_reading() const {
-    return rows_.size() * rows_.dim() * static_cast<int64_t>(sizeof(T)) > kOwnCacheBytes;
-  }
-
   int64_t likely_next(int64_t i, const double* scores) const {
     int64_t next = -1;
     for (const int64_t j : pending_) {

@@ -1,120 +1,14 @@
-// With y = sum_i (c_i / N) s_i and h = G c - N b, where G is the support's Gram matrix and b_i = <s_i, q>:
-//   N^2 (L(c + e_i) - L(c))       = 2 h_i + G_ii
-//   N^2 (L(c - e_i + e_j) - L(c)) = 2 (h_j - h_i) + G_ii + G_jj - 2 G_ij
-// so a candidate move is O(1), and a move made is O(m).
-#include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
 
-#include "hullkit/apportion.h"
 #include "hullkit/parallel.h"
 #include "hullkit/round_multiplicities.h"
 #include "pool/pool_rows.h"
+#include "rounding/rounding.h"
 
 namespace hullkit {
 namespace {
-
-constexpr double kMinImprovement = 1e-14;
-
-class Rounding {
- public:
-  Rounding(std::vector<double> gram, std::vector<double> products, const double* weights, int64_t total)
-      : size_(static_cast<int64_t>(products.size())),
-        total_(static_cast<double>(total)),
-        gram_(std::move(gram)),
-        slope_(std::move(products)),
-        diagonal_(size_),
-        counts_(size_) {
-    for (int64_t i = 0; i < size_; ++i) diagonal_[i] = gram_[i * (size_ + 1)];
-    std::vector<double> quota(size_);
-    quotas(weights, size_, total, quota.data());
-    for (double& h : slope_) h *= -total_;
-    remaining_ = total;
-    for (int64_t i = 0; i < size_; ++i) {
-      const double whole = std::floor(quota[i]);
-      counts_[i] = static_cast<int64_t>(whole);
-      remaining_ -= counts_[i];
-      if (whole > 0.0) add_to_slope(i, whole);
-    }
-  }
-
-  void complete() {
-    for (; remaining_ > 0; --remaining_) {
-      int64_t best = 0;
-      double best_change = 2.0 * slope_[0] + diagonal_[0];
-      for (int64_t i = 1; i < size_; ++i) {
-        const double change = 2.0 * slope_[i] + diagonal_[i];
-        if (change < best_change) {
-          best = i;
-          best_change = change;
-        }
-      }
-      ++counts_[best];
-      add_to_slope(best, 1.0);
-    }
-  }
-
-  // One pass; false if it moved nothing.
-  bool exchange() {
-    const double threshold = -kMinImprovement * total_ * total_;
-    const std::vector<int64_t> at_start = counts_;
-    bool moved = false;
-    for (int64_t i = 0; i < size_; ++i) {
-      if (at_start[i] == 0) continue;
-      // Asked again before every move: the published procedure does not, and its counts can turn negative.
-      for (int64_t j = 0; counts_[i] > 0 && (j = next_receiver(i, j, threshold)) < size_; ++j) {
-        --counts_[i];
-        ++counts_[j];
-        add_to_slope(i, -1.0);
-        add_to_slope(j, 1.0);
-        moved = true;
-      }
-    }
-    return moved;
-  }
-
-  const std::vector<int64_t>& counts() const { return counts_; }
-
- private:
-  // The first j >= begin to which a unit of i should go, size_ if there is none. Whole blocks are dismissed
-  // by their smallest change, which the compiler vectorises; the loop over single candidates it cannot.
-  int64_t next_receiver(int64_t i, int64_t begin, double threshold) const {
-    constexpr int64_t kBlock = 16;
-    const double* row = gram_.data() + i * size_;
-    const double own = row[i] - 2.0 * slope_[i];
-    const auto change = [&](int64_t j) { return 2.0 * slope_[j] + diagonal_[j] - 2.0 * row[j] + own; };
-    int64_t j = begin;
-    while (j < size_) {
-      if (j + kBlock <= size_) {
-        int below = 0;
-        for (int64_t t = 0; t < kBlock; ++t) below |= change(j + t) < threshold;
-        if (!below) {
-          j += kBlock;
-          continue;
-        }
-      }
-      const int64_t end = std::min(j + kBlock, size_);
-      for (; j < end; ++j) {
-        if (j != i && change(j) < threshold) return j;
-      }
-    }
-    return size_;
-  }
-
-  void add_to_slope(int64_t i, double units) {
-    const double* row = gram_.data() + i * size_;
-    for (int64_t j = 0; j < size_; ++j) slope_[j] += units * row[j];
-  }
-
-  int64_t size_;
-  double total_;
-  std::vector<double> gram_;      // [m, m]
-  std::vector<double> slope_;     // [m] h = G c - N b
-  std::vector<double> diagonal_;  // [m] G_ii
-  std::vector<int64_t> counts_;
-  int64_t remaining_;
-};
 
 template <typename T>
 void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const int64_t* indices, int64_t width,
@@ -145,10 +39,7 @@ void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const i
   }
 
   Rounding rounding(std::move(gram), std::move(products), weights, total);
-  rounding.complete();
-  for (int64_t pass = 0; pass < exchange_passes && rounding.exchange(); ++pass) {
-  }
-  for (int64_t i = 0; i < width; ++i) counts[i] = i < m ? rounding.counts()[i] : 0;
+  rounding.run(exchange_passes, counts, width);
 }
 
 }  // namespace

@@ -53,15 +53,31 @@ inline Wide<float> multiply_add(Wide<float> a, Wide<float> b, Wide<float> c) { r
 inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) { return a * b + c; }
 #endif
 
+typedef float Float4 __attribute__((vector_size(16)));
+typedef double Double2 __attribute__((vector_size(16)));
+
+inline float sum_lanes(Float4 v) {
+  const Float4 swapped = __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  const Float4 pairs = v + swapped;
+  return pairs[0] + pairs[1];
+}
+inline double sum_lanes(Double2 v) { return v[0] + v[1]; }
+
+// Upper half onto lower half until 16 bytes are left: shuffles, no detour through memory.
+template <typename V>
+inline auto sum_lanes(V v) {
+  typedef decltype(v[0] + v[0]) T;
+  typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
+  Half halves[2];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  return sum_lanes(halves[0] + halves[1]);
+}
+
+// Out of line: dimensions that fill no whole vector are rare, and unrolled code for them is not.
 template <typename T>
-inline T horizontal_sum(Wide<T> v) {
-  constexpr int kLanes = kBytes / sizeof(T);
-  T lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+__attribute__((noinline)) T add_tail(T sum, const T* row, const T* other, int64_t count) {
+  for (int64_t t = 0; t < count; ++t) sum += row[t] * other[t];
+  return sum;
 }
 
 // R rows times K vectors at once: enough independent sums to keep the multipliers busy. Each product has one
@@ -80,11 +96,14 @@ inline void dot_block(const T* const* rows, const T* const* vectors, int64_t d, 
       for (int k = 0; k < K; ++k) sums[r][k] = multiply_add(row, shared[k], sums[r][k]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    for (int k = 0; k < K; ++k) {
-      T sum = horizontal_sum<T>(sums[r][k]);
-      for (int64_t t = j; t < d; ++t) sum += rows[r][t] * vectors[k][t];
-      out[k][first + r] = sum;
+#pragma GCC unroll 2
+    for (int k = 0; k < K; ++k) out[k][first + r] = sum_lanes(sums[r][k]);
+  }
+  if (j < d) {
+    for (int r = 0; r < R; ++r) {
+      for (int k = 0; k < K; ++k) out[k][first + r] = add_tail(out[k][first + r], rows[r] + j, vectors[k] + j, d - j);
     }
   }
 }

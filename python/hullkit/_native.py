@@ -1,4 +1,4 @@
-"""Tensors to the compiled core: addresses, shapes, element strides. The only importer of `_core`."""
+"""Tensors to the compiled core: addresses, shapes, strides. The only importer of `_core`."""
 
 from __future__ import annotations
 
@@ -79,13 +79,7 @@ def frank_wolfe_cpu(
     max_support: int,
     max_iters: int,
     tol: float,
-    indices: Tensor,
-    weights: Tensor,
-    support_size: Tensor,
-    residual_norm: Tensor,
-    dual_gap: Tensor,
-    num_iters: Tensor,
-    status: Tensor,
+    *outputs: Tensor,
 ) -> None:
     _core.frank_wolfe_cpu(
         _view(pool),
@@ -95,13 +89,34 @@ def frank_wolfe_cpu(
         max_support,
         max_iters,
         tol,
-        _view(indices),
-        _view(weights),
-        _view(support_size),
-        _view(residual_norm),
-        _view(dual_gap),
-        _view(num_iters),
-        _view(status),
+        *map(_view, outputs),
+        torch.get_num_threads(),
+    )
+
+
+def select_cpu(
+    pool: Tensor,
+    query: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    max_support: int,
+    max_iters: int,
+    tol: float,
+    total: int,
+    exchange_passes: int,
+    *outputs: Tensor,
+) -> None:
+    _core.select_cpu(
+        _view(pool),
+        _view(query),
+        _view(lengths),
+        _view(candidates),
+        max_support,
+        max_iters,
+        tol,
+        total,
+        exchange_passes,
+        *map(_view, outputs),
         torch.get_num_threads(),
     )
 

@@ -51,6 +51,14 @@ frank_wolfe = _operator(
     _native.frank_wolfe_cpu,
 )
 
+select = _operator(
+    "select(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates,"
+    " int max_support, int max_iters, float tol, int total, int exchange_passes,"
+    " Tensor(a!) indices, Tensor(b!) weights, Tensor(c!) support_size, Tensor(d!) residual_norm,"
+    " Tensor(e!) dual_gap, Tensor(f!) num_iters, Tensor(g!) status, Tensor(h!) counts) -> ()",
+    _native.select_cpu,
+)
+
 round_multiplicities = _operator(
     "round_multiplicities(Tensor pool, Tensor query, Tensor indices, Tensor weights,"
     " Tensor? candidates, int total, int exchange_passes, Tensor(a!) counts) -> ()",

@@ -58,9 +58,8 @@ class TestTimeFinetuner:
     Equivalent to, in eval mode: for each example, for each of its c updates: `if update % r == 0:
     recompute the gradient`, `optimizer.step()`. Written out in `hullkit.reference.finetune`.
 
-    The loss is the model's own `.loss` if its forward takes `labels` (Hugging Face causal models),
-    otherwise the mean next-token cross entropy of the logits that `model(input_ids)` returns, taken
-    in float32. Which of the two is decided once, here, from the signature of `model.forward`.
+    The loss is the model's own `.loss` if its forward takes `labels` (Hugging Face; looked up once,
+    here), otherwise the mean next-token cross entropy, in float32, of the logits `model(input_ids)`.
 
     The model runs in eval mode, in the passes and in the with-block: no dropout (the published code
     leaves it on). Parameters with `requires_grad` are trained, whichever they are.
@@ -70,11 +69,9 @@ class TestTimeFinetuner:
         lr, betas, eps: Adam's; lr >= 0, betas in [0, 1), eps >= 0.
         refresh_interval: r >= 1, updates per gradient.
 
-    Attributes:
-        last_report: AdaptReport of the latest query that was adapted to the end, else None.
+    `last_report` is the AdaptReport of the latest query, None if it failed.
 
-    Raises:
-        TypeError, ValueError: a bad argument, or no parameter of the model requires a gradient.
+    Raises TypeError or ValueError at a bad argument, or if no parameter requires a gradient.
 
     Complexity, per query: sum_i ceil(counts_i / r) passes and sum(counts) updates. Memory: beside
     the passes' activations, a copy of the trained parameters and of all buffers (until the block
@@ -128,19 +125,13 @@ class TestTimeFinetuner:
         Raises:
             TypeError, ValueError: a bad example or count, named.
             RuntimeError: on entry, if the model or a part of it is being adapted already.
-            FloatingPointError: on entry, at a loss or gradient that is not finite, naming the
-                example.
+            FloatingPointError: on entry: a loss or gradient is not finite; names the example.
         """
         if isinstance(examples, str) or not isinstance(examples, Sequence):
-            raise TypeError(
-                "examples: expected a sequence with one entry per example, "
-                f"got {type(examples).__name__}"
-            )
+            raise TypeError(f"examples: expected a list of examples, got {type(examples).__name__}")
         schedule = reuse_schedule(counts, self.refresh_interval)
         if len(examples) != len(counts):
-            raise ValueError(
-                f"examples: expected one entry per count ({len(counts)}), got {len(examples)}"
-            )
+            raise ValueError(f"examples: expected {len(counts)}, as counts, got {len(examples)}")
         vocabulary = vocabulary_size(self.model)
         inputs = [self._inputs(f"examples[{i}]", e, vocabulary) for i, e in enumerate(examples)]
         return _Adaptation(self, inputs, schedule)
@@ -163,9 +154,8 @@ class TestTimeFinetuner:
         if labels.dtype != torch.int64:
             raise TypeError(f"{name}['labels']: expected dtype torch.int64, got {labels.dtype}")
         if labels.shape != ids.shape:
-            raise ValueError(
-                f"{name}['labels']: expected shape {tuple(ids.shape)}, got {tuple(labels.shape)}"
-            )
+            expected, got = tuple(ids.shape), tuple(labels.shape)
+            raise ValueError(f"{name}['labels']: expected shape {expected}, got {got}")
         scored = labels[:, 1:] != IGNORED
         if not scored.any():
             raise ValueError(f"{name}['labels']: expected a scored token, got only {IGNORED}")
@@ -181,7 +171,7 @@ class TestTimeFinetuner:
         try:
             for example, num_steps in schedule:
                 loss = self._loss(inputs[example])
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 losses.append(loss.item())
                 _check_finite(f"loss of examples[{example}]", losses[-1])
                 # In the maximum norm: no square can overflow, and NaN wins.
@@ -200,16 +190,16 @@ class TestTimeFinetuner:
 
     def _loss(self, inputs: dict[str, Tensor]) -> Tensor:
         device = device_of(self.model, inputs["input_ids"])
-        moved: dict[str, Any] = {key: tensor.to(device) for key, tensor in inputs.items()}
+        moved: dict[str, Any] = {}
+        for key, tensor in inputs.items():  # autograd takes only a copy of an inference tensor
+            moved[key] = (tensor.clone() if tensor.is_inference() else tensor).to(device)
         if "use_cache" in self._forward:
             moved.setdefault("use_cache", False)  # keys and values kept for generation
         if "labels" in self._forward:
             loss = getattr(self.model(**moved), "loss", None)
             if not isinstance(loss, Tensor) or loss.ndim != 0:
-                raise TypeError(
-                    "model output: expected a scalar tensor .loss, since forward takes labels, "
-                    f"got {type(loss).__name__}"
-                )
+                got = type(loss).__name__
+                raise TypeError(f"model output: expected .loss, a scalar tensor, got {got}")
             return loss
         ids, labels = moved.pop("input_ids"), moved.pop("labels")
         logits = logits_of(self.model(ids, **moved), ids)[0, :-1]  # [T - 1, V]
@@ -255,6 +245,7 @@ class _Adaptation:
     def _run(self) -> None:
         tuner, model = self._tuner, self._tuner.model
         self._claim_model()
+        self._send_held_back()
         tuner.last_report = None
         with torch.inference_mode(False), torch.enable_grad():
             self._snapshot = _Snapshot(model)  # nothing is written before it is complete
@@ -306,13 +297,17 @@ class _Adaptation:
         if self._next_handler is None or signal.getsignal(signal.SIGINT) != self._on_sigint:
             return  # never taken, or the block has set a handler of its own and left it there
         signal.signal(signal.SIGINT, self._next_handler)
+        self._send_held_back()
+
+    def _send_held_back(self) -> None:
         if self._held_back:
+            self._held_back = False
             signal.raise_signal(signal.SIGINT)
 
     def _on_sigint(self, signum: int, frame: FrameType | None) -> None:
         at = frame
         while at is not None:
-            if at.f_code in _METHODS and at.f_locals["self"] is self:
+            if at.f_code in _SHIELDED + _INTERRUPTIBLE and at.f_locals["self"] is self:
                 break
             at = at.f_back
         if at is None or at.f_code in _INTERRUPTIBLE:
@@ -363,8 +358,10 @@ class _Snapshot:
 
 _ADAPTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _LOCK = threading.Lock()
-_INTERRUPTIBLE = [f.__code__ for f in (_Adaptation._intercept_sigint, _Adaptation._run)]
-_METHODS = [f.__code__ for f in (_Adaptation.__enter__, _Adaptation.__exit__)] + _INTERRUPTIBLE
+_INTERRUPTIBLE = tuple(f.__code__ for f in (_Adaptation._intercept_sigint, _Adaptation._run))
+# Claiming too: an interrupt just as `with _LOCK` is left could keep it locked for ever.
+_ENTRY_AND_EXIT = (_Adaptation.__enter__, _Adaptation._claim_model, _Adaptation.__exit__)
+_SHIELDED = tuple(f.__code__ for f in _ENTRY_AND_EXIT)
 
 
 def _put_back(slots: dict[str, Any], saved: dict[str, Any]) -> None:

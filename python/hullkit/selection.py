@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _ops
 from ._checks import (
+    Problem,
     check_choice,
     check_device,
     check_int,
@@ -18,7 +19,6 @@ from ._checks import (
     check_total,
 )
 from .reference import batched
-from .rounding import round_multiplicities
 
 
 class Status(IntEnum):
@@ -148,9 +148,9 @@ def frank_wolfe(
 ) -> FrankWolfeResult:
     """Sparse convex reconstruction of each query from its pool.
 
-    Minimises `f(w) = 1/2 ||query - sum_i w_i pool_i||^2` over the simplex by Frank-Wolfe with exact line
-    search, from the vertex with the largest inner product with the query. All ties go to the lowest
-    index. Equivalent to: `hullkit.reference.frank_wolfe`, for every query.
+    Minimises `f(w) = 1/2 ||query - sum_i w_i pool_i||^2` over the simplex by Frank-Wolfe with exact
+    line search, from the vertex with the largest inner product with the query. All ties go to the
+    lowest index. Equivalent to: `hullkit.reference.frank_wolfe`, for every query.
 
     Args:
         pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
@@ -179,6 +179,16 @@ def frank_wolfe(
     problem = check_pool_query(pool, query, lengths, candidates)
     check_device("frank_wolfe", problem.pool, backend)
     check_choice("variant", variant, ("vanilla",))
+    options, out = _frank_wolfe_options(problem, max_support, max_iters, tol)
+    run = _ops.frank_wolfe if backend is None else batched.frank_wolfe
+    run(*problem, *options, *out)
+    return out
+
+
+def _frank_wolfe_options(
+    problem: Problem, max_support: int | None, max_iters: int, tol: float
+) -> tuple[tuple[int, int, float], FrankWolfeResult]:
+    """Checked options as the operators take them, and the outputs to fill."""
     check_int("max_iters", max_iters, 0)
     tol = check_number("tol", tol, 0.0)
     width = min(problem.positions, max_iters + 1)
@@ -195,9 +205,7 @@ def frank_wolfe(
         num_iters=problem.empty(torch.int64),
         status=problem.empty(torch.int64),
     )
-    run = _ops.frank_wolfe if backend is None else batched.frank_wolfe
-    run(*problem, max_support, max_iters, tol, *out)
-    return out
+    return (max_support, max_iters, tol), out
 
 
 def select(
@@ -216,7 +224,8 @@ def select(
 ) -> Multiset:
     """A multiset of `total` training sequences for each prompt, in one call.
 
-    method="hull": :func:`frank_wolfe`, then :func:`hullkit.round_multiplicities` (HullFT).
+    method="hull": :func:`frank_wolfe`, then :func:`hullkit.round_multiplicities` (HullFT), to the
+    same bits; the Gram matrix of the support is not computed a second time.
     method="knn": the `total` nearest, one update each; max_support, max_iters, tol and
     exchange_passes do not apply and must be left alone.
 
@@ -235,25 +244,15 @@ def select(
     check_total(total)
     result: FrankWolfeResult | KNNResult
     if method == "hull":
-        result = frank_wolfe(
-            pool,
-            query,
-            max_support=total if max_support is None else max_support,
-            max_iters=max_iters,
-            tol=tol,
-            lengths=lengths,
-            candidates=candidates,
-            backend=backend,
+        problem = check_pool_query(pool, query, lengths, candidates)
+        check_device("select", problem.pool, backend)
+        check_int("exchange_passes", exchange_passes, 0)
+        options, result = _frank_wolfe_options(
+            problem, total if max_support is None else max_support, max_iters, tol
         )
-        counts = round_multiplicities(
-            pool,
-            query,
-            result,
-            total,
-            exchange_passes=exchange_passes,
-            candidates=candidates,
-            backend=backend,
-        )
+        counts = torch.empty_like(result.indices)
+        run = _ops.select if backend is None else batched.select
+        run(*problem, *options, total, exchange_passes, *result, counts)
     else:
         result = _nearest(pool, query, total, lengths, candidates, backend)
         counts = torch.ones_like(result.indices)

@@ -144,6 +144,26 @@ def frank_wolfe(
             out[b] = scalar
 
 
+def select(
+    pool: Tensor,
+    query: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    max_support: int,
+    max_iters: int,
+    tol: float,
+    total: int,
+    exchange_passes: int,
+    indices: Tensor,
+    weights: Tensor,
+    *certificates_and_counts: Tensor,
+) -> None:
+    *certificates, counts = certificates_and_counts
+    inputs = (pool, query, lengths, candidates)
+    frank_wolfe(*inputs, max_support, max_iters, tol, indices, weights, *certificates)
+    round_multiplicities(pool, query, indices, weights, candidates, total, exchange_passes, counts)
+
+
 def round_multiplicities(
     pool: Tensor,
     query: Tensor,

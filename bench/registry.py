@@ -1,0 +1,214 @@
+"""Every operation's benchmark: who competes, on which problem, and the gate they pass first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import eager_torch
+import numpy as np
+import torch
+from problems import KINDS, Selection
+
+import hullkit
+from hullkit import reference
+
+TOTAL = 50  # updates, and the limit of the support
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one problem. `providers` return comparable answers; `gate` compares them."""
+
+    op: str
+    shape: str
+    dtype: str
+    providers: dict[str, Callable[[], Any]]
+    gate: Callable[[dict[str, Any]], None]
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.shape}-{self.dtype}"
+
+
+def _with_threads(threads: int, call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        torch.set_num_threads(threads)
+        return call()
+
+    return run
+
+
+def _single(kind: str, n: int, d: int) -> tuple[Selection, torch.Tensor, torch.Tensor]:
+    problem = KINDS[kind](1, n, d)
+    pool, query = (torch.from_numpy(array[0]).float() for array in problem)
+    # The oracle gets the very numbers the float32 kernels get.
+    return Selection(pool.double().numpy(), query.double().numpy()), pool, query
+
+
+def _loss(problem: Selection, indices: Any, counts: Any) -> float:
+    indices, counts = np.asarray(indices), np.asarray(counts)
+    used = indices >= 0
+    share = counts[used] / counts[used].sum()
+    return float(np.sum((problem.query - share @ problem.pool[indices[used]]) ** 2))
+
+
+def _gate_losses(problem: Selection, exactly: int | None) -> Callable[[dict[str, Any]], None]:
+    """Nobody reconstructs the query worse than the oracle does; integer answers sum to `exactly`."""
+
+    def gate(answers: dict[str, Any]) -> None:
+        wanted = _loss(problem, *answers["numpy"])
+        for provider, (indices, counts) in answers.items():
+            if exactly is not None:
+                assert int(np.sum(np.asarray(counts))) == exactly, provider
+            assert _loss(problem, indices, counts) <= wanted + 1e-5, provider
+
+    return gate
+
+
+def _gate_equal(answers: dict[str, Any]) -> None:
+    for provider, answer in answers.items():
+        assert np.array_equal(np.asarray(answer), np.asarray(answers["numpy"])), provider
+
+
+def selection_cases(kind: str, n: int, d: int) -> Iterator[Case]:
+    """One prompt, float32, one thread: frank_wolfe, round_multiplicities, and both (`select`)."""
+    problem, pool, query = _single(kind, n, d)
+    shape = f"{kind} n={n} d={d} total={TOTAL}"
+    outcome = reference.frank_wolfe(problem.pool, problem.query, TOTAL)
+    support = problem.pool[outcome.indices]
+    result = hullkit.FrankWolfeResult(
+        torch.from_numpy(outcome.indices), torch.from_numpy(outcome.weights), *[torch.empty(0)] * 5
+    )
+    weights = torch.from_numpy(outcome.weights).float()
+
+    def numpy_select() -> tuple[Any, Any]:
+        indices, weights, *_ = reference.frank_wolfe(problem.pool, problem.query, TOTAL)
+        return indices, reference.round_multiplicities(
+            problem.pool[indices], problem.query, weights, TOTAL
+        )
+
+    def torch_select() -> tuple[Any, Any]:
+        indices, weights = eager_torch.frank_wolfe(pool, query, TOTAL)
+        return indices, eager_torch.round_multiplicities(pool[indices], query, weights, TOTAL)
+
+    def hullkit_select() -> tuple[Any, Any]:
+        result = hullkit.frank_wolfe(pool, query, max_support=TOTAL)
+        return result.indices, hullkit.round_multiplicities(pool, query, result, TOTAL)
+
+    yield Case(
+        "frank_wolfe",
+        shape,
+        "float32",
+        {
+            "numpy": lambda: reference.frank_wolfe(problem.pool, problem.query, TOTAL)[:2],
+            "torch": lambda: eager_torch.frank_wolfe(pool, query, TOTAL),
+            "hullkit": lambda: hullkit.frank_wolfe(pool, query, max_support=TOTAL)[:2],
+        },
+        _gate_losses(problem, None),
+    )
+    yield Case(
+        "round_multiplicities",
+        f"{shape} m={len(support)}",
+        "float32",
+        {
+            "numpy": lambda: (
+                outcome.indices,
+                reference.round_multiplicities(support, problem.query, outcome.weights, TOTAL),
+            ),
+            "torch": lambda: (
+                outcome.indices,
+                eager_torch.round_multiplicities(pool[result.indices], query, weights, TOTAL),
+            ),
+            "hullkit": lambda: (
+                outcome.indices,
+                hullkit.round_multiplicities(pool, query, result, TOTAL),
+            ),
+        },
+        _gate_losses(problem, TOTAL),
+    )
+    yield Case(
+        "frank_wolfe + round_multiplicities",
+        shape,
+        "float32",
+        {"numpy": numpy_select, "torch": torch_select, "hullkit": hullkit_select},
+        _gate_losses(problem, TOTAL),
+    )
+
+
+def scan_cases(n: int, d: int) -> Iterator[Case]:
+    """One pass over a pool: lmo and knn."""
+    problem, pool, query = _single("neighbours", n, d)
+    shape = f"n={n} d={d}"
+    yield Case(
+        "lmo",
+        shape,
+        "float32",
+        {
+            "numpy": lambda: reference.lmo(problem.pool, problem.query)[0],
+            "torch": lambda: torch.argmin(pool @ query),
+            "hullkit": lambda: hullkit.lmo(pool, query).index,
+        },
+        _gate_equal,
+    )
+    yield Case(
+        "knn",
+        f"{shape} k={TOTAL}",
+        "float32",
+        {
+            "numpy": lambda: reference.knn(problem.pool, problem.query, TOTAL)[0],
+            "torch": lambda: torch.topk(pool @ query, TOTAL).indices,
+            "hullkit": lambda: hullkit.knn(pool, query, TOTAL).indices,
+        },
+        _gate_equal,
+    )
+
+
+def apportion_case(size: int) -> Case:
+    weights = np.random.default_rng(0).dirichlet(np.full(size, 0.5))
+    tensor = torch.from_numpy(weights)
+    return Case(
+        "apportion",
+        f"m={size} total={TOTAL}",
+        "float64",
+        {
+            "numpy": lambda: reference.apportion(weights, TOTAL),
+            "torch": lambda: eager_torch.apportion(tensor, TOTAL),
+            "hullkit": lambda: hullkit.apportion(tensor, TOTAL),
+        },
+        _gate_equal,
+    )
+
+
+def batch_case(batch: int, n: int, d: int) -> Case:
+    """A batch of prompts on one thread and on two: the same bits, half the time."""
+    problem = KINDS["neighbours"](batch, n, d)
+    pool, query = (torch.from_numpy(array).float() for array in problem)
+
+    def select() -> Any:
+        selection = hullkit.select(pool, query, TOTAL)
+        return torch.stack([selection.indices, selection.counts])
+
+    def gate(answers: dict[str, Any]) -> None:
+        one, two = answers.values()
+        assert torch.equal(one, two)
+
+    return Case(
+        "select",
+        f"neighbours B={batch} n={n} d={d} total={TOTAL}",
+        "float32",
+        {"hullkit 1 thread": _with_threads(1, select), "hullkit 2 threads": _with_threads(2, select)},
+        gate,
+    )
+
+
+def cases() -> Iterator[Case]:
+    for kind in KINDS:
+        for d in (384, 1024):
+            yield from selection_cases(kind, 200, d)
+    for n in (200, 20_000):
+        yield from scan_cases(n, 384)
+    yield apportion_case(TOTAL)
+    for d in (384, 1024):
+        yield batch_case(64, 200, d)

@@ -1,0 +1,243 @@
+// One Frank-Wolfe run, on the quantities that make an iteration O(n): base = X q, scores = X residual, and
+// three scalars.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "frank_wolfe/gram_columns.h"
+#include "hullkit/frank_wolfe.h"
+#include "pool/pool_rows.h"
+#include "simd/simd.h"
+
+namespace hullkit {
+
+inline constexpr double kStalledSquaredNorm = 1e-12;
+
+template <typename T>
+class FrankWolfeRun {
+ public:
+  FrankWolfeRun(const PoolRows<T>& rows, const T* query, const FrankWolfeParams& params, int num_threads)
+      : rows_(rows),
+        query_(query),
+        params_(params),
+        num_threads_(num_threads),
+        gram_(rows, num_threads),
+        base_(rows.size()),
+        scores_(rows.size()),
+        slot_(rows.size(), -1) {}
+
+  Status run() {
+    start();
+    // Asked before the first step, so that a support of one is the nearest vertex with weight 1.
+    if (support_full()) return Status::kMaxSupport;
+    while (num_iters_ < params_.max_iters) {
+      const double residual = refined(query_squared_ - 2.0 * query_iterate_ + iterate_squared_, query_squared_,
+                                      [this] { return residual_squared(); });
+      if (std::sqrt(std::max(residual, 0.0)) < params_.tol) return Status::kConverged;
+      if (!step()) return Status::kStalled;
+      if (support_full()) return Status::kMaxSupport;
+    }
+    return Status::kMaxIters;
+  }
+
+  // What rounding needs, for the support in the order of the result: products with the query, the Gram matrix
+  // row by row, and weights. All known by now, with the bits they would have if computed anew.
+  void support(std::vector<double>* products, std::vector<double>* gram, std::vector<double>* weights) {
+    const std::vector<int64_t> order = by_weight();
+    const size_t m = order.size();
+    products->resize(m);
+    gram->resize(m * m);
+    weights->resize(m);
+    for (size_t s = 0; s < m; ++s) {
+      const int64_t i = touched_[order[s]];
+      (*products)[s] = base_[i];
+      (*weights)[s] = weights_[order[s]];
+      for (size_t t = 0; t <= s; ++t) {
+        const int64_t j = touched_[order[t]];
+        (*gram)[s * m + t] = (*gram)[t * m + s] = product(i, j);
+      }
+    }
+  }
+
+  // Fills entry b of the result; the certificates are recomputed from the input.
+  void write(const FrankWolfeResult& result, int64_t b, Status status) {
+    const std::vector<int64_t> order = by_weight();
+    for (int64_t t = 0; t < result.indices.shape[1]; ++t) {
+      const bool used = t < static_cast<int64_t>(order.size());
+      *result.indices.at<int64_t>(b, t) = used ? rows_.position(touched_[order[t]]) : -1;
+      *result.weights.at<double>(b, t) = used ? weights_[order[t]] : 0.0;
+    }
+    *result.support_size.at<int64_t>(b) = static_cast<int64_t>(touched_.size());
+    *result.residual_norm.at<double>(b) = std::sqrt(residual_squared());
+    *result.dual_gap.at<double>(b) = dual_gap();
+    *result.num_iters.at<int64_t>(b) = num_iters_;
+    *result.status.at<int64_t>(b) = static_cast<int64_t>(status);
+  }
+
+ private:
+  // Places in touched_ by falling weight, lowest index on a tie.
+  std::vector<int64_t> by_weight() const {
+    std::vector<int64_t> order(touched_.size());
+    std::iota(order.begin(), order.end(), int64_t{0});
+    std::sort(order.begin(), order.end(), [this](int64_t i, int64_t j) {
+      return weights_[i] != weights_[j] ? weights_[i] > weights_[j] : touched_[i] < touched_[j];
+    });
+    return order;
+  }
+
+  // <x_i, x_j> of two touched vertices; the last one touched may be without a column.
+  double product(int64_t i, int64_t j) const {
+    if (gram_.known(i)) return gram_.known_column(i)[j];
+    return i == j ? own_product(i) : gram_.known_column(j)[i];
+  }
+
+  void start() {
+    const int64_t n = rows_.size();
+    std::vector<T> products(n);
+    rows_.dots(query_, products.data(), num_threads_);
+    for (int64_t i = 0; i < n; ++i) {
+      if (!std::isfinite(products[i])) rows_.explain_not_finite(i, "query");
+      base_[i] = products[i];
+    }
+    best_ = std::max_element(base_.begin(), base_.end()) - base_.begin();
+    query_squared_ = squared_norm(query_);
+    touch(best_);
+    weights_.back() = 1.0;
+    query_iterate_ = base_[best_];
+    if (support_full()) return;
+    const T* column = gram_.column(best_, base_.data());
+    check_gram(best_, column[best_]);
+    iterate_squared_ = column[best_];
+    best_ = simd().ops<T>().advance(scores_.data(), column, 1.0, base_.data(), n);
+  }
+
+  // One LMO answer (already in best_), line search and move. False if the iterate is that vertex already.
+  bool step() {
+    const int64_t vertex = best_;
+    const bool last = slot_[vertex] < 0 && static_cast<int64_t>(touched_.size()) + 1 >= params_.max_support;
+    // The last vertex needs no column: nothing is scored after it.
+    const T* column = last && !gram_.known(vertex) ? nullptr : gram_.column(vertex, scores_.data());
+    const double vertex_squared = column != nullptr ? static_cast<double>(column[vertex]) : own_product(vertex);
+    check_gram(vertex, vertex_squared);
+    const double vertex_iterate = base_[vertex] - scores_[vertex];
+    const double length_squared =
+        refined(vertex_squared - 2.0 * vertex_iterate + iterate_squared_, std::max(vertex_squared, iterate_squared_),
+                [&] { return distance_squared(vertex); });
+    if (length_squared < kStalledSquaredNorm) return false;
+    const double slope = scores_[vertex] - (query_iterate_ - iterate_squared_);
+    const double step = std::min(std::max(slope / length_squared, 0.0), 1.0);
+
+    const double keep = 1.0 - step;
+    if (slot_[vertex] < 0) touch(vertex);
+    for (double& weight : weights_) weight *= keep;
+    weights_[slot_[vertex]] += step;
+    query_iterate_ = keep * query_iterate_ + step * base_[vertex];
+    iterate_squared_ =
+        keep * keep * iterate_squared_ + 2.0 * step * keep * vertex_iterate + step * step * vertex_squared;
+    if (!last) {
+      best_ = simd().ops<T>().advance(scores_.data(), column, step, base_.data(), rows_.size());
+    }
+    ++num_iters_;
+    return true;
+  }
+
+  // A squared length from the recurrences carries an error of about eps * scale. Where that could matter to a
+  // stopping test, the length is recomputed from the vectors themselves.
+  template <typename Exact>
+  double refined(double squared, double scale, Exact&& exact) const {
+    constexpr double kTrusted = std::is_same_v<T, double> ? 1e-10 : 1e-5;
+    return squared <= kTrusted * scale ? exact() : squared;
+  }
+
+  // iterate [d] in float64.
+  std::vector<double> iterate() const {
+    std::vector<double> sum(rows_.dim());
+    std::vector<T> buffer(rows_.dim());
+    for (size_t t = 0; t < touched_.size(); ++t) {
+      simd().ops<T>().add_scaled(sum.data(), rows_.row(touched_[t], buffer.data()), weights_[t], rows_.dim());
+    }
+    return sum;
+  }
+
+  double residual_squared() const {
+    const std::vector<double> x = iterate();
+    double sum = 0.0;
+    for (int64_t j = 0; j < rows_.dim(); ++j) {
+      const double difference = static_cast<double>(query_[j]) - x[j];
+      sum += difference * difference;
+    }
+    return sum;
+  }
+
+  double distance_squared(int64_t vertex) const {
+    const std::vector<double> x = iterate();
+    std::vector<T> buffer(rows_.dim());
+    const T* row = rows_.row(vertex, buffer.data());
+    double sum = 0.0;
+    for (int64_t j = 0; j < rows_.dim(); ++j) {
+      const double difference = static_cast<double>(row[j]) - x[j];
+      sum += difference * difference;
+    }
+    return sum;
+  }
+
+  // max_i <residual, x_i> - <residual, iterate>, from the residual itself.
+  double dual_gap() const {
+    const std::vector<double> x = iterate();
+    std::vector<T> residual(rows_.dim());
+    double residual_iterate = 0.0;
+    for (int64_t j = 0; j < rows_.dim(); ++j) {
+      const double difference = static_cast<double>(query_[j]) - x[j];
+      residual[j] = static_cast<T>(difference);
+      residual_iterate += difference * x[j];
+    }
+    std::vector<T> products(rows_.size());
+    rows_.dots(residual.data(), products.data(), num_threads_);
+    return static_cast<double>(*std::max_element(products.begin(), products.end())) - residual_iterate;
+  }
+
+  double squared_norm(const T* vector) const {
+    T product;
+    simd().ops<T>().dots(&vector, 1, vector, rows_.dim(), &product);
+    return product;
+  }
+
+  double own_product(int64_t i) const {
+    std::vector<T> buffer(rows_.dim());
+    return squared_norm(rows_.row(i, buffer.data()));
+  }
+
+  void check_gram(int64_t i, double product) const {
+    if (!std::isfinite(product)) rows_.explain_not_finite(i, "itself");
+  }
+
+  void touch(int64_t i) {
+    slot_[i] = static_cast<int64_t>(touched_.size());
+    touched_.push_back(i);
+    weights_.push_back(0.0);
+  }
+
+  bool support_full() const { return static_cast<int64_t>(touched_.size()) >= params_.max_support; }
+
+  const PoolRows<T>& rows_;
+  const T* query_;
+  const FrankWolfeParams params_;
+  const int num_threads_;
+  GramColumns<T> gram_;
+  std::vector<double> base_;    // [n] X query
+  std::vector<double> scores_;  // [n] X residual
+  std::vector<int64_t> slot_;   // [n] place in touched_, -1 if untouched
+  std::vector<int64_t> touched_;
+  std::vector<double> weights_;  // aligned with touched_
+  int64_t best_ = 0;             // the LMO's answer at the current iterate
+  double query_squared_ = 0.0;
+  double query_iterate_ = 0.0;
+  double iterate_squared_ = 0.0;
+  int64_t num_iters_ = 0;
+};
+
+}  // namespace hullkit
