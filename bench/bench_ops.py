@@ -27,11 +27,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("case_id", "provider"), ALL, ids="-".join)
+@pytest.mark.parametrize(("case_id", "provider"), ALL, ids=["-".join(key) for key in ALL])
 def bench_op(benchmark: Any, case_id: str, provider: str) -> None:
     _gate(case_id)
     case: Case = ALL[case_id, provider]
-    benchmark.extra_info.update(
-        op=case.op, shape=case.shape, dtype=case.dtype, provider=provider
-    )
+    benchmark.extra_info.update(op=case.op, shape=case.shape, dtype=case.dtype, provider=provider)
     benchmark(case.providers[provider])

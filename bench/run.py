@@ -29,8 +29,8 @@ FIELDS = (
 
 # (op, start of the shape, provider, rival, least ratio of their medians)
 BARS = (
-    ("frank_wolfe + round_multiplicities", "gaussian n=200 d=1024", "hullkit", "numpy", 120),
-    ("frank_wolfe + round_multiplicities", "gaussian n=200 d=384", "hullkit", "numpy", 150),
+    ("select", "gaussian n=200 d=1024", "hullkit", "numpy", 120),
+    ("select", "gaussian n=200 d=384", "hullkit", "numpy", 150),
     ("select", "neighbours B=64 n=200 d=384", "hullkit 2 threads", "hullkit 1 thread", 1.8),
     ("select", "neighbours B=64 n=200 d=1024", "hullkit 2 threads", "hullkit 1 thread", 1.8),
 )
@@ -58,7 +58,11 @@ def _measure(keyword: str) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "pytest", str(HERE / "bench_ops.py"), "-q", "-k", keyword]
         command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
         command += ["-o", f"pythonpath={HERE}", "--benchmark-json", str(report)]
-        command += ["--benchmark-warmup=on", "--benchmark-min-rounds=15", "--benchmark-max-time=0.7"]
+        command += [
+            "--benchmark-warmup=on",
+            "--benchmark-min-rounds=15",
+            "--benchmark-max-time=0.7",
+        ]
         command += ["--benchmark-disable-gc", "--benchmark-columns=median", "--benchmark-sort=name"]
         subprocess.run(command, cwd=HERE, env=os.environ | threads, check=True)
         benchmarks: list[dict[str, Any]] = json.loads(report.read_text())["benchmarks"]
@@ -97,9 +101,13 @@ def _median(rows: list[dict[str, Any]], op: str, shape: str, provider: str) -> f
 
 
 def _print(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title=f"median ms on {rows[0]['device']}, {rows[0]['simd']}, one thread unless said")
+    table = Table(
+        title=f"median ms on {rows[0]['device']}, {rows[0]['simd']}, one thread unless said"
+    )
     for column in ("op", "shape", "provider", "p50 ms", "times hullkit's"):
-        table.add_column(column, justify="left" if column in ("op", "shape", "provider") else "right")
+        table.add_column(
+            column, justify="left" if column in ("op", "shape", "provider") else "right"
+        )
     for row in rows:
         own = [r for r in rows if (r["op"], r["shape"]) == (row["op"], row["shape"])]
         base = next(r for r in own if r["provider"].startswith("hullkit"))
@@ -115,8 +123,12 @@ def _print(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("-k", default="", metavar="EXPRESSION", help="only cases that match, as in pytest")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "-k", default="", metavar="EXPRESSION", help="only cases that match, as in pytest"
+    )
     parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
     arguments = parser.parse_args()
     rows = _rows(_measure(arguments.k))

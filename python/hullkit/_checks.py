@@ -31,7 +31,7 @@ class Problem(NamedTuple):
 
     def empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Uninitialised output, `shape` behind the batch dimension if there is one."""
-        return torch.empty((*self.query.shape[:-1], *shape), dtype=dtype, device=self.pool.device)
+        return self.query.new_empty(self.query.shape[:-1] + shape, dtype=dtype)
 
 
 def check_tensor(name: str, value: Any) -> Tensor:

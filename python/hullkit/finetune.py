@@ -30,7 +30,7 @@ from .schedule import Reuse, reuse_schedule
 
 __all__ = ["AdaptReport", "TestTimeFinetuner"]
 
-IGNORED = -100  # the label of a token that is not scored, as in F.cross_entropy and Hugging Face
+IGNORED = -100  # the label of a token that is not scored, as in F.cross_entropy
 
 
 class AdaptReport(NamedTuple):
@@ -59,7 +59,7 @@ class TestTimeFinetuner:
     recompute the gradient`, `optimizer.step()`. Written out in `hullkit.reference.finetune`.
 
     The loss is the model's own `.loss` if its forward takes `labels` (Hugging Face; looked up once,
-    here), otherwise the mean next-token cross entropy, in float32, of the logits `model(input_ids)`.
+    here), else the mean next-token cross entropy, in float32, of the logits `model(input_ids)`.
 
     The model runs in eval mode, in the passes and in the with-block: no dropout (the published code
     leaves it on). Parameters with `requires_grad` are trained, whichever they are.

@@ -35,8 +35,8 @@ def round_multiplicities(
     """Integer multiplicities that reconstruct the query about as well as the convex weights.
 
     Finds counts `c >= 0`, `sum c = total`, with small
-    `L(c) = ||query - sum_i (c_i / total) s_i||^2` over the support points s_i of `result`: floors of
-    the quotas `total * w_i / sum w`, then greedy completion (lowest index on a tie), then up to
+    `L(c) = ||query - sum_i (c_i / total) s_i||^2` over the support points s_i of `result`: floors
+    of the quotas `total * w_i / sum w`, then greedy completion (lowest index on a tie), then up to
     `exchange_passes` passes that move single units where that lowers L by more than 1e-14. The
     donors of a pass are the positive counts it starts with, and a donor gives only while it has
     something to give.

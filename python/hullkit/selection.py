@@ -196,14 +196,16 @@ def _frank_wolfe_options(
         max_support = problem.positions + 1  # never reached
     else:
         width = min(width, check_int("max_support", max_support, 1))
-    out = FrankWolfeResult(
+    count = problem.empty(torch.int64)
+    length = problem.empty(torch.float64)
+    out = FrankWolfeResult(  # empty_like: a third of the cost of empty, and there are seven
         indices=problem.empty(torch.int64, width),
         weights=problem.empty(torch.float64, width),
-        support_size=problem.empty(torch.int64),
-        residual_norm=problem.empty(torch.float64),
-        dual_gap=problem.empty(torch.float64),
-        num_iters=problem.empty(torch.int64),
-        status=problem.empty(torch.int64),
+        support_size=count,
+        residual_norm=length,
+        dual_gap=torch.empty_like(length),
+        num_iters=torch.empty_like(count),
+        status=torch.empty_like(count),
     )
     return (max_support, max_iters, tol), out
 

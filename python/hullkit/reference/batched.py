@@ -164,6 +164,35 @@ def select(
     round_multiplicities(pool, query, indices, weights, candidates, total, exchange_passes, counts)
 
 
+def _support(
+    problem: _Problem, indices: NDArray[np.int64], n: int, b: int
+) -> NDArray[np.int64]:
+    """Rows of problem.pool that the positions in `indices` name, up to the first -1."""
+    named = indices[: (*np.flatnonzero(indices == -1), len(indices))[0]]
+    if len(named) == 0:
+        raise ValueError(f"indices: expected at least one support point in entry {b}, got only -1")
+    for position in named:
+        if not 0 <= position < n:
+            raise ValueError(
+                f"indices: expected positions 0..{n - 1} (-1 for padding), "
+                f"got {position} in entry {b}"
+            )
+        if position not in problem.positions:
+            raise ValueError(
+                f"candidates: expected a row at position {position} that indices names, got -1"
+            )
+    return np.searchsorted(problem.positions, named)
+
+
+def _weights(tensor: Tensor) -> Array:
+    values = _finite("weights", tensor)
+    with np.errstate(over="ignore"):
+        weight_sum = np.maximum(values, 0.0).sum()
+    if not np.isfinite(weight_sum):
+        raise ValueError(f"weights: expected a finite sum, got {weight_sum}")
+    return values
+
+
 def round_multiplicities(
     pool: Tensor,
     query: Tensor,
@@ -176,12 +205,12 @@ def round_multiplicities(
 ) -> None:
     indices, weights, counts = _entries(indices, weights, counts, rank=1)
     for b, problem in _problems(pool, query, None, candidates):
-        used = int((indices[b] >= 0).sum())
-        support = np.searchsorted(problem.positions, indices[b, :used].cpu().numpy())
+        n = pool.shape[-2] if candidates is None else candidates.shape[-1]
+        support = _support(problem, indices[b].cpu().numpy(), n, b)
         result = _round_multiplicities(
             problem.pool[support],
             problem.query,
-            _finite("weights", weights[b, :used]),
+            _weights(weights[b, : len(support)]),
             total,
             exchange_passes,
         )
@@ -191,4 +220,4 @@ def round_multiplicities(
 def apportion(weights: Tensor, total: int, counts: Tensor) -> None:
     weights, counts = _entries(weights, counts, rank=1)
     for b in range(weights.shape[0]):
-        _fill(counts[b], _apportion(_finite("weights", weights[b]), total), 0)
+        _fill(counts[b], _apportion(_weights(weights[b]), total), 0)
