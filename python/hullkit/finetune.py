@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-import signal
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._adaptation import Adaptation
 from ._checks import check_int, check_number, check_tensor
 from .metrics import (
     at_least_float32,
@@ -134,7 +131,7 @@ class TestTimeFinetuner:
             raise ValueError(f"examples: expected {len(counts)}, as counts, got {len(examples)}")
         vocabulary = vocabulary_size(self.model)
         inputs = [self._inputs(f"examples[{i}]", e, vocabulary) for i, e in enumerate(examples)]
-        return _Adaptation(self, inputs, schedule)
+        return Adaptation(self, inputs, schedule)
 
     def _inputs(self, name: str, example: Any, vocabulary: int | None) -> dict[str, Tensor]:
         """The checked keyword inputs of one example, `input_ids` and `labels` among them."""
@@ -204,183 +201,6 @@ class TestTimeFinetuner:
         ids, labels = moved.pop("input_ids"), moved.pop("labels")
         logits = logits_of(self.model(ids, **moved), ids)[0, :-1]  # [T - 1, V]
         return F.cross_entropy(at_least_float32(logits), labels[0, 1:], ignore_index=IGNORED)
-
-
-class _Adaptation:
-    """One with-block of `TestTimeFinetuner.adapted`.
-
-    A class and not a generator: a Ctrl-C may arrive between a generator's yield and the block, or
-    as `__exit__` is called, before its first line, where no try can catch it. So from entry to exit
-    SIGINT comes here first: in the block and in the passes it is handed on at once, elsewhere in
-    this class it is held back, and sent again when the model is restored.
-    """
-
-    def __init__(
-        self, tuner: TestTimeFinetuner, inputs: list[dict[str, Tensor]], schedule: list[Reuse]
-    ) -> None:
-        self._tuner = tuner
-        self._inputs = inputs
-        self._schedule = schedule
-        self._entered = False
-        self._claimed: list[nn.Module] = []
-        self._snapshot: _Snapshot | None = None
-        self._next_handler: Any = None
-        self._held_back = False
-
-    def __enter__(self) -> nn.Module:
-        if self._entered:
-            raise RuntimeError("adapted(): expected one with-block for each call, got a second one")
-        self._entered = True
-        try:
-            self._intercept_sigint()
-            self._run()
-            return self._tuner.model
-        except BaseException:
-            self._finish()
-            raise
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._finish()
-
-    def _run(self) -> None:
-        tuner, model = self._tuner, self._tuner.model
-        self._claim_model()
-        self._send_held_back()
-        tuner.last_report = None
-        with torch.inference_mode(False), torch.enable_grad():
-            self._snapshot = _Snapshot(model)  # nothing is written before it is complete
-            for module in model.modules():
-                # The flag itself, not .eval(): that may be overridden to do more (merge adapters).
-                module.training = False
-            for parameter in model.parameters():
-                parameter.grad = None
-            tuner.last_report = tuner._run(self._inputs, self._schedule)
-
-    def _finish(self) -> None:
-        """Undo all of __enter__, as far as it got."""
-        error: BaseException | None = None
-        while self._snapshot is not None:
-            try:
-                self._snapshot.restore()
-            except Exception as failure:  # a lost device, say: another attempt would fail as well
-                error = failure
-            except BaseException as interrupt:  # an exit from another signal's handler: go on
-                error = interrupt
-                continue
-            self._snapshot = None
-        _ADAPTED.difference_update(self._claimed)
-        self._release_sigint()
-        if error is not None:
-            raise error
-
-    def _claim_model(self) -> None:
-        # Modules, not only the model: a wrapper or a part of it shares its weights.
-        modules = list(self._tuner.model.modules())
-        with _LOCK:
-            if any(module in _ADAPTED for module in modules):
-                raise RuntimeError(
-                    "adapted(): expected a model that is not being adapted, got one inside an "
-                    "adapted() block of this tuner or of one that shares modules with it"
-                )
-            self._claimed = modules
-            _ADAPTED.update(modules)
-
-    def _intercept_sigint(self) -> None:
-        # Python runs signal handlers in the main thread only: no other thread gets the exception.
-        if threading.current_thread() is threading.main_thread():
-            handler = signal.getsignal(signal.SIGINT)
-            if callable(handler):
-                self._next_handler = handler
-                signal.signal(signal.SIGINT, self._on_sigint)
-
-    def _release_sigint(self) -> None:
-        if self._next_handler is None or signal.getsignal(signal.SIGINT) != self._on_sigint:
-            return  # never taken, or the block has set a handler of its own and left it there
-        signal.signal(signal.SIGINT, self._next_handler)
-        self._send_held_back()
-
-    def _send_held_back(self) -> None:
-        if self._held_back:
-            self._held_back = False
-            signal.raise_signal(signal.SIGINT)
-
-    def _on_sigint(self, signum: int, frame: FrameType | None) -> None:
-        at = frame
-        while at is not None:
-            if at.f_code in _SHIELDED + _INTERRUPTIBLE and at.f_locals["self"] is self:
-                break
-            at = at.f_back
-        if at is None or at.f_code in _INTERRUPTIBLE:
-            self._next_handler(signum, frame)
-        else:
-            self._held_back = True
-
-
-class _Snapshot:
-    """What a query may change in a model. Restoring may be cut short and begun again."""
-
-    def __init__(self, model: nn.Module) -> None:
-        # The slots too: code in the block may replace a buffer instead of writing to it.
-        self._modules = [
-            (module, module.training, dict(module._parameters), dict(module._buffers))
-            for module in model.modules()
-        ]
-        self._flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-        # Tied parameters and shared buffers appear once. `data` keeps dtype, device and storage in
-        # case the block moves or casts the model; only what training may write to is copied.
-        self._tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        for p in model.parameters():
-            self._tensors.append((p, p.data, p.data.clone() if p.requires_grad else None))
-        for buffer in model.buffers():
-            self._tensors.append((buffer, buffer.data, _written(buffer.data).clone()))
-
-    def restore(self) -> None:
-        failure: Exception | None = None
-        for module, training, parameters, buffers in self._modules:
-            _put_back(module._parameters, parameters)
-            _put_back(module._buffers, buffers)
-            module.training = training
-        for tensor, data, copy in self._tensors:
-            try:
-                if _geometry(tensor) != _geometry(data):
-                    tensor.data = data
-                if copy is not None:
-                    with torch.no_grad():
-                        _written(tensor).copy_(copy)
-            except Exception as error:  # the others are restored all the same
-                failure = failure or error
-        for parameter, requires_grad, grad in self._flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        if failure is not None:
-            raise failure
-
-
-_ADAPTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_LOCK = threading.Lock()
-_INTERRUPTIBLE = tuple(f.__code__ for f in (_Adaptation._intercept_sigint, _Adaptation._run))
-# Claiming too: an interrupt just as `with _LOCK` is left could keep it locked for ever.
-_ENTRY_AND_EXIT = (_Adaptation.__enter__, _Adaptation._claim_model, _Adaptation.__exit__)
-_SHIELDED = tuple(f.__code__ for f in _ENTRY_AND_EXIT)
-
-
-def _put_back(slots: dict[str, Any], saved: dict[str, Any]) -> None:
-    # Compared by identity: tensors compare by element.
-    if [(k, id(v)) for k, v in slots.items()] != [(k, id(v)) for k, v in saved.items()]:
-        slots.clear()
-        slots.update(saved)
-
-
-def _geometry(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-
-
-def _written(tensor: Tensor) -> Tensor:
-    """The tensor without the repetitions of an expanded one, which cannot be written to."""
-    for dim, stride in enumerate(tensor.stride()):
-        if stride == 0:
-            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
-    return tensor
 
 
 def _check_trainable(model: nn.Module) -> list[nn.Parameter]:

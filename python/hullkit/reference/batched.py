@@ -164,9 +164,7 @@ def select(
     round_multiplicities(pool, query, indices, weights, candidates, total, exchange_passes, counts)
 
 
-def _support(
-    problem: _Problem, indices: NDArray[np.int64], n: int, b: int
-) -> NDArray[np.int64]:
+def _support(problem: _Problem, indices: NDArray[np.int64], n: int, b: int) -> NDArray[np.int64]:
     """Rows of problem.pool that the positions in `indices` name, up to the first -1."""
     named = indices[: (*np.flatnonzero(indices == -1), len(indices))[0]]
     if len(named) == 0:

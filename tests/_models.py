@@ -1,0 +1,120 @@
+"""Small causal language models, and everything about one that must be back after a query."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from hullkit import _adaptation
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 31
+COUNTS = [5, 0, 2, 1]
+
+
+class PlainLM(nn.Module):
+    """A causal model in plain torch with all that must come back: buffers, batch norm, dropout."""
+
+    mask: Tensor
+    calls: Tensor
+    repeated: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.dropout = nn.Dropout(0.5)
+        self.frozen = nn.Linear(12, 12).requires_grad_(False)
+        self.head = nn.Linear(12, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight  # tied
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("repeated", torch.ones(1).expand(12))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.norm(self.embedding(ids).transpose(1, 2)).transpose(1, 2)
+        x = torch.tanh(self.frozen(self.dropout(x))) * self.repeated
+        x = x.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]
+        out: Tensor = self.head(x)
+        return out
+
+
+def plain(seed: int = 0) -> PlainLM:
+    torch.manual_seed(seed)
+    return PlainLM()
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            attention_dropout=0.3,
+        )
+    )
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+    )
+
+
+MODELS = [plain, llama, gpt2]  # GPT-2 ties its embeddings and has dropout 0.1
+
+
+def texts(count: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(VOCABULARY, (n,), generator=generator) for n in (17, 9, 2, 25)][:count]
+
+
+class Before:
+    """A model made untidy on purpose, and everything about it that must be so again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        model.train()
+        list(model.modules())[1].eval()
+        for parameter in list(model.parameters())[::2]:
+            parameter.grad = torch.full_like(parameter, 0.25)
+        self.bits = {name: self.copy(t) for name, t in self.tensors()}
+        self.facts = self.look()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.named_parameters(remove_duplicate=False)
+        yield from self.model.named_buffers(remove_duplicate=False)
+
+    @staticmethod
+    def copy(tensor: Tensor) -> tuple[Any, ...]:
+        return tensor.dtype, tensor.stride(), tensor.detach().clone()
+
+    def look(self) -> list[Any]:
+        return [
+            [(name, id(t), t.data_ptr()) for name, t in self.tensors()],
+            [(p.requires_grad, id(p.grad)) for p in self.model.parameters()],
+            [module.training for module in self.model.modules()],
+            signal.getsignal(signal.SIGINT),
+            [module for module in self.model.modules() if module in _adaptation._ADAPTED],
+        ]
+
+    def check(self) -> None:
+        assert self.look() == self.facts
+        for name, tensor in self.tensors():
+            dtype, stride, bits = self.bits[name]
+            assert (tensor.dtype, tensor.stride()) == (dtype, stride), name
+            assert tensor.detach().numpy().tobytes() == bits.numpy().tobytes(), name
+        for parameter in self.model.parameters():
+            assert parameter.grad is None or bool((parameter.grad == 0.25).all())
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}

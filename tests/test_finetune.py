@@ -1,0 +1,155 @@
+"""TestTimeFinetuner: the procedure against its oracle."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from _models import COUNTS, MODELS, Before, llama, plain, state, texts
+from hullkit.finetune import TestTimeFinetuner
+from hullkit.reference.finetune import finetune as oracle
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("build", MODELS)
+@pytest.mark.parametrize("refresh_interval", [1, 2, 3, 9])
+def test_is_the_oracle(build: Callable[[], nn.Module], refresh_interval: int) -> None:
+    model = build().double()
+    naive = copy.deepcopy(model)
+    options: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6}
+    options["refresh_interval"] = refresh_interval
+    # Hugging Face models compute their loss in float32 whatever the model's dtype.
+    exact = build is plain
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} if exact else {"rtol": 1e-4, "atol": 1e-6}
+    losses = oracle(naive, texts(), COUNTS, **options)
+    before = Before(model)
+    tuner = TestTimeFinetuner(model, **options)
+    with tuner.adapted(texts(), torch.tensor(COUNTS)) as adapted:
+        assert adapted is model
+        assert all(p.grad is None for p in model.parameters())
+        assert not any(module.training for module in model.modules())
+        for p, expected, base in zip(
+            model.parameters(), naive.parameters(), build().double().parameters(), strict=True
+        ):
+            torch.testing.assert_close(p, expected, **tolerance)
+            assert p.requires_grad is not torch.equal(p, base)
+    before.check()
+    report = tuner.last_report
+    assert report is not None
+    assert report.losses == pytest.approx(losses, rel=1e-12 if exact else 1e-6)
+    assert report.num_updates == sum(COUNTS)
+    assert report.num_passes == len(losses) == sum(-(-c // refresh_interval) for c in COUNTS)
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_defaults_lower_the_loss_and_queries_are_independent(
+    build: Callable[[], nn.Module],
+) -> None:
+    tuner = TestTimeFinetuner(build())
+    assert (tuner.lr, tuner.refresh_interval) == (5e-5, 2)
+    assert (tuner.betas, tuner.eps) == ((0.9, 0.999), 1e-8)
+    with tuner.adapted(texts(), [9, 0, 4, 1]) as model:
+        first = state(model)
+    report = tuner.last_report
+    assert report is not None
+    assert list(report.losses[:5]) == sorted(report.losses[:5], reverse=True)
+    with tuner.adapted(texts(2), [1, 1]):
+        pass
+    with tuner.adapted(texts(), [9, 0, 4, 1]) as model:  # fresh moments: the same bits again
+        again = state(model)
+    assert all(torch.equal(first[k], again[k]) for k in first if k != "calls")
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_forms_of_an_example_agree(build: Callable[[], nn.Module]) -> None:
+    ids = texts(1)[0]
+    forms: list[Any] = [ids, ids[None], {"input_ids": ids}, {"input_ids": ids, "labels": ids[None]}]
+    if build is not plain:
+        forms.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    results = []
+    for form in forms:
+        with TestTimeFinetuner(build(), lr=1e-3).adapted([form], [3]) as model:
+            results.append(state(model))
+    for result in results[1:]:
+        assert all(torch.equal(result[name], results[0][name]) for name in result)
+
+
+@pytest.mark.parametrize("build", [plain, llama])
+def test_labels_that_are_not_scored(build: Callable[[], nn.Module]) -> None:
+    ids = texts(1)[0]
+    labels = ids.clone()
+    labels[6:] = -100  # causal: what follows the last scored token has no influence
+    tuner = TestTimeFinetuner(build())
+    with tuner.adapted([{"input_ids": ids, "labels": labels}], [1]):
+        masked = tuner.last_report
+    with tuner.adapted([ids[:6]], [1]):
+        cut = tuner.last_report
+    assert masked is not None
+    assert cut is not None
+    assert masked.losses == pytest.approx(cut.losses, rel=1e-5)
+
+
+def test_only_what_requires_grad_is_trained() -> None:
+    model = llama().requires_grad_(False)
+    model.model.layers[1].mlp.requires_grad_(True)
+    base, before = state(model), Before(model)
+    with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), COUNTS):
+        changed = {n for n, t in model.state_dict().items() if not torch.equal(t, base[n])}
+    assert changed == {n for n, p in model.named_parameters() if "layers.1.mlp" in n}
+    before.check()
+
+
+def test_works_under_no_grad_and_inference_mode() -> None:
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        model = plain()
+        before = Before(model)
+        with mode, TestTimeFinetuner(model, lr=1e-2).adapted(texts(), COUNTS):
+            assert not torch.is_grad_enabled()
+            assert not torch.equal(model.head.weight, before.bits["head.weight"][2])
+        before.check()
+
+
+def test_moments_are_freed_before_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Any]] = []
+    original = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam, *args: Any) -> Any:
+        result = original(self, *args)
+        alive.extend(weakref.ref(s["exp_avg"]) for s in self.state.values())
+        alive.extend(weakref.ref(p.grad) for p in self.param_groups[0]["params"])
+        return result
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    model = plain()
+    gc.disable()
+    try:
+        with TestTimeFinetuner(model).adapted(texts(), COUNTS):
+            assert len(alive) > 0
+            gc.collect()
+            assert all(ref() is None for ref in alive)
+    finally:
+        gc.enable()
+
+
+def test_moments_are_freed_while_the_error_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Any]] = []
+    original = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam) -> None:
+        original(self)
+        alive.extend(weakref.ref(s["exp_avg"]) for s in self.state.values())
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    with pytest.raises(torch.OutOfMemoryError) as held:
+        TestTimeFinetuner(plain()).adapted(texts(), COUNTS).__enter__()
+    assert held.traceback
+    assert len(alive) > 0
+    assert all(ref() is None for ref in alive)

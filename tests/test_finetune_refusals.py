@@ -1,0 +1,155 @@
+"""TestTimeFinetuner: what it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from _models import COUNTS, VOCABULARY, Before, llama, plain, state, texts
+from hullkit.finetune import TestTimeFinetuner
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_one_adaptation_at_a_time() -> None:
+    model = llama()
+    before = Before(model)
+    tuner = TestTimeFinetuner(model)
+    shared = [tuner, TestTimeFinetuner(model), TestTimeFinetuner(nn.Sequential(model))]
+    shared.append(TestTimeFinetuner(model.model))
+    block = tuner.adapted(texts(), COUNTS)
+    with block:
+        inside = state(model)
+        for other in shared:
+            with pytest.raises(RuntimeError, match="model that is not being adapted, got one"):
+                other.adapted(texts(), COUNTS).__enter__()
+        with pytest.raises(RuntimeError, match="one with-block for each call"):
+            block.__enter__()
+        assert all(torch.equal(inside[k], v) for k, v in model.state_dict().items())
+        with TestTimeFinetuner(plain()).adapted(texts(), COUNTS):  # another model is fine
+            pass
+    before.check()
+    with tuner.adapted(texts(), COUNTS):
+        pass
+
+
+@pytest.mark.parametrize("build", [plain, llama])
+def test_loss_that_is_not_finite(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    with torch.no_grad():
+        next(model.parameters())[5] = math.nan
+    before = Before(model)
+    good, bad = torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3])
+    if build is plain:
+        model.head.weight = nn.Parameter(torch.randn(VOCABULARY, 12))
+        before = Before(model)
+    with pytest.raises(FloatingPointError, match=r"loss of examples\[2\]: .* finite .*, got nan"):
+        TestTimeFinetuner(model).adapted([good, bad, bad], [1, 0, 1]).__enter__()
+    before.check()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradient_that_is_not_finite(value: float) -> None:
+    model = plain()
+    before = Before(model)
+    calls = 0
+
+    def spoil(grad: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        grad = grad.clone()
+        grad[3] = value if calls == 3 else grad[3]
+        return grad
+
+    model.norm.bias.register_hook(spoil)
+    with pytest.raises(
+        FloatingPointError, match=r"gradient entry of examples\[2\]: .* got (nan|inf)"
+    ):
+        TestTimeFinetuner(model).adapted(texts(3), [4, 0, 2]).__enter__()
+    before.check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": 3}, TypeError, "model: expected a torch.nn.Module, got int"),
+        ({"model": plain().requires_grad_(False)}, ValueError, "model: .*requires_grad, got none"),
+        ({"lr": -1.0}, ValueError, "lr: expected a number >= 0.0, got -1"),
+        ({"lr": math.nan}, ValueError, "lr: expected a number >= 0.0, got nan"),
+        ({"lr": math.inf}, ValueError, "lr: expected a number below inf, got inf"),
+        ({"lr": "1"}, TypeError, "lr: expected a number, got str"),
+        ({"refresh_interval": 0}, ValueError, "refresh_interval: expected an int >= 1, got 0"),
+        ({"refresh_interval": 1.5}, TypeError, "refresh_interval: expected an int, got float"),
+        ({"betas": 0.9}, TypeError, "betas: expected a pair of numbers, got 0.9"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]: expected a number below 1.0, got 1.0"),
+        ({"eps": -1e-8}, ValueError, "eps: expected a number >= 0.0, got -1e-08"),
+        ({"weight_decay": 0.1}, TypeError, "unexpected keyword argument 'weight_decay'"),
+    ],
+)
+def test_bad_construction(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TestTimeFinetuner(**{"model": plain(), **arguments})
+
+
+IDS = torch.tensor([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("example", "error", "message"),
+    [
+        ([1, 2], TypeError, r"examples\[1\]: expected a torch.Tensor, got list"),
+        (IDS.int(), TypeError, r"examples\[1\]: expected dtype torch.int64, got torch.int32"),
+        (IDS[:1], ValueError, r"examples\[1\]: expected at least 2 tokens, got 1"),
+        (IDS.expand(2, 3), ValueError, r"examples\[1\]: expected shape .*, got \(2, 3\)"),
+        (IDS + 29, ValueError, r"examples\[1\]: expected ids in \[0, 31\), got 32"),
+        (IDS - 2, ValueError, r"examples\[1\]: expected ids in \[0, 31\), got -1"),
+        ({"labels": IDS}, ValueError, r"examples\[1\]: expected the key 'input_ids', got"),
+        ({"input_ids": IDS, "x": 1}, (TypeError, ValueError), r"examples\[1\].*'x'"),
+        ({"input_ids": IDS, "labels": [1]}, TypeError, r"\['labels'\]: expected a torch.Tensor"),
+        ({"input_ids": IDS, "labels": IDS[:2]}, ValueError, r"\['labels'\]: .*\(1, 3\), got"),
+        ({"input_ids": IDS, "labels": IDS.float()}, TypeError, r"\['labels'\]: .*torch.float32"),
+        ({"input_ids": IDS, "labels": IDS + 40}, ValueError, r"\['labels'\]: expected ids in"),
+        ({"input_ids": IDS, "labels": IDS * 0 - 100}, ValueError, "expected a scored token"),
+    ],
+)
+@pytest.mark.parametrize("build", [plain, llama])
+def test_bad_example(
+    build: Callable[[], nn.Module],
+    example: Any,
+    error: type[Exception],
+    message: str,
+) -> None:
+    model = build()
+    before = Before(model)
+    with pytest.raises(error, match=message):  # by the call, before entry, skipped or not
+        TestTimeFinetuner(model).adapted([IDS, example], [1, 0])
+    before.check()
+
+
+@pytest.mark.parametrize(
+    ("examples", "counts", "error", "message"),
+    [
+        ([IDS], [1, 1], ValueError, "examples: expected 2, as counts, got 1"),
+        (IDS, [1, 1, 1], TypeError, "examples: expected a list of examples, got Tensor"),
+        ({"input_ids": IDS}, [1], TypeError, "examples: expected a list of examples, got dict"),
+        ([IDS], [0], ValueError, "counts: expected a total of at least 1"),
+        ([IDS], [1.0], TypeError, "counts: expected integers, got float"),
+    ],
+)
+def test_bad_multiset(examples: Any, counts: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TestTimeFinetuner(plain()).adapted(examples, counts)
+
+
+def test_frozen_after_construction() -> None:
+    model = plain()
+    tuner = TestTimeFinetuner(model)
+    model.requires_grad_(False)
+    before = Before(model)
+    with pytest.raises(ValueError, match="model: expected a parameter with requires_grad"):
+        tuner.adapted(texts(), COUNTS).__enter__()
+    before.check()

@@ -1,0 +1,221 @@
+"""TestTimeFinetuner: the way back from every exit."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from typing import Any
+
+import pytest
+import torch
+from _models import COUNTS, VOCABULARY, Before, PlainLM, plain, texts
+from hullkit import _adaptation, finetune
+from hullkit.finetune import TestTimeFinetuner
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_the_block_may_do_anything(error: type[BaseException] | None) -> None:
+    model = plain()
+    before = Before(model)
+
+    def block() -> None:
+        with TestTimeFinetuner(model).adapted(texts(), COUNTS), torch.no_grad():
+            model.train()
+            model(texts()[0][None])  # batch-norm statistics
+            model.calls = model.calls + 7  # replaced
+            model.register_buffer("extra", torch.zeros(3))
+            model.norm.running_var = None
+            model.head.weight = nn.Parameter(torch.zeros(VOCABULARY, 12))  # untied
+            model.embedding.weight.fill_(math.nan)
+            model.requires_grad_(False)
+            model.norm.weight.requires_grad_(True).grad = torch.ones(12)
+            model.bfloat16()
+            if error is not None:
+                raise error("from the block")
+
+    if error is None:
+        block()
+    else:
+        with pytest.raises(error, match="from the block"):
+            block()
+    before.check()
+
+
+INJECTED = [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError]
+PHASES = [
+    (torch.Tensor, "clone"),  # the snapshot
+    (PlainLM, "forward"),
+    (torch.Tensor, "backward"),
+    (torch.optim.Adam, "__init__"),
+    (torch.optim.Adam, "step"),
+    (torch.optim.Adam, "zero_grad"),
+]
+
+
+@pytest.mark.parametrize("error", INJECTED)
+@pytest.mark.parametrize(("owner", "name"), PHASES, ids=[name for _, name in PHASES])
+@pytest.mark.parametrize("late", [False, True])
+def test_failure_in_each_phase(
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    owner: type,
+    name: str,
+    late: bool,
+) -> None:
+    original = getattr(owner, name)
+    model = plain()
+    before = Before(model)
+    tuner = TestTimeFinetuner(model, lr=1e-2)
+    with tuner.adapted(texts(), COUNTS):
+        assert tuner.last_report is not None
+    before = Before(model)
+    for failing in range(1, 100):
+        calls = 0
+
+        def fails(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == failing and not late:  # noqa: B023
+                raise error("injected")
+            result = original(*args, **kwargs)
+            if calls == failing:  # noqa: B023
+                raise error("injected")
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            assert failing < 99
+            outcome = ""
+            try:
+                with tuner.adapted(texts(), COUNTS):
+                    pass
+            except error as raised:
+                outcome = str(raised)
+        before.check()
+        if calls < failing:  # every call has failed once
+            break
+        assert outcome == "injected"
+        assert tuner.last_report is None
+    assert failing > 1
+
+
+def test_interrupt_raised_while_restoring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by SIGINT: by another signal's handler, say. Every write fails once, then goes on."""
+    original = torch.Tensor.copy_
+    model = plain()
+    before = Before(model)
+    fail_at = set(range(1, 60, 2))
+    calls = 0
+
+    def copy_(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls in fail_at:
+            raise SystemExit("injected")
+        return original(*args)
+
+    with pytest.raises(SystemExit, match="injected"):  # noqa: PT012, SIM117
+        with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), COUNTS):
+            fail_at = {1, 3, 7}
+            calls = 0
+            monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    assert calls > 7
+    before.check()
+
+
+def test_one_tensor_that_cannot_be_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch.Tensor.copy_
+    model = plain()
+    before = Before(model)
+
+    def copy_(tensor: Tensor, source: Tensor) -> Tensor:
+        if tensor is model.norm.weight:
+            raise RuntimeError("lost device")
+        return original(tensor, source)
+
+    with pytest.raises(RuntimeError, match="lost device"):  # noqa: SIM117
+        with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), COUNTS):
+            monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.norm.weight.copy_(before.bits["norm.weight"][2])
+    before.check()  # all the others came back, and so did flags and gradients
+
+
+@pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "opcodes"])
+def test_ctrl_c_at_any_moment(opcodes: bool) -> None:
+    """A real SIGINT at the i-th line of the modules (or bytecode of entry and exit), for every i."""
+    model = plain()
+    before = Before(model)
+    files = {_adaptation.__file__, finetune.__file__}
+    edges = {"__enter__", "__exit__", "_finish", "_release_sigint", "_intercept_sigint"}
+    seen = sent = 0
+    passed: dict[Any, int] = {}
+    where: set[str] = set()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal seen
+        name = frame.f_code.co_name
+        if frame.f_code.co_filename not in files or name == "_on_sigint":
+            return None
+        if opcodes and name not in edges:
+            return None
+        frame.f_trace_opcodes = opcodes
+        moment = (name, frame.f_lineno, frame.f_lasti, event)
+        passed[moment] = passed.get(moment, 0) + 1
+        if passed[moment] > 2:  # a loop: its first two turns will do
+            return trace
+        seen += 1
+        if seen == sent:
+            where.add(name)
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    for sent in range(1, 5000):
+        block = TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2])
+        seen = 0
+        passed.clear()
+        interrupted = False
+        outer = sys.gettrace()
+        try:
+            sys.settrace(trace)
+            with block:
+                pass
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(outer)
+        before.check()
+        if seen < sent:
+            break
+        assert interrupted, f"lost at the {sent}th moment"
+    assert seen < sent, "not every moment was tried"
+    assert {"__enter__", "__exit__", "_finish"} <= where
+    assert opcodes or {"_run", "_loss", "restore", "__init__", "_claim_model"} <= where
+
+
+def test_ctrl_c_in_the_block_is_immediate() -> None:
+    model = plain()
+    before = Before(model)
+    with pytest.raises(KeyboardInterrupt), TestTimeFinetuner(model).adapted(texts(), COUNTS):  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the block went on")
+    before.check()
+
+
+def test_sigint_handlers_of_others_are_kept() -> None:
+    calls: list[str] = []
+    inside = lambda *_: calls.append("inside")  # noqa: E731
+    previous = signal.signal(signal.SIGINT, lambda *_: calls.append("outside"))
+    try:
+        with TestTimeFinetuner(plain()).adapted(texts(), COUNTS):
+            signal.raise_signal(signal.SIGINT)  # handed on
+            signal.signal(signal.SIGINT, inside)
+        assert signal.getsignal(signal.SIGINT) is inside
+        assert calls == ["outside"]
+    finally:
+        signal.signal(signal.SIGINT, previous)
