@@ -1,6 +1,7 @@
 #include "hullkit/parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -48,7 +49,11 @@ class Pool {
     if (!in_use.owns_lock()) return false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (static_cast<int>(threads_.size()) < num_workers) threads_.emplace_back([this] { serve(); });
+      while (static_cast<int>(threads_.size()) < num_workers) {
+        threads_.emplace_back([this] { serve(); });
+        kept_off_ = -1;
+      }
+      keep_off(sched_getcpu());
       loop_ = &loop;
       wanted_ = num_workers;
       busy_ = 0;
@@ -63,6 +68,18 @@ class Pool {
   }
 
  private:
+  // Keeps the workers off the caller's processor. A wake-up may leave a worker where the caller runs, and
+  // the scheduler can take longer than a whole batch to move it: two threads then take the time of one.
+  // The system is asked only when the caller has moved.
+  void keep_off(int processor) {
+    if (processor == kept_off_ || processor < 0) return;
+    cpu_set_t allowed;
+    if (pthread_getaffinity_np(pthread_self(), sizeof(allowed), &allowed) != 0) return;
+    if (CPU_COUNT(&allowed) > 1) CPU_CLR(processor, &allowed);
+    for (std::thread& thread : threads_) pthread_setaffinity_np(thread.native_handle(), sizeof(allowed), &allowed);
+    kept_off_ = processor;
+  }
+
   void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -85,6 +102,7 @@ class Pool {
   Loop* loop_ = nullptr;
   int wanted_ = 0;
   int busy_ = 0;
+  int kept_off_ = -1;
 };
 
 // Never destroyed: its threads live as long as the process. A forked child has none of them, so it starts
