@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -35,8 +36,8 @@ class FrankWolfeRun {
     // Asked before the first step, so that a support of one is the nearest vertex with weight 1.
     if (support_full()) return Status::kMaxSupport;
     while (num_iters_ < params_.max_iters) {
-      const double residual = refined(query_squared_ - 2.0 * query_iterate_ + iterate_squared_, query_squared_,
-                                      [this] { return residual_squared(); });
+      const double residual =
+          refined(query_squared_ - 2.0 * query_iterate_ + iterate_squared_, [this] { return residual_squared(); });
       if (std::sqrt(std::max(residual, 0.0)) < params_.tol) return Status::kConverged;
       if (!step()) return Status::kStalled;
       if (support_full()) return Status::kMaxSupport;
@@ -105,13 +106,15 @@ class FrankWolfeRun {
     }
     best_ = std::max_element(base_.begin(), base_.end()) - base_.begin();
     query_squared_ = squared_norm(query_);
+    scale_squared_ = query_squared_;
     touch(best_);
     weights_.back() = 1.0;
     query_iterate_ = base_[best_];
     if (support_full()) return;
     const T* column = gram_.column(best_, base_.data());
-    check_gram(best_, column[best_]);
+    check_column(best_, column);
     iterate_squared_ = column[best_];
+    scale_squared_ = std::max(scale_squared_, iterate_squared_);
     best_ = simd().ops<T>().advance(scores_.data(), column, 1.0, base_.data(), n);
   }
 
@@ -121,12 +124,12 @@ class FrankWolfeRun {
     const bool last = slot_[vertex] < 0 && static_cast<int64_t>(touched_.size()) + 1 >= params_.max_support;
     // The last vertex needs no column: nothing is scored after it.
     const T* column = last && !gram_.known(vertex) ? nullptr : gram_.column(vertex, scores_.data());
+    if (column != nullptr && slot_[vertex] < 0) check_column(vertex, column);
     const double vertex_squared = column != nullptr ? static_cast<double>(column[vertex]) : own_product(vertex);
-    check_gram(vertex, vertex_squared);
+    scale_squared_ = std::max(scale_squared_, vertex_squared);
     const double vertex_iterate = base_[vertex] - scores_[vertex];
     const double length_squared =
-        refined(vertex_squared - 2.0 * vertex_iterate + iterate_squared_, std::max(vertex_squared, iterate_squared_),
-                [&] { return distance_squared(vertex); });
+        refined(vertex_squared - 2.0 * vertex_iterate + iterate_squared_, [&] { return distance_squared(vertex); });
     if (length_squared < kStalledSquaredNorm) return false;
     const double slope = scores_[vertex] - (query_iterate_ - iterate_squared_);
     const double step = std::min(std::max(slope / length_squared, 0.0), 1.0);
@@ -145,12 +148,12 @@ class FrankWolfeRun {
     return true;
   }
 
-  // A squared length from the recurrences carries an error of about eps * scale. Where that could matter to a
-  // stopping test, the length is recomputed from the vectors themselves.
+  // A squared length from the recurrences carries an error of about eps times the largest squared norm that
+  // went into them. Where that could matter to a stopping test, it is recomputed from the vectors themselves.
   template <typename Exact>
-  double refined(double squared, double scale, Exact&& exact) const {
+  double refined(double squared, Exact&& exact) const {
     constexpr double kTrusted = std::is_same_v<T, double> ? 1e-10 : 1e-5;
-    return squared <= kTrusted * scale ? exact() : squared;
+    return squared <= kTrusted * scale_squared_ ? exact() : squared;
   }
 
   // iterate [d] in float64.
@@ -208,11 +211,15 @@ class FrankWolfeRun {
 
   double own_product(int64_t i) const {
     std::vector<T> buffer(rows_.dim());
-    return squared_norm(rows_.row(i, buffer.data()));
+    const double product = squared_norm(rows_.row(i, buffer.data()));
+    if (!std::isfinite(product)) rows_.explain_not_finite(i, "itself");
+    return product;
   }
 
-  void check_gram(int64_t i, double product) const {
-    if (!std::isfinite(product)) rows_.explain_not_finite(i, "itself");
+  void check_column(int64_t i, const T* column) const {
+    for (int64_t j = 0; j < rows_.size(); ++j) {
+      if (!std::isfinite(column[j])) rows_.explain_not_finite(j, "candidate " + std::to_string(rows_.position(i)));
+    }
   }
 
   void touch(int64_t i) {
@@ -235,6 +242,7 @@ class FrankWolfeRun {
   std::vector<double> weights_;  // aligned with touched_
   int64_t best_ = 0;             // the LMO's answer at the current iterate
   double query_squared_ = 0.0;
+  double scale_squared_ = 0.0;  // largest squared norm among the query and the touched vertices
   double query_iterate_ = 0.0;
   double iterate_squared_ = 0.0;
   int64_t num_iters_ = 0;

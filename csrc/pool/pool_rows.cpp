@@ -200,7 +200,7 @@ void PoolRows<T>::dots(const T* vector, T* out, int num_threads) const {
 }
 
 template <typename T>
-void PoolRows<T>::explain_not_finite(int64_t i, const char* argument) const {
+void PoolRows<T>::explain_not_finite(int64_t i, const std::string& argument) const {
   std::vector<T> buffer(dim_);
   const T* values = row(i, buffer.data());
   for (int64_t j = 0; j < dim_; ++j) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -60,7 +61,7 @@ class PoolRows {
   // Row i in the arithmetic type; `buffer` [d] is used if the row must be widened.
   const T* row(int64_t i, T* buffer) const;
   // Throws the ValueError that explains why the product of row i and `argument` is not finite.
-  [[noreturn]] void explain_not_finite(int64_t i, const char* argument) const;
+  [[noreturn]] void explain_not_finite(int64_t i, const std::string& argument) const;
 
  private:
   void add(const PoolSpec& spec, int64_t position, int64_t row);

@@ -166,7 +166,7 @@ int64_t advance(double* scores, const T* column, double step, const double* base
     best = scores[i] > best ? scores[i] : best;
   }
   i = 0;
-  while (scores[i] != best) ++i;
+  while (i + 1 < n && scores[i] != best) ++i;
   return i;
 }
 

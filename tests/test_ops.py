@@ -1,0 +1,128 @@
+"""Operators: schemas that tell the truth, and public functions inside `torch.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import hullkit
+import pytest
+import torch
+from _cases import batch
+
+
+def _overloads() -> list[str]:
+    return sorted(
+        schema.name.removeprefix("hullkit::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("hullkit::")
+    )
+
+
+def _outputs(batch_size: int, width: int) -> list[torch.Tensor]:
+    return [
+        torch.zeros(batch_size, width, dtype=torch.int64),
+        torch.zeros(batch_size, width, dtype=torch.float64),
+    ]
+
+
+def _arguments(name: str) -> list[tuple[Any, ...]]:
+    """Calls of the operator `name`, every optional argument with and without."""
+    pool, query = batch(torch.float32, b=3, n=9, d=17)
+    shared = torch.tensor([[0, 5, -1], [2, 2, 2], [8, 1, -1]])
+    lengths = torch.tensor([9, 4, 2])
+    calls: list[tuple[Any, ...]] = []
+    for problem in (
+        (pool, query, None, None),
+        (pool.half(), query.half(), lengths, None),
+        (pool[0].double(), query.double(), torch.tensor([3, 2, 1]), shared),
+        (pool.bfloat16()[:, ::2], query.bfloat16(), None, None),
+    ):
+        b, width = 3, 3
+        integers = [torch.zeros(b, dtype=torch.int64) for _ in range(3)]
+        floats = [torch.zeros(b, dtype=torch.float64) for _ in range(2)]
+        scalars = (integers[0], *floats, *integers[1:])
+        counts = _outputs(b, width)[0]
+        if name == "lmo":
+            calls.append((*problem, integers[0], floats[0]))
+        elif name == "knn":
+            calls.append((*problem, *_outputs(b, width)))
+        elif name == "frank_wolfe":
+            calls.append((*problem, width, 20, 1e-5, *_outputs(b, width), *scalars))
+        elif name == "select":
+            calls.append((*problem, width, 20, 1e-5, 7, 2, *_outputs(b, width), *scalars, counts))
+        elif name == "round_multiplicities":
+            indices = torch.tensor([[0, 1, -1], [1, 0, -1], [0, -1, -1]])
+            weights = torch.tensor([[0.7, 0.3, 0.0]] * b, dtype=torch.float64)
+            calls.append((*problem[:2], indices, weights, problem[3], 7, 2, counts))
+        elif name == "apportion":
+            weights = torch.rand(b, 5, dtype=torch.float64)
+            calls.append((weights, 7, _outputs(b, 5)[0]))
+    return calls
+
+
+@pytest.mark.parametrize("name", _overloads())
+def test_opcheck(name: str) -> None:
+    packet = getattr(torch.ops.hullkit, name)
+    calls = _arguments(name)
+    assert calls, f"no test calls for the operator {name}: add some"
+    for overload in packet.overloads():
+        for call in calls:
+            torch.library.opcheck(getattr(packet, overload), call)
+
+
+def test_every_operator_is_here() -> None:
+    selections = {"frank_wolfe", "knn", "lmo", "round_multiplicities", "select"}
+    assert {"apportion", *selections} <= set(_overloads())
+
+
+def _functions() -> dict[str, Callable[..., Any]]:
+    def rounded(pool: torch.Tensor, query: torch.Tensor) -> Any:
+        result = hullkit.frank_wolfe(pool, query, max_support=7)
+        return hullkit.round_multiplicities(pool, query, result, 20)
+
+    return {
+        "lmo": hullkit.lmo,
+        "knn": lambda pool, query: hullkit.knn(pool, query, 5),
+        "frank_wolfe": lambda pool, query: hullkit.frank_wolfe(pool, query, max_support=7),
+        "round_multiplicities": rounded,
+        "select": lambda pool, query: tuple(hullkit.select(pool, query, 20)[:3]),
+        "apportion": lambda pool, query: hullkit.apportion((pool @ query[0]).softmax(-1), 20),
+        "around": lambda pool, query: hullkit.lmo(2 * pool, -query).value.sum(),
+    }
+
+
+def _assert_compiled_equals(function: Callable[..., Any], compiled: Callable[..., Any]) -> None:
+    for dtype in (torch.float64, torch.float32):
+        pool, query = batch(dtype, b=3, n=9, d=17)
+        eager, traced = function(pool, query), compiled(pool, query)
+        if isinstance(eager, torch.Tensor):
+            eager, traced = (eager,), (traced,)
+        for one, other in zip(eager, traced, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", _functions())
+def test_compiles_as_one_graph(name: str) -> None:
+    function = _functions()[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    _assert_compiled_equals(function, compiled)
+
+
+# torch's own modules, on their first import:
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiles_with_inductor() -> None:
+    function = _functions()["frank_wolfe"]
+    torch._dynamo.reset()
+    _assert_compiled_equals(function, torch.compile(function, fullgraph=True))
+
+
+def test_compiles_with_dynamic_shapes() -> None:
+    torch._dynamo.reset()
+    function = _functions()["frank_wolfe"]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for b, n, d in ((3, 9, 17), (5, 11, 33), (2, 30, 5)):
+        pool, query = batch(torch.float32, b=b, n=n, d=d)
+        for one, other in zip(function(pool, query), compiled(pool, query), strict=True):
+            assert torch.equal(one, other)

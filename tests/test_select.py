@@ -1,0 +1,149 @@
+"""`select`, and the oracle behind `backend="reference"`, in every shape an argument may take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hullkit
+import numpy as np
+import pytest
+import torch
+from _cases import DTYPES, batch
+from _certificates import assert_counts
+from hullkit import reference
+from torch import Tensor
+
+CANDIDATES = torch.tensor([[4, -1, 9, 9, 30], [-1, -1, 62, 0, 1], [5, 6, 7, 8, 2]])
+
+
+def _shapes() -> dict[str, dict[str, Any]]:
+    pool, query = batch(torch.float64, b=3)
+    lengths = torch.tensor([63, 2, 17])
+    return {
+        "unbatched": {"pool": pool[0], "query": query[0]},
+        "unbatched ragged": {"pool": pool[0], "query": query[0], "lengths": torch.tensor(9)},
+        "unbatched candidates": {"pool": pool[0], "query": query[0], "candidates": CANDIDATES[0]},
+        "batched": {"pool": pool, "query": query},
+        "batched ragged": {"pool": pool, "query": query, "lengths": lengths},
+        "shared": {"pool": pool[1], "query": query},
+        "shared ragged": {"pool": pool[1], "query": query, "lengths": lengths},
+        "candidates": {"pool": pool[1], "query": query, "candidates": CANDIDATES},
+        "candidates int32": {"pool": pool[1], "query": query, "candidates": CANDIDATES.int()},
+        "candidates ragged": {
+            "pool": pool[1],
+            "query": query,
+            "candidates": CANDIDATES,
+            "lengths": torch.tensor([3, 4, 5], dtype=torch.int32),
+        },
+        "empty batch": {"pool": pool[:0], "query": query[:0]},
+        "empty batch, shared": {"pool": pool[0], "query": query[:0]},
+        "empty batch, candidates": {
+            "pool": pool[0],
+            "query": query[:0],
+            "candidates": CANDIDATES[:0],
+        },
+    }
+
+
+SHAPES = _shapes()
+
+
+def _leaves(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [leaf for part in result for leaf in _leaves(part)]
+
+
+def _assert_alike(kernel: Any, oracle: Any) -> None:
+    for one, other in zip(_leaves(kernel), _leaves(oracle), strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        if one.dtype == torch.int64:
+            assert torch.equal(one, other)
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference_backend_equals_the_kernels(shape: str) -> None:
+    problem = dict(SHAPES[shape])
+    pool, query = problem.pop("pool"), problem.pop("query")
+    rest = {name: value for name, value in problem.items() if name != "lengths"}
+
+    def both(run: Any, *args: Any, **options: Any) -> Any:
+        kernel = run(*args, **options)
+        _assert_alike(kernel, run(*args, **options, backend="reference"))
+        return kernel
+
+    both(hullkit.lmo, pool, query, **problem)
+    both(hullkit.knn, pool, query, 4, **problem)
+    result = both(hullkit.frank_wolfe, pool, query, max_support=7, **problem)
+    both(hullkit.round_multiplicities, pool, query, result, 20, **rest)
+    both(hullkit.apportion, result.weights, 20)
+    both(hullkit.select, pool, query, 20, **problem)
+    both(hullkit.select, pool, query, 2, method="knn", **problem)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("total", [1, 2, 20])
+def test_hull_is_frank_wolfe_then_rounding(shape: str, total: int) -> None:
+    problem = dict(SHAPES[shape])
+    chosen = hullkit.select(**problem, total=total)
+    result = hullkit.frank_wolfe(**problem, max_support=total)
+    for one, other in zip(chosen.result, result, strict=True):
+        assert torch.equal(one, other)
+    candidates = problem.get("candidates")
+    counts = hullkit.round_multiplicities(
+        problem["pool"], problem["query"], result, total, candidates=candidates
+    )
+    assert torch.equal(chosen.counts, counts)
+    assert_counts(chosen.counts, total)
+    assert torch.equal(chosen.indices, result.indices)
+    assert torch.equal(chosen.counts > 0, (chosen.counts > 0) & (chosen.rows >= 0))
+    if candidates is None:
+        assert torch.equal(chosen.rows, chosen.indices)
+    elif candidates.numel():
+        used = chosen.indices >= 0
+        looked_up = candidates.long().gather(-1, chosen.indices.clamp_min(0))
+        assert torch.equal(chosen.rows[used], looked_up[used])
+        assert (chosen.rows[~used] == -1).all()
+
+
+def test_knn_takes_each_neighbour_once() -> None:
+    pool, query = batch(torch.float32)
+    chosen = hullkit.select(pool, query, 7, method="knn")
+    assert (chosen.counts == 1).all()
+    assert torch.equal(chosen.rows, hullkit.knn(pool, query, 7).indices)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_options_reach_both_steps(dtype: torch.dtype) -> None:
+    pool, query = batch(dtype)
+    chosen = hullkit.select(
+        pool, query, 20, max_support=3, max_iters=5, tol=1e-2, exchange_passes=0
+    )
+    result = hullkit.frank_wolfe(pool, query, max_support=3, max_iters=5, tol=1e-2)
+    assert torch.equal(chosen.result.weights, result.weights)
+    counts = hullkit.round_multiplicities(pool, query, result, 20, exchange_passes=0)
+    assert torch.equal(chosen.counts, counts)
+    wide = hullkit.select(pool, query, 20, max_support=50)
+    assert wide.indices.shape[-1] == 50
+
+
+def test_whole_path_equals_the_oracles_by_hand() -> None:
+    pool, query = batch(torch.float64, b=8, n=200, d=384)
+    chosen = hullkit.select(pool, query, 50)
+    for b in range(8):
+        rows, target = pool[b].numpy(), query[b].numpy()
+        outcome = reference.frank_wolfe(rows, target, max_support=50)
+        counts = reference.round_multiplicities(rows[outcome.indices], target, outcome.weights, 50)
+        size = len(counts)
+        np.testing.assert_array_equal(chosen.rows[b, :size], outcome.indices)
+        np.testing.assert_array_equal(chosen.counts[b, :size], counts)
+
+
+def test_gradients_are_no_obstacle() -> None:
+    pool, query = batch(torch.float32)
+    chosen = hullkit.select(pool.requires_grad_(), query.requires_grad_(), 7)
+    assert_counts(chosen.counts, 7)
+    assert not chosen.result.weights.requires_grad
