@@ -1,4 +1,4 @@
-"""What somebody without kernels would write in torch: vectorised where torch allows, looped where not."""
+"""What somebody without kernels would write in torch: vectorised where torch allows, else loops."""
 
 from __future__ import annotations
 

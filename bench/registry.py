@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import eager_torch
+import hullkit
 import numpy as np
 import torch
-from problems import KINDS, Selection
-
-import hullkit
 from hullkit import reference
+from problems import KINDS, Selection
 
 TOTAL = 50  # updates, and the limit of the support
 
@@ -55,7 +54,7 @@ def _loss(problem: Selection, indices: Any, counts: Any) -> float:
 
 
 def _gate_losses(problem: Selection, exactly: int | None) -> Callable[[dict[str, Any]], None]:
-    """Nobody reconstructs the query worse than the oracle does; integer answers sum to `exactly`."""
+    """Nobody reconstructs the query worse than the oracle; integer answers sum to `exactly`."""
 
     def gate(answers: dict[str, Any]) -> None:
         wanted = _loss(problem, *answers["numpy"])

@@ -1,7 +1,7 @@
 """`make bench`: times every operation against its rivals, prints ratios and bars, writes rows.
 
-Rows go to a CSV (see --out): op, provider, shape, dtype, p20, p50, p80 in ms, device, versions, commit
-and command. Ratios are taken within the run. Each case passes its correctness gate before it is timed.
+Rows go to a CSV (--out): op, provider, shape, dtype, p20, p50, p80 in ms, device, versions, commit,
+command. Ratios are taken within the run. Each case passes its correctness gate before it is timed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-FIELDS = (
-    "op provider shape dtype p20 p50 p80 unit rounds peak_mb device threads torch numpy simd commit command"
-).split()
+FIELDS = ["op", "provider", "shape", "dtype", "p20", "p50", "p80", "unit", "rounds", "peak_mb"]
+FIELDS += ["device", "threads", "torch", "numpy", "simd", "commit", "command"]
 
 # (op, start of the shape, provider, rival, least ratio of their medians)
 BARS = (
@@ -51,7 +50,7 @@ def _commit() -> str:
 
 
 def _measure(keyword: str) -> list[dict[str, Any]]:
-    """Runs the benchmarks in a process of their own, with BLAS on one thread, and reads its report."""
+    """Runs the benchmarks in their own process, BLAS on one thread, and reads the report."""
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"

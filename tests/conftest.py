@@ -43,12 +43,6 @@ def restored_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "plain_memory: memory as torch gives it, for tracing compilers"
-    )
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -148,7 +148,7 @@ def test_one_tensor_that_cannot_be_restored(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "opcodes"])
 def test_ctrl_c_at_any_moment(opcodes: bool) -> None:
-    """A real SIGINT at the i-th line of the modules (or bytecode of entry and exit), for every i."""
+    """A real SIGINT at the i-th line of the modules (or bytecode of their edges), for every i."""
     model = plain()
     before = Before(model)
     files = {_adaptation.__file__, finetune.__file__}

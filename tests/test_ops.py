@@ -10,6 +10,12 @@ import pytest
 import torch
 from _cases import batch
 
+pytestmark = [
+    pytest.mark.plain_memory,
+    # torch's own modules, on their first import:
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
+
 
 def _overloads() -> list[str]:
     return sorted(
@@ -110,8 +116,6 @@ def test_compiles_as_one_graph(name: str) -> None:
     _assert_compiled_equals(function, compiled)
 
 
-# torch's own modules, on their first import:
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiles_with_inductor() -> None:
     function = _functions()["frank_wolfe"]
     torch._dynamo.reset()
