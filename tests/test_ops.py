@@ -93,6 +93,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
         "frank_wolfe": lambda pool, query: hullkit.frank_wolfe(pool, query, max_support=7),
         "round_multiplicities": rounded,
         "select": lambda pool, query: tuple(hullkit.select(pool, query, 20)[:3]),
+        "select knn": lambda pool, query: tuple(hullkit.select(pool, query, 5, method="knn")[:3]),
         "apportion": lambda pool, query: hullkit.apportion((pool @ query[0]).softmax(-1), 20),
         "around": lambda pool, query: hullkit.lmo(2 * pool, -query).value.sum(),
     }

@@ -147,3 +147,12 @@ def test_gradients_are_no_obstacle() -> None:
     chosen = hullkit.select(pool.requires_grad_(), query.requires_grad_(), 7)
     assert_counts(chosen.counts, 7)
     assert not chosen.result.weights.requires_grad
+
+
+@pytest.mark.parametrize(
+    "option", [{"max_support": 3}, {"max_iters": 5}, {"tol": 1e-2}, {"exchange_passes": 0}]
+)
+def test_neighbours_take_no_option_of_the_hull(option: dict[str, Any]) -> None:
+    pool, query = batch(torch.float32)
+    with pytest.raises(ValueError, match=r"method: expected 'hull' .* got 'knn'"):
+        hullkit.select(pool, query, 3, method="knn", **option)

@@ -256,6 +256,11 @@ def select(
         run = _ops.select if backend is None else batched.select
         run(*problem, *options, total, exchange_passes, *result, counts)
     else:
+        if (max_support, max_iters, tol, exchange_passes) != (None, 250, 1e-5, 2):
+            raise ValueError(
+                "method: expected 'hull' for max_support, max_iters, tol or exchange_passes, "
+                "got 'knn'"
+            )
         result = _nearest(pool, query, total, lengths, candidates, backend)
         counts = torch.ones_like(result.indices)
     rows = result.indices
@@ -274,6 +279,8 @@ def _nearest(
     backend: str | None,
 ) -> KNNResult:
     result = knn(pool, query, total, lengths=lengths, candidates=candidates, backend=backend)
+    if lengths is None and candidates is None:
+        return result  # knn has checked that there are enough
     short = (result.indices < 0).any(-1)
     if bool(short.any()):
         raise ValueError(
