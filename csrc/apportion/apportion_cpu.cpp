@@ -35,6 +35,8 @@ void apportion_cpu(const TensorView& weights, int64_t total, const TensorView& c
       remaining -= count[i];
       quota[i] -= static_cast<double>(count[i]);
     }
+    HULLKIT_CHECK(remaining >= 0 && remaining <= size, "total: expected quotas of ", size,
+                  " weights that float64 can sum to it, got ", total);
     std::vector<int64_t> order(size);
     std::iota(order.begin(), order.end(), int64_t{0});
     std::partial_sort(order.begin(), order.begin() + remaining, order.end(),
