@@ -9,6 +9,7 @@ import hullkit
 import pytest
 import torch
 from _cases import batch
+from torch import library
 
 pytestmark = [
     pytest.mark.plain_memory,
@@ -74,7 +75,7 @@ def test_opcheck(name: str) -> None:
     assert calls, f"no test calls for the operator {name}: add some"
     for overload in packet.overloads():
         for call in calls:
-            torch.library.opcheck(getattr(packet, overload), call)
+            library.opcheck(getattr(packet, overload), call)
 
 
 def test_every_operator_is_here() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,125 +28,29 @@ _DTYPE_CODES = {
 }
 
 
-def _view(tensor: Tensor | None) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
-    if tensor is None:
-        return None
+def _view(tensor: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride())
 
 
-def lmo_cpu(
-    pool: Tensor,
-    direction: Tensor,
-    lengths: Tensor | None,
-    candidates: Tensor | None,
-    index: Tensor,
-    value: Tensor,
-) -> None:
-    _core.lmo_cpu(
-        _view(pool),
-        _view(direction),
-        _view(lengths),
-        _view(candidates),
-        _view(index),
-        _view(value),
-        torch.get_num_threads(),
-    )
+def _kernel(native: Callable[..., None]) -> Callable[..., None]:
+    """`native`, taking the operator's arguments: tensors become views, the rest stays as it is."""
+
+    def run(*arguments: Any) -> None:
+        native(*map(_native_argument, arguments), torch.get_num_threads())
+
+    return run
 
 
-def knn_cpu(
-    pool: Tensor,
-    query: Tensor,
-    lengths: Tensor | None,
-    candidates: Tensor | None,
-    indices: Tensor,
-    values: Tensor,
-) -> None:
-    _core.knn_cpu(
-        _view(pool),
-        _view(query),
-        _view(lengths),
-        _view(candidates),
-        _view(indices),
-        _view(values),
-        torch.get_num_threads(),
-    )
+def _native_argument(argument: Any) -> Any:
+    return _view(argument) if isinstance(argument, Tensor) else argument
 
 
-def frank_wolfe_cpu(
-    pool: Tensor,
-    query: Tensor,
-    lengths: Tensor | None,
-    candidates: Tensor | None,
-    max_support: int,
-    max_iters: int,
-    tol: float,
-    *outputs: Tensor,
-) -> None:
-    _core.frank_wolfe_cpu(
-        _view(pool),
-        _view(query),
-        _view(lengths),
-        _view(candidates),
-        max_support,
-        max_iters,
-        tol,
-        *map(_view, outputs),
-        torch.get_num_threads(),
-    )
-
-
-def select_cpu(
-    pool: Tensor,
-    query: Tensor,
-    lengths: Tensor | None,
-    candidates: Tensor | None,
-    max_support: int,
-    max_iters: int,
-    tol: float,
-    total: int,
-    exchange_passes: int,
-    *outputs: Tensor,
-) -> None:
-    _core.select_cpu(
-        _view(pool),
-        _view(query),
-        _view(lengths),
-        _view(candidates),
-        max_support,
-        max_iters,
-        tol,
-        total,
-        exchange_passes,
-        *map(_view, outputs),
-        torch.get_num_threads(),
-    )
-
-
-def round_multiplicities_cpu(
-    pool: Tensor,
-    query: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    candidates: Tensor | None,
-    total: int,
-    exchange_passes: int,
-    counts: Tensor,
-) -> None:
-    _core.round_multiplicities_cpu(
-        _view(pool),
-        _view(query),
-        _view(indices),
-        _view(weights),
-        _view(candidates),
-        total,
-        exchange_passes,
-        _view(counts),
-        torch.get_num_threads(),
-    )
-
-
-def apportion_cpu(weights: Tensor, total: int, counts: Tensor) -> None:
-    _core.apportion_cpu(_view(weights), total, _view(counts), torch.get_num_threads())
+lmo_cpu = _kernel(_core.lmo_cpu)
+knn_cpu = _kernel(_core.knn_cpu)
+frank_wolfe_cpu = _kernel(_core.frank_wolfe_cpu)
+select_cpu = _kernel(_core.select_cpu)
+round_multiplicities_cpu = _kernel(_core.round_multiplicities_cpu)
+apportion_cpu = _kernel(_core.apportion_cpu)
 
 
 def build_info() -> dict[str, Any]:

@@ -11,17 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import library
 
 from . import _native
 
-_LIBRARY = torch.library.Library("hullkit", "DEF")
+_LIBRARY = library.Library("hullkit", "DEF")
 
 
 def _operator(schema: str, cpu: Callable[..., None]) -> Callable[..., None]:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, cpu, "CPU")
-    torch.library.register_fake(f"hullkit::{name}", _fake, lib=_LIBRARY)
+    library.register_fake(f"hullkit::{name}", _fake, lib=_LIBRARY)
     overload: Callable[..., None] = getattr(torch.ops.hullkit, name).default
     return overload
 
