@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <type_traits>
@@ -36,8 +37,8 @@ class FrankWolfeRun {
     // Asked before the first step, so that a support of one is the nearest vertex with weight 1.
     if (support_full()) return Status::kMaxSupport;
     while (num_iters_ < params_.max_iters) {
-      const double residual =
-          refined(query_squared_ - 2.0 * query_iterate_ + iterate_squared_, [this] { return residual_squared(); });
+      const double residual = refined(query_squared_ - 2.0 * query_iterate_ + iterate_squared_,
+                                      [this] { return distance_squared(query_, iterate()); });
       if (std::sqrt(std::max(residual, 0.0)) < params_.tol) return Status::kConverged;
       if (!step()) return Status::kStalled;
       if (support_full()) return Status::kMaxSupport;
@@ -73,8 +74,9 @@ class FrankWolfeRun {
       *result.weights.at<double>(b, t) = used ? weights_[order[t]] : 0.0;
     }
     *result.support_size.at<int64_t>(b) = static_cast<int64_t>(touched_.size());
-    *result.residual_norm.at<double>(b) = std::sqrt(residual_squared());
-    *result.dual_gap.at<double>(b) = dual_gap();
+    const std::vector<double> x = iterate();
+    *result.residual_norm.at<double>(b) = std::sqrt(distance_squared(query_, x));
+    *result.dual_gap.at<double>(b) = dual_gap(x);
     *result.num_iters.at<int64_t>(b) = num_iters_;
     *result.status.at<int64_t>(b) = static_cast<int64_t>(status);
   }
@@ -111,7 +113,7 @@ class FrankWolfeRun {
     weights_.back() = 1.0;
     query_iterate_ = base_[best_];
     if (support_full()) return;
-    const T* column = gram_.column(best_, base_.data());
+    const T* column = gram_.column(best_, base_.data(), params_.max_support - 2);
     check_column(best_, column);
     iterate_squared_ = column[best_];
     scale_squared_ = std::max(scale_squared_, iterate_squared_);
@@ -123,13 +125,16 @@ class FrankWolfeRun {
     const int64_t vertex = best_;
     const bool last = slot_[vertex] < 0 && static_cast<int64_t>(touched_.size()) + 1 >= params_.max_support;
     // The last vertex needs no column: nothing is scored after it.
-    const T* column = last && !gram_.known(vertex) ? nullptr : gram_.column(vertex, scores_.data());
+    const int64_t columns_after_this = params_.max_support - static_cast<int64_t>(touched_.size()) - 2;
+    const T* column = last && !gram_.known(vertex) ? nullptr : gram_.column(vertex, scores_.data(), columns_after_this);
     if (column != nullptr && slot_[vertex] < 0) check_column(vertex, column);
     const double vertex_squared = column != nullptr ? static_cast<double>(column[vertex]) : own_product(vertex);
     scale_squared_ = std::max(scale_squared_, vertex_squared);
     const double vertex_iterate = base_[vertex] - scores_[vertex];
-    const double length_squared =
-        refined(vertex_squared - 2.0 * vertex_iterate + iterate_squared_, [&] { return distance_squared(vertex); });
+    const double length_squared = refined(vertex_squared - 2.0 * vertex_iterate + iterate_squared_, [&] {
+      std::vector<T> buffer(rows_.dim());
+      return distance_squared(rows_.row(vertex, buffer.data()), iterate());
+    });
     if (length_squared < kStalledSquaredNorm) return false;
     const double slope = scores_[vertex] - (query_iterate_ - iterate_squared_);
     const double step = std::min(std::max(slope / length_squared, 0.0), 1.0);
@@ -166,31 +171,17 @@ class FrankWolfeRun {
     return sum;
   }
 
-  double residual_squared() const {
-    const std::vector<double> x = iterate();
+  double distance_squared(const T* vector, const std::vector<double>& x) const {
     double sum = 0.0;
     for (int64_t j = 0; j < rows_.dim(); ++j) {
-      const double difference = static_cast<double>(query_[j]) - x[j];
+      const double difference = static_cast<double>(vector[j]) - x[j];
       sum += difference * difference;
     }
     return sum;
   }
 
-  double distance_squared(int64_t vertex) const {
-    const std::vector<double> x = iterate();
-    std::vector<T> buffer(rows_.dim());
-    const T* row = rows_.row(vertex, buffer.data());
-    double sum = 0.0;
-    for (int64_t j = 0; j < rows_.dim(); ++j) {
-      const double difference = static_cast<double>(row[j]) - x[j];
-      sum += difference * difference;
-    }
-    return sum;
-  }
-
-  // max_i <residual, x_i> - <residual, iterate>, from the residual itself.
-  double dual_gap() const {
-    const std::vector<double> x = iterate();
+  // max_i <residual, x_i> - <residual, x> at the iterate x, from the residual itself.
+  double dual_gap(const std::vector<double>& x) const {
     std::vector<T> residual(rows_.dim());
     double residual_iterate = 0.0;
     for (int64_t j = 0; j < rows_.dim(); ++j) {
@@ -205,7 +196,8 @@ class FrankWolfeRun {
 
   double squared_norm(const T* vector) const {
     T product;
-    simd().ops<T>().dots(&vector, 1, vector, rows_.dim(), &product);
+    T* const out = &product;
+    simd().ops<T>().dots(&vector, 1, &vector, 1, rows_.dim(), &out);
     return product;
   }
 
@@ -217,7 +209,9 @@ class FrankWolfeRun {
   }
 
   void check_column(int64_t i, const T* column) const {
-    for (int64_t j = 0; j < rows_.size(); ++j) {
+    int broken = 0;  // no branch on a single element: the compiler vectorises this
+    for (int64_t j = 0; j < rows_.size(); ++j) broken |= !(std::abs(column[j]) <= std::numeric_limits<T>::max());
+    for (int64_t j = 0; broken; ++j) {
       if (!std::isfinite(column[j])) rows_.explain_not_finite(j, "candidate " + std::to_string(rows_.position(i)));
     }
   }

@@ -1,16 +1,18 @@
 // Columns of a pool's Gram matrix, each computed once, on first touch.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
 #include "pool/pool_rows.h"
+#include "simd/simd.h"
 
 namespace hullkit {
 
 // Only products not known from another column by symmetry are computed. A pass over the pool is bound by
-// reading it, so each computes a second column as well: that of the row most likely to be asked for next.
-// Neither changes a bit of any product.
+// reading it, so each computes kMaxDotVectors columns: the others are those of the rows most likely to be asked for
+// next. Neither changes a bit of any product.
 template <typename T>
 class GramColumns {
  public:
@@ -20,36 +22,53 @@ class GramColumns {
         columns_(rows.size()),
         pending_(rows.size()),
         pending_sources_(rows.sources()),
-        vectors_{std::vector<T>(rows.dim()), std::vector<T>(rows.dim())},
-        products_{std::vector<T>(rows.size()), std::vector<T>(rows.size())} {
-    for (int64_t i = 0; i < rows.size(); ++i) pending_[i] = i;
+        place_(rows.size()) {
+    for (int64_t i = 0; i < rows.size(); ++i) pending_[i] = place_[i] = i;
+    for (int k = 0; k < kMaxDotVectors; ++k) {
+      vectors_[k].resize(rows.dim());
+      products_[k].resize(rows.size());
+    }
   }
 
   bool known(int64_t i) const { return columns_[i] != nullptr; }
   const T* known_column(int64_t i) const { return columns_[i].get(); }
 
-  // [n], entry j is <row i, row j>. scores [n] rank the rows by how soon their columns may be wanted.
-  const T* column(int64_t i, const double* scores) {
+  // [n], entry j is <row i, row j>. scores [n] rank the rows by how soon their columns may be wanted; at most
+  // `later` more will be.
+  const T* column(int64_t i, const double* scores, int64_t later) {
     if (!known(i)) {
-      const int64_t wanted[2] = {i, likely_next(i, scores)};
-      compute(wanted, wanted[1] < 0 ? 1 : 2);
+      int64_t wanted[kMaxDotVectors] = {i};
+      const int64_t more = std::clamp<int64_t>(later, 0, kMaxDotVectors - 1);
+      compute(wanted, 1 + likely_next(i, scores, wanted + 1, more));
     }
     return columns_[i].get();
   }
 
  private:
-  int64_t likely_next(int64_t i, const double* scores) const {
-    int64_t next = -1;
+  // Up to `most` rows without a column, other than i, by falling score; returns how many.
+  int likely_next(int64_t i, const double* scores, int64_t* next, int64_t most) const {
+    int count = 0;
     for (const int64_t j : pending_) {
-      if (j != i && (next < 0 || scores[j] > scores[next] || (scores[j] == scores[next] && j < next))) next = j;
+      if (j == i || most == 0) continue;
+      if (count == most) {
+        if (!(scores[j] > scores[next[count - 1]])) continue;
+      } else {
+        ++count;
+      }
+      int at = count - 1;
+      for (; at > 0 && scores[j] > scores[next[at - 1]]; --at) next[at] = next[at - 1];
+      next[at] = j;
     }
-    return next;
+    return count;
   }
 
   void compute(const int64_t* wanted, int count) {
-    const T* vectors[2];
-    T* const products[2] = {products_[0].data(), products_[1].data()};
-    for (int k = 0; k < count; ++k) vectors[k] = rows_.row(wanted[k], vectors_[k].data());
+    const T* vectors[kMaxDotVectors];
+    T* products[kMaxDotVectors];
+    for (int k = 0; k < count; ++k) {
+      vectors[k] = rows_.row(wanted[k], vectors_[k].data());
+      products[k] = products_[k].data();
+    }
     rows_.dots(pending_sources_.data(), static_cast<int64_t>(pending_.size()), vectors, count, products, num_threads_);
     for (int k = 0; k < count; ++k) {
       T* column = new T[rows_.size()];
@@ -60,17 +79,15 @@ class GramColumns {
     for (int k = 0; k < count; ++k) retire(wanted[k]);
   }
 
-  // Row i needs no more products: its column has them all.
+  // Row i needs no more products: its column has them all. The last pending row takes its place.
   void retire(int64_t i) {
     known_.push_back(i);
-    for (size_t t = 0; t < pending_.size(); ++t) {
-      if (pending_[t] != i) continue;
-      pending_[t] = pending_.back();
-      pending_sources_[t] = pending_sources_.back();
-      pending_.pop_back();
-      pending_sources_.pop_back();
-      return;
-    }
+    const int64_t at = place_[i];
+    place_[pending_.back()] = at;
+    pending_[at] = pending_.back();
+    pending_sources_[at] = pending_sources_.back();
+    pending_.pop_back();
+    pending_sources_.pop_back();
   }
 
   const PoolRows<T>& rows_;
@@ -79,8 +96,9 @@ class GramColumns {
   std::vector<int64_t> known_;
   std::vector<int64_t> pending_;  // rows without a column
   std::vector<const void*> pending_sources_;
-  std::vector<T> vectors_[2];
-  std::vector<T> products_[2];
+  std::vector<int64_t> place_;  // of a row in pending_
+  std::vector<T> vectors_[kMaxDotVectors];
+  std::vector<T> products_[kMaxDotVectors];
 };
 
 }  // namespace hullkit

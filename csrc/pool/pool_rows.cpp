@@ -154,12 +154,9 @@ void PoolRows<T>::dots_block(const void* const* sources, int64_t count, const T*
                              T* const* out) const {
   const SimdOps<T>& ops = simd().ops<T>();
   const auto product = [&](const T* const* rows, int64_t n, int64_t first) {
-    if (num_vectors == 1) {
-      ops.dots(rows, n, vectors[0], dim_, out[0] + first);
-    } else {
-      T* const shifted[2] = {out[0] + first, out[1] + first};
-      ops.dots2(rows, n, vectors, dim_, shifted);
-    }
+    T* shifted[kMaxDotVectors];
+    for (int k = 0; k < num_vectors; ++k) shifted[k] = out[k] + first;
+    ops.dots(rows, n, vectors, num_vectors, dim_, shifted);
   };
   if constexpr (std::is_same_v<T, float>) {
     if (is_half(dtype_) && !widened_) {
@@ -189,7 +186,8 @@ void PoolRows<T>::dots(const void* const* sources, int64_t count, const T* const
   const int64_t chunk = std::max<int64_t>(kRowsPerBlock, (count + 4 * num_threads - 1) / (4 * num_threads));
   parallel_for((count + chunk - 1) / chunk, num_threads, [&](int64_t i) {
     const int64_t first = i * chunk;
-    T* const shifted[2] = {out[0] + first, num_vectors == 2 ? out[1] + first : nullptr};
+    T* shifted[kMaxDotVectors];
+    for (int k = 0; k < num_vectors; ++k) shifted[k] = out[k] + first;
     dots_block(sources + first, std::min(chunk, count - first), vectors, num_vectors, shifted);
   });
 }

@@ -53,7 +53,8 @@ class PoolRows {
 
   // out[i] = <row i, vector> for every row, shared among threads where the pool is large enough to pay for that.
   void dots(const T* vector, T* out, int num_threads) const;
-  // out[k][t] = <row of sources[t], vectors[k]> for t < count, k < num_vectors (1 or 2): a pass over some rows.
+  // out[k][t] = <row of sources[t], vectors[k]> for t < count, k < num_vectors <= kMaxDotVectors: a pass over some
+  // rows.
   void dots(const void* const* sources, int64_t count, const T* const* vectors, int num_vectors, T* const* out,
             int num_threads) const;
   // Where the rows lie, in their own dtype; entries may be dropped or reordered in a copy handed to dots.

@@ -5,14 +5,16 @@
 
 namespace hullkit {
 
+// As many vectors as a pass over the rows can multiply with before it is bound by arithmetic: four rows, three
+// vectors and their twelve sums fill the sixteen registers of AVX2.
+inline constexpr int kMaxDotVectors = 3;
+
 // Every dot product is summed in an order that depends on d alone: the same two vectors give the same bits
 // whatever stands beside them, and <x, y> == <y, x>.
 template <typename T>
 struct SimdOps {
-  // out[i] = <rows[i], vector> for i < n.
-  void (*dots)(const T* const* rows, int64_t n, const T* vector, int64_t d, T* out);
-  // The same for two vectors in one pass over the rows.
-  void (*dots2)(const T* const* rows, int64_t n, const T* const vectors[2], int64_t d, T* const out[2]);
+  // out[k][i] = <rows[i], vectors[k]> for i < n and k < num_vectors <= kMaxDotVectors, in one pass over the rows.
+  void (*dots)(const T* const* rows, int64_t n, const T* const* vectors, int num_vectors, int64_t d, T* const* out);
   // scores[i] = (1 - step) * scores[i] + step * (base[i] - column[i]).
   // Returns the position of the largest score, the lowest on a tie.
   int64_t (*advance)(double* scores, const T* column, double step, const double* base, int64_t n);

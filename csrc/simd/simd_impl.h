@@ -80,6 +80,18 @@ __attribute__((noinline)) T add_tail(T sum, const T* row, const T* other, int64_
   return sum;
 }
 
+// A value that is used several times is loaded once: GCC would rather make it a memory operand of every use, and a
+// line on its way from the outer caches is then waited for as often.
+template <typename V>
+inline V load_once(const void* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(V));
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // R rows times K vectors at once: enough independent sums to keep the multipliers busy. Each product has one
 // chain of sums whatever R and K are, so its bits do not depend on them.
 template <typename T, int R, int K>
@@ -92,13 +104,13 @@ inline void dot_block(const T* const* rows, const T* const* vectors, int64_t d, 
     V shared[K];
     for (int k = 0; k < K; ++k) shared[k] = load<V>(vectors[k] + j);
     for (int r = 0; r < R; ++r) {
-      const V row = load<V>(rows[r] + j);
+      const V row = load_once<V>(rows[r] + j);
       for (int k = 0; k < K; ++k) sums[r][k] = multiply_add(row, shared[k], sums[r][k]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
     for (int k = 0; k < K; ++k) out[k][first + r] = sum_lanes(sums[r][k]);
   }
   if (j < d) {
@@ -117,13 +129,15 @@ void dot_blocks(const T* const* rows, int64_t n, const T* const* vectors, int64_
 }
 
 template <typename T>
-void dots(const T* const* rows, int64_t n, const T* vector, int64_t d, T* out) {
-  dot_blocks<T, 8, 1>(rows, n, &vector, d, &out);
-}
-
-template <typename T>
-void dots2(const T* const* rows, int64_t n, const T* const vectors[2], int64_t d, T* const out[2]) {
-  dot_blocks<T, 4, 2>(rows, n, vectors, d, out);
+void dots(const T* const* rows, int64_t n, const T* const* vectors, int num_vectors, int64_t d, T* const* out) {
+  switch (num_vectors) {
+    case 1:
+      return dot_blocks<T, 8, 1>(rows, n, vectors, d, out);
+    case 2:
+      return dot_blocks<T, 6, 2>(rows, n, vectors, d, out);
+    case kMaxDotVectors:
+      return dot_blocks<T, 4, 3>(rows, n, vectors, d, out);
+  }
 }
 
 inline Wide<double> load_widened(const double* from) { return load<Wide<double>>(from); }
@@ -134,6 +148,19 @@ inline Wide<double> load_widened(const float* from) {
 template <typename V>
 inline V larger(V a, V b) {
   return a > b ? a : b;
+}
+
+// The first lane where a == b, -1 if there is none.
+inline int first_equal(Wide<double> a, Wide<double> b) {
+#if defined(__AVX512F__)
+  const int equal = _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ);
+#elif defined(__AVX2__)
+  const int equal = _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_EQ_OQ));
+#else
+  int equal = 0;
+  for (int lane = 0; lane < kBytes / 8; ++lane) equal |= (a[lane] == b[lane]) << lane;
+#endif
+  return equal ? __builtin_ctz(equal) : -1;
 }
 
 template <typename T>
@@ -165,7 +192,10 @@ int64_t advance(double* scores, const T* column, double step, const double* base
     scores[i] = score[0];
     best = scores[i] > best ? scores[i] : best;
   }
-  i = 0;
+  for (i = 0; i + kLanes <= n; i += kLanes) {
+    const int at = first_equal(load<V>(scores + i), V{} + best);
+    if (at >= 0) return i + at;
+  }
   while (i + 1 < n && scores[i] != best) ++i;
   return i;
 }
@@ -211,8 +241,8 @@ void widen_f16(const uint16_t* in, float* out, int64_t count) {
 
 constexpr Simd make_simd(const char* name) {
   return Simd{name,
-              {dots<float>, dots2<float>, advance<float>, add_scaled<float>},
-              {dots<double>, dots2<double>, advance<double>, add_scaled<double>},
+              {dots<float>, advance<float>, add_scaled<float>},
+              {dots<double>, advance<double>, add_scaled<double>},
               widen_f16,
               widen_bf16};
 }
