@@ -1,4 +1,4 @@
-// The Python face of the core: integers in, nothing out. No other file knows pybind11.
+// The Python face of the core: integers in, nothing out. Only this folder knows pybind11.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,6 +15,10 @@
 namespace py = pybind11;
 
 namespace hullkit {
+
+void bind_objects(py::module_& module);
+void bind_optim(py::module_& module);
+
 namespace {
 
 // A tensor arrives as (address, dtype code, shape, strides in elements), an absent one as None.
@@ -166,5 +170,7 @@ PYBIND11_MODULE(_core, module) {
   });
   hullkit::bind_selection(module);
   hullkit::bind_rounding(module);
+  hullkit::bind_optim(module);
+  hullkit::bind_objects(module);
   module.def("build_info", &hullkit::build_info);
 }

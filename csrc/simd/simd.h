@@ -5,6 +5,22 @@
 
 namespace hullkit {
 
+// The coefficients of fused optimizer updates, in the arithmetic type; see adam.h and sgd.h.
+template <typename T>
+struct AdamUpdate {
+  T scale, rest1, beta2, rest2, l2, keep;  // rest = 1 - beta
+  const T* sizes;                          // [num_steps] lr / bias1 * sqrt(bias2)
+  const T* dampings;                       // [num_steps] eps * sqrt(bias2)
+  int64_t num_steps;
+};
+
+template <typename T>
+struct SgdUpdate {
+  T scale, lr, momentum, undamped, l2;
+  bool nesterov, fresh;
+  int64_t num_steps;
+};
+
 // As many vectors as a pass over the rows can multiply with before it is bound by arithmetic: four rows, three
 // vectors and their twelve sums fill the sixteen registers of AVX2.
 inline constexpr int kMaxDotVectors = 3;
@@ -20,6 +36,11 @@ struct SimdOps {
   int64_t (*advance)(double* scores, const T* column, double step, const double* base, int64_t n);
   // out[j] += weight * row[j]
   void (*add_scaled)(double* out, const T* row, double weight, int64_t d);
+  void (*adam)(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t n, const AdamUpdate<T>& update);
+  // buffer may be null: no momentum.
+  void (*sgd)(T* param, const T* grad, T* buffer, int64_t n, const SgdUpdate<T>& update);
+  // into += weight * grad, and the sum of squares of into; into may be null: of grad.
+  T (*accumulate)(T* into, const T* grad, T weight, int64_t n);
 };
 
 struct Simd {
@@ -28,6 +49,8 @@ struct Simd {
   SimdOps<double> f64;
   void (*widen_f16)(const uint16_t* in, float* out, int64_t count);
   void (*widen_bf16)(const uint16_t* in, float* out, int64_t count);
+  void (*narrow_f16)(const float* in, uint16_t* out, int64_t count);
+  void (*narrow_bf16)(const float* in, uint16_t* out, int64_t count);
 
   template <typename T>
   const SimdOps<T>& ops() const {

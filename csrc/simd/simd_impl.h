@@ -239,12 +239,22 @@ void widen_f16(const uint16_t* in, float* out, int64_t count) {
   for (; i < count; ++i) out[i] = widen_one_f16(in[i]);
 }
 
+}  // namespace
+}  // namespace hullkit
+
+#include "simd/optim_impl.h"
+
+namespace hullkit {
+namespace {
+
 constexpr Simd make_simd(const char* name) {
   return Simd{name,
-              {dots<float>, advance<float>, add_scaled<float>},
-              {dots<double>, advance<double>, add_scaled<double>},
+              {dots<float>, advance<float>, add_scaled<float>, adam<float>, sgd<float>, accumulate<float>},
+              {dots<double>, advance<double>, add_scaled<double>, adam<double>, sgd<double>, accumulate<double>},
               widen_f16,
-              widen_bf16};
+              widen_bf16,
+              narrow_f16,
+              narrow_bf16};
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -51,6 +51,55 @@ frank_wolfe_cpu = _kernel(_core.frank_wolfe_cpu)
 select_cpu = _kernel(_core.select_cpu)
 round_multiplicities_cpu = _kernel(_core.round_multiplicities_cpu)
 apportion_cpu = _kernel(_core.apportion_cpu)
+
+
+def _codes(dtypes: tuple[torch.dtype, ...]) -> tuple[int, ...]:
+    return tuple(_DTYPE_CODES[dtype] for dtype in dtypes)
+
+
+def _grads(record: Tensor) -> int:
+    """Where the gradients' addresses begin, behind ten options."""
+    return record.data_ptr() + 80
+
+
+def adam_cpu(
+    table: Tensor, size: int, record: Tensor, dtypes: tuple[torch.dtype, ...], *options: Any
+) -> None:
+    threads = torch.get_num_threads()
+    _core.adam_cpu(table.data_ptr(), size, _grads(record), *_codes(dtypes), *options, threads)
+
+
+def sgd_cpu(
+    table: Tensor, size: int, record: Tensor, dtypes: tuple[torch.dtype, ...], *options: Any
+) -> None:
+    threads = torch.get_num_threads()
+    _core.sgd_cpu(table.data_ptr(), size, _grads(record), *_codes(dtypes), *options, threads)
+
+
+def accumulate_cpu(
+    table: Tensor, size: int, record: Tensor, dtype: torch.dtype, weight: float
+) -> Tensor:
+    (code,) = _codes((dtype,))
+    square = _core.accumulate_cpu(
+        table.data_ptr(), size, _grads(record), code, weight, torch.get_num_threads()
+    )
+    return torch.tensor([square], dtype=torch.float64)
+
+
+def squared_norm_cpu(table: Tensor, size: int, record: Tensor, dtype: torch.dtype) -> Tensor:
+    (code,) = _codes((dtype,))
+    square = _core.squared_norm_cpu(
+        table.data_ptr(), size, _grads(record), code, torch.get_num_threads()
+    )
+    return torch.tensor([square], dtype=torch.float64)
+
+
+def same_objects(states: Iterable[dict[str, Any]], known: list[Any]) -> bool:
+    """Whether the values of these dicts, one after the other, are the objects in `known`.
+
+    In C: an optimizer asks this of five hundred tensors at every step.
+    """
+    return _core.same_objects(list(states), known)
 
 
 def build_info() -> dict[str, Any]:

@@ -1,0 +1,109 @@
+#include <cmath>
+
+#include "hullkit/adam.h"
+#include "hullkit/check.h"
+#include "optim/chunks.h"
+#include "pool/pool_rows.h"
+
+namespace hullkit {
+namespace {
+
+uint32_t mix(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  x ^= x >> 16;
+  return x;
+}
+
+// Up with the probability of the part cut off. The noise is a hash of element, tensor and step: the same bits
+// every run, and those of the Triton kernel.
+void round_stochastically(const float* in, uint16_t* out, int64_t first, int64_t count, uint32_t salt, uint32_t step) {
+  const uint32_t seed = mix(step ^ (salt * 0x9e3779b1u));
+  for (int64_t i = 0; i < count; ++i) {
+    const auto index = static_cast<uint64_t>(first + i);
+    const uint32_t high = mix(static_cast<uint32_t>(index >> 32) + seed);
+    const uint32_t noise = mix(static_cast<uint32_t>(index) + high) & 0xffffu;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &in[i], sizeof(bits));
+    if (std::isfinite(in[i])) {
+      out[i] = static_cast<uint16_t>((bits + noise) >> 16);
+    } else {
+      simd().narrow_bf16(&in[i], &out[i], 1);
+    }
+  }
+}
+
+// What one update has in common for all elements of a tensor, for k updates from `step` on.
+template <typename T>
+struct Coefficients {
+  Coefficients(const AdamParams& params, double from) : step(from) {
+    for (int64_t i = 1; i <= params.num_steps; ++i) {
+      const double root2 = std::sqrt(1.0 - std::pow(params.beta2, step + static_cast<double>(i)));
+      const double bias1 = 1.0 - std::pow(params.beta1, step + static_cast<double>(i));
+      sizes.push_back(static_cast<T>(params.lr * root2 / bias1));
+      dampings.push_back(static_cast<T>(params.eps * root2));
+    }
+  }
+  double step;
+  std::vector<T> sizes, dampings;
+};
+
+template <typename T>
+void run(const TensorTable& table, const AdamParams& params, int num_threads) {
+  std::vector<Coefficients<T>> coefficients;  // one for every number of steps taken
+  std::vector<size_t> which(table.count);
+  for (int64_t row = 0; row < table.count; ++row) {
+    const double step = *reinterpret_cast<const float*>(table.rows[row].step);
+    size_t at = 0;
+    while (at < coefficients.size() && coefficients[at].step != step) ++at;
+    if (at == coefficients.size()) coefficients.emplace_back(params, step);
+    which[row] = at;
+  }
+  const int64_t block = params.stochastic_rounding ? kBlock : block_size<T>(table, true);
+  for_each_chunk(table, num_threads, [&](int64_t, int64_t index, int64_t begin, int64_t count) {
+    const TensorRow& row = table.rows[index];
+    const Coefficients<T>& own = coefficients[which[index]];
+    const AdamUpdate<T> update = {static_cast<T>(params.scale),
+                                  static_cast<T>(1.0 - params.beta1),
+                                  static_cast<T>(params.beta2),
+                                  static_cast<T>(1.0 - params.beta2),
+                                  static_cast<T>(params.l2),
+                                  static_cast<T>(1.0 - params.lr * params.decay),
+                                  own.sizes.data(),
+                                  own.dampings.data(),
+                                  params.num_steps};
+    Elements<T> param(row.param, table.param_dtype), grad(table.grads[index], table.grad_dtype);
+    Elements<T> exp_avg(row.state1, table.state_dtype), exp_avg_sq(row.state2, table.state_dtype);
+    for (int64_t at = begin; at < begin + count; at += block) {
+      const int64_t n = std::min(block, begin + count - at);
+      T* const p = param.load(at, n);
+      simd().ops<T>().adam(p, grad.load(at, n), exp_avg.load(at, n), exp_avg_sq.load(at, n), n, update);
+      exp_avg.store(at, n);
+      exp_avg_sq.store(at, n);
+      if constexpr (std::is_same_v<T, float>) {
+        if (params.stochastic_rounding) {
+          const auto step = static_cast<uint32_t>(own.step + static_cast<double>(params.num_steps));
+          round_stochastically(p, param.template at<uint16_t>(at), at, n, row.salt(), step);
+          continue;
+        }
+      }
+      param.store(at, n);
+    }
+  });
+  for (int64_t row = 0; row < table.count; ++row) {
+    const double step = coefficients[which[row]].step + static_cast<double>(params.num_steps);
+    *reinterpret_cast<float*>(table.rows[row].step) = static_cast<float>(step);
+  }
+}
+
+}  // namespace
+
+void adam_cpu(const TensorTable& table, const AdamParams& params, int num_threads) {
+  HULLKIT_CHECK(!params.stochastic_rounding || table.param_dtype == DType::kBFloat16,
+                "stochastic_rounding: expected bfloat16 parameters, got another dtype");
+  with_compute_type(table.param_dtype, [&](auto type) { run<decltype(type)>(table, params, num_threads); });
+}
+
+}  // namespace hullkit

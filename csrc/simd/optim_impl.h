@@ -1,0 +1,204 @@
+// The optimizers' arithmetic; included by simd_impl.h, and like it once per instruction set.
+#pragma once
+
+namespace hullkit {
+namespace {
+
+inline Wide<float> square_root(Wide<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int lane = 0; lane < kBytes / 4; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+  return x;
+#endif
+}
+
+inline Wide<double> square_root(Wide<double> x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_pd(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_pd(x);
+#else
+  for (int lane = 0; lane < kBytes / 8; ++lane) x[lane] = __builtin_sqrt(x[lane]);
+  return x;
+#endif
+}
+
+// Calls block(elements) for whole blocks of U vectors, then for single vectors, then once for the rest, which it
+// gets as one vector in a buffer: every element takes the same arithmetic wherever it stands.
+// Arrays [kArrays] are read and written at an offset.
+template <typename T, int kArrays, int U, typename Block, typename Single>
+inline void over_vectors(T* const (&arrays)[kArrays], int64_t n, Block&& block, Single&& single) {
+  constexpr int kLanes = kBytes / sizeof(T);
+  int64_t i = 0;
+  for (; i + U * kLanes <= n; i += U * kLanes) block(arrays, i);
+  for (; i + kLanes <= n; i += kLanes) single(arrays, i);
+  if (i == n) return;
+  T buffers[kArrays][kLanes] = {};
+  T* padded[kArrays];
+  for (int a = 0; a < kArrays; ++a) {
+    padded[a] = buffers[a];
+    if (arrays[a] != nullptr) __builtin_memcpy(buffers[a], arrays[a] + i, (n - i) * sizeof(T));
+  }
+  single(padded, 0);
+  for (int a = 0; a < kArrays; ++a) {
+    if (arrays[a] != nullptr) __builtin_memcpy(arrays[a] + i, buffers[a], (n - i) * sizeof(T));
+  }
+}
+
+// U vectors at once: square roots and divisions of one overlap with those of the others.
+template <typename T, int U, bool kDecays>
+inline void adam_vectors(T* const (&arrays)[4], int64_t at, const AdamUpdate<T>& update) {
+  using V = Wide<T>;
+  constexpr int kLanes = kBytes / sizeof(T);
+  V param[U], grad[U], exp_avg[U], exp_avg_sq[U];
+  for (int u = 0; u < U; ++u) {
+    param[u] = load<V>(arrays[0] + at + u * kLanes);
+    grad[u] = load<V>(arrays[1] + at + u * kLanes) * update.scale;
+    exp_avg[u] = load<V>(arrays[2] + at + u * kLanes);
+    exp_avg_sq[u] = load<V>(arrays[3] + at + u * kLanes);
+  }
+  const V rest1 = V{} + update.rest1, rest2 = V{} + update.rest2, beta2 = V{} + update.beta2;
+  const V l2 = V{} + update.l2, keep = V{} + update.keep;
+  for (int64_t s = 0; s < update.num_steps; ++s) {
+    const V size = V{} + update.sizes[s], damping = V{} + update.dampings[s];
+    for (int u = 0; u < U; ++u) {
+      const V total = kDecays ? multiply_add(param[u], l2, grad[u]) : grad[u];
+      exp_avg[u] = multiply_add(total - exp_avg[u], rest1, exp_avg[u]);
+      exp_avg_sq[u] = multiply_add(total * rest2, total, exp_avg_sq[u] * beta2);
+      const V change = size * exp_avg[u] / (square_root(exp_avg_sq[u]) + damping);
+      param[u] = (kDecays ? param[u] * keep : param[u]) - change;
+    }
+  }
+  for (int u = 0; u < U; ++u) {
+    store(arrays[0] + at + u * kLanes, param[u]);
+    store(arrays[2] + at + u * kLanes, exp_avg[u]);
+    store(arrays[3] + at + u * kLanes, exp_avg_sq[u]);
+  }
+}
+
+template <typename T, bool kDecays>
+void adam_run(T* const (&arrays)[4], int64_t n, const AdamUpdate<T>& update) {
+  constexpr int kUnroll = 2;
+  over_vectors<T, 4, kUnroll>(
+      arrays, n, [&](auto& a, int64_t at) { adam_vectors<T, kUnroll, kDecays>(a, at, update); },
+      [&](auto& a, int64_t at) { adam_vectors<T, 1, kDecays>(a, at, update); });
+}
+
+template <typename T>
+void adam(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t n, const AdamUpdate<T>& update) {
+  T* const arrays[4] = {param, const_cast<T*>(grad), exp_avg, exp_avg_sq};
+  if (update.l2 == 0 && update.keep == 1) {
+    adam_run<T, false>(arrays, n, update);
+  } else {
+    adam_run<T, true>(arrays, n, update);
+  }
+}
+
+template <typename T, int U>
+inline void sgd_vectors(T* const (&arrays)[3], int64_t at, const SgdUpdate<T>& update) {
+  using V = Wide<T>;
+  constexpr int kLanes = kBytes / sizeof(T);
+  const bool stateful = arrays[2] != nullptr;
+  for (int u = 0; u < U; ++u, at += kLanes) {
+    V param = load<V>(arrays[0] + at);
+    const V grad = load<V>(arrays[1] + at) * update.scale;
+    V buffer = stateful && !update.fresh ? load<V>(arrays[2] + at) : V{};
+    const V momentum = V{} + update.momentum, l2 = V{} + update.l2, lr = V{} + update.lr;
+    for (int64_t s = 0; s < update.num_steps; ++s) {
+      const V total = multiply_add(param, l2, grad);
+      // A fresh buffer takes the gradient undamped.
+      const V share = V{} + (update.fresh && s == 0 ? T{1} : update.undamped);
+      buffer = multiply_add(buffer, momentum, total * share);
+      const V ahead = update.nesterov ? multiply_add(buffer, momentum, total) : buffer;
+      param = multiply_add(ahead, -lr, param);
+    }
+    store(arrays[0] + at, param);
+    if (stateful) store(arrays[2] + at, buffer);
+  }
+}
+
+template <typename T>
+void sgd(T* param, const T* grad, T* buffer, int64_t n, const SgdUpdate<T>& update) {
+  T* const arrays[3] = {param, const_cast<T*>(grad), buffer};
+  over_vectors<T, 3, 1>(
+      arrays, n, [&](auto& a, int64_t at) { sgd_vectors<T, 1>(a, at, update); },
+      [&](auto& a, int64_t at) { sgd_vectors<T, 1>(a, at, update); });
+}
+
+// into += weight * grad if into is given; returns the sum of squares of into, else of grad.
+template <typename T>
+T accumulate(T* into, const T* grad, T weight, int64_t n) {
+  using V = Wide<T>;
+  constexpr int kLanes = kBytes / sizeof(T);
+  constexpr int kUnroll = 4;
+  V sums[kUnroll] = {};
+  int64_t i = 0;
+  const auto at = [&](int64_t j, V* sum) {
+    V value = load<V>(grad + j);
+    if (into != nullptr) {
+      value = multiply_add(value, V{} + weight, load<V>(into + j));
+      store(into + j, value);
+    }
+    *sum = multiply_add(value, value, *sum);
+  };
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) at(i + u * kLanes, &sums[u]);
+  }
+  for (; i + kLanes <= n; i += kLanes) at(i, &sums[0]);
+  T total = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < n; ++i) {
+    T value = grad[i];
+    if (into != nullptr) {
+      const V sum = multiply_add(V{} + value, V{} + weight, V{} + into[i]);
+      value = into[i] = sum[0];
+    }
+    total += value * value;
+  }
+  return total;
+}
+
+inline uint32_t bits_from_float(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// To nearest, ties to even; NaN stays NaN.
+void narrow_bf16(const float* in, uint16_t* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = bits_from_float(in[i]);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    out[i] = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
+  }
+}
+
+inline uint16_t narrow_one_f16(float value) {
+  const uint32_t bits = bits_from_float(value);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // rounds beyond 65504
+  if (magnitude < 0x38800000u) {
+    // Subnormal: the float addition rounds to a multiple of 2^-24.
+    const float shifted = float_from_bits(magnitude) + 0.5f;
+    return sign | static_cast<uint16_t>(bits_from_float(shifted) - 0x3f000000u);
+  }
+  return sign | static_cast<uint16_t>((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13);
+}
+
+void narrow_f16(const float* in, uint16_t* out, int64_t count) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
+  }
+#endif
+  for (; i < count; ++i) out[i] = narrow_one_f16(in[i]);
+}
+
+}  // namespace
+}  // namespace hullkit

@@ -1,0 +1,418 @@
+"""What the fused optimizers share: buckets of tensors, k updates in a pass, update in backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, repeat
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from . import _multi_tensor, _native
+from ._checks import check_int, check_number
+from ._multi_tensor import DTYPES, FACTOR, TensorTable, is_dense, same_layout, uses_triton
+
+_LR = 0  # the option that a learning rate in a device tensor is copied to
+_ON_DEVICE = math.nan  # an option that is filled in on the device
+
+Params = list[Tensor]
+Options = tuple[float, ...]
+
+
+class Bucket:
+    """Parameters that one launch updates: same group, same device, same dtypes."""
+
+    def __init__(
+        self, params: Params, grad_dtype: torch.dtype, table: TensorTable, fresh: bool
+    ) -> None:
+        self.params = params
+        self.dtypes = (params[0].dtype, grad_dtype, params[0].dtype)  # parameter, gradient, state
+        self.table = table
+        self.fresh = fresh  # whether state is set by the first launch, not read
+        self.checked: list[int] = []  # addresses of the gradients found in order last
+
+
+class Sorted(NamedTuple):
+    """Buckets of some parameters, and what must be as it was for them to hold."""
+
+    params: Params
+    addresses: list[int]
+    buckets: list[Bucket]
+    places: list[list[int]]  # of each bucket's parameters in params
+
+
+class Launch(NamedTuple):
+    """One pass to be made. Holding the gradients keeps their addresses good."""
+
+    group: dict[str, Any]
+    bucket: Bucket
+    grads: list[Tensor]
+    addresses: list[int]
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose `step(num_steps=k)` makes k updates in one pass over memory."""
+
+    max_grad_norm: float | None
+    backend: str | None
+    grad_norm: Tensor | None  # global norm of the latest step's gradients, if it clipped
+
+    # What a subclass says: its state, its options and its kernel.
+
+    def _state_of(self, group: dict[str, Any], param: Tensor) -> tuple[list[Tensor | None], bool]:
+        """[state 1, state 2, step counter], made if missing; whether state 1 is yet to be set."""
+        raise NotImplementedError
+
+    def _options(self, group: dict[str, Any], lr: float) -> Options:
+        raise NotImplementedError
+
+    def _variant(self, group: dict[str, Any]) -> Any:
+        """What of the group decides which state the tables hold."""
+        return None
+
+    def _kernel(self, bucket: Bucket, record: Tensor, options: Options, num_steps: int) -> None:
+        raise NotImplementedError
+
+    def _init_fused(
+        self,
+        *,
+        max_grad_norm: float | None,
+        backend: str | None,
+        foreach: bool | None,
+        fused: bool | None,
+        differentiable: bool,
+    ) -> None:
+        for name, value, refused in (("foreach", foreach, True), ("fused", fused, False)):
+            if value is refused:
+                raise ValueError(
+                    f"{name}: expected None or {not refused}, got {value}: a step of hullkit is one "
+                    "fused pass"
+                )
+        if differentiable:
+            raise ValueError("differentiable: expected False, got True: steps leave no graph")
+        if max_grad_norm is not None:
+            max_grad_norm = check_number("max_grad_norm", max_grad_norm, 0.0)
+        self.max_grad_norm = max_grad_norm
+        self.backend = backend
+        self.grad_norm = None
+        self._forget()
+        self._check_params()
+
+    def _forget(self) -> None:
+        """Tables hold addresses, and are made anew once a tensor may have been replaced.
+
+        Old ones stay: a captured graph may read them at its next replay.
+        """
+        self._outdated: list[Any] = [
+            *self.__dict__.get("_outdated", ()),
+            *self.__dict__.get("_sorted", {}).values(),
+        ]
+        self._sorted: dict[Any, Sorted] = {}
+        self._known_states: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: self.__dict__[name] for name in ("max_grad_norm", "backend")}
+        return {**super().__getstate__(), **own, "grad_norm": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim."""
+        super().add_param_group(param_group)
+        if hasattr(self, "_sorted"):  # not while torch's constructor runs
+            self._check_params()
+
+    def _check_params(self) -> None:
+        stretches = []
+        for param in self._params():
+            name = f"params: parameter of shape {tuple(param.shape)}"
+            if param.dtype not in DTYPES:
+                raise TypeError(
+                    f"{name}: expected dtype float64, float32, float16 or bfloat16, "
+                    f"got {param.dtype}"
+                )
+            if param.layout is not torch.strided or not is_dense(param):
+                got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
+                raise ValueError(f"{name}: expected elements side by side in memory, got {got}")
+            uses_triton("params", param.device, self.backend)
+            begin = param.data_ptr()
+            if param.numel():
+                end = begin + param.numel() * param.element_size()
+                stretches.append((str(param.device), begin, end))
+        stretches.sort()
+        for (device, _, end), (next_device, begin, _) in zip(
+            stretches, stretches[1:], strict=False
+        ):
+            if device == next_device and begin < end:
+                raise ValueError(
+                    "params: expected parameters that share no memory, got two that do; pass a "
+                    "tied parameter once"
+                )
+
+    def _params(self) -> Params:
+        """Every parameter once, in the order of the groups."""
+        return list({id(p): p for g in self.param_groups for p in g["params"]}.values())
+
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, num_steps: int = 1
+    ) -> Any:
+        """`num_steps` consecutive updates with the gradients in `.grad`, in one pass: parameters,
+        gradients and state are read once and written once.
+
+        Equivalent to: `for _ in range(num_steps): step()`.
+
+        Args:
+            closure: as in torch.optim; evaluated once.
+            num_steps: k >= 1.
+        Returns:
+            The closure's value, or None.
+        Raises:
+            TypeError, ValueError: a sparse or complex gradient; num_steps out of range.
+        """
+        if self._watched():
+            hooked = torch.optim.Optimizer.profile_hook_step(type(self)._step)
+            return hooked(self, closure, num_steps=num_steps)
+        return self._step(closure, num_steps=num_steps)
+
+    # torch wraps every optimizer's step for its hooks and profiler; that costs more than ours. So
+    # it is told that this is done, and it is, where anybody looks.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _watched(self) -> bool:
+        return bool(
+            torch.autograd._profiler_enabled()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
+
+    def _step(self, closure: Callable[[], Any] | None = None, *, num_steps: int = 1) -> Any:
+        check_int("num_steps", num_steps, 1)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update([[p.grad for p in group["params"]] for group in self.param_groups], num_steps)
+        return loss
+
+    def step_with(self, grads: Mapping[Tensor, Tensor], *, num_steps: int = 1) -> None:
+        """:meth:`step` with these gradients in place of `.grad`.
+
+        Args:
+            grads: for each parameter to update its gradient, of the parameter's shape and device
+                and any supported dtype: float32 sums for half-precision parameters, say.
+        """
+        check_int("num_steps", num_steps, 1)
+        self._update(
+            [[grads.get(p) for p in group["params"]] for group in self.param_groups], num_steps
+        )
+
+    def _update(self, grads: list[list[Tensor | None]], num_steps: int) -> None:
+        """grads: for each group one for each parameter."""
+        if not _native.same_objects(self.state.values(), self._known_states):
+            self._forget()  # a state tensor is another object than when the tables were made
+        launches: list[Launch] = []
+        for index, group in enumerate(self.param_groups):
+            launches += self._launches(index, group, group["params"], grads[index])
+        self._run(launches, num_steps)
+
+    def _launches(
+        self, key: Any, group: dict[str, Any], params: Params, grads: Sequence[Tensor | None]
+    ) -> list[Launch]:
+        present = grads
+        if any(map(is_, grads, repeat(None))):  # parameters without a gradient stay as they are
+            pairs = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None]
+            params, present = [p for p, _ in pairs], [grad for _, grad in pairs]
+        if not params:
+            return []
+        key = (key, self._variant(group))
+        made = self._sorted.get(key)
+        if (
+            made is None
+            or made.addresses != list(map(Tensor.data_ptr, params))
+            or not all(map(is_, made.params, params))
+        ):
+            made = self._sort(key, group, params, present)
+        launches = self._address(group, made, present)
+        if launches is None:  # gradients of other dtypes than last time
+            launches = self._address(group, self._sort(key, group, params, present), present)
+        assert launches is not None
+        return launches
+
+    def _address(
+        self, group: dict[str, Any], made: Sorted, grads: list[Tensor]
+    ) -> list[Launch] | None:
+        launches = []
+        for bucket, places in zip(made.buckets, made.places, strict=True):
+            own = [grads[place] for place in places]
+            try:
+                addresses = list(map(Tensor.data_ptr, own))
+            except RuntimeError:  # a sparse one has no address, and no place in the check below
+                addresses = []
+            if addresses != bucket.checked:
+                for place, (param, grad) in enumerate(zip(bucket.params, own, strict=True)):
+                    _check_grad(param, grad)
+                    if grad.dtype != bucket.dtypes[1]:
+                        return None
+                    if not same_layout(grad, param):
+                        own[place] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+                bucket.checked = addresses
+                addresses = list(map(Tensor.data_ptr, own))
+                if addresses != bucket.checked:
+                    bucket.checked = []  # copies: to be made again
+            launches.append(Launch(group, bucket, own, addresses))
+        return launches
+
+    def _sort(self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]) -> Sorted:
+        """Buckets for these parameters; state is made where it is missing."""
+        self._check_params()  # torch may have moved or retyped them since
+        salts = {id(param): place for place, param in enumerate(self._params())}
+        places: dict[Any, dict[int, int]] = {}  # by kind: parameter's id to its (last) place
+        for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            _check_grad(param, grad)
+            places.setdefault((param.device, param.dtype, grad.dtype), {})[id(param)] = place
+        buckets = []
+        for (device, _, grad_dtype), chosen in places.items():
+            rows, any_fresh = [], False
+            for place in chosen.values():
+                param = params[place]
+                states, fresh = self._state_of(group, param)
+                addresses = [0 if state is None else state.data_ptr() for state in states]
+                flags = salts[id(param)] << 1 | fresh
+                any_fresh |= fresh
+                rows.append((param.data_ptr(), *addresses, param.numel(), flags))
+            table = TensorTable(rows, device, uses_triton("params", device, self.backend))
+            own = [params[place] for place in chosen.values()]
+            buckets.append(Bucket(own, grad_dtype, table, any_fresh))
+        addresses = [param.data_ptr() for param in params]
+        made = Sorted(params, addresses, buckets, [list(c.values()) for c in places.values()])
+        if key in self._sorted:
+            self._outdated.append(self._sorted[key])
+        self._sorted[key] = made
+        self._known_states = list(chain.from_iterable(map(dict.values, self.state.values())))
+        return made
+
+    def _run(self, launches: list[Launch], num_steps: int) -> None:
+        ready = [(launch.bucket, *self._record(launch)) for launch in launches]
+        if self.max_grad_norm is not None and ready:
+            ready = self._clip(ready, self.max_grad_norm)
+        for bucket, record, options in ready:
+            self._kernel(bucket, record, options, num_steps)
+            if bucket.fresh:
+                bucket.table.table[:, -1].bitwise_and_(-2)
+                bucket.fresh = False
+            torch.autograd.graph.increment_version(bucket.params)
+
+    def _record(self, launch: Launch) -> tuple[Tensor, Options]:
+        group, bucket, _, addresses = launch
+        lr = group["lr"]
+        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        options = self._options(group, _ON_DEVICE if on_device else float(lr))
+        if self.max_grad_norm is not None:
+            options = (*options[:FACTOR], _ON_DEVICE)
+        record = bucket.table.record(addresses, options)
+        if on_device:
+            record.view(torch.float64)[_LR].copy_(lr)
+        return record, options
+
+    def _clip(
+        self, ready: list[tuple[Bucket, Tensor, Options]], max_grad_norm: float
+    ) -> list[tuple[Bucket, Tensor, Options]]:
+        """Sets the factor that takes the norm of all gradients together to max_grad_norm."""
+        sums = [
+            _multi_tensor.squares(bucket.table, record, bucket.dtypes[1]).sum(dtype=torch.float64)
+            for bucket, record, _ in ready
+        ]
+        self.grad_norm = torch.stack([total.to(sums[0].device) for total in sums]).sum().sqrt()
+        factor = (max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        clipped = []
+        for bucket, record, options in ready:
+            if bucket.table.device.type == "cpu":
+                options = (*options[:FACTOR], float(factor))
+            record.view(torch.float64)[FACTOR].copy_(factor)
+            clipped.append((bucket, record, options))
+        return clipped
+
+    @contextmanager
+    def update_in_backward(self, *, num_steps: int = 1) -> Iterator[None]:
+        """Inside the with-block, `loss.backward()` updates every parameter `num_steps` times as
+        soon as its gradient is complete, and frees the gradient: all of them together never exist.
+
+            with optimizer.update_in_backward(num_steps=2):
+                loss.backward()
+
+        Equivalent to: `loss.backward(); step(num_steps=num_steps); zero_grad()`, to the same bits.
+        A tied parameter is updated once, after all its uses. One backward pass for a with-block: a
+        second gradient for a parameter already updated (another backward, reentrant checkpointing)
+        is an error; parameters updated until then stay so.
+
+        Raises:
+            ValueError: on entry, with max_grad_norm (the norm is known only when all gradients
+                are), or if a `.grad` is left from before.
+            RuntimeError: from backward, at a second gradient for one parameter.
+        """
+        check_int("num_steps", num_steps, 1)
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                "max_grad_norm: expected None for an update in backward, got "
+                f"{self.max_grad_norm}: the global norm is known only after it"
+            )
+        params = {param: group for group in self.param_groups for param in group["params"]}
+        left = sum(param.grad is not None for param in params)
+        if left:
+            raise ValueError(
+                f"params: expected no gradients before an update in backward, got {left}; call "
+                "zero_grad() first"
+            )
+        if not _native.same_objects(self.state.values(), self._known_states):
+            self._forget()
+        done: set[int] = set()
+
+        def update(param: Tensor) -> None:
+            grad, param.grad = param.grad, None
+            if id(param) in done:
+                raise RuntimeError(
+                    f"update_in_backward: expected one gradient for each parameter, got a second "
+                    f"one for a parameter of shape {tuple(param.shape)} (another backward pass, or "
+                    "reentrant checkpointing)"
+                )
+            done.add(id(param))
+            assert grad is not None
+            self._run(self._launches(id(param), params[param], [param], [grad]), num_steps)
+
+        hooks = [
+            param.register_post_accumulate_grad_hook(update)
+            for param in params
+            if param.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _check_grad(param: Tensor, grad: Tensor) -> None:
+    name = f"grad of a parameter of shape {tuple(param.shape)}"
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense gradient, got {grad.layout}; pass sparse=False to the "
+            "embedding that made it"
+        )
+    if grad.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: expected dtype float64, float32, float16 or bfloat16, got {grad.dtype}"
+        )
+    if grad.shape != param.shape or grad.device != param.device:
+        raise ValueError(
+            f"{name}: expected that shape on {param.device}, got {tuple(grad.shape)} on "
+            f"{grad.device}"
+        )

@@ -1,0 +1,264 @@
+"""Lists of tensors as the multi-tensor kernels take them, and the way to those kernels.
+
+A list of T tensors is a table [T, 6] int64 on its device (see `triton_kernels/multi_tensor.py` and
+`csrc/include/hullkit/tensor_table.h`); what changes from call to call, options and gradients'
+addresses, is a record [10 + T] int64. These kernels are not dispatcher operators: handing six
+hundred tensors through the dispatcher takes longer than a step of a 124M-parameter model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _native
+
+NUM_OPTIONS = 10
+FACTOR = 9  # the option that clipping by global norm writes, on the device
+_ROWS = 128  # of a table, for one program of adam_coefficients_kernel
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def uses_triton(name: str, device: torch.device, backend: str | None) -> bool:
+    """CUDA tensors go to the Triton kernels, CPU tensors to the C++ core.
+
+    backend="triton" sends CPU tensors to Triton as well, for its interpreter.
+    """
+    if backend not in (None, "triton"):
+        raise ValueError(f"backend: expected None or 'triton', got {backend!r}")
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"{name}: expected CPU or CUDA tensors, got device {device}")
+    return backend == "triton" or device.type == "cuda"
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their stretch of memory: contiguous, but for the order of axes."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def same_layout(tensor: Tensor, other: Tensor) -> bool:
+    """Whether element i in memory is the same element of both."""
+    if tensor.shape != other.shape:
+        return False
+    return tensor.stride() == other.stride() or all(
+        size == 1 or stride == wanted
+        for size, stride, wanted in zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
+    )
+
+
+class TensorTable:
+    """T tensors of one device, their dtypes alike, as addresses.
+
+    rows: one (address, state address, state address, step address, numel, flags) for each tensor.
+    The memory behind the addresses must outlive every launch and every graph that captured one.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device, triton: bool) -> None:
+        if _capturing(device):
+            raise RuntimeError(
+                "expected a first step on these tensors before the capture of a CUDA graph "
+                "(it sets up state and tables), got none"
+            )
+        self.device = device
+        self.triton = triton
+        self.size = len(rows)
+        self.table = torch.tensor(rows, dtype=torch.int64).to(device)
+        self._last: tuple[Any, ...] = ()
+        self._record = torch.empty(0)
+        self.captured: list[Tensor] = []  # records that graphs read at every replay
+        if triton:
+            from .triton_kernels.multi_tensor import CHUNK_SIZE
+
+            counts = [-(-row[4] // CHUNK_SIZE) for row in rows]
+            tensors = np.repeat(np.arange(self.size), counts)
+            firsts = np.repeat(np.cumsum(counts) - counts, counts)
+            chunks = np.stack([tensors, np.arange(len(tensors)) - firsts], axis=1)
+            self.chunks = torch.from_numpy(chunks.astype(np.int32)).to(device)
+
+    def record(self, grads: list[int], options: tuple[float, ...]) -> Tensor:
+        """[10 + T] int64 on the device: the options' bits, then the gradients' addresses.
+
+        Copied only when it changed. An option that lives on the device is NaN here, and written
+        into the record by the caller, every time.
+        """
+        on_gpu = self.device.type == "cuda"
+        stream = raw_stream(self.device) if on_gpu else None
+        if self._last == (stream, grads, options):
+            return self._record
+        host = torch.empty(NUM_OPTIONS + self.size, dtype=torch.int64, pin_memory=on_gpu)
+        words = host.numpy()
+        words[:NUM_OPTIONS].view(np.float64)[:] = options
+        words[NUM_OPTIONS:] = grads
+        record = host.to(self.device, non_blocking=True)
+        if _capturing(self.device):
+            self.captured += [host, record]
+            return record
+        self._last, self._record = (stream, grads, options), record
+        return record
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def raw_stream(device: torch.device) -> int:
+    """The stream that copies and kernels of a CUDA device go to now."""
+    return torch._C._cuda_getCurrentRawStream(device.index)  # as torch's own compiled code does
+
+
+def _launch(kernel: Any, table: TensorTable, *arguments: Any, **constants: Any) -> None:
+    """A program for every chunk."""
+    from .triton_kernels.multi_tensor import BLOCK_SIZE, CHUNK_SIZE
+
+    _run(
+        kernel,
+        table,
+        len(table.chunks),
+        *arguments,
+        BLOCK=BLOCK_SIZE,
+        CHUNK=CHUNK_SIZE,
+        **constants,
+    )
+
+
+# Kernels by what they were compiled for. Triton's own way to a launch works this out anew every time,
+# and asks the driver about every pointer: longer than all the rest of a step takes on the host.
+_compiled: dict[Any, Any] = {}
+
+
+def _run(kernel: Any, table: TensorTable, programs: int, *arguments: Any, **constants: Any) -> None:
+    """The constants are the kernel's last arguments, in its order, and decide on all its types."""
+    if programs == 0:
+        return  # nothing but empty tensors
+    device = table.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run(kernel, table, programs, *arguments, **constants)
+    key = (kernel, device, *constants.values())
+    compiled = _compiled.get(key)
+    if compiled is None:
+        from .triton_kernels.multi_tensor import NUM_WARPS
+
+        # Without fusion of its own, so that every path through a kernel gives the same bits.
+        options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+        _compiled[key] = kernel[(programs,)](*arguments, **constants, **options)
+        return
+    words = [word.data_ptr() if isinstance(word, Tensor) else word for word in arguments]
+    compiled.run(
+        programs, 1, 1, raw_stream(device), compiled.function, compiled.packed_metadata,
+        None, None, None, *words, *constants.values(),
+    )  # fmt: skip
+
+
+@cache
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def adam_(
+    table: TensorTable,
+    record: Tensor,
+    options: tuple[float, ...],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    num_steps: int,
+    stochastic_rounding: bool,
+) -> None:
+    """dtypes: of parameter, gradient and state. For options see `triton_kernels/adam.py`."""
+    if not table.triton:
+        lr, beta1, beta2, _, _, eps, l2, decay, sign, factor = options
+        _native.adam_cpu(
+            table.table, table.size, record, dtypes, lr, beta1, beta2, eps, l2, decay,
+            sign * factor, num_steps, stochastic_rounding,
+        )  # fmt: skip
+        return
+    from .triton_kernels.adam import adam_coefficients_kernel, adam_kernel
+
+    param, grad, state = map(_triton_dtype, dtypes)
+    math = arithmetic_dtype(dtypes[0])
+    coefficients = torch.empty(2 * table.size * num_steps, dtype=math, device=table.device)
+    _run(
+        adam_coefficients_kernel, table, -(-table.size // _ROWS), table.table, record, table.size,
+        coefficients, num_steps, MATH=_triton_dtype(math), BLOCK=_ROWS,
+    )  # fmt: skip
+    _launch(
+        adam_kernel, table, table.table, record, table.chunks, coefficients, num_steps,
+        PARAM=param, GRAD=grad, STATE=state, MATH=_triton_dtype(math), STOCHASTIC=stochastic_rounding,
+    )  # fmt: skip
+
+
+def sgd_(
+    table: TensorTable,
+    record: Tensor,
+    options: tuple[float, ...],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    num_steps: int,
+) -> None:
+    """dtypes: of parameter, gradient and state. For options see `triton_kernels/sgd.py`."""
+    if not table.triton:
+        lr, momentum, undamped, l2, nesterov, _, _, _, sign, factor = options
+        _native.sgd_cpu(
+            table.table, table.size, record, dtypes, lr, momentum, undamped, l2, nesterov != 0.0,
+            sign * factor, num_steps,
+        )  # fmt: skip
+        return
+    from .triton_kernels.sgd import sgd_kernel
+
+    param, grad, state = map(_triton_dtype, dtypes)
+    math = _triton_dtype(arithmetic_dtype(dtypes[0]))
+    _launch(
+        sgd_kernel, table, table.table, record, table.chunks, num_steps,
+        PARAM=param, GRAD=grad, STATE=state, MATH=math,
+    )  # fmt: skip
+
+
+def accumulate_(table: TensorTable, record: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
+    """Returns partial sums of squares of what was accumulated into."""
+    if not table.triton:
+        return _native.accumulate_cpu(table.table, table.size, record, dtype, weight)
+    from .triton_kernels.accumulate import accumulate_kernel
+
+    squares = torch.empty(len(table.chunks), dtype=torch.float32, device=table.device)
+    _launch(
+        accumulate_kernel, table, table.table, record, table.chunks, squares,
+        GRAD=_triton_dtype(dtype),
+    )  # fmt: skip
+    return squares
+
+
+def squares(table: TensorTable, record: Tensor, dtype: torch.dtype) -> Tensor:
+    """Partial sums of squares of the gradients."""
+    if not table.triton:
+        return _native.squared_norm_cpu(table.table, table.size, record, dtype)
+    from .triton_kernels.accumulate import squares_kernel
+
+    math = arithmetic_dtype(dtype)
+    out = torch.empty(len(table.chunks), dtype=math, device=table.device)
+    _launch(
+        squares_kernel, table, table.table, record, table.chunks, out,
+        GRAD=_triton_dtype(dtype), MATH=_triton_dtype(math),
+    )  # fmt: skip
+    return out
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def log2(beta: float) -> float:
+    """log2, and for 0 a number so low that a power of it is 0, and its 0th power still 1."""
+    return math.log2(beta) if beta > 0.0 else -1e300

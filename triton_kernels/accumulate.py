@@ -1,0 +1,64 @@
+"""into += weight * grad over a list of tensors, and the squares that a global norm sums.
+
+The first word of `record` is the weight. squares [programs]: the sum over each program's chunk.
+"""
+
+import triton
+import triton.language as tl
+
+from .multi_tensor import gradient, locate, option, read, whole_blocks, write
+
+
+@triton.jit
+def _accumulate(
+    into_at, grad_at, offsets, end, weight, GRAD: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    into = read(into_at, offsets, end, tl.float32, tl.float32, WHOLE)
+    grad = read(grad_at, offsets, end, GRAD, tl.float32, WHOLE)
+    into = tl.fma(grad, weight, into)
+    write(into_at, offsets, end, into, tl.float32, WHOLE)
+    return into
+
+
+@triton.jit
+def accumulate_kernel(
+    table, record, chunks, squares, GRAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    row, entry, start, end = locate(table, chunks, CHUNK)
+    into_at = tl.load(entry)
+    grad_at = gradient(record, row)
+    weight = option(record, 0).to(tl.float32)
+    whole = whole_blocks(into_at | grad_at, start, end, BLOCK)
+    offsets = start + tl.arange(0, BLOCK)
+    square = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(whole):
+        into = _accumulate(into_at, grad_at, offsets, end, weight, GRAD, WHOLE=True)
+        square = tl.fma(into, into, square)
+        offsets += BLOCK
+    for _ in range(whole, tl.cdiv(end - start, BLOCK)):
+        into = _accumulate(into_at, grad_at, offsets, end, weight, GRAD, WHOLE=False)
+        square = tl.fma(into, into, square)
+        offsets += BLOCK
+    tl.store(squares + tl.program_id(0), tl.sum(square))
+
+
+@triton.jit
+def squares_kernel(
+    table, record, chunks, squares,
+    GRAD: tl.constexpr, MATH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Of the gradients, nothing written to them."""
+    row, _, start, end = locate(table, chunks, CHUNK)
+    grad_at = gradient(record, row)
+    whole = whole_blocks(grad_at, start, end, BLOCK)
+    offsets = start + tl.arange(0, BLOCK)
+    square = tl.zeros((BLOCK,), MATH)
+    for _ in range(whole):
+        grad = read(grad_at, offsets, end, GRAD, MATH, WHOLE=True)
+        square = tl.fma(grad, grad, square)
+        offsets += BLOCK
+    for _ in range(whole, tl.cdiv(end - start, BLOCK)):
+        grad = read(grad_at, offsets, end, GRAD, MATH, WHOLE=False)
+        square = tl.fma(grad, grad, square)
+        offsets += BLOCK
+    tl.store(squares + tl.program_id(0), tl.sum(square))

@@ -1,0 +1,123 @@
+"""k Adam updates with one gradient: each element is read once, updated k times, written once.
+
+Two launches: `adam_coefficients_kernel` for what an update has in common for all elements, then
+`adam_kernel`. The first ten words of `record` are lr, beta1, beta2, log2(beta1), log2(beta2), eps,
+L2 and decoupled weight decay, sign of the gradient and clipping factor: on the device, so that a
+change compiles nothing and a captured graph can be told.
+"""
+
+import triton
+import triton.language as tl
+
+from .multi_tensor import (
+    COLUMNS,
+    FLAGS,
+    gradient,
+    locate,
+    option,
+    read,
+    round_stochastically,
+    whole_blocks,
+    write,
+)
+
+COEFFICIENTS = tl.constexpr(2)  # of one update
+
+
+@triton.jit(do_not_specialize=["size", "num_steps"])
+def adam_coefficients_kernel(
+    table, record, size, coefficients, num_steps, MATH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """coefficients [T, num_steps, 2], and every step counter moved on by num_steps.
+
+    lr / bias1 * m / (sqrt(v) / root2 + eps), with root2 = sqrt(bias2) taken out of the elements'
+    work: the step size lr * root2 / bias1, and eps * root2. In float64, for 1 - beta ** t cancels.
+    """
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < size
+    step_at = tl.load(table + rows * COLUMNS + 3, mask=inside, other=0)
+    step_at = step_at.to(tl.pointer_type(tl.float32))
+    step = tl.load(step_at, mask=inside, other=0).to(tl.float64)
+    lr = option(record, 0)
+    eps = option(record, 5)
+    for i in range(num_steps):
+        step += 1.0
+        bias1 = 1.0 - tl.exp2(step * option(record, 3))
+        root2 = tl.sqrt(1.0 - tl.exp2(step * option(record, 4)))
+        at = coefficients + (rows * num_steps + i) * COEFFICIENTS
+        tl.store(at, (lr * root2 / bias1).to(MATH), mask=inside)
+        tl.store(at + 1, (eps * root2).to(MATH), mask=inside)
+    tl.store(step_at, step.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _update(
+    param_at, grad_at, exp_avg_at, exp_avg_sq_at, offsets, end, record, coefficients, num_steps,
+    salt, step_at,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MATH: tl.constexpr,
+    STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    param = read(param_at, offsets, end, PARAM, MATH, WHOLE)
+    grad = read(grad_at, offsets, end, GRAD, MATH, WHOLE)
+    exp_avg = read(exp_avg_at, offsets, end, STATE, MATH, WHOLE)
+    exp_avg_sq = read(exp_avg_sq_at, offsets, end, STATE, MATH, WHOLE)
+    rest1 = (1.0 - option(record, 1)).to(MATH)
+    beta2 = option(record, 2).to(MATH)
+    rest2 = (1.0 - option(record, 2)).to(MATH)
+    l2 = option(record, 6).to(MATH)
+    keep = (1.0 - option(record, 0) * option(record, 7)).to(MATH)
+    grad *= (option(record, 8) * option(record, 9)).to(MATH)
+    for i in range(num_steps):
+        size = tl.load(coefficients + i * COEFFICIENTS)
+        damping = tl.load(coefficients + i * COEFFICIENTS + 1)
+        # Sums of products are fused here and nowhere else (enable_fp_fusion is off), so that whole
+        # and partial blocks get the same bits.
+        total = tl.fma(param, l2, grad)
+        exp_avg = tl.fma(total - exp_avg, rest1, exp_avg)
+        exp_avg_sq = tl.fma(total * rest2, total, exp_avg_sq * beta2)
+        root = tl.sqrt(exp_avg_sq) + damping
+        if MATH == tl.float32:
+            # 1 / root: the hardware's approximate rsqrt, squared, and one Newton step. Half the
+            # instructions of a division; finite roots only, a square may have overflowed.
+            root = tl.minimum(root, 3e38)
+            inverse = tl.rsqrt(root)
+            inverse *= inverse
+            inverse = tl.fma(tl.fma(-root, inverse, 1.0), inverse, inverse)
+        else:
+            inverse = 1.0 / root
+        param = tl.fma(-size * exp_avg, inverse, param * keep)
+    write(exp_avg_at, offsets, end, exp_avg, STATE, WHOLE)
+    write(exp_avg_sq_at, offsets, end, exp_avg_sq, STATE, WHOLE)
+    if STOCHASTIC:
+        param = round_stochastically(param, offsets, salt, tl.load(step_at))
+    write(param_at, offsets, end, param, PARAM, WHOLE)
+
+
+@triton.jit(do_not_specialize=["num_steps"])
+def adam_kernel(
+    table, record, chunks, coefficients, num_steps,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MATH: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row, entry, start, end = locate(table, chunks, CHUNK)
+    param_at = tl.load(entry)
+    exp_avg_at = tl.load(entry + 1)
+    exp_avg_sq_at = tl.load(entry + 2)
+    step_at = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    salt = tl.load(entry + FLAGS) >> 1
+    grad_at = gradient(record, row)
+    coefficients += row * num_steps * COEFFICIENTS
+    whole = whole_blocks(param_at | exp_avg_at | exp_avg_sq_at | grad_at, start, end, BLOCK)
+    offsets = start + tl.arange(0, BLOCK)
+    for _ in range(whole):
+        _update(
+            param_at, grad_at, exp_avg_at, exp_avg_sq_at, offsets, end, record, coefficients,
+            num_steps, salt, step_at, PARAM, GRAD, STATE, MATH, STOCHASTIC, WHOLE=True,
+        )  # fmt: skip
+        offsets += BLOCK
+    for _ in range(whole, tl.cdiv(end - start, BLOCK)):
+        _update(
+            param_at, grad_at, exp_avg_at, exp_avg_sq_at, offsets, end, record, coefficients,
+            num_steps, salt, step_at, PARAM, GRAD, STATE, MATH, STOCHASTIC, WHOLE=False,
+        )  # fmt: skip
+        offsets += BLOCK

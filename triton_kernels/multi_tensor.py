@@ -1,0 +1,100 @@
+"""What the multi-tensor kernels share: which part of which tensor a program works on.
+
+A list of T tensors is a table [T, 6] int64 on the device: address of the parameter, of two state
+tensors, of the step counter, the number of elements, and flags. One launch covers all tensors:
+`chunks` [programs, 2] int32 names each program's row of the table and its chunk of that tensor.
+What changes from call to call is in `record` [10 + T] int64: ten options as float64 bits, then the
+gradients' addresses.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK_SIZE = 1024  # elements a program holds in registers at a time
+CHUNK_SIZE = 8 * BLOCK_SIZE  # elements a program works through, block by block
+NUM_WARPS = 4
+
+NUM_OPTIONS = tl.constexpr(10)
+COLUMNS = tl.constexpr(6)
+NUMEL = tl.constexpr(4)
+FLAGS = tl.constexpr(5)
+ALIGNMENT = tl.constexpr(16)  # bytes of one vector access
+
+
+@triton.jit
+def locate(table, chunks, CHUNK: tl.constexpr):
+    """This program's row, the row's address, its first element and the end of its chunk."""
+    program = tl.program_id(0)
+    row = tl.load(chunks + 2 * program).to(tl.int64)
+    start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    entry = table + row * COLUMNS
+    return row, entry, start, tl.minimum(tl.load(entry + NUMEL), start + CHUNK)
+
+
+@triton.jit
+def whole_blocks(addresses, start, end, BLOCK: tl.constexpr):
+    """How many blocks of the chunk can be read and written in vectors, the rest one by one.
+
+    addresses: all tensors' addresses, or-ed together.
+    """
+    return tl.where(addresses % ALIGNMENT == 0, (end - start) // BLOCK, 0)
+
+
+@triton.jit
+def option(record, index: tl.constexpr):
+    return tl.load(record + index).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def gradient(record, row):
+    return tl.load(record + NUM_OPTIONS + row)
+
+
+@triton.jit
+def pointers(address, offsets, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """[BLOCK] pointers. WHOLE promises a 16-byte boundary, which makes accesses vectors."""
+    base = address.to(tl.pointer_type(DTYPE))
+    if WHOLE:
+        base = tl.multiple_of(base, ALIGNMENT)
+    return base + offsets
+
+
+@triton.jit
+def read(address, offsets, end, DTYPE: tl.constexpr, MATH: tl.constexpr, WHOLE: tl.constexpr):
+    """[BLOCK] elements in the arithmetic type; unless WHOLE, 0 from `end` on."""
+    at = pointers(address, offsets, DTYPE, WHOLE)
+    if WHOLE:
+        return tl.load(at).to(MATH)
+    return tl.load(at, mask=offsets < end, other=0).to(MATH)
+
+
+@triton.jit
+def write(address, offsets, end, values, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    at = pointers(address, offsets, DTYPE, WHOLE)
+    if WHOLE:
+        tl.store(at, values.to(DTYPE))
+    else:
+        tl.store(at, values.to(DTYPE), mask=offsets < end)
+
+
+@triton.jit
+def mix(x):
+    """A 32-bit hash with good avalanche: the noise of stochastic rounding."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def round_stochastically(values, offsets, salt, step):
+    """float32 to bfloat16, up with the probability of the part cut off; the same bits every run."""
+    seed = mix(step.to(tl.uint32) ^ (salt.to(tl.uint32) * 0x9E3779B1))
+    seed = mix((offsets >> 32).to(tl.uint32) + seed)
+    noise = mix(offsets.to(tl.uint32) + seed) & 0xFFFF
+    bits = values.to(tl.uint32, bitcast=True)
+    rounded = ((bits + noise) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    finite = tl.abs(values) < float("inf")
+    return tl.where(finite, rounded, values.to(tl.bfloat16))

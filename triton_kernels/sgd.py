@@ -1,0 +1,67 @@
+"""k SGD updates with one gradient: each element is read once, updated k times, written once.
+
+The first ten words of `record` are lr, momentum, 1 - dampening, weight decay, 1 if nesterov, three
+unused, sign of the gradient and clipping factor.
+"""
+
+import triton
+import triton.language as tl
+
+from .multi_tensor import FLAGS, gradient, locate, option, read, whole_blocks, write
+
+
+@triton.jit
+def _update(
+    param_at, grad_at, buffer_at, offsets, end, record, num_steps, fresh,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MATH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    param = read(param_at, offsets, end, PARAM, MATH, WHOLE)
+    grad = read(grad_at, offsets, end, GRAD, MATH, WHOLE)
+    buffer = tl.zeros_like(param)
+    if (buffer_at != 0) & (fresh == 0):
+        buffer = read(buffer_at, offsets, end, STATE, MATH, WHOLE)
+    lr = option(record, 0).to(MATH)
+    momentum = option(record, 1).to(MATH)
+    undamped = option(record, 2).to(MATH)
+    l2 = option(record, 3).to(MATH)
+    nesterov = option(record, 4) != 0
+    grad *= (option(record, 8) * option(record, 9)).to(MATH)
+    for i in range(num_steps):
+        # Fused where written so, as in adam.py.
+        total = tl.fma(param, l2, grad)
+        # A fresh buffer takes the gradient undamped.
+        share = tl.where((fresh != 0) & (i == 0), 1.0, undamped).to(MATH)
+        buffer = tl.fma(buffer, momentum, total * share)
+        ahead = tl.where(nesterov, tl.fma(buffer, momentum, total), buffer)
+        param = tl.fma(ahead, -lr, param)
+    if buffer_at != 0:
+        write(buffer_at, offsets, end, buffer, STATE, WHOLE)
+    write(param_at, offsets, end, param, PARAM, WHOLE)
+
+
+@triton.jit(do_not_specialize=["num_steps"])
+def sgd_kernel(
+    table, record, chunks, num_steps,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MATH: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row, entry, start, end = locate(table, chunks, CHUNK)
+    param_at = tl.load(entry)
+    buffer_at = tl.load(entry + 1)  # 0 without momentum; momentum and dampening are then 0
+    fresh = tl.load(entry + FLAGS) & 1
+    grad_at = gradient(record, row)
+    whole = whole_blocks(param_at | buffer_at | grad_at, start, end, BLOCK)
+    offsets = start + tl.arange(0, BLOCK)
+    for _ in range(whole):
+        _update(
+            param_at, grad_at, buffer_at, offsets, end, record, num_steps, fresh,
+            PARAM, GRAD, STATE, MATH, WHOLE=True,
+        )  # fmt: skip
+        offsets += BLOCK
+    for _ in range(whole, tl.cdiv(end - start, BLOCK)):
+        _update(
+            param_at, grad_at, buffer_at, offsets, end, record, num_steps, fresh,
+            PARAM, GRAD, STATE, MATH, WHOLE=False,
+        )  # fmt: skip
+        offsets += BLOCK
