@@ -12,6 +12,7 @@ import pytest
 import torch
 from _models import COUNTS, MODELS, Before, llama, plain, state, texts
 from hullkit.finetune import TestTimeFinetuner
+from hullkit.optim import Adam
 from hullkit.reference.finetune import finetune as oracle
 from torch import nn
 
@@ -118,15 +119,15 @@ def test_works_under_no_grad_and_inference_mode() -> None:
 
 def test_moments_are_freed_before_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
-    original = torch.optim.Adam.step
+    original = Adam.step
 
-    def step(self: torch.optim.Adam, *args: Any) -> Any:
-        result = original(self, *args)
+    def step(self: Adam, **options: Any) -> Any:
+        result = original(self, **options)
         alive.extend(weakref.ref(s["exp_avg"]) for s in self.state.values())
         alive.extend(weakref.ref(p.grad) for p in self.param_groups[0]["params"])
         return result
 
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(Adam, "step", step)
     model = plain()
     gc.disable()
     try:
@@ -140,14 +141,14 @@ def test_moments_are_freed_before_the_block(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_moments_are_freed_while_the_error_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
-    original = torch.optim.Adam.step
+    original = Adam.step
 
-    def step(self: torch.optim.Adam) -> None:
-        original(self)
+    def step(self: Adam, **options: Any) -> None:
+        original(self, **options)
         alive.extend(weakref.ref(s["exp_avg"]) for s in self.state.values())
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(Adam, "step", step)
     with pytest.raises(torch.OutOfMemoryError) as held:
         TestTimeFinetuner(plain()).adapted(texts(), COUNTS).__enter__()
     assert held.traceback

@@ -12,6 +12,7 @@ import torch
 from _models import COUNTS, VOCABULARY, Before, PlainLM, plain, texts
 from hullkit import _adaptation, finetune
 from hullkit.finetune import TestTimeFinetuner
+from hullkit.optim import Adam
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,9 +51,9 @@ PHASES = [
     (torch.Tensor, "clone"),  # the snapshot
     (PlainLM, "forward"),
     (torch.Tensor, "backward"),
-    (torch.optim.Adam, "__init__"),
-    (torch.optim.Adam, "step"),
-    (torch.optim.Adam, "zero_grad"),
+    (Adam, "__init__"),
+    (Adam, "step"),
+    (Adam, "zero_grad"),
 ]
 
 

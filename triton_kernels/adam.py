@@ -22,6 +22,7 @@ from .multi_tensor import (
 )
 
 COEFFICIENTS = tl.constexpr(2)  # of one update
+ROWS = 128  # of the table, for one program of adam_coefficients_kernel
 
 
 @triton.jit(do_not_specialize=["size", "num_steps"])

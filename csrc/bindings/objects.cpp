@@ -4,7 +4,6 @@
 namespace py = pybind11;
 
 namespace hullkit {
-
 void bind_objects(py::module_& module) {
   // Whether the values of these dicts, one dict after the other, are the very objects of `known`.
   module.def("same_objects", [](const py::list& dicts, const py::list& known) {

@@ -5,6 +5,7 @@ of a candidate pool), round it to an integer multiset, and spend each gradient o
 Method: HullFT, arXiv 2605.30337.
 """
 
+from . import optim
 from ._native import __version__, build_info
 from .finetune import AdaptReport, TestTimeFinetuner
 from .metrics import bits_per_byte
@@ -38,6 +39,7 @@ __all__ = [
     "frank_wolfe",
     "knn",
     "lmo",
+    "optim",
     "reuse_schedule",
     "round_multiplicities",
     "select",

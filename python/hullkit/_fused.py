@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, repeat
+from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -15,7 +15,15 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import _multi_tensor, _native
 from ._checks import check_int, check_number
-from ._multi_tensor import DTYPES, FACTOR, TensorTable, is_dense, same_layout, uses_triton
+from ._multi_tensor import (
+    DTYPES,
+    FACTOR,
+    TensorTable,
+    check_disjoint,
+    is_dense,
+    same_layout,
+    uses_triton,
+)
 
 _LR = 0  # the option that a learning rate in a device tensor is copied to
 _ON_DEVICE = math.nan  # an option that is filled in on the device
@@ -34,25 +42,51 @@ class Bucket:
         self.dtypes = (params[0].dtype, grad_dtype, params[0].dtype)  # parameter, gradient, state
         self.table = table
         self.fresh = fresh  # whether state is set by the first launch, not read
-        self.checked: list[int] = []  # addresses of the gradients found in order last
+        self.shapes = list(map(Tensor.size, params))
+        self.strides = list(map(Tensor.stride, params))
 
-
-class Sorted(NamedTuple):
-    """Buckets of some parameters, and what must be as it was for them to hold."""
-
-    params: Params
-    addresses: list[int]
-    buckets: list[Bucket]
-    places: list[list[int]]  # of each bucket's parameters in params
+    def fits(self, grads: list[Tensor]) -> bool:
+        """Whether all gradients are as most are: of one dtype and laid out as their parameters."""
+        dtype, device = self.dtypes[1], self.table.device
+        return (
+            all(g.layout is torch.strided and g.dtype is dtype for g in grads)
+            and all(g.device == device for g in grads)
+            and list(map(Tensor.size, grads)) == self.shapes
+            and list(map(Tensor.stride, grads)) == self.strides
+        )
 
 
 class Launch(NamedTuple):
-    """One pass to be made. Holding the gradients keeps their addresses good."""
+    """One pass to be made."""
 
     group: dict[str, Any]
     bucket: Bucket
-    grads: list[Tensor]
-    addresses: list[int]
+    addresses: list[int]  # of the gradients
+    kept: list[Tensor]  # gradients nobody else may hold
+
+
+class Sorted:
+    """Buckets of some parameters, and what must be as it was for them to hold."""
+
+    def __init__(self, params: Params, buckets: list[Bucket], places: list[list[int]]) -> None:
+        self.params = params
+        self.addresses = list(map(Tensor.data_ptr, params))
+        self.buckets = buckets
+        self.places = places  # of each bucket's parameters in params
+        self.grads: list[int] = []  # where the latest gradients lay, if none was copied
+        self.launches: list[Launch] = []  # with those
+
+    def unmoved(self, params: Params) -> bool:
+        """Whether these are the parameters, and they and their gradients lie where they lay."""
+        try:
+            grads = [param.grad.data_ptr() for param in params]  # type: ignore[union-attr]
+        except (AttributeError, RuntimeError):  # None; sparse, without an address
+            return False
+        return (
+            grads == self.grads
+            and self.addresses == list(map(Tensor.data_ptr, params))
+            and all(map(is_, self.params, params))
+        )
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -90,8 +124,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, value, refused in (("foreach", foreach, True), ("fused", fused, False)):
             if value is refused:
                 raise ValueError(
-                    f"{name}: expected None or {not refused}, got {value}: a step of hullkit is one "
-                    "fused pass"
+                    f"{name}: expected None or {not refused}, got {value}: a step is one fused pass"
                 )
         if differentiable:
             raise ValueError("differentiable: expected False, got True: steps leave no graph")
@@ -130,7 +163,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_params()
 
     def _check_params(self) -> None:
-        stretches = []
         for param in self._params():
             name = f"params: parameter of shape {tuple(param.shape)}"
             if param.dtype not in DTYPES:
@@ -142,27 +174,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
                 raise ValueError(f"{name}: expected elements side by side in memory, got {got}")
             uses_triton("params", param.device, self.backend)
-            begin = param.data_ptr()
-            if param.numel():
-                end = begin + param.numel() * param.element_size()
-                stretches.append((str(param.device), begin, end))
-        stretches.sort()
-        for (device, _, end), (next_device, begin, _) in zip(
-            stretches, stretches[1:], strict=False
-        ):
-            if device == next_device and begin < end:
-                raise ValueError(
-                    "params: expected parameters that share no memory, got two that do; pass a "
-                    "tied parameter once"
-                )
+        check_disjoint("params", self._params())
 
     def _params(self) -> Params:
         """Every parameter once, in the order of the groups."""
         return list({id(p): p for g in self.param_groups for p in g["params"]}.values())
 
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, num_steps: int = 1
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, num_steps: int = 1) -> Any:
         """`num_steps` consecutive updates with the gradients in `.grad`, in one pass: parameters,
         gradients and state are read once and written once.
 
@@ -187,7 +205,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _watched(self) -> bool:
         return bool(
-            torch.autograd._profiler_enabled()
+            torch._C._autograd._profiler_enabled()
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
@@ -200,7 +218,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update([[p.grad for p in group["params"]] for group in self.param_groups], num_steps)
+        self._drop_if_replaced()
+        launches: list[Launch] = []
+        for index, group in enumerate(self.param_groups):
+            made = self._sorted.get((index, self._variant(group)))
+            if made is not None and made.unmoved(group["params"]):
+                launches += made.launches
+            else:
+                grads = [param.grad for param in group["params"]]
+                launches += self._launches(index, group, group["params"], grads)
+        self._run(launches, num_steps)
         return loss
 
     def step_with(self, grads: Mapping[Tensor, Tensor], *, num_steps: int = 1) -> None:
@@ -211,64 +238,65 @@ class FusedOptimizer(torch.optim.Optimizer):
                 and any supported dtype: float32 sums for half-precision parameters, say.
         """
         check_int("num_steps", num_steps, 1)
-        self._update(
-            [[grads.get(p) for p in group["params"]] for group in self.param_groups], num_steps
-        )
-
-    def _update(self, grads: list[list[Tensor | None]], num_steps: int) -> None:
-        """grads: for each group one for each parameter."""
-        if not _native.same_objects(self.state.values(), self._known_states):
-            self._forget()  # a state tensor is another object than when the tables were made
+        self._drop_if_replaced()
         launches: list[Launch] = []
         for index, group in enumerate(self.param_groups):
-            launches += self._launches(index, group, group["params"], grads[index])
+            own = [grads.get(param) for param in group["params"]]
+            launches += self._launches(index, group, group["params"], own)
         self._run(launches, num_steps)
+
+    def reset(self) -> None:
+        """Forget all state, as if no step had been made; the memory is given back."""
+        self.state.clear()
+        self._forget()
+
+    def _drop_if_replaced(self) -> None:
+        """Forget the tables if a state tensor is another object than when they were made."""
+        if not _native.same_objects(list(self.state.values()), self._known_states):
+            self._forget()
 
     def _launches(
         self, key: Any, group: dict[str, Any], params: Params, grads: Sequence[Tensor | None]
     ) -> list[Launch]:
-        present = grads
-        if any(map(is_, grads, repeat(None))):  # parameters without a gradient stay as they are
-            pairs = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None]
-            params, present = [p for p, _ in pairs], [grad for _, grad in pairs]
-        if not params:
+        pairs = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None]
+        if not pairs:
             return []
+        present, given = [p for p, _ in pairs], [grad for _, grad in pairs]
         key = (key, self._variant(group))
         made = self._sorted.get(key)
         if (
             made is None
-            or made.addresses != list(map(Tensor.data_ptr, params))
-            or not all(map(is_, made.params, params))
+            or made.addresses != list(map(Tensor.data_ptr, present))
+            or not all(map(is_, made.params, present))
         ):
-            made = self._sort(key, group, params, present)
-        launches = self._address(group, made, present)
+            made = self._sort(key, group, present, given)
+        launches = self._address(group, made, given)
         if launches is None:  # gradients of other dtypes than last time
-            launches = self._address(group, self._sort(key, group, params, present), present)
+            made = self._sort(key, group, present, given)
+            launches = self._address(group, made, given)
         assert launches is not None
+        copied = any(launch.kept for launch in launches)
+        made.grads = [] if copied else list(map(Tensor.data_ptr, given))
+        made.launches = launches
         return launches
 
     def _address(
         self, group: dict[str, Any], made: Sorted, grads: list[Tensor]
     ) -> list[Launch] | None:
+        """None if a gradient is of another dtype than its bucket."""
         launches = []
         for bucket, places in zip(made.buckets, made.places, strict=True):
             own = [grads[place] for place in places]
-            try:
-                addresses = list(map(Tensor.data_ptr, own))
-            except RuntimeError:  # a sparse one has no address, and no place in the check below
-                addresses = []
-            if addresses != bucket.checked:
+            kept: list[Tensor] = []
+            if not bucket.fits(own):
                 for place, (param, grad) in enumerate(zip(bucket.params, own, strict=True)):
                     _check_grad(param, grad)
                     if grad.dtype != bucket.dtypes[1]:
                         return None
                     if not same_layout(grad, param):
                         own[place] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-                bucket.checked = addresses
-                addresses = list(map(Tensor.data_ptr, own))
-                if addresses != bucket.checked:
-                    bucket.checked = []  # copies: to be made again
-            launches.append(Launch(group, bucket, own, addresses))
+                        kept.append(own[place])
+            launches.append(Launch(group, bucket, list(map(Tensor.data_ptr, own)), kept))
         return launches
 
     def _sort(self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]) -> Sorted:
@@ -292,8 +320,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             table = TensorTable(rows, device, uses_triton("params", device, self.backend))
             own = [params[place] for place in chosen.values()]
             buckets.append(Bucket(own, grad_dtype, table, any_fresh))
-        addresses = [param.data_ptr() for param in params]
-        made = Sorted(params, addresses, buckets, [list(c.values()) for c in places.values()])
+        made = Sorted(params, buckets, [list(chosen.values()) for chosen in places.values()])
         if key in self._sorted:
             self._outdated.append(self._sorted[key])
         self._sorted[key] = made
@@ -312,7 +339,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(bucket.params)
 
     def _record(self, launch: Launch) -> tuple[Tensor, Options]:
-        group, bucket, _, addresses = launch
+        group, bucket, addresses, _ = launch
         lr = group["lr"]
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
         options = self._options(group, _ON_DEVICE if on_device else float(lr))
@@ -372,8 +399,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"params: expected no gradients before an update in backward, got {left}; call "
                 "zero_grad() first"
             )
-        if not _native.same_objects(self.state.values(), self._known_states):
-            self._forget()
+        self._drop_if_replaced()
         done: set[int] = set()
 
         def update(param: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from . import _native
 
 NUM_OPTIONS = 10
 FACTOR = 9  # the option that clipping by global norm writes, on the device
-_ROWS = 128  # of a table, for one program of adam_coefficients_kernel
+_ROWS = 128  # of a table, for one program of Adam's coefficients
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,6 +57,21 @@ def same_layout(tensor: Tensor, other: Tensor) -> bool:
         size == 1 or stride == wanted
         for size, stride, wanted in zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
     )
+
+
+def check_disjoint(name: str, tensors: Sequence[Tensor]) -> None:
+    """Two programs must never write the same element."""
+    stretches = sorted(
+        (str(t.device), t.data_ptr(), t.data_ptr() + t.numel() * t.element_size())
+        for t in tensors
+        if t.numel()
+    )
+    for (device, _, end), (next_device, begin, _) in pairwise(stretches):
+        if device == next_device and begin < end:
+            raise ValueError(
+                f"{name}: expected tensors that share no memory, got two that do (a tied one is "
+                "passed once)"
+            )
 
 
 class TensorTable:
@@ -119,55 +134,40 @@ def raw_stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)  # as torch's own compiled code does
 
 
-def _launch(kernel: Any, table: TensorTable, *arguments: Any, **constants: Any) -> None:
-    """A program for every chunk."""
-    from .triton_kernels.multi_tensor import BLOCK_SIZE, CHUNK_SIZE
-
-    _run(
-        kernel,
-        table,
-        len(table.chunks),
-        *arguments,
-        BLOCK=BLOCK_SIZE,
-        CHUNK=CHUNK_SIZE,
-        **constants,
-    )
+# Kernels by what they were compiled for, with the constants among their arguments. Triton's own way
+# to a launch works this out anew every time, and asks the driver about every pointer: that takes
+# longer than all the rest of a step takes on the host.
+_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
-# Kernels by what they were compiled for. Triton's own way to a launch works this out anew every time,
-# and asks the driver about every pointer: longer than all the rest of a step takes on the host.
-_compiled: dict[Any, Any] = {}
+def _launch(name: str, table: TensorTable, *arguments: Any, **constants: Any) -> None:
+    """A program for every chunk. constants: torch dtypes and flags."""
+    _run(name, table, len(table.chunks), *arguments, **constants)
 
 
-def _run(kernel: Any, table: TensorTable, programs: int, *arguments: Any, **constants: Any) -> None:
-    """The constants are the kernel's last arguments, in its order, and decide on all its types."""
+def _run(name: str, table: TensorTable, programs: int, *arguments: Any, **constants: Any) -> None:
+    """The constants decide on the types of all arguments, and are the kernel's last ones."""
     if programs == 0:
         return  # nothing but empty tensors
     device = table.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _run(kernel, table, programs, *arguments, **constants)
-    key = (kernel, device, *constants.values())
-    compiled = _compiled.get(key)
-    if compiled is None:
-        from .triton_kernels.multi_tensor import NUM_WARPS
+            return _run(name, table, programs, *arguments, **constants)
+    key = (name, device, *constants.values())
+    known = _compiled.get(key)
+    if known is None:
+        from .triton_kernels.launch import launch
 
-        # Without fusion of its own, so that every path through a kernel gives the same bits.
-        options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-        _compiled[key] = kernel[(programs,)](*arguments, **constants, **options)
+        compiled, values = launch(name, programs, arguments, constants)
+        if compiled is not None:  # the interpreter compiles nothing
+            _compiled[key] = compiled, values
         return
+    compiled, values = known
     words = [word.data_ptr() if isinstance(word, Tensor) else word for word in arguments]
     compiled.run(
         programs, 1, 1, raw_stream(device), compiled.function, compiled.packed_metadata,
-        None, None, None, *words, *constants.values(),
+        None, None, None, *words, *values,
     )  # fmt: skip
-
-
-@cache
-def _triton_dtype(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def adam_(
@@ -186,18 +186,16 @@ def adam_(
             sign * factor, num_steps, stochastic_rounding,
         )  # fmt: skip
         return
-    from .triton_kernels.adam import adam_coefficients_kernel, adam_kernel
-
-    param, grad, state = map(_triton_dtype, dtypes)
+    param, grad, state = dtypes
     math = arithmetic_dtype(dtypes[0])
     coefficients = torch.empty(2 * table.size * num_steps, dtype=math, device=table.device)
     _run(
-        adam_coefficients_kernel, table, -(-table.size // _ROWS), table.table, record, table.size,
-        coefficients, num_steps, MATH=_triton_dtype(math), BLOCK=_ROWS,
+        "adam_coefficients", table, -(-table.size // _ROWS), table.table, record, table.size,
+        coefficients, num_steps, MATH=math,
     )  # fmt: skip
     _launch(
-        adam_kernel, table, table.table, record, table.chunks, coefficients, num_steps,
-        PARAM=param, GRAD=grad, STATE=state, MATH=_triton_dtype(math), STOCHASTIC=stochastic_rounding,
+        "adam", table, table.table, record, table.chunks, coefficients, num_steps,
+        PARAM=param, GRAD=grad, STATE=state, MATH=math, STOCHASTIC=stochastic_rounding,
     )  # fmt: skip
 
 
@@ -216,12 +214,10 @@ def sgd_(
             sign * factor, num_steps,
         )  # fmt: skip
         return
-    from .triton_kernels.sgd import sgd_kernel
-
-    param, grad, state = map(_triton_dtype, dtypes)
-    math = _triton_dtype(arithmetic_dtype(dtypes[0]))
+    param, grad, state = dtypes
+    math = arithmetic_dtype(dtypes[0])
     _launch(
-        sgd_kernel, table, table.table, record, table.chunks, num_steps,
+        "sgd", table, table.table, record, table.chunks, num_steps,
         PARAM=param, GRAD=grad, STATE=state, MATH=math,
     )  # fmt: skip
 
@@ -230,12 +226,10 @@ def accumulate_(table: TensorTable, record: Tensor, weight: float, dtype: torch.
     """Returns partial sums of squares of what was accumulated into."""
     if not table.triton:
         return _native.accumulate_cpu(table.table, table.size, record, dtype, weight)
-    from .triton_kernels.accumulate import accumulate_kernel
-
     squares = torch.empty(len(table.chunks), dtype=torch.float32, device=table.device)
     _launch(
-        accumulate_kernel, table, table.table, record, table.chunks, squares,
-        GRAD=_triton_dtype(dtype),
+        "accumulate", table, table.table, record, table.chunks, squares,
+        GRAD=dtype,
     )  # fmt: skip
     return squares
 
@@ -244,13 +238,11 @@ def squares(table: TensorTable, record: Tensor, dtype: torch.dtype) -> Tensor:
     """Partial sums of squares of the gradients."""
     if not table.triton:
         return _native.squared_norm_cpu(table.table, table.size, record, dtype)
-    from .triton_kernels.accumulate import squares_kernel
-
     math = arithmetic_dtype(dtype)
     out = torch.empty(len(table.chunks), dtype=math, device=table.device)
     _launch(
-        squares_kernel, table, table.table, record, table.chunks, out,
-        GRAD=_triton_dtype(dtype), MATH=_triton_dtype(math),
+        "squares", table, table.table, record, table.chunks, out,
+        GRAD=dtype, MATH=math,
     )  # fmt: skip
     return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,12 +94,12 @@ def squared_norm_cpu(table: Tensor, size: int, record: Tensor, dtype: torch.dtyp
     return torch.tensor([square], dtype=torch.float64)
 
 
-def same_objects(states: Iterable[dict[str, Any]], known: list[Any]) -> bool:
+def same_objects(states: list[dict[str, Any]], known: list[Any]) -> bool:
     """Whether the values of these dicts, one after the other, are the objects in `known`.
 
-    In C: an optimizer asks this of five hundred tensors at every step.
+    In C: an optimizer asks this of hundreds of tensors at every step.
     """
-    return _core.same_objects(list(states), known)
+    return _core.same_objects(states, known)
 
 
 def build_info() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._adaptation import Adaptation
-from ._checks import check_int, check_number, check_tensor
+from ._checks import MAX_TOTAL, check_choice, check_int, check_number, check_tensor
 from .metrics import (
     at_least_float32,
     check_module,
@@ -23,6 +23,7 @@ from .metrics import (
     logits_of,
     vocabulary_size,
 )
+from .optim import Adam, accumulate_
 from .schedule import Reuse, reuse_schedule
 
 __all__ = ["AdaptReport", "TestTimeFinetuner"]
@@ -49,11 +50,15 @@ class TestTimeFinetuner:
     For each burst `(example, num_steps)` of `reuse_schedule(counts, refresh_interval)`: one forward
     and backward pass of the example alone (batch of one, no padding), then `num_steps` consecutive
     Adam updates with that gradient. An update with a reused gradient advances the step counter, the
-    moments and the bias correction as any other; nothing is cached or cloned for it. Adam is Kingma
-    & Ba's (arXiv 1412.6980) without weight decay, its state fresh for every query.
+    moments and the bias correction as any other; nothing is cached or cloned for it: a burst is one
+    fused pass over memory (:class:`hullkit.optim.Adam`, no weight decay, fresh for every query).
 
     Equivalent to, in eval mode: for each example, for each of its c updates: `if update % r == 0:
     recompute the gradient`, `optimizer.step()`. Written out in `hullkit.reference.finetune`.
+
+    mode="accumulate" uses multiplicities the other way: one pass for each distinct example, and one
+    Adam update with the mean gradient of the multiset, `sum_i counts_i g_i / sum_i counts_i`,
+    summed in float32 (:func:`hullkit.optim.accumulate_`).
 
     The loss is the model's own `.loss` if its forward takes `labels` (Hugging Face; looked up once,
     here), else the mean next-token cross entropy, in float32, of the logits `model(input_ids)`.
@@ -64,14 +69,15 @@ class TestTimeFinetuner:
     Args:
         model: a `torch.nn.Module` on one device. Nothing is written to it here.
         lr, betas, eps: Adam's; lr >= 0, betas in [0, 1), eps >= 0.
-        refresh_interval: r >= 1, updates per gradient.
+        refresh_interval: r >= 1, updates per gradient; without meaning for "accumulate".
+        mode: "reuse" or "accumulate".
 
     `last_report` is the AdaptReport of the latest query, None if it failed.
 
     Raises TypeError or ValueError at a bad argument, or if no parameter requires a gradient.
 
-    Complexity, per query: sum_i ceil(counts_i / r) passes and sum(counts) updates. Memory: beside
-    the passes' activations, a copy of the trained parameters and of all buffers (until the block
+    Complexity, per query: sum_i ceil(counts_i / r) passes and sum(counts) updates; to accumulate,
+    a pass for each positive count and one update. Memory: beside the passes' activations, a copy of the trained parameters and of all buffers (until the block
     ends), a gradient and Adam's two moments (until the block begins).
 
     Source: HullFT, arXiv 2605.30337, gradient caching.
@@ -85,6 +91,7 @@ class TestTimeFinetuner:
         *,
         lr: float = 5e-5,
         refresh_interval: int = 2,
+        mode: str = "reuse",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
@@ -92,6 +99,8 @@ class TestTimeFinetuner:
         self.model = model
         self.lr = _finite("lr", lr)
         self.refresh_interval = check_int("refresh_interval", refresh_interval, 1)
+        check_choice("mode", mode, ("reuse", "accumulate"))
+        self.mode = mode
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(f"betas: expected a pair of numbers, got {betas!r}")
         first, second = (_finite(f"betas[{i}]", beta, below=1.0) for i, beta in enumerate(betas))
@@ -126,7 +135,9 @@ class TestTimeFinetuner:
         """
         if isinstance(examples, str) or not isinstance(examples, Sequence):
             raise TypeError(f"examples: expected a list of examples, got {type(examples).__name__}")
-        schedule = reuse_schedule(counts, self.refresh_interval)
+        # Accumulating, an example is one burst whatever its count.
+        interval = self.refresh_interval if self.mode == "reuse" else MAX_TOTAL
+        schedule = reuse_schedule(counts, interval)
         if len(examples) != len(counts):
             raise ValueError(f"examples: expected {len(counts)}, as counts, got {len(examples)}")
         vocabulary = vocabulary_size(self.model)
@@ -163,27 +174,63 @@ class TestTimeFinetuner:
     def _run(self, inputs: list[dict[str, Tensor]], schedule: list[Reuse]) -> AdaptReport:
         """Finetune the model in place. Gradients are None before and after."""
         parameters = _check_trainable(self.model)
-        optimizer = torch.optim.Adam(parameters, lr=self.lr, betas=self.betas, eps=self.eps)
-        losses = []
+        optimizer = Adam(parameters, lr=self.lr, betas=self.betas, eps=self.eps)
+        run = self._reuse if self.mode == "reuse" else self._accumulate
         try:
-            for example, num_steps in schedule:
-                loss = self._loss(inputs[example])
-                loss.backward()
-                losses.append(loss.item())
-                _check_finite(f"loss of examples[{example}]", losses[-1])
-                # In the maximum norm: no square can overflow, and NaN wins.
-                grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel() > 0]
-                norms = [torch.linalg.vector_norm(grad, math.inf) for grad in grads]
-                largest = torch.stack(norms).max().item()
-                _check_finite(f"largest gradient entry of examples[{example}]", largest)
-                for _ in range(num_steps):
-                    optimizer.step()
-                del loss, grads
-                optimizer.zero_grad(set_to_none=True)
+            return run(inputs, schedule, parameters, optimizer)
         finally:
             # A traceback keeps this frame; it must not keep the moments.
-            optimizer.state.clear()
+            optimizer.reset()
+
+    def _reuse(
+        self,
+        inputs: list[dict[str, Tensor]],
+        schedule: list[Reuse],
+        parameters: list[nn.Parameter],
+        optimizer: Adam,
+    ) -> AdaptReport:
+        losses = []
+        for example, num_steps in schedule:
+            losses.append(self._pass(inputs[example], example, parameters))
+            optimizer.step(num_steps=num_steps)
+            optimizer.zero_grad(set_to_none=True)
         return AdaptReport(sum(burst.num_steps for burst in schedule), len(schedule), tuple(losses))
+
+    def _accumulate(
+        self,
+        inputs: list[dict[str, Tensor]],
+        schedule: list[Reuse],
+        parameters: list[nn.Parameter],
+        optimizer: Adam,
+    ) -> AdaptReport:
+        total = sum(burst.num_steps for burst in schedule)
+        sums: dict[Tensor, Tensor] = {}  # of the parameters that had a gradient
+        losses = []
+        for example, count in schedule:
+            losses.append(self._pass(inputs[example], example, parameters))
+            grads = {p: p.grad for p in parameters if p.grad is not None}
+            for parameter in grads.keys() - sums.keys():
+                sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+            accumulate_([sums[p] for p in grads], list(grads.values()), count / total)
+            del grads
+            optimizer.zero_grad(set_to_none=True)
+        if sums:
+            optimizer.step_with(sums)
+        return AdaptReport(int(total > 0), len(schedule), tuple(losses))
+
+    def _pass(
+        self, inputs: dict[str, Tensor], example: int, parameters: list[nn.Parameter]
+    ) -> float:
+        """Forward and backward, gradients into .grad; the loss. Both must be finite."""
+        loss = self._loss(inputs)
+        loss.backward()
+        value = loss.item()
+        _check_finite(f"loss of examples[{example}]", value)
+        # In the maximum norm: no square can overflow, and NaN wins.
+        grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel() > 0]
+        largest = torch.stack([torch.linalg.vector_norm(grad, math.inf) for grad in grads]).max()
+        _check_finite(f"largest gradient entry of examples[{example}]", largest.item())
+        return value
 
     def _loss(self, inputs: dict[str, Tensor]) -> Tensor:
         device = device_of(self.model, inputs["input_ids"])

@@ -9,16 +9,21 @@ from .finetune import finetune
 from .frank_wolfe import FrankWolfeOutcome, frank_wolfe
 from .knn import knn
 from .lmo import lmo, row_dots
+from .optim import accumulate, adam, global_norm, sgd
 from .round_multiplicities import round_multiplicities
 
 __all__ = [
     "FrankWolfeOutcome",
+    "accumulate",
+    "adam",
     "apportion",
     "finetune",
     "frank_wolfe",
+    "global_norm",
     "knn",
     "lmo",
     "quotas",
     "round_multiplicities",
     "row_dots",
+    "sgd",
 ]

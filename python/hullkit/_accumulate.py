@@ -1,0 +1,123 @@
+"""Weighted accumulation of gradients over a list of tensors."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _multi_tensor
+from ._checks import check_tensor
+from ._multi_tensor import DTYPES, TensorTable, check_disjoint, is_dense, same_layout, uses_triton
+
+# Tables of the lists accumulated into lately. They hold addresses and sizes only, which are the key.
+_tables: OrderedDict[tuple[Any, ...], TensorTable] = OrderedDict()
+_MAX_TABLES = 8
+_captured_tables: list[TensorTable] = []  # that CUDA graphs read at every replay
+
+
+def accumulate_(
+    into: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    weight: float = 1.0,
+    *,
+    norm: bool = False,
+    backend: str | None = None,
+) -> Tensor | None:
+    """`into[i] += weight * grads[i]` for a list of tensors, in one pass.
+
+    With weights counts_i / total this builds the mean gradient of a multiset of examples from one
+    gradient for each distinct example (the accumulation form of test-time finetuning).
+    Equivalent to: `torch._foreach_add_(into, grads, alpha=weight)`, in float32.
+
+    Args:
+        into: float32 accumulators, dense, on one device.
+        grads: gradients of the same shapes, float64, float32, float16 or bfloat16, one dtype; None
+            leaves its accumulator alone.
+        weight: a finite number.
+        norm: whether to return the global 2-norm of the accumulators these gradients went into,
+            from the same pass.
+        backend: as in :class:`hullkit.optim.Adam`.
+    Returns:
+        0-d float64 tensor on the accumulators' device if `norm`, else None.
+    Raises:
+        TypeError, ValueError: lists of different lengths, shapes, devices, dtypes; nothing is
+            written then.
+
+    Numerics: a product and a sum in float32; the norm's squares in float32 within a block of a few
+    thousand elements, in float64 across. Memory traffic: 3 words for each element.
+    """
+    if len(into) != len(grads):
+        raise ValueError(f"grads: expected {len(into)}, as many as into, got {len(grads)}")
+    if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ValueError(f"weight: expected a finite number, got {weight!r}")
+    pairs = [(a, g) for a, g in zip(into, grads, strict=True) if g is not None]
+    if not pairs:
+        return torch.zeros((), dtype=torch.float64) if norm else None
+    into, sources = [a for a, _ in pairs], [g for _, g in pairs]
+    if not _uniform(into, sources):
+        sources = [_check_pair(place, *pair, *pairs[0]) for place, pair in enumerate(pairs)]
+    device, dtype = into[0].device, sources[0].dtype
+    triton = uses_triton("into", device, backend)
+    stretches = list(zip(map(Tensor.data_ptr, into), map(Tensor.numel, into), strict=True))
+    key = (device, triton, *stretches)
+    table = _tables.get(key)
+    if table is None:
+        check_disjoint("into", into)
+        rows = [(address, 0, 0, 0, numel, 0) for address, numel in stretches]
+        table = _tables[key] = TensorTable(rows, device, triton)
+        if len(_tables) > _MAX_TABLES:
+            _, oldest = _tables.popitem(last=False)
+            if oldest.captured:
+                _captured_tables.append(oldest)
+    _tables.move_to_end(key)
+    options = (float(weight), *[0.0] * (_multi_tensor.NUM_OPTIONS - 1))
+    record = table.record(list(map(Tensor.data_ptr, sources)), options)
+    squares = _multi_tensor.accumulate_(table, record, float(weight), dtype)
+    torch.autograd.graph.increment_version(into)
+    return squares.sum(dtype=torch.float64).sqrt() if norm else None
+
+
+def _uniform(into: list[Tensor], grads: list[Tensor]) -> bool:
+    """Whether all is as it mostly is, found out cheaply: contiguous, of equal shapes and one dtype."""
+    tensors = (*into, *grads)
+    if not all(isinstance(tensor, Tensor) and tensor.layout is torch.strided for tensor in tensors):
+        return False
+    device, dtype = into[0].device, grads[0].dtype
+    return (
+        dtype in DTYPES
+        and all(tensor.dtype is torch.float32 for tensor in into)
+        and all(tensor.dtype is dtype for tensor in grads)
+        and all(tensor.device == device for tensor in tensors)
+        and list(map(Tensor.size, into)) == list(map(Tensor.size, grads))
+        and all(map(Tensor.is_contiguous, tensors))
+    )
+
+
+def _check_pair(
+    place: int, into: Tensor, grad: Tensor, first_into: Tensor, first_grad: Tensor
+) -> Tensor:
+    """The gradient, in the accumulator's layout; both like the first pair."""
+    for name, tensor in (("into", into), ("grads", grad)):
+        check_tensor(f"{name}[{place}]", tensor)
+    device, dtype = first_into.device, first_grad.dtype
+    if into.dtype is not torch.float32 or not is_dense(into):
+        raise TypeError(
+            f"into[{place}]: expected a dense float32 tensor, got {into.dtype} with strides "
+            f"{into.stride()}"
+        )
+    if grad.dtype is not dtype or dtype not in DTYPES:
+        raise TypeError(
+            f"grads[{place}]: expected one dtype for all, float64, float32, float16 or bfloat16, "
+            f"got {grad.dtype}"
+        )
+    if into.device != device or grad.device != device or grad.shape != into.shape:
+        raise ValueError(
+            f"grads[{place}]: expected shape {tuple(into.shape)} on {device}, got "
+            f"{tuple(grad.shape)} on {grad.device} for an accumulator on {into.device}"
+        )
+    return grad if same_layout(grad, into) else torch.empty_like(into, dtype=dtype).copy_(grad)

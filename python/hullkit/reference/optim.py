@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def adam(
+    param: ArrayLike,
+    grad: ArrayLike,
+    exp_avg: ArrayLike,
+    exp_avg_sq: ArrayLike,
+    step: float,
+    *,
+    num_steps: int = 1,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    maximize: bool = False,
+) -> tuple[Array, Array, Array, float]:
+    """num_steps updates with one gradient: param, exp_avg, exp_avg_sq, step afterwards."""
+    p, m, v = (np.array(x, dtype=np.float64) for x in (param, exp_avg, exp_avg_sq))
+    g = np.asarray(grad, dtype=np.float64) * (-1.0 if maximize else 1.0)
+    beta1, beta2 = betas
+    for _ in range(num_steps):
+        step += 1
+        if decoupled:
+            p *= 1.0 - lr * weight_decay
+        total = g if decoupled else g + weight_decay * p
+        m = beta1 * m + (1.0 - beta1) * total
+        v = beta2 * v + (1.0 - beta2) * total**2
+        p -= lr * (m / (1.0 - beta1**step)) / (np.sqrt(v / (1.0 - beta2**step)) + eps)
+    return p, m, v, step
+
+
+def sgd(
+    param: ArrayLike,
+    grad: ArrayLike,
+    momentum_buffer: ArrayLike | None,
+    *,
+    num_steps: int = 1,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> tuple[Array, Array | None]:
+    """num_steps updates with one gradient: param and momentum_buffer afterwards."""
+    p = np.array(param, dtype=np.float64)
+    g = np.asarray(grad, dtype=np.float64) * (-1.0 if maximize else 1.0)
+    b = None if momentum_buffer is None else np.array(momentum_buffer, dtype=np.float64)
+    for _ in range(num_steps):
+        total = g + weight_decay * p
+        if momentum:
+            b = total if b is None else momentum * b + (1.0 - dampening) * total
+            total = total + momentum * b if nesterov else b
+        p = p - lr * total
+    return p, b
+
+
+def accumulate(into: ArrayLike, grad: ArrayLike, weight: float) -> Array:
+    """into + weight * grad"""
+    return np.asarray(into, dtype=np.float64) + weight * np.asarray(grad, dtype=np.float64)
+
+
+def global_norm(grads: list[ArrayLike]) -> float:
+    """2-norm of all elements of all gradients."""
+    return math.sqrt(sum(float(np.sum(np.asarray(g, dtype=np.float64) ** 2)) for g in grads))

@@ -1,0 +1,41 @@
+"""The first launch of a kernel: what it is compiled for."""
+
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from .accumulate import accumulate_kernel, squares_kernel
+from .adam import ROWS, adam_coefficients_kernel, adam_kernel
+from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
+from .sgd import sgd_kernel
+
+_CHUNKS = {"BLOCK": BLOCK_SIZE, "CHUNK": CHUNK_SIZE}
+KERNELS = {
+    "adam_coefficients": (adam_coefficients_kernel, {"BLOCK": ROWS}),
+    "adam": (adam_kernel, _CHUNKS),
+    "sgd": (sgd_kernel, _CHUNKS),
+    "accumulate": (accumulate_kernel, _CHUNKS),
+    "squares": (squares_kernel, _CHUNKS),
+}
+
+
+def launch(
+    name: str, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...]]:
+    """Runs a kernel; returns it compiled (None from the interpreter) and all constants' values.
+
+    constants: torch dtypes and flags, in the order of the kernel's arguments.
+    """
+    kernel, sizes = KERNELS[name]
+    values = {
+        key: getattr(tl, str(value).removeprefix("torch."))
+        if isinstance(value, torch.dtype)
+        else value
+        for key, value in constants.items()
+    } | sizes
+    # No fusion but the kernels' own tl.fma, so that every path through them gives the same bits.
+    compiled = kernel[(programs,)](
+        *arguments, **values, num_warps=NUM_WARPS, enable_fp_fusion=False
+    )
+    return compiled, tuple(values.values())
