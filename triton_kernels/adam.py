@@ -62,7 +62,8 @@ def _update(
     grad = read(grad_at, offsets, end, GRAD, MATH, WHOLE)
     exp_avg = read(exp_avg_at, offsets, end, STATE, MATH, WHOLE)
     exp_avg_sq = read(exp_avg_sq_at, offsets, end, STATE, MATH, WHOLE)
-    rest1 = (1.0 - option(record, 1)).to(MATH)
+    beta1 = option(record, 1)
+    blend1 = tl.where(beta1 < 0.5, -beta1, 1.0 - beta1).to(MATH)
     beta2 = option(record, 2).to(MATH)
     rest2 = (1.0 - option(record, 2)).to(MATH)
     l2 = option(record, 6).to(MATH)
@@ -74,7 +75,10 @@ def _update(
         # Sums of products are fused here and nowhere else (enable_fp_fusion is off), so that whole
         # and partial blocks get the same bits.
         total = tl.fma(param, l2, grad)
-        exp_avg = tl.fma(total - exp_avg, rest1, exp_avg)
+        # From the side that carries more, as torch does: beta1 itself float32 holds less exactly than
+        # 1 - beta1.
+        start = tl.where(beta1 < 0.5, total, exp_avg)
+        exp_avg = tl.fma(total - exp_avg, blend1, start)
         exp_avg_sq = tl.fma(total * rest2, total, exp_avg_sq * beta2)
         root = tl.sqrt(exp_avg_sq) + damping
         if MATH == tl.float32:

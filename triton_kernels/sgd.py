@@ -32,7 +32,7 @@ def _update(
         total = tl.fma(param, l2, grad)
         # A fresh buffer takes the gradient undamped.
         share = tl.where((fresh != 0) & (i == 0), 1.0, undamped).to(MATH)
-        buffer = tl.fma(buffer, momentum, total * share)
+        buffer = tl.fma(total, share, buffer * momentum)
         ahead = tl.where(nesterov, tl.fma(buffer, momentum, total), buffer)
         param = tl.fma(ahead, -lr, param)
     if buffer_at != 0:

@@ -65,12 +65,14 @@ void run(const TensorTable& table, const AdamParams& params, int num_threads) {
   for_each_chunk(table, num_threads, [&](int64_t, int64_t index, int64_t begin, int64_t count) {
     const TensorRow& row = table.rows[index];
     const Coefficients<T>& own = coefficients[which[index]];
+    const bool fast1 = params.beta1 < 0.5;
     const AdamUpdate<T> update = {static_cast<T>(params.scale),
-                                  static_cast<T>(1.0 - params.beta1),
+                                  static_cast<T>(fast1 ? -params.beta1 : 1.0 - params.beta1),
                                   static_cast<T>(params.beta2),
                                   static_cast<T>(1.0 - params.beta2),
                                   static_cast<T>(params.l2),
                                   static_cast<T>(1.0 - params.lr * params.decay),
+                                  fast1,
                                   own.sizes.data(),
                                   own.dampings.data(),
                                   params.num_steps};

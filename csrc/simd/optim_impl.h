@@ -60,13 +60,13 @@ inline void adam_vectors(T* const (&arrays)[4], int64_t at, const AdamUpdate<T>&
     exp_avg[u] = load<V>(arrays[2] + at + u * kLanes);
     exp_avg_sq[u] = load<V>(arrays[3] + at + u * kLanes);
   }
-  const V rest1 = V{} + update.rest1, rest2 = V{} + update.rest2, beta2 = V{} + update.beta2;
+  const V blend1 = V{} + update.blend1, beta2 = V{} + update.beta2, rest2 = V{} + update.rest2;
   const V l2 = V{} + update.l2, keep = V{} + update.keep;
   for (int64_t s = 0; s < update.num_steps; ++s) {
     const V size = V{} + update.sizes[s], damping = V{} + update.dampings[s];
     for (int u = 0; u < U; ++u) {
       const V total = kDecays ? multiply_add(param[u], l2, grad[u]) : grad[u];
-      exp_avg[u] = multiply_add(total - exp_avg[u], rest1, exp_avg[u]);
+      exp_avg[u] = multiply_add(total - exp_avg[u], blend1, update.fast1 ? total : exp_avg[u]);
       exp_avg_sq[u] = multiply_add(total * rest2, total, exp_avg_sq[u] * beta2);
       const V change = size * exp_avg[u] / (square_root(exp_avg_sq[u]) + damping);
       param[u] = (kDecays ? param[u] * keep : param[u]) - change;
@@ -111,7 +111,7 @@ inline void sgd_vectors(T* const (&arrays)[3], int64_t at, const SgdUpdate<T>& u
       const V total = multiply_add(param, l2, grad);
       // A fresh buffer takes the gradient undamped.
       const V share = V{} + (update.fresh && s == 0 ? T{1} : update.undamped);
-      buffer = multiply_add(buffer, momentum, total * share);
+      buffer = multiply_add(total, share, buffer * momentum);
       const V ahead = update.nesterov ? multiply_add(buffer, momentum, total) : buffer;
       param = multiply_add(ahead, -lr, param);
     }

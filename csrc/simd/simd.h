@@ -8,9 +8,12 @@ namespace hullkit {
 // The coefficients of fused optimizer updates, in the arithmetic type; see adam.h and sgd.h.
 template <typename T>
 struct AdamUpdate {
-  T scale, rest1, beta2, rest2, l2, keep;  // rest = 1 - beta
-  const T* sizes;                          // [num_steps] lr / bias1 * sqrt(bias2)
-  const T* dampings;                       // [num_steps] eps * sqrt(bias2)
+  // exp_avg is old + (1 - beta1) * (new - old), or new - beta1 * (new - old) if beta1 < 0.5 (fast1), as in torch:
+  // float32 holds the smaller factor more exactly.
+  T scale, blend1, beta2, rest2, l2, keep;  // blend1 = 1 - beta1, or -beta1 if fast1; rest2 = 1 - beta2
+  bool fast1;
+  const T* sizes;     // [num_steps] lr / bias1 * sqrt(bias2)
+  const T* dampings;  // [num_steps] eps * sqrt(bias2)
   int64_t num_steps;
 };
 

@@ -14,7 +14,7 @@ from . import _multi_tensor
 from ._checks import check_tensor
 from ._multi_tensor import DTYPES, TensorTable, check_disjoint, is_dense, same_layout, uses_triton
 
-# Tables of the lists accumulated into lately. They hold addresses and sizes only, which are the key.
+# Tables of the lists accumulated into lately. They hold but addresses and sizes, which are the key.
 _tables: OrderedDict[tuple[Any, ...], TensorTable] = OrderedDict()
 _MAX_TABLES = 8
 _captured_tables: list[TensorTable] = []  # that CUDA graphs read at every replay
@@ -83,7 +83,7 @@ def accumulate_(
 
 
 def _uniform(into: list[Tensor], grads: list[Tensor]) -> bool:
-    """Whether all is as it mostly is, found out cheaply: contiguous, of equal shapes and one dtype."""
+    """Whether all is as it mostly is: contiguous, of equal shapes, one dtype. Cheaply found out."""
     tensors = (*into, *grads)
     if not all(isinstance(tensor, Tensor) and tensor.layout is torch.strided for tensor in tensors):
         return False

@@ -77,8 +77,9 @@ class TestTimeFinetuner:
     Raises TypeError or ValueError at a bad argument, or if no parameter requires a gradient.
 
     Complexity, per query: sum_i ceil(counts_i / r) passes and sum(counts) updates; to accumulate,
-    a pass for each positive count and one update. Memory: beside the passes' activations, a copy of the trained parameters and of all buffers (until the block
-    ends), a gradient and Adam's two moments (until the block begins).
+    a pass for each positive count and one update. Memory: beside the passes' activations, a copy of
+    the trained parameters and of all buffers (until the block ends), a gradient, its float32 sum if
+    accumulating, and Adam's two moments (until the block begins).
 
     Source: HullFT, arXiv 2605.30337, gradient caching.
     """

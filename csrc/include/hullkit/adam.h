@@ -1,6 +1,6 @@
 // k Adam updates with one gradient. For t = step + 1, ..., step + k, with g the gradient times `scale`:
 //   g_t = g + l2 * p
-//   m   = m + (1 - beta1) * (g_t - m)
+//   m   = beta1 * m + (1 - beta1) * g_t
 //   v   = beta2 * v + (1 - beta2) * g_t^2
 //   p   = (1 - lr * decay) * p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 // Every element is read once, updated k times in registers, written once.
