@@ -95,6 +95,7 @@ def round_stochastically(values, offsets, salt, step):
     seed = mix((offsets >> 32).to(tl.uint32) + seed)
     noise = mix(offsets.to(tl.uint32) + seed) & 0xFFFF
     bits = values.to(tl.uint32, bitcast=True)
-    rounded = ((bits + noise) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    finite = tl.abs(values) < float("inf")
-    return tl.where(finite, rounded, values.to(tl.bfloat16))
+    rest = bits & 0x7FFFFFFF
+    # Infinity gets no noise, NaN a bit that survives the cut.
+    bits = tl.where(rest < 0x7F800000, bits + noise, bits | tl.where(rest > 0x7F800000, 0x400000, 0))
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -1,0 +1,88 @@
+"""accumulate_ against the oracle, and the global norm it returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from _optim import WAYS, Way, odd_tensors, parameters
+from hullkit import reference
+from hullkit.optim import accumulate_
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_equals_oracle(dtype: torch.dtype, way: Way) -> None:
+    into = [p.detach() for p in parameters(odd_tensors(torch.float32, way.device))]
+    grads = odd_tensors(dtype, way.device, seed=1)
+    wanted: list[Any] = [tensor.double().cpu().numpy() for tensor in into]
+    for weight in (1.0, 0.3, -2.0):
+        norm = accumulate_(into, grads, weight, norm=True, backend=way.backend)
+        wanted = [
+            reference.accumulate(a, g.double().cpu().numpy(), weight)
+            for a, g in zip(wanted, grads, strict=True)
+        ]
+    for got, exact in zip(into, wanted, strict=True):
+        np.testing.assert_allclose(got.cpu().numpy(), exact, rtol=1e-6, atol=1e-6)
+    assert norm is not None
+    assert norm.item() == pytest.approx(reference.global_norm(wanted), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_exact_where_float32_is(way: Way) -> None:
+    into = [torch.zeros(9000, device=way.device), torch.zeros(3, 5, device=way.device).t()]
+    grads = [torch.full((9000,), 0.5, device=way.device), torch.ones(5, 3, device=way.device)]
+    norm = accumulate_(into, grads, 2.0, norm=True, backend=way.backend)
+    assert norm is not None
+    assert norm.item() == 9015**0.5 or abs(norm.item() - (9000 + 15 * 4) ** 0.5) < 1e-9
+    assert torch.equal(into[0], torch.ones(9000, device=way.device))
+    assert torch.equal(into[1], torch.full((5, 3), 2.0, device=way.device))
+
+
+def test_missing_gradients_and_empty_lists() -> None:
+    into = [torch.ones(3), torch.ones(2)]
+    assert accumulate_(into, [None, torch.ones(2)], 0.5) is None
+    assert into[0].tolist() == [1.0] * 3
+    assert into[1].tolist() == [1.5] * 2
+    norm = accumulate_([], [], norm=True)
+    assert norm is not None
+    assert norm.item() == 0.0
+
+
+def test_same_address_other_size() -> None:
+    """Views that begin alike are different lists."""
+    whole = torch.zeros(100)
+    for size in (10, 100, 50):
+        accumulate_([whole[:size]], [torch.ones(size)])
+    assert whole.tolist() == [3.0] * 10 + [2.0] * 40 + [1.0] * 50
+
+
+def test_many_lists_in_turn() -> None:
+    """More than are remembered."""
+    lists = [[torch.zeros(5)] for _ in range(20)]
+    for _ in range(2):
+        for into in lists:
+            accumulate_(into, [torch.ones(5)], 0.5)
+    assert all(torch.equal(into[0], torch.ones(5)) for into in lists)
+
+
+def test_same_bits_on_two_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(n, generator=generator) for n in (1, 70_001, 12)]
+    results, norms = [], []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        into = [tensor.clone() for tensor in start]
+        norms.append(accumulate_(into, start, 0.7, norm=True))
+        results.append(into)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(*norms)
+
+
+def test_version_counters_move() -> None:
+    into = [torch.zeros(3)]
+    before = into[0]._version
+    accumulate_(into, [torch.ones(3)])
+    assert into[0]._version > before

@@ -1,0 +1,190 @@
+"""What the optimizers and accumulate_ refuse, and what their messages say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hullkit import optim
+from torch import nn
+
+
+def param(**options: Any) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(4, 6, **options))
+
+
+@pytest.mark.parametrize("cls", [optim.Adam, optim.AdamW, optim.SGD])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"foreach": True}, ValueError, "foreach: expected None or False, got True"),
+        ({"fused": False}, ValueError, "fused: expected None or True, got False"),
+        ({"differentiable": True}, ValueError, "differentiable: expected False"),
+        ({"max_grad_norm": -1.0}, ValueError, r"max_grad_norm: expected a number >= 0.0, got -1.0"),
+        ({"max_grad_norm": "1"}, TypeError, "max_grad_norm: expected a number, got str"),
+        ({"backend": "cuda"}, ValueError, "backend: expected None or 'triton', got 'cuda'"),
+        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+        ({"momentun": 0.9}, TypeError, "momentun"),
+    ],
+)
+def test_bad_options(
+    cls: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        cls([param()], **options)
+
+
+@pytest.mark.parametrize("cls", [optim.Adam, optim.AdamW])
+def test_amsgrad(cls: Any) -> None:
+    with pytest.raises(ValueError, match="amsgrad: expected False, got True"):
+        cls([param()], amsgrad=True)
+    weights = [param()]
+    saved = torch.optim.Adam(weights, amsgrad=True).state_dict()
+    ours = cls(weights)
+    with pytest.raises(ValueError, match="amsgrad: expected False, got True"):
+        ours.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error", "message"),
+    [
+        (torch.zeros(3, dtype=torch.complex64), TypeError, "expected dtype float64.*complex64"),
+        (torch.zeros(3).to(torch.float8_e4m3fn), TypeError, "expected dtype float64.*float8"),
+        (torch.zeros(6)[::2], ValueError, r"expected elements side by side.*strides \(2,\)"),
+        (torch.zeros(1).expand(5), ValueError, r"expected elements side by side.*strides \(0,\)"),
+        (torch.zeros(3, 3).to_sparse(), ValueError, "expected elements side by side.*sparse_coo"),
+        (torch.zeros(3, device="meta"), NotImplementedError, "expected CPU or CUDA.*meta"),
+    ],
+)
+def test_bad_parameters(tensor: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"params.*{message}"):
+        optim.Adam([nn.Parameter(tensor)])
+    optimizer = optim.SGD([param()])
+    with pytest.raises(error, match=f"params.*{message}"):
+        optimizer.add_param_group({"params": [nn.Parameter(tensor)]})
+
+
+def test_parameters_that_share_memory() -> None:
+    whole = torch.zeros(10)
+    with pytest.raises(ValueError, match="params: expected tensors that share no memory"):
+        optim.Adam([nn.Parameter(whole[:6]), nn.Parameter(whole[5:])])
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 1.5, True])
+def test_bad_num_steps(num_steps: Any) -> None:
+    weight = param()
+    weight.grad = torch.ones(4, 6)
+    optimizer = optim.Adam([weight])
+    with pytest.raises((TypeError, ValueError), match="num_steps: expected an int"):
+        optimizer.step(num_steps=num_steps)
+    with pytest.raises((TypeError, ValueError), match="num_steps: expected an int"):
+        optimizer.step_with({weight: weight.grad}, num_steps=num_steps)
+    assert torch.equal(weight, torch.zeros(4, 6))
+
+
+def test_sparse_gradient() -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    before = embedding.weight.detach().clone()
+    optimizer = optim.Adam(embedding.parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"grad of a parameter of shape \(5, 3\).*sparse=False"):
+        optimizer.step()
+    assert torch.equal(embedding.weight, before)
+    assert not optimizer.state.get(embedding.weight)
+
+
+@pytest.mark.parametrize(
+    ("grad", "error", "message"),
+    [
+        (torch.ones(4, 5), ValueError, r"expected that shape on cpu, got \(4, 5\) on cpu"),
+        (torch.ones(4, 6, dtype=torch.int64), TypeError, "expected dtype float64.*int64"),
+        (torch.ones(4, 6, dtype=torch.complex64), TypeError, "expected dtype float64.*complex64"),
+    ],
+)
+def test_bad_explicit_gradients(grad: Any, error: type[Exception], message: str) -> None:
+    weight = param()
+    with pytest.raises(error, match=message):
+        optim.Adam([weight]).step_with({weight: grad})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_stochastic_rounding_is_for_bfloat16(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=r"stochastic_rounding: expected False.*got True"):
+        optim.Adam([param(dtype=torch.bfloat16), param(dtype=dtype)], stochastic_rounding=True)
+
+
+def test_loaded_state_of_another_shape() -> None:
+    weight = param()
+    optimizer = optim.Adam([weight])
+    optimizer.state[weight] = {
+        "step": torch.tensor(1.0),
+        "exp_avg": torch.zeros(3),
+        "exp_avg_sq": torch.zeros(3),
+    }
+    weight.grad = torch.ones(4, 6)
+    with pytest.raises(
+        ValueError, match=r"state\['exp_avg'\]: expected shape \(4, 6\), got \(3,\)"
+    ):
+        optimizer.step()
+
+
+class TestAccumulate:
+    @pytest.mark.parametrize(
+        ("into", "grads", "error", "message"),
+        [
+            ([torch.zeros(3)], [], ValueError, "grads: expected 1, as many as into, got 0"),
+            ([torch.zeros(3)], [torch.ones(4)], ValueError, r"grads\[0\]: expected shape \(3,\)"),
+            (
+                [torch.zeros(3).double()],
+                [torch.ones(3)],
+                TypeError,
+                r"into\[0\]: expected a dense float32 tensor, got torch.float64",
+            ),
+            (
+                [torch.zeros(6)[::2]],
+                [torch.ones(3)],
+                TypeError,
+                r"into\[0\]: expected a dense float32 tensor, got .* strides \(2,\)",
+            ),
+            (
+                [torch.zeros(3)] * 1 + [torch.zeros(3)],
+                [torch.ones(3), torch.ones(3).half()],
+                TypeError,
+                r"grads\[1\]: expected one dtype for all.*float16",
+            ),
+            ([torch.zeros(3)], [torch.ones(3).long()], TypeError, r"grads\[0\].*int64"),
+            (
+                [torch.zeros(3)],
+                [[1.0]],
+                TypeError,
+                r"grads\[0\]: expected a torch.Tensor, got list",
+            ),
+            (
+                [torch.zeros(3, 3)],
+                [torch.ones(3, 3).to_sparse()],
+                TypeError,
+                r"grads\[0\]: expected a dense tensor",
+            ),
+            (
+                [torch.zeros(3)],
+                [torch.ones(3, device="meta")],
+                ValueError,
+                r"grads\[0\]: expected shape \(3,\) on cpu, got \(3,\) on meta",
+            ),
+        ],
+    )
+    def test_bad_lists(self, into: Any, grads: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            optim.accumulate_(into, grads)
+        assert all(not tensor.any() for tensor in into)
+
+    @pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None])
+    def test_bad_weight(self, weight: Any) -> None:
+        with pytest.raises((TypeError, ValueError), match="weight: expected a finite number"):
+            optim.accumulate_([torch.zeros(3)], [torch.ones(3)], weight)
+
+    def test_accumulators_that_share_memory(self) -> None:
+        whole = torch.zeros(10)
+        with pytest.raises(ValueError, match="into: expected tensors that share no memory"):
+            optim.accumulate_([whole[:6], whole[5:]], [torch.ones(6), torch.ones(5)])

@@ -1,0 +1,148 @@
+"""Updates that run as each gradient becomes ready: the same bits, no gradient left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from _optim import KINDS, WAYS, Way, equal_bits
+from hullkit import optim
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Tied(nn.Module):
+    """A weight used twice, one frozen, one never used."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator).to(device))
+
+        self.embedding = normal(11, 6)
+        self.hidden = normal(6, 6)
+        self.bias = normal(6)
+        self.frozen = normal(6).requires_grad_(False)
+        self.unused = normal(2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.embedding[ids] @ self.hidden + self.bias * self.frozen)
+        return (x @ self.embedding.t()).logsumexp(-1).mean()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_as_step(kind: str, way: Way) -> None:
+    cls, _, options = KINDS[kind]
+    models = [Tied(way.device) for _ in range(2)]
+    first, second = (cls(m.parameters(), backend=way.backend, **options) for m in models)
+    for call in range(4):
+        ids = torch.randint(0, 11, (20,), generator=torch.Generator().manual_seed(call))
+        ids = ids.to(way.device)
+        with first.update_in_backward(num_steps=call + 1):
+            models[0](ids).backward()
+        assert all(p.grad is None for p in models[0].parameters())
+        models[1](ids).backward()
+        second.step(num_steps=call + 1)
+        second.zero_grad()
+    assert equal_bits(*(list(m.parameters()) for m in models))
+    assert len(first.state) == len(second.state)
+    for param, other in zip(*(m.parameters() for m in models), strict=True):
+        mine, wanted = first.state.get(param, {}), second.state.get(other, {})
+        assert mine.keys() == wanted.keys()
+        assert all(torch.equal(mine[name], wanted[name]) for name in wanted)
+    # and the two forms can take turns
+    models[0](ids).backward()
+    first.step()
+    first.zero_grad()
+    with second.update_in_backward():
+        models[1](ids).backward()
+    assert equal_bits(*(list(m.parameters()) for m in models))
+
+
+def test_gradients_never_exist_together() -> None:
+    """Of ten layers at most two gradients are alive at any time."""
+    layers = [nn.Parameter(torch.randn(50, 50)) for _ in range(10)]
+    optimizer = optim.SGD(layers, lr=1e-3)
+    most = 0
+
+    def count(_: Tensor) -> None:
+        nonlocal most
+        most = max(most, sum(layer.grad is not None for layer in layers))
+
+    hooks = [layer.register_post_accumulate_grad_hook(count) for layer in layers]
+    x = torch.randn(3, 50)
+    for layer in layers:
+        x = torch.tanh(x @ layer)
+    with optimizer.update_in_backward():
+        x.sum().backward()
+    assert most == 1
+    assert all(hook is not None for hook in hooks)
+
+
+def test_refusals() -> None:
+    model = Tied("cpu")
+    ids = torch.arange(5)
+    clipping = optim.Adam(model.parameters(), max_grad_norm=1.0)
+    with (
+        pytest.raises(ValueError, match="max_grad_norm: expected None for an update in backward"),
+        clipping.update_in_backward(),
+    ):
+        pass
+    optimizer = optim.Adam(model.parameters())
+    model(ids).backward()
+    with (
+        pytest.raises(ValueError, match=r"expected no gradients .* got 3; call zero_grad"),
+        optimizer.update_in_backward(),
+    ):
+        pass
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="num_steps: expected an int >= 1"):  # noqa: SIM117
+        with optimizer.update_in_backward(num_steps=0):
+            pass
+
+
+def test_second_gradient_is_an_error() -> None:
+    model = Tied("cpu")
+    optimizer = optim.Adam(model.parameters())
+    ids = torch.arange(5)
+    with optimizer.update_in_backward():
+        model(ids).backward()
+        with pytest.raises(RuntimeError, match=r"expected one gradient .* got a second"):
+            model(ids).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    model(ids).backward()  # the hooks are gone
+    assert equal_bits(before, list(model.parameters()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool) -> None:
+    """Without reentrance: the same bits. With it a shared weight gets two gradients: refused."""
+    results: list[list[Tensor]] = []
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        shared, own = nn.Linear(4, 4), nn.Linear(4, 4)
+        params = [*shared.parameters(), *own.parameters()]
+        optimizer = optim.Adam(params)
+        x = torch.randn(3, 4, requires_grad=True)
+
+        def run(x: Tensor, shared: nn.Module = shared, own: nn.Module = own) -> Any:
+            h = checkpoint(shared, x, use_reentrant=reentrant)
+            return checkpoint(lambda y: own(shared(y)), h, use_reentrant=reentrant).sum()
+
+        if not in_backward:
+            run(x).backward()
+            optimizer.step(num_steps=2)
+        elif reentrant:
+            with pytest.raises(RuntimeError, match="got a second"):  # noqa: SIM117
+                with optimizer.update_in_backward(num_steps=2):
+                    run(x).backward()
+            return
+        else:
+            with optimizer.update_in_backward(num_steps=2):
+                run(x).backward()
+        results.append(params)
+    assert equal_bits(*results)
