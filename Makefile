@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench bench-optim lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python bench/demo/run.py $(ARGS)
@@ -15,6 +15,9 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python bench/run.py $(ARGS)
+
+bench-optim: $(VENV)/.test
+	$(BIN)/python bench/optim.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

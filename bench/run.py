@@ -7,10 +7,8 @@ command. Ratios are taken within the run. Each case passes its correctness gate 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,10 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-
-HERE = Path(__file__).resolve().parent
-FIELDS = ["op", "provider", "shape", "dtype", "p20", "p50", "p80", "unit", "rounds", "peak_mb"]
-FIELDS += ["device", "threads", "torch", "numpy", "simd", "commit", "command"]
+from rows import HERE, append, commit, processor
 
 # (op, start of the shape, provider, rival, least ratio of their medians)
 BARS = (
@@ -33,20 +28,6 @@ BARS = (
     ("select", "neighbours B=64 n=200 d=384", "hullkit 2 threads", "hullkit 1 thread", 1.8),
     ("select", "neighbours B=64 n=200 d=1024", "hullkit 2 threads", "hullkit 1 thread", 1.8),
 )
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _commit() -> str:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
-    )
-    return result.stdout.strip() or "unknown"
 
 
 def _measure(keyword: str) -> list[dict[str, Any]]:
@@ -74,11 +55,11 @@ def _rows(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     common = {
         "unit": "ms",
         "peak_mb": "",  # measured on GPUs only
-        "device": _processor(),
+        "device": processor(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "simd": build_info()["simd"],
-        "commit": _commit(),
+        "commit": commit(),
         "command": "make bench",
     }
     rows = []
@@ -133,13 +114,7 @@ def main() -> None:
     rows = _rows(_measure(arguments.k))
     _print(rows, Console(width=150))
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        new = not arguments.out.exists()
-        with arguments.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 def pair(kind: str, way: Way, tensors: list[Tensor]) -> tuple[Any, Any, Any, Any]:
     ours, theirs, options = KINDS[kind]
     params, others = parameters(tensors), parameters(tensors)
-    return ours(params, backend=way.backend, **options), params, theirs(others, **options), others
+    # Not foreach: its Nesterov momentum writes into the gradients, which the next update would see.
+    reference = theirs(others, foreach=False, **options)
+    return ours(params, backend=way.backend, **options), params, reference, others
 
 
 @pytest.mark.parametrize(("way", "steps"), RUNS)

@@ -74,14 +74,16 @@ def _update(
         damping = tl.load(coefficients + i * COEFFICIENTS + 1)
         # Sums of products are fused here and nowhere else (enable_fp_fusion is off), so that whole
         # and partial blocks get the same bits.
-        total = tl.fma(param, l2, grad)
-        # From the side that carries more, as torch does: beta1 itself float32 holds less exactly than
-        # 1 - beta1.
+        total = grad
+        if l2 != 0:  # an infinite parameter times 0 would be NaN
+            total = tl.fma(param, l2, grad)
+        # From the side that carries more, as torch does: float32 holds 1 - beta1 more exactly than
+        # beta1.
         start = tl.where(beta1 < 0.5, total, exp_avg)
         exp_avg = tl.fma(total - exp_avg, blend1, start)
         exp_avg_sq = tl.fma(total * rest2, total, exp_avg_sq * beta2)
         root = tl.sqrt(exp_avg_sq) + damping
-        if MATH == tl.float32:
+        if MATH == tl.float32:  # noqa: SIM300
             # 1 / root: the hardware's approximate rsqrt, squared, and one Newton step. Half the
             # instructions of a division; finite roots only, a square may have overflowed.
             root = tl.minimum(root, 3e38)

@@ -97,5 +97,7 @@ def round_stochastically(values, offsets, salt, step):
     bits = values.to(tl.uint32, bitcast=True)
     rest = bits & 0x7FFFFFFF
     # Infinity gets no noise, NaN a bit that survives the cut.
-    bits = tl.where(rest < 0x7F800000, bits + noise, bits | tl.where(rest > 0x7F800000, 0x400000, 0))
+    bits = tl.where(
+        rest < 0x7F800000, bits + noise, bits | tl.where(rest > 0x7F800000, 0x400000, 0)
+    )
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

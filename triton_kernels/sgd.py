@@ -29,7 +29,9 @@ def _update(
     grad *= (option(record, 8) * option(record, 9)).to(MATH)
     for i in range(num_steps):
         # Fused where written so, as in adam.py.
-        total = tl.fma(param, l2, grad)
+        total = grad
+        if l2 != 0:  # an infinite parameter times 0 would be NaN
+            total = tl.fma(param, l2, grad)
         # A fresh buffer takes the gradient undamped.
         share = tl.where((fresh != 0) & (i == 0), 1.0, undamped).to(MATH)
         buffer = tl.fma(total, share, buffer * momentum)

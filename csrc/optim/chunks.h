@@ -12,7 +12,7 @@
 namespace hullkit {
 
 // Small enough that many threads share one large tensor, and that what is read in a chunk stays in its cache.
-inline constexpr int64_t kChunk = int64_t{1} << 14;
+inline constexpr int64_t kChunk = int64_t{1} << 18;
 // Elements widened at a time where dtypes differ from the arithmetic.
 inline constexpr int64_t kBlock = 512;
 

@@ -65,7 +65,7 @@ inline void adam_vectors(T* const (&arrays)[4], int64_t at, const AdamUpdate<T>&
   for (int64_t s = 0; s < update.num_steps; ++s) {
     const V size = V{} + update.sizes[s], damping = V{} + update.dampings[s];
     for (int u = 0; u < U; ++u) {
-      const V total = kDecays ? multiply_add(param[u], l2, grad[u]) : grad[u];
+      const V total = kDecays && update.l2 != 0 ? multiply_add(param[u], l2, grad[u]) : grad[u];
       exp_avg[u] = multiply_add(total - exp_avg[u], blend1, update.fast1 ? total : exp_avg[u]);
       exp_avg_sq[u] = multiply_add(total * rest2, total, exp_avg_sq[u] * beta2);
       const V change = size * exp_avg[u] / (square_root(exp_avg_sq[u]) + damping);
@@ -97,35 +97,49 @@ void adam(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t n, const A
   }
 }
 
-template <typename T, int U>
+template <typename T, int U, bool kBuffer>
 inline void sgd_vectors(T* const (&arrays)[3], int64_t at, const SgdUpdate<T>& update) {
   using V = Wide<T>;
   constexpr int kLanes = kBytes / sizeof(T);
-  const bool stateful = arrays[2] != nullptr;
-  for (int u = 0; u < U; ++u, at += kLanes) {
-    V param = load<V>(arrays[0] + at);
-    const V grad = load<V>(arrays[1] + at) * update.scale;
-    V buffer = stateful && !update.fresh ? load<V>(arrays[2] + at) : V{};
-    const V momentum = V{} + update.momentum, l2 = V{} + update.l2, lr = V{} + update.lr;
-    for (int64_t s = 0; s < update.num_steps; ++s) {
-      const V total = multiply_add(param, l2, grad);
-      // A fresh buffer takes the gradient undamped.
-      const V share = V{} + (update.fresh && s == 0 ? T{1} : update.undamped);
-      buffer = multiply_add(total, share, buffer * momentum);
-      const V ahead = update.nesterov ? multiply_add(buffer, momentum, total) : buffer;
-      param = multiply_add(ahead, -lr, param);
-    }
-    store(arrays[0] + at, param);
-    if (stateful) store(arrays[2] + at, buffer);
+  const V momentum = V{} + update.momentum, l2 = V{} + update.l2, lr = V{} + update.lr;
+  V param[U], grad[U], buffer[U] = {};
+  for (int u = 0; u < U; ++u) {
+    param[u] = load<V>(arrays[0] + at + u * kLanes);
+    grad[u] = load<V>(arrays[1] + at + u * kLanes) * update.scale;
+    if (kBuffer && !update.fresh) buffer[u] = load<V>(arrays[2] + at + u * kLanes);
   }
+  for (int64_t s = 0; s < update.num_steps; ++s) {
+    // A fresh buffer takes the gradient undamped.
+    const V share = V{} + (update.fresh && s == 0 ? T{1} : update.undamped);
+    for (int u = 0; u < U; ++u) {
+      const V total = update.l2 != 0 ? multiply_add(param[u], l2, grad[u]) : grad[u];  // infinity times 0 is NaN
+      buffer[u] = multiply_add(total, share, buffer[u] * momentum);
+      const V ahead = update.nesterov ? multiply_add(buffer[u], momentum, total) : buffer[u];
+      param[u] = multiply_add(ahead, -lr, param[u]);
+    }
+  }
+  for (int u = 0; u < U; ++u) {
+    store(arrays[0] + at + u * kLanes, param[u]);
+    if (kBuffer) store(arrays[2] + at + u * kLanes, buffer[u]);
+  }
+}
+
+template <typename T, bool kBuffer>
+void sgd_run(T* const (&arrays)[3], int64_t n, const SgdUpdate<T>& update) {
+  constexpr int kUnroll = 4;
+  over_vectors<T, 3, kUnroll>(
+      arrays, n, [&](auto& a, int64_t at) { sgd_vectors<T, kUnroll, kBuffer>(a, at, update); },
+      [&](auto& a, int64_t at) { sgd_vectors<T, 1, kBuffer>(a, at, update); });
 }
 
 template <typename T>
 void sgd(T* param, const T* grad, T* buffer, int64_t n, const SgdUpdate<T>& update) {
   T* const arrays[3] = {param, const_cast<T*>(grad), buffer};
-  over_vectors<T, 3, 1>(
-      arrays, n, [&](auto& a, int64_t at) { sgd_vectors<T, 1>(a, at, update); },
-      [&](auto& a, int64_t at) { sgd_vectors<T, 1>(a, at, update); });
+  if (buffer != nullptr) {
+    sgd_run<T, true>(arrays, n, update);
+  } else {
+    sgd_run<T, false>(arrays, n, update);
+  }
 }
 
 // into += weight * grad if into is given; returns the sum of squares of into, else of grad.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from operator import attrgetter, is_, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +15,19 @@ from . import _multi_tensor
 from ._checks import check_tensor
 from ._multi_tensor import DTYPES, TensorTable, check_disjoint, is_dense, same_layout, uses_triton
 
-# Tables of the lists accumulated into lately. They hold but addresses and sizes, which are the key.
-_tables: OrderedDict[tuple[Any, ...], TensorTable] = OrderedDict()
-_MAX_TABLES = 8
+_dtype = attrgetter("dtype")
+
+
+class _Lists(NamedTuple):
+    """Two lists found in order, and the table of the accumulators."""
+
+    signature: list[Any]
+    table: TensorTable
+
+
+# The latest lists, by where the first accumulator lies and how many there are.
+_known: OrderedDict[tuple[int, int], _Lists] = OrderedDict()
+_MAX_KNOWN = 8
 _captured_tables: list[TensorTable] = []  # that CUDA graphs read at every replay
 
 
@@ -59,27 +70,50 @@ def accumulate_(
     if not pairs:
         return torch.zeros((), dtype=torch.float64) if norm else None
     into, sources = [a for a, _ in pairs], [g for _, g in pairs]
-    if not _uniform(into, sources):
-        sources = [_check_pair(place, *pair, *pairs[0]) for place, pair in enumerate(pairs)]
-    device, dtype = into[0].device, sources[0].dtype
-    triton = uses_triton("into", device, backend)
-    stretches = list(zip(map(Tensor.data_ptr, into), map(Tensor.numel, into), strict=True))
-    key = (device, triton, *stretches)
-    table = _tables.get(key)
-    if table is None:
-        check_disjoint("into", into)
-        rows = [(address, 0, 0, 0, numel, 0) for address, numel in stretches]
-        table = _tables[key] = TensorTable(rows, device, triton)
-        if len(_tables) > _MAX_TABLES:
-            _, oldest = _tables.popitem(last=False)
-            if oldest.captured:
-                _captured_tables.append(oldest)
-    _tables.move_to_end(key)
+    try:
+        # Lists that are where they were, of those sizes and dtypes, need no second look.
+        signature: list[Any] = [
+            backend,
+            *map(Tensor.data_ptr, into),
+            *map(Tensor.data_ptr, sources),
+        ]
+        signature += [*map(Tensor.numel, into), *map(Tensor.numel, sources)]
+        signature += [*map(_dtype, into), *map(_dtype, sources)]
+        key = (into[0].data_ptr(), len(into))
+    except (RuntimeError, TypeError, AttributeError):  # no tensor, or one without an address
+        signature, key = [], (0, 0)
+    known = _known.get(key)
+    if known is None or known.signature != signature:
+        if not _uniform(into, sources):
+            sources = [_check_pair(place, *pair, *pairs[0]) for place, pair in enumerate(pairs)]
+        known = _Lists(signature, _table(into, backend, known))
+        if all(map(is_, sources, map(itemgetter(1), pairs))):  # not where one had to be copied
+            _remember(key, known)
     options = (float(weight), *[0.0] * (_multi_tensor.NUM_OPTIONS - 1))
-    record = table.record(list(map(Tensor.data_ptr, sources)), options)
-    squares = _multi_tensor.accumulate_(table, record, float(weight), dtype)
+    record = known.table.record(list(map(Tensor.data_ptr, sources)), options)
+    squares = _multi_tensor.accumulate_(known.table, record, float(weight), sources[0].dtype)
     torch.autograd.graph.increment_version(into)
     return squares.sum(dtype=torch.float64).sqrt() if norm else None
+
+
+def _table(into: list[Tensor], backend: str | None, known: _Lists | None) -> TensorTable:
+    device = into[0].device
+    triton = uses_triton("into", device, backend)
+    rows = [(tensor.data_ptr(), 0, 0, 0, tensor.numel(), 0) for tensor in into]
+    if known is not None and known.table.rows == rows and known.table.triton == triton:
+        return known.table  # only the gradients are elsewhere
+    check_disjoint("into", into)
+    return TensorTable(rows, device, triton)
+
+
+def _remember(key: tuple[int, int], lists: _Lists) -> None:
+    forgotten = [_known.pop(key)] if key in _known else []
+    _known[key] = lists
+    if len(_known) > _MAX_KNOWN:
+        forgotten.append(_known.popitem(last=False)[1])
+    _captured_tables.extend(
+        old.table for old in forgotten if old.table.captured and old.table is not lists.table
+    )
 
 
 def _uniform(into: list[Tensor], grads: list[Tensor]) -> bool:

@@ -89,6 +89,7 @@ class TensorTable:
             )
         self.device = device
         self.triton = triton
+        self.rows = list(rows)
         self.size = len(rows)
         self.table = torch.tensor(rows, dtype=torch.int64).to(device)
         self._last: tuple[Any, ...] = ()

@@ -1,0 +1,213 @@
+"""Fused optimizers against torch's, on GPT-2 small's 148 tensors: `make bench-optim`.
+
+On a GPU also against the copy bandwidth measured in the same run, with the host's time for a step.
+Every provider passes the gate first: k updates of ours equal k of torch's. Ratios are within the
+run; providers take turns, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hullkit import build_info, optim
+from rich.console import Console
+from rich.table import Table
+from rows import append, commit, processor
+from torch import Tensor, nn
+
+STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
+WORD = 4  # bytes of float32
+SHAPE = "GPT-2 small, 148 tensors, 124439808 parameters"
+
+
+def shapes() -> list[tuple[int, ...]]:
+    width = 768
+    block = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
+    block += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [(50257, width), (1024, width), *block * 12, (width,), (width,)]
+
+
+def make(device: str) -> list[nn.Parameter]:
+    generator = torch.Generator(device).manual_seed(0)
+    params = [
+        nn.Parameter(torch.randn(shape, generator=generator, device=device) * 0.02)
+        for shape in shapes()
+    ]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator, device=device) * 0.01
+    return params
+
+
+def gate(device: str) -> None:
+    """k updates of ours equal k of torch's: parameters and moments, within 2e-6."""
+    for k in (1, 3, 8):
+        params, others = make(device), make(device)
+        ours, theirs = optim.Adam(params), torch.optim.Adam(others, fused=True)
+        ours.step(num_steps=k)
+        for _ in range(k):
+            theirs.step()
+        for mine, other in zip(params, others, strict=True):
+            for a, b in (
+                (mine.detach(), other.detach()),
+                (ours.state[mine]["exp_avg"], theirs.state[other]["exp_avg"]),
+                (ours.state[mine]["exp_avg_sq"], theirs.state[other]["exp_avg_sq"]),
+            ):
+                scale = torch.maximum(b.abs(), b.square().mean().sqrt())
+                assert ((a - b).abs() / scale).max().item() <= 2e-6, k
+
+
+def timed(calls: dict[str, Callable[[], Any]], device: str) -> dict[str, list[float]]:
+    """Milliseconds of each, in turns; on a GPU by events around calls queued behind other work."""
+    rounds, queued = (15, 8) if device == "cuda" else (9, 1)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if device == "cuda":
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(4_000_000)  # the host gets ahead: its time is measured apart
+                begin.record()
+                for _ in range(queued):
+                    call()
+                end.record()
+                torch.cuda.synchronize()
+                times[name].append(begin.elapsed_time(end) / queued)
+            else:
+                start = time.perf_counter()
+                call()
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def host_times(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """Milliseconds until a call returns while the GPU is busy with other work."""
+    times: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        call()
+        times[f"{name} (host)"] = own = []
+        for _ in range(10):
+            torch.cuda.synchronize()
+            torch.cuda._sleep(50_000_000)
+            for _ in range(5):
+                start = time.perf_counter()
+                call()
+                own.append(1e3 * (time.perf_counter() - start))
+    torch.cuda.synchronize()
+    return times
+
+
+def accumulation(params: list[nn.Parameter], dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    into = [torch.zeros_like(param) for param in params]
+    grads = [param.grad.to(dtype) for param in params if param.grad is not None]
+    optim.accumulate_(into, grads, 0.5)
+    for mine, grad in zip(into, grads, strict=True):
+        assert torch.equal(mine, 0.5 * grad.float())
+    name = str(dtype).removeprefix("torch.")
+    calls: dict[str, Callable[[], Any]] = {
+        f"hullkit accumulate_ {name}": lambda: optim.accumulate_(into, grads, 0.5)
+    }
+    if dtype is torch.float32:
+        calls["torch _foreach_add_"] = lambda: torch._foreach_add_(into, grads, alpha=0.5)
+    return calls
+
+
+def measure(device: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    params = make(device)
+    calls: dict[str, Callable[[], Any]] = {}
+    if device == "cuda":
+        half = sum(param.numel() for param in params) * 7 // 2
+        source: Tensor = torch.empty(half, device=device)
+        target = torch.empty_like(source)
+        calls["copy of 7 words"] = lambda: target.copy_(source)
+    ours, theirs = optim.Adam(params), torch.optim.Adam(params, fused=True)
+    calls["torch fused Adam"] = theirs.step
+    for k in STEPS:
+        calls[f"hullkit Adam k={k}"] = lambda k=k: ours.step(num_steps=k)
+    clipping = optim.Adam(params, max_grad_norm=1.0)
+    calls["hullkit Adam k=2, clipped"] = lambda: clipping.step(num_steps=2)
+    sgd, torch_sgd = (cls(params, lr=0.0, momentum=0.9) for cls in (optim.SGD, torch.optim.SGD))
+    calls["torch SGD, momentum"] = torch_sgd.step
+    calls["hullkit SGD k=4, momentum"] = lambda: sgd.step(num_steps=4)
+    for dtype in (torch.float32, torch.bfloat16):
+        calls |= accumulation(params, dtype)
+    calls["torch foreach Adam"] = torch.optim.Adam(params, foreach=True).step
+    hosts = {name: calls[name] for name in ("torch fused Adam", "hullkit Adam k=2")}
+    return timed(calls, device), host_times(hosts) if device == "cuda" else {}
+
+
+def bars(device: str, p50: dict[str, float]) -> list[tuple[str, float, str, bool]]:
+    """(what, figure, bar, met)"""
+    fused = p50["torch fused Adam"]
+    found = []
+    if device == "cuda":
+        copy = p50["copy of 7 words"]
+        worst = max(p50[f"hullkit Adam k={k}"] for k in STEPS) / copy
+        found.append(("slowest k = 1..8 / copy of 7 words", worst, "<= 1.25", worst <= 1.25))
+        for k, least in ((2, 1.8), (8, 6.0)):
+            gain = k * fused / p50[f"hullkit Adam k={k}"]
+            found.append((f"{k} torch fused updates / k={k}", gain, f">= {least}", gain >= least))
+        for dtype, words in (("float32", 3.0), ("bfloat16", 2.5)):
+            share = words / 7 * copy / p50[f"hullkit accumulate_ {dtype}"]
+            found.append(
+                (f"accumulate_ {dtype}, of copy bandwidth", share, ">= 0.85", share >= 0.85)
+            )
+        host = 1e3 * p50["hullkit Adam k=2 (host)"]
+        found.append(("host time of a step, us", host, "<= 100", host <= 100))
+    else:
+        for k, most in ((1, 1.0), (4, 1.4)):
+            ratio = p50[f"hullkit Adam k={k}"] / fused
+            found.append((f"k={k} / one torch fused update", ratio, f"<= {most}", ratio <= most))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
+    arguments = parser.parse_args()
+    device = arguments.device
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    gate(device)
+    times, hosts = measure(device)
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    p50 = {provider: statistics.median(values) for provider, values in (times | hosts).items()}
+    console = Console(width=120)
+    table = Table(title=f"ms on {name}" + ("" if device == "cuda" else ", two threads"))
+    for column in ("provider", "p50 ms", "times torch's fused Adam"):
+        table.add_column(column, justify="left" if column == "provider" else "right")
+    for provider, median in p50.items():
+        table.add_row(provider, f"{median:.3f}", f"{median / p50['torch fused Adam']:.2f}")
+    console.print(table)
+    for what, figure, bar, met in bars(device, p50):
+        console.print(f"{'met' if met else 'MISSED'}: {what}: {figure:.2f} (bar {bar})")
+    if arguments.out is None:
+        return
+    rows = []
+    for provider, values in (times | hosts).items():
+        p20, mid, p80 = (round(float(q), 5) for q in np.quantile(values, (0.2, 0.5, 0.8)))
+        rows.append(
+            dict(
+                op="optimizer step", provider=provider, shape=SHAPE, dtype="float32", unit="ms",
+                p20=p20, p50=mid, p80=p80, rounds=len(values), device=name,
+                threads=torch.get_num_threads(), torch=torch.__version__, numpy=np.__version__,
+                simd=build_info()["simd"], commit=commit(), command="make bench-optim",
+            )
+        )  # fmt: skip
+    append(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()
