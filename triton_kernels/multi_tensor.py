@@ -10,8 +10,8 @@ gradients' addresses.
 import triton
 import triton.language as tl
 
-BLOCK_SIZE = 1024  # elements a program holds in registers at a time
-CHUNK_SIZE = 8 * BLOCK_SIZE  # elements a program works through, block by block
+BLOCK_SIZE = 512  # elements a program holds in registers at a time
+CHUNK_SIZE = 16 * BLOCK_SIZE  # elements a program works through, block by block
 NUM_WARPS = 4
 
 NUM_OPTIONS = tl.constexpr(10)

@@ -78,15 +78,13 @@ class Sorted:
 
     def unmoved(self, params: Params) -> bool:
         """Whether these are the parameters, and they and their gradients lie where they lay."""
+        if len(params) != len(self.grads) or not all(map(is_, self.params, params)):
+            return False
         try:
             grads = [param.grad.data_ptr() for param in params]  # type: ignore[union-attr]
         except (AttributeError, RuntimeError):  # None; sparse, without an address
             return False
-        return (
-            grads == self.grads
-            and self.addresses == list(map(Tensor.data_ptr, params))
-            and all(map(is_, self.params, params))
-        )
+        return grads == self.grads and list(map(Tensor.data_ptr, params)) == self.addresses
 
 
 class FusedOptimizer(torch.optim.Optimizer):
