@@ -6,7 +6,7 @@ namespace {
 
 inline Wide<float> square_root(Wide<float> x) {
 #if defined(__AVX512F__)
-  return _mm512_sqrt_ps(x);
+  return _mm512_maskz_sqrt_ps(-1, x);  // all lanes; the plain form warns of an uninitialized operand in GCC 12
 #elif defined(__AVX2__)
   return _mm256_sqrt_ps(x);
 #else
@@ -17,7 +17,7 @@ inline Wide<float> square_root(Wide<float> x) {
 
 inline Wide<double> square_root(Wide<double> x) {
 #if defined(__AVX512F__)
-  return _mm512_sqrt_pd(x);
+  return _mm512_maskz_sqrt_pd(-1, x);
 #elif defined(__AVX2__)
   return _mm256_sqrt_pd(x);
 #else
@@ -25,6 +25,29 @@ inline Wide<double> square_root(Wide<double> x) {
   return x;
 #endif
 }
+
+// a / b for b >= 0, to about half a unit in the last place. Square roots keep the divider busy, so quotients go to
+// the multipliers: an estimate of 1 / b, refined by what is left of a. An infinite b counts as the largest number.
+constexpr float kLargest = 3.40282347e38f;
+
+inline Wide<float> quotient(Wide<float> a, Wide<float> b) {
+#if defined(__AVX512F__)
+  b = _mm512_maskz_min_ps(-1, Wide<float>{} + kLargest, b);
+  const Wide<float> inverse = _mm512_maskz_rcp14_ps(-1, b);
+#elif defined(__AVX2__)
+  b = _mm256_min_ps(Wide<float>{} + kLargest, b);
+  const Wide<float> estimate = _mm256_rcp_ps(b);
+  const Wide<float> inverse = multiply_add(estimate, multiply_add(-estimate, b, Wide<float>{} + 1.0f), estimate);
+#else
+  return a / b;
+#endif
+#if defined(__AVX2__)
+  const Wide<float> first = a * inverse;
+  return multiply_add(multiply_add(-first, b, a), inverse, first);
+#endif
+}
+
+inline Wide<double> quotient(Wide<double> a, Wide<double> b) { return a / b; }
 
 // Calls block(elements) for whole blocks of U vectors, then for single vectors, then once for the rest, which it
 // gets as one vector in a buffer: every element takes the same arithmetic wherever it stands.
@@ -68,7 +91,7 @@ inline void adam_vectors(T* const (&arrays)[4], int64_t at, const AdamUpdate<T>&
       const V total = kDecays && update.l2 != 0 ? multiply_add(param[u], l2, grad[u]) : grad[u];
       exp_avg[u] = multiply_add(total - exp_avg[u], blend1, update.fast1 ? total : exp_avg[u]);
       exp_avg_sq[u] = multiply_add(total * rest2, total, exp_avg_sq[u] * beta2);
-      const V change = size * exp_avg[u] / (square_root(exp_avg_sq[u]) + damping);
+      const V change = quotient(size * exp_avg[u], square_root(exp_avg_sq[u]) + damping);
       param[u] = (kDecays ? param[u] * keep : param[u]) - change;
     }
   }
