@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import _multi_tensor, _native
+from ._buckets import Bucket, Launch, Params, Sorted, check_grad
 from ._checks import check_int, check_number
 from ._multi_tensor import (
     DTYPES,
@@ -28,63 +29,7 @@ from ._multi_tensor import (
 _LR = 0  # the option that a learning rate in a device tensor is copied to
 _ON_DEVICE = math.nan  # an option that is filled in on the device
 
-Params = list[Tensor]
 Options = tuple[float, ...]
-
-
-class Bucket:
-    """Parameters that one launch updates: same group, same device, same dtypes."""
-
-    def __init__(
-        self, params: Params, grad_dtype: torch.dtype, table: TensorTable, fresh: bool
-    ) -> None:
-        self.params = params
-        self.dtypes = (params[0].dtype, grad_dtype, params[0].dtype)  # parameter, gradient, state
-        self.table = table
-        self.fresh = fresh  # whether state is set by the first launch, not read
-        self.shapes = list(map(Tensor.size, params))
-        self.strides = list(map(Tensor.stride, params))
-
-    def fits(self, grads: list[Tensor]) -> bool:
-        """Whether all gradients are as most are: of one dtype and laid out as their parameters."""
-        dtype, device = self.dtypes[1], self.table.device
-        return (
-            all(g.layout is torch.strided and g.dtype is dtype for g in grads)
-            and all(g.device == device for g in grads)
-            and list(map(Tensor.size, grads)) == self.shapes
-            and list(map(Tensor.stride, grads)) == self.strides
-        )
-
-
-class Launch(NamedTuple):
-    """One pass to be made."""
-
-    group: dict[str, Any]
-    bucket: Bucket
-    addresses: list[int]  # of the gradients
-    kept: list[Tensor]  # gradients nobody else may hold
-
-
-class Sorted:
-    """Buckets of some parameters, and what must be as it was for them to hold."""
-
-    def __init__(self, params: Params, buckets: list[Bucket], places: list[list[int]]) -> None:
-        self.params = params
-        self.addresses = list(map(Tensor.data_ptr, params))
-        self.buckets = buckets
-        self.places = places  # of each bucket's parameters in params
-        self.grads: list[int] = []  # where the latest gradients lay, if none was copied
-        self.launches: list[Launch] = []  # with those
-
-    def unmoved(self, params: Params) -> bool:
-        """Whether these are the parameters, and they and their gradients lie where they lay."""
-        if len(params) != len(self.grads) or not all(map(is_, self.params, params)):
-            return False
-        try:
-            grads = [param.grad.data_ptr() for param in params]  # type: ignore[union-attr]
-        except (AttributeError, RuntimeError):  # None; sparse, without an address
-            return False
-        return grads == self.grads and list(map(Tensor.data_ptr, params)) == self.addresses
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -135,16 +80,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_params()
 
     def _forget(self) -> None:
-        """Tables hold addresses, and are made anew once a tensor may have been replaced.
-
-        Old ones stay: a captured graph may read them at its next replay.
-        """
-        self._outdated: list[Any] = [
-            *self.__dict__.get("_outdated", ()),
-            *self.__dict__.get("_sorted", {}).values(),
-        ]
+        """Tables hold addresses, and are made anew once a tensor may have been replaced."""
+        self._retire(*self.__dict__.get("_sorted", {}).values())
         self._sorted: dict[Any, Sorted] = {}
         self._known_states: list[Any] = []
+
+    def _retire(self, *outdated: Sorted) -> None:
+        """Keep the tables that a captured graph reads at its next replay."""
+        kept = [sort for sort in outdated if any(b.table.captured for b in sort.buckets)]
+        self._replayed: list[Sorted] = [*self.__dict__.get("_replayed", ()), *kept]
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("max_grad_norm", "backend")}
@@ -288,7 +232,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             kept: list[Tensor] = []
             if not bucket.fits(own):
                 for place, (param, grad) in enumerate(zip(bucket.params, own, strict=True)):
-                    _check_grad(param, grad)
+                    check_grad(param, grad)
                     if grad.dtype != bucket.dtypes[1]:
                         return None
                     if not same_layout(grad, param):
@@ -303,7 +247,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         salts = {id(param): place for place, param in enumerate(self._params())}
         places: dict[Any, dict[int, int]] = {}  # by kind: parameter's id to its (last) place
         for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            _check_grad(param, grad)
+            check_grad(param, grad)
             places.setdefault((param.device, param.dtype, grad.dtype), {})[id(param)] = place
         buckets = []
         for (device, _, grad_dtype), chosen in places.items():
@@ -320,7 +264,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             buckets.append(Bucket(own, grad_dtype, table, any_fresh))
         made = Sorted(params, buckets, [list(chosen.values()) for chosen in places.values()])
         if key in self._sorted:
-            self._outdated.append(self._sorted[key])
+            self._retire(self._sorted[key])
         self._sorted[key] = made
         self._known_states = list(chain.from_iterable(map(dict.values, self.state.values())))
         return made
@@ -422,21 +366,3 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _check_grad(param: Tensor, grad: Tensor) -> None:
-    name = f"grad of a parameter of shape {tuple(param.shape)}"
-    if grad.layout is not torch.strided:
-        raise TypeError(
-            f"{name}: expected a dense gradient, got {grad.layout}; pass sparse=False to the "
-            "embedding that made it"
-        )
-    if grad.dtype not in DTYPES:
-        raise TypeError(
-            f"{name}: expected dtype float64, float32, float16 or bfloat16, got {grad.dtype}"
-        )
-    if grad.shape != param.shape or grad.device != param.device:
-        raise ValueError(
-            f"{name}: expected that shape on {param.device}, got {tuple(grad.shape)} on "
-            f"{grad.device}"
-        )

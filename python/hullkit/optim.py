@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import _multi_tensor
 from ._accumulate import accumulate_
-from ._fused import Bucket, FusedOptimizer, Options
+from ._buckets import Bucket
+from ._fused import FusedOptimizer, Options
 from ._multi_tensor import same_layout
 
 __all__ = ["SGD", "Adam", "AdamW", "accumulate_"]
