@@ -17,8 +17,6 @@
 
 namespace hullkit {
 
-inline constexpr double kStalledSquaredNorm = 1e-12;
-
 template <typename T>
 class FrankWolfeRun {
  public:

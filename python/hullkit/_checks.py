@@ -1,7 +1,8 @@
 """Argument checks of every public function: names the argument, what was expected, what came.
 
 Checks read shapes, dtypes and devices only. Values (NaN, Inf, lengths and candidates out of range)
-are checked by the kernels, which read them anyway.
+are checked by the kernels, which read them anyway; on CUDA devices, where raising would mean to
+wait, the results say so.
 """
 
 from __future__ import annotations
@@ -80,12 +81,12 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def check_device(operation: str, tensor: Tensor, backend: str | None) -> None:
-    """Kernels exist for CPU tensors; anything slower only on request."""
+    """Kernels exist for CPU and CUDA tensors; anything slower only on request."""
     check_choice("backend", backend, (None, "reference"))
-    if tensor.device.type != "cpu" and backend is None:
+    if tensor.device.type not in ("cpu", "cuda") and backend is None:
         raise NotImplementedError(
-            f"{operation}: expected CPU tensors, got device {tensor.device}: this version has CPU "
-            "kernels only. Move the inputs with .cpu(), or pass backend='reference' (slow)"
+            f"{operation}: expected CPU or CUDA tensors, got device {tensor.device}. Move the "
+            "inputs with .cpu(), or pass backend='reference' (slow)"
         )
 
 

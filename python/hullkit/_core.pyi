@@ -62,6 +62,73 @@ def round_multiplicities_cpu(
     /,
 ) -> None: ...
 def apportion_cpu(weights: _View, total: int, counts: _View, num_threads: int, /) -> None: ...
+
+# In builds with CUDA only.
+def lmo_cuda(
+    pool: _View,
+    direction: _View,
+    lengths: _View,
+    candidates: _View,
+    index: _View,
+    value: _View,
+    workspace: int,
+    stream: int,
+    /,
+) -> None: ...
+def knn_cuda(
+    pool: _View,
+    query: _View,
+    lengths: _View,
+    candidates: _View,
+    indices: _View,
+    values: _View,
+    workspace: int,
+    stream: int,
+    /,
+) -> None: ...
+def frank_wolfe_cuda(
+    pool: _View,
+    query: _View,
+    lengths: _View,
+    candidates: _View,
+    max_support: int,
+    max_iters: int,
+    tol: float,
+    /,
+    *outputs_workspace_and_stream: _View | int,
+) -> None: ...
+def select_cuda(
+    pool: _View,
+    query: _View,
+    lengths: _View,
+    candidates: _View,
+    max_support: int,
+    max_iters: int,
+    tol: float,
+    total: int,
+    exchange_passes: int,
+    /,
+    *outputs_workspace_and_stream: _View | int,
+) -> None: ...
+def round_multiplicities_cuda(
+    pool: _View,
+    query: _View,
+    indices: _View,
+    weights: _View,
+    candidates: _View,
+    total: int,
+    exchange_passes: int,
+    counts: _View,
+    workspace: int,
+    stream: int,
+    /,
+) -> None: ...
+def apportion_cuda(
+    weights: _View, total: int, counts: _View, workspace: int, stream: int, /
+) -> None: ...
+def lmo_workspace_bytes(batch: int, positions: int, /) -> int: ...
+def knn_workspace_bytes(batch: int, positions: int, k: int, /) -> int: ...
+def gram_workspace_bytes(batch: int, positions: int, /) -> int: ...
 def build_info() -> dict[str, Any]: ...
 def same_objects(dicts: list[dict[Any, Any]], known: list[Any], /) -> bool: ...
 def adam_cpu(

@@ -53,6 +53,91 @@ round_multiplicities_cpu = _kernel(_core.round_multiplicities_cpu)
 apportion_cpu = _kernel(_core.apportion_cpu)
 
 
+MAX_ON_DEVICE = 4096  # candidates of a prompt, points of a support
+_MAX_K = 2048  # of knn over more than that
+
+
+def _cuda_kernel(name: str, workspace_bytes: Callable[..., int]) -> Callable[..., None]:
+    """The CUDA kernel `name`, with a workspace, on the current stream of its first argument."""
+    native = getattr(_core, name, None)
+
+    def run(*arguments: Any) -> None:
+        device = arguments[0].device
+        if native is None:
+            raise NotImplementedError(
+                f"{name.removesuffix('_cuda')}: expected CPU tensors, got device {device}: this "
+                "build is without CUDA. Build with HULLKIT_CUDA=ON, move the inputs with .cpu(), or pass "
+                "backend='reference' (slow)"
+            )
+        size = workspace_bytes(*arguments)
+        with torch.cuda.device(device):
+            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+            stream = torch._C._cuda_getCurrentRawStream(device.index)
+            native(*map(_native_argument, arguments), workspace.data_ptr(), stream)
+
+    return run
+
+
+def _sizes(pool: Tensor, query: Tensor, candidates: Tensor | None) -> tuple[int, int]:
+    """B and n."""
+    batch = query.shape[0] if query.ndim == 2 else 1
+    return batch, pool.shape[-2] if candidates is None else candidates.shape[-1]
+
+
+def _lmo_bytes(
+    pool: Tensor, direction: Tensor, lengths: Tensor | None, candidates: Tensor | None, *_: Any
+) -> int:
+    return _core.lmo_workspace_bytes(*_sizes(pool, direction, candidates))
+
+
+def _knn_bytes(
+    pool: Tensor,
+    query: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    indices: Tensor,
+    *_: Any,
+) -> int:
+    batch, size = _sizes(pool, query, candidates)
+    k = indices.shape[-1]
+    if size > MAX_ON_DEVICE and k > _MAX_K:
+        raise NotImplementedError(
+            f"k: expected at most {_MAX_K} for more than {MAX_ON_DEVICE} candidates on a CUDA "
+            f"device, got {k}"
+        )
+    return _core.knn_workspace_bytes(batch, size, k)
+
+
+def _gram_bytes(
+    pool: Tensor, query: Tensor, lengths: Tensor | None, candidates: Tensor | None, *_: Any
+) -> int:
+    batch, size = _sizes(pool, query, candidates)
+    if size > MAX_ON_DEVICE:
+        raise NotImplementedError(
+            f"pool: expected at most {MAX_ON_DEVICE} candidates for each query on a CUDA device, "
+            f"got {size}. Pass candidates=hullkit.knn(...).indices, or move the inputs with .cpu()"
+        )
+    return _core.gram_workspace_bytes(batch, size)
+
+
+def _rounding_bytes(pool: Tensor, query: Tensor, indices: Tensor, *_: Any) -> int:
+    size = indices.shape[-1]
+    if size > MAX_ON_DEVICE:
+        raise NotImplementedError(
+            f"result.indices: expected a support of at most {MAX_ON_DEVICE} points on a CUDA "
+            f"device, got {size}"
+        )
+    return _core.gram_workspace_bytes(query.shape[0] if query.ndim == 2 else 1, size)
+
+
+lmo_cuda = _cuda_kernel("lmo_cuda", _lmo_bytes)
+knn_cuda = _cuda_kernel("knn_cuda", _knn_bytes)
+frank_wolfe_cuda = _cuda_kernel("frank_wolfe_cuda", _gram_bytes)
+select_cuda = _cuda_kernel("select_cuda", _gram_bytes)
+round_multiplicities_cuda = _cuda_kernel("round_multiplicities_cuda", _rounding_bytes)
+apportion_cuda = _cuda_kernel("apportion_cuda", lambda *_: 0)
+
+
 def _codes(dtypes: tuple[torch.dtype, ...]) -> tuple[int, ...]:
     return tuple(_DTYPE_CODES[dtype] for dtype in dtypes)
 

@@ -1,4 +1,4 @@
-"""Every operator of hullkit: schema, CPU implementation, fake.
+"""Every operator of hullkit: schema, CPU and CUDA implementation, fake.
 
 All are out-variants without a return value: the caller allocates, so buffers can be reused, a fake
 has nothing to get wrong, and `torch.compile(fullgraph=True)` sees only mutated arguments.
@@ -18,10 +18,13 @@ from . import _native
 _LIBRARY = library.Library("hullkit", "DEF")
 
 
-def _operator(schema: str, cpu: Callable[..., None]) -> Callable[..., None]:
+def _operator(
+    schema: str, cpu: Callable[..., None], cuda: Callable[..., None]
+) -> Callable[..., None]:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, cuda, "CUDA")
     library.register_fake(f"hullkit::{name}", _fake, lib=_LIBRARY)
     overload: Callable[..., None] = getattr(torch.ops.hullkit, name).default
     return overload
@@ -36,12 +39,14 @@ lmo = _operator(
     "lmo(Tensor pool, Tensor direction, Tensor? lengths, Tensor? candidates,"
     " Tensor(a!) index, Tensor(b!) value) -> ()",
     _native.lmo_cpu,
+    _native.lmo_cuda,
 )
 
 knn = _operator(
     "knn(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates,"
     " Tensor(a!) indices, Tensor(b!) values) -> ()",
     _native.knn_cpu,
+    _native.knn_cuda,
 )
 
 frank_wolfe = _operator(
@@ -50,6 +55,7 @@ frank_wolfe = _operator(
     " Tensor(c!) support_size, Tensor(d!) residual_norm, Tensor(e!) dual_gap,"
     " Tensor(f!) num_iters, Tensor(g!) status) -> ()",
     _native.frank_wolfe_cpu,
+    _native.frank_wolfe_cuda,
 )
 
 select = _operator(
@@ -58,14 +64,18 @@ select = _operator(
     " Tensor(a!) indices, Tensor(b!) weights, Tensor(c!) support_size, Tensor(d!) residual_norm,"
     " Tensor(e!) dual_gap, Tensor(f!) num_iters, Tensor(g!) status, Tensor(h!) counts) -> ()",
     _native.select_cpu,
+    _native.select_cuda,
 )
 
 round_multiplicities = _operator(
     "round_multiplicities(Tensor pool, Tensor query, Tensor indices, Tensor weights,"
     " Tensor? candidates, int total, int exchange_passes, Tensor(a!) counts) -> ()",
     _native.round_multiplicities_cpu,
+    _native.round_multiplicities_cuda,
 )
 
 apportion = _operator(
-    "apportion(Tensor weights, int total, Tensor(a!) counts) -> ()", _native.apportion_cpu
+    "apportion(Tensor weights, int total, Tensor(a!) counts) -> ()",
+    _native.apportion_cpu,
+    _native.apportion_cuda,
 )

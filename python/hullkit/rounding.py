@@ -51,8 +51,9 @@ def round_multiplicities(
     Returns:
         counts `(B, S)` int64, aligned with `result.indices`, 0 for padding; `(S,)` unbatched.
     Raises:
-        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf.
-        NotImplementedError: tensors on a device without kernels.
+        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf. On a CUDA
+            device an entry with such values gets counts of -1 instead.
+        NotImplementedError: tensors on a device without kernels; on CUDA for S > 4096.
 
     Numerics: the support's Gram matrix as in :func:`hullkit.lmo`, everything after it in float64.
     Cost: O(m^2 d) for m support points, O(m) for a greedy unit, O(m^2) for an exchange pass.
@@ -102,7 +103,8 @@ def apportion(weights: Tensor, total: int, *, backend: str | None = None) -> Ten
     Returns:
         counts int64 of the same shape.
     Raises:
-        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf.
+        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf. On a CUDA
+            device an entry with such values gets counts of -1 instead.
         NotImplementedError: tensors on a device without kernels.
 
     Quotas and remainders are float64. Cost: O(S log S).

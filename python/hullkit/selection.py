@@ -28,6 +28,9 @@ class Status(IntEnum):
     MAX_SUPPORT = 1  # max_support distinct vertices touched
     MAX_ITERS = 2  # max_iters steps taken
     STALLED = 3  # the LMO answered the iterate itself: the iterate is an optimal vertex
+    BROKEN = (
+        4  # on CUDA devices, where the CPU raises: NaN, Inf, lengths or candidates out of range
+    )
 
 
 class LMOResult(NamedTuple):
@@ -86,12 +89,15 @@ def lmo(
         LMOResult(index `(B,)` int64, value `(B,)` float64); 0-d tensors for an unbatched call.
     Raises:
         TypeError, ValueError: argument, expectation and what came; also for NaN or Inf, and for
-            lengths or candidates out of range.
+            lengths or candidates out of range. On a CUDA device, where the host does not wait for
+            values, such an entry gets index -1 and value NaN instead; others are not touched by it.
         NotImplementedError: tensors on a device without kernels.
 
-    Products accumulate in float32 (float64 for float64 input) in an order that depends on d alone:
-    the same query gives the same bits in any batch and with any number of threads.
-    Cost: B n d multiply-adds.
+    Products accumulate in float32 (float64 for float64 input; on CUDA for float32 input too) in an
+    order that depends on d alone: the same query gives the same bits in any batch and with any
+    number of threads. CUDA calls go to the current stream, never wait for it, and can be captured.
+    Cost: B n d multiply-adds; on CUDA one pass over a shared pool for every 16 directions.
+    Workspace there: 16 bytes for every 128 candidates of a query.
     """
     problem = check_pool_query(pool, direction, lengths, candidates, query_name="direction")
     check_device("lmo", problem.pool, backend)
@@ -123,7 +129,8 @@ def knn(
     Raises:
         As :func:`lmo`; ValueError for k outside 1..n.
 
-    Numerics as in :func:`lmo`. Cost: B n d multiply-adds and a partial sort of n.
+    Numerics and broken entries as in :func:`lmo`.
+    Cost: B n d multiply-adds and a partial sort of n. On CUDA k <= 2048 for n > 4096; workspace: 16 bytes for each candidate, and k / 4096 of that.
     """
     problem = check_pool_query(pool, query, lengths, candidates)
     check_device("knn", problem.pool, backend)
@@ -168,12 +175,15 @@ def frank_wolfe(
         num_iters `(B,)` int64; status `(B,)` int64, see :class:`Status`.
         Without the leading B for an unbatched call.
     Raises:
-        As :func:`lmo`; ValueError for options out of range.
+        As :func:`lmo`, but a broken entry on a CUDA device gets status BROKEN, indices -1 and NaN
+        certificates; ValueError for options out of range; NotImplementedError on CUDA for n > 4096.
 
     Numerics: inner products as in :func:`lmo`, everything after them in float64; residual_norm and
     dual_gap are recomputed from the input at the end. float64 input follows the oracle's path.
     Cost: O(n d) for each vertex touched (a column of the pool's Gram matrix, computed once), O(n)
     for each iteration. Memory: at most 2 n S values for each query in flight (one a thread).
+    On CUDA the whole Gram matrix is computed, on tensor cores, and the dual gap recomputed from it;
+    workspace: 8 (n + 1)^2 bytes a query, in pieces of at most 512 MiB (or one query).
     Source: Jaggi 2013; HullFT, arXiv 2605.30337.
     """
     problem = check_pool_query(pool, query, lengths, candidates)

@@ -9,6 +9,10 @@ namespace hullkit {
 // weights [B, S] float64 (negative ones count as 0, all zero as uniform), counts [B, S] int64, total >= 1.
 void apportion_cpu(const TensorView& weights, int64_t total, const TensorView& counts, int num_threads);
 
+// The same on a GPU, weights and counts contiguous; entries that are not finite, or whose quotas float64 cannot sum to
+// total, get counts of -1.
+void apportion_cuda(const TensorView& weights, int64_t total, const TensorView& counts, void* stream);
+
 // quotas[i] = total * weights[i] / sum(weights), summed left to right so that every caller rounds alike.
 void quotas(const double* weights, int64_t count, int64_t total, double* quotas);
 

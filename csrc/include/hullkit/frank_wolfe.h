@@ -12,7 +12,10 @@ enum class Status : int64_t {
   kMaxSupport = 1,  // max_support distinct vertices touched
   kMaxIters = 2,    // max_iters steps taken
   kStalled = 3,     // the LMO answered the iterate itself: ||vertex - iterate||^2 < 1e-12
+  kBroken = 4,      // CUDA only, where nobody can raise: NaN or Inf, no candidate, lengths or candidates out of range
 };
+
+inline constexpr double kStalledSquaredNorm = 1e-12;
 
 struct FrankWolfeParams {
   int64_t max_support;  // >= 1; 1 returns the nearest vertex
@@ -37,5 +40,12 @@ struct FrankWolfeResult {
 // Cost: O(n d) for each vertex touched, O(n) for each iteration. Memory: at most 2 n S values a query.
 void frank_wolfe_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                      const FrankWolfeResult& result, int num_threads);
+
+// The same on a GPU, for up to 4096 candidates: the Gram matrices of all prompts in one launch on tensor cores
+// (products and sums in float64, in float32 for half-precision input), their loops in a second. Residuals are
+// recomputed from the input, dual gaps from the Gram matrix. workspace: gram_workspace_bytes; the output is contiguous.
+void frank_wolfe_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                      const FrankWolfeResult& result, void* workspace, void* stream);
+int64_t gram_workspace_bytes(int64_t batch, int64_t positions);  // (n + 1)^2 float64 an entry, at most 512 MiB or one
 
 }  // namespace hullkit

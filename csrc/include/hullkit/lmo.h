@@ -12,4 +12,10 @@ namespace hullkit {
 void lmo_cpu(const PoolSpec& pool, const TensorView& direction, const TensorView& index, const TensorView& value,
              int num_threads);
 
+// The same on a GPU: one pass over the pool for every 16 directions that share it. An entry with NaN or Inf, without a
+// candidate, or with lengths or candidates out of range gets index -1 and value NaN. workspace: lmo_workspace_bytes.
+void lmo_cuda(const PoolSpec& pool, const TensorView& direction, const TensorView& index, const TensorView& value,
+              void* workspace, void* stream);
+int64_t lmo_workspace_bytes(int64_t batch, int64_t positions);
+
 }  // namespace hullkit

@@ -18,4 +18,10 @@ void round_multiplicities_cpu(const PoolSpec& pool, const TensorView& query, con
                               const TensorView& weights, int64_t total, int64_t exchange_passes,
                               const TensorView& counts, int num_threads);
 
+// The same on a GPU, for S <= 4096; indices, weights and counts are contiguous. What cannot be rounded (NaN or Inf, an
+// index out of range) gets counts of -1. workspace: gram_workspace_bytes(B, S).
+void round_multiplicities_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& indices,
+                               const TensorView& weights, int64_t total, int64_t exchange_passes,
+                               const TensorView& counts, void* workspace, void* stream);
+
 }  // namespace hullkit

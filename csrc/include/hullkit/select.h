@@ -10,4 +10,9 @@ namespace hullkit {
 void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params, int64_t total,
                 int64_t exchange_passes, const FrankWolfeResult& result, const TensorView& counts, int num_threads);
 
+// The same on a GPU; see frank_wolfe.h.
+void select_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params, int64_t total,
+                 int64_t exchange_passes, const FrankWolfeResult& result, const TensorView& counts, void* workspace,
+                 void* stream);
+
 }  // namespace hullkit

@@ -1,0 +1,66 @@
+#include "bindings/arguments.h"
+#include "hullkit/apportion.h"
+#include "hullkit/knn.h"
+#include "hullkit/lmo.h"
+#include "hullkit/round_multiplicities.h"
+#include "hullkit/select.h"
+
+namespace hullkit {
+namespace {
+
+using Handle = py::handle;
+
+void* pointer(int64_t address) { return reinterpret_cast<void*>(address); }
+
+}  // namespace
+
+// As the functions of selection_cpu.cpp, with a workspace and a stream in place of threads.
+void bind_selection_cuda(py::module_& module) {
+  module.def("lmo_workspace_bytes", &lmo_workspace_bytes);
+  module.def("knn_workspace_bytes", &knn_workspace_bytes);
+  module.def("gram_workspace_bytes", &gram_workspace_bytes);
+  module.def("lmo_cuda", [](Handle pool, Handle direction, Handle lengths, Handle candidates, Handle index,
+                            Handle value, int64_t workspace, int64_t stream) {
+    const Problem problem(pool, direction, lengths, candidates);
+    lmo_cuda(problem.pool, problem.query, problem.scalars(index), problem.scalars(value), pointer(workspace),
+             pointer(stream));
+  });
+  module.def("knn_cuda", [](Handle pool, Handle query, Handle lengths, Handle candidates, Handle indices, Handle values,
+                            int64_t workspace, int64_t stream) {
+    const Problem problem(pool, query, lengths, candidates);
+    knn_cuda(problem.pool, problem.query, problem.vectors(indices), problem.vectors(values), pointer(workspace),
+             pointer(stream));
+  });
+  module.def("frank_wolfe_cuda",
+             [](Handle pool, Handle query, Handle lengths, Handle candidates, int64_t max_support, int64_t max_iters,
+                double tol, Handle indices, Handle weights, Handle support_size, Handle residual_norm, Handle dual_gap,
+                Handle num_iters, Handle status, int64_t workspace, int64_t stream) {
+               const Problem problem(pool, query, lengths, candidates);
+               const FrankWolfeResult result =
+                   problem.frank_wolfe(indices, weights, support_size, residual_norm, dual_gap, num_iters, status);
+               frank_wolfe_cuda(problem.pool, problem.query, {max_support, max_iters, tol}, result, pointer(workspace),
+                                pointer(stream));
+             });
+  module.def("select_cuda", [](Handle pool, Handle query, Handle lengths, Handle candidates, int64_t max_support,
+                               int64_t max_iters, double tol, int64_t total, int64_t exchange_passes, Handle indices,
+                               Handle weights, Handle support_size, Handle residual_norm, Handle dual_gap,
+                               Handle num_iters, Handle status, Handle counts, int64_t workspace, int64_t stream) {
+    const Problem problem(pool, query, lengths, candidates);
+    const FrankWolfeResult result =
+        problem.frank_wolfe(indices, weights, support_size, residual_norm, dual_gap, num_iters, status);
+    select_cuda(problem.pool, problem.query, {max_support, max_iters, tol}, total, exchange_passes, result,
+                problem.vectors(counts), pointer(workspace), pointer(stream));
+  });
+  module.def("round_multiplicities_cuda", [](Handle pool, Handle query, Handle indices, Handle weights,
+                                             Handle candidates, int64_t total, int64_t exchange_passes, Handle counts,
+                                             int64_t workspace, int64_t stream) {
+    const Problem problem(pool, query, py::none(), candidates);
+    round_multiplicities_cuda(problem.pool, problem.query, problem.vectors(indices), problem.vectors(weights), total,
+                              exchange_passes, problem.vectors(counts), pointer(workspace), pointer(stream));
+  });
+  module.def("apportion_cuda", [](Handle weights, int64_t total, Handle counts, int64_t, int64_t stream) {
+    apportion_cuda(batched(view(weights), 1, 1), total, batched(view(counts), 1, 1), pointer(stream));
+  });
+}
+
+}  // namespace hullkit

@@ -1,0 +1,156 @@
+// Inner products of one block of rows with another, on tensor cores: what every selection kernel stands on.
+// float64 and float32 elements are multiplied and summed in float64 (a float32 product is exact there), halves in
+// float32. The order of a sum depends on d alone, so a product has the same bits in any tile, either way round.
+#pragma once
+
+#include "cuda/device_pool.cuh"
+#include "cuda/ptx.cuh"
+
+namespace hullkit {
+
+// How elements lie in memory (Unit), how a lane holds them (Fragment) and what products sum up to (Sum).
+template <typename E>
+struct Operand {  // float64, float32
+  using Unit = E;
+  using Fragment = double;
+  using Sum = double;
+  __device__ static void multiply_add(Sum (&sum)[4], const Fragment (&a)[4], const Fragment (&b)[2]) {
+    ptx::multiply_add(sum, a, b);
+  }
+};
+template <>
+struct Operand<Float16> {
+  using Unit = uint32_t;
+  using Fragment = uint32_t;
+  using Sum = float;
+  __device__ static void multiply_add(Sum (&sum)[4], const Fragment (&a)[4], const Fragment (&b)[2]) {
+    ptx::multiply_add_f16(sum, a, b);
+  }
+};
+template <>
+struct Operand<BFloat16> {
+  using Unit = uint32_t;
+  using Fragment = uint32_t;
+  using Sum = float;
+  __device__ static void multiply_add(Sum (&sum)[4], const Fragment (&a)[4], const Fragment (&b)[2]) {
+    ptx::multiply_add_bf16(sum, a, b);
+  }
+};
+
+// kWarpRows x kWarpCols warps, each with kRowBlocks x kColBlocks blocks of 16 x 8 products.
+template <typename E, int kWarpRows, int kWarpCols, int kRowBlocks, int kColBlocks>
+struct Tile {
+  using Op = Operand<E>;
+  using Unit = typename Op::Unit;
+  using Fragment = typename Op::Fragment;
+  using Sum = typename Op::Sum;
+
+  static constexpr int kThreads = 32 * kWarpRows * kWarpCols;
+  static constexpr int kRows = 16 * kRowBlocks * kWarpRows;
+  static constexpr int kCols = 8 * kColBlocks * kWarpCols;
+  static constexpr int kChunk = 128;                         // bytes of every row in one stage
+  static constexpr int kStride = kChunk + 4 * sizeof(Unit);  // padded: the lanes of a fragment hit all banks
+  static constexpr int kStages = 3;
+  static constexpr int kStageBytes = (kRows + kCols) * kStride;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+
+  Sum sums[kRowBlocks][kColBlocks][4] = {};
+
+  // Sums products of the rows `sources` [kRows + kCols] points to (nullptr: zeros), first with last ones; `same`: with
+  // themselves. warp_row and warp_col: this warp's place; bit kColBlocks * i + j of `wanted`: whether to sum block i,
+  // j. All threads of the block call this; shared memory is free again when it returns.
+  __device__ void run(char* shared, const E* const* sources, bool same, int64_t dim, int warp_row, int warp_col,
+                      uint32_t wanted) {
+    const int64_t bytes = dim * static_cast<int64_t>(sizeof(E));
+    const int64_t chunks = (bytes + kChunk - 1) / kChunk;
+    const int rows = same ? kRows : kRows + kCols;
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      if (stage < chunks) load(shared + stage * kStageBytes, sources, rows, bytes, stage);
+      ptx::commit_copies();
+    }
+    const int row_at = warp_row * kRowBlocks * 16 * kStride;
+    const int col_at = ((same ? 0 : kRows) + warp_col * kColBlocks * 8) * kStride;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      ptx::wait_copies<kStages - 2>();
+      __syncthreads();
+      const int64_t next = chunk + kStages - 1;
+      if (next < chunks) load(shared + next % kStages * kStageBytes, sources, rows, bytes, next);
+      ptx::commit_copies();
+      if (wanted != 0) {
+        const char* const stage = shared + chunk % kStages * kStageBytes;
+        multiply(stage + row_at, stage + col_at, wanted);
+      }
+    }
+    ptx::wait_copies<0>();
+    __syncthreads();
+  }
+
+  // Calls visit(row, column, sum) for this lane's sums, rows and columns counted from those of the tile.
+  template <typename Visit>
+  __device__ void for_each(int warp_row, int warp_col, Visit&& visit) const {
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < kRowBlocks; ++i) {
+      for (int j = 0; j < kColBlocks; ++j) {
+        for (int e = 0; e < 4; ++e) {
+          const int row = (warp_row * kRowBlocks + i) * 16 + lane / 4 + 8 * (e / 2);
+          const int col = (warp_col * kColBlocks + j) * 8 + lane % 4 * 2 + e % 2;
+          visit(row, col, static_cast<double>(sums[i][j][e]));
+        }
+      }
+    }
+  }
+
+ private:
+  __device__ static void load(char* stage, const E* const* sources, int rows, int64_t bytes, int64_t chunk) {
+    constexpr int kPieces = kChunk / 16;
+    for (int t = threadIdx.x; t < rows * kPieces; t += kThreads) {
+      const int row = t / kPieces, piece = t % kPieces;
+      char* const to = stage + row * kStride + piece * 16;
+      const int64_t at = chunk * kChunk + piece * 16;
+      const char* const from = reinterpret_cast<const char*>(sources[row]);
+      const int64_t left = from == nullptr ? 0 : bytes - at;
+      if (left <= 0) {
+        *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
+      } else if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+        ptx::copy_async_16(to, from + at, left < 16 ? static_cast<int>(left) : 16);
+      } else {
+        for (int e = 0; e < static_cast<int>(16 / sizeof(E)); ++e) {
+          const bool inside = e * static_cast<int64_t>(sizeof(E)) < left;
+          reinterpret_cast<E*>(to)[e] = inside ? reinterpret_cast<const E*>(from + at)[e] : E{};
+        }
+      }
+    }
+  }
+
+  __device__ void multiply(const char* rows, const char* cols, uint32_t wanted) {
+    constexpr int kDepth = 8;  // units of a product
+    constexpr int kUnitStride = kStride / sizeof(Unit);
+    const int lane = threadIdx.x % 32;
+    const int at = lane / 4 * kUnitStride + lane % 4;
+    const Unit* const a_at = reinterpret_cast<const Unit*>(rows) + at;
+    const Unit* const b_at = reinterpret_cast<const Unit*>(cols) + at;
+#pragma unroll
+    for (int step = 0; step < kChunk / static_cast<int>(sizeof(Unit)); step += kDepth) {
+      Fragment a[kRowBlocks][4], b[kColBlocks][2];
+#pragma unroll
+      for (int i = 0; i < kRowBlocks; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[i][e] = a_at[(i * 16 + e % 2 * 8) * kUnitStride + step + e / 2 * 4];
+      }
+#pragma unroll
+      for (int j = 0; j < kColBlocks; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) b[j][e] = b_at[j * 8 * kUnitStride + step + e * 4];
+      }
+#pragma unroll
+      for (int i = 0; i < kRowBlocks; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColBlocks; ++j) {
+          if (wanted >> (i * kColBlocks + j) & 1) Op::multiply_add(sums[i][j], a[i], b[j]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace hullkit

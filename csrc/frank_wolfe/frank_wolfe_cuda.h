@@ -1,0 +1,13 @@
+// Frank-Wolfe once the Gram matrices are there; select goes on from the same ones.
+#pragma once
+
+#include "hullkit/frank_wolfe.h"
+
+namespace hullkit {
+
+// gram [count, n + 1, n + 1] of entries first, ..., first + count - 1.
+void frank_wolfe_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                         const FrankWolfeResult& result, int64_t first, int64_t count, const double* gram,
+                         void* stream);
+
+}  // namespace hullkit

@@ -1,0 +1,113 @@
+// A pass over the pool leaves a key for each candidate; then rounds of a tournament: blocks sort kSorted of them and
+// keep the first k, until one block has all that is left.
+#include "cuda/scan.cuh"
+#include "hullkit/knn.h"
+
+namespace hullkit {
+namespace {
+
+constexpr int kSorted = 4096;
+constexpr int kSortThreads = 1024;
+
+template <typename E, int kColBlocks>
+__global__ void __launch_bounds__(ScanTile<E, kColBlocks>::kThreads)
+    knn_kernel(const DevicePool<E> pool, int64_t batch, int group, Best* keys_out) {
+  scan<E, kColBlocks>(pool, batch, group, -1.0, [&](int64_t b, int64_t tile, const uint64_t* keys, int count) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      const int64_t position = tile * kScanRows + i;
+      keys_out[b * pool.size + position] = {keys[i], static_cast<uint32_t>(position)};
+    }
+  });
+}
+
+// from [B, size]: each block sorts kSorted; to [B, blocks * k]: the first k of each, or the answer of the last round.
+__global__ void __launch_bounds__(kSortThreads)
+    sort_kernel(const Best* from, int64_t size, int64_t blocks, int64_t k, Best* to, int64_t* indices, double* values) {
+  extern __shared__ __align__(16) char shared[];
+  uint64_t* const keys = reinterpret_cast<uint64_t*>(shared);
+  uint32_t* const places = reinterpret_cast<uint32_t*>(keys + kSorted);
+  const int64_t b = blockIdx.x / blocks, block = blockIdx.x % blocks, first = block * kSorted;
+  from += b * size + first;
+  const int64_t count = size - first < kSorted ? size - first : kSorted;
+  int width = 32;  // a power of two that holds them
+  while (width < count) width *= 2;
+  for (int i = threadIdx.x; i < width; i += kSortThreads) {
+    const Best here = i < count ? from[i] : Best{kLargestKey, 0xffffffffu};
+    keys[i] = here.key;
+    places[i] = here.index;
+  }
+  for (int length = 2; length <= width; length *= 2) {  // bitonic
+    for (int apart = length / 2; apart > 0; apart /= 2) {
+      __syncthreads();
+      for (int t = threadIdx.x; t < width / 2; t += kSortThreads) {
+        const int i = t / apart * 2 * apart + t % apart, j = i + apart;
+        const Best low{keys[i], places[i]}, high{keys[j], places[j]};
+        const bool rising = (i & length) == 0;
+        if (rising ? precedes(high, low) : precedes(low, high)) {
+          keys[i] = high.key;
+          places[i] = high.index;
+          keys[j] = low.key;
+          places[j] = low.index;
+        }
+      }
+    }
+  }
+  __syncthreads();
+  const bool broken = keys[0] == kSmallestKey || keys[0] == kLargestKey;  // a broken candidate, or none at all
+  for (int64_t i = threadIdx.x; i < k; i += kSortThreads) {
+    const bool inside = i < width;
+    if (blocks > 1) {
+      to[(b * blocks + block) * k + i] = inside ? Best{keys[i], places[i]} : Best{kLargestKey, 0xffffffffu};
+      continue;
+    }
+    const bool none = !inside || keys[i] == kLargestKey;
+    indices[b * k + i] = broken || none ? -1 : static_cast<int64_t>(places[i]);
+    values[b * k + i] = broken ? __longlong_as_double(0x7ff8000000000000ll)
+                        : none ? __longlong_as_double(0xfff0000000000000ll)  // -inf
+                               : -value_of(keys[i]);
+  }
+}
+
+int64_t sort_blocks(int64_t size) { return (size + kSorted - 1) / kSorted; }
+
+}  // namespace
+
+int64_t knn_workspace_bytes(int64_t batch, int64_t positions, int64_t k) {
+  const int64_t kept = positions > kSorted ? sort_blocks(positions) * k : 0;
+  return batch * (positions + kept) * static_cast<int64_t>(sizeof(Best));
+}
+
+void knn_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& values,
+              void* workspace, void* stream) {
+  const int64_t batch = pool.batch(), group = scan_group(pool), k = indices.shape[1];
+  const int64_t blocks = scan_tiles(pool.positions()) * ((batch + group - 1) / group);
+  Best* from = static_cast<Best*>(workspace);
+  Best* to = from + batch * pool.positions();
+  with_element(pool.rows.dtype, [&](auto element) {
+    using E = decltype(element);
+    const DevicePool<E> device_pool(pool, query);
+    const auto run = [&](auto kernel, size_t shared) {
+      launch(kernel, blocks, ScanTile<E, 1>::kThreads, shared, stream, device_pool, batch, static_cast<int>(group),
+             from);
+    };
+    if (group == 16) {
+      run(knn_kernel<E, 2>, ScanTile<E, 2>::kSharedBytes);
+    } else {
+      run(knn_kernel<E, 1>, ScanTile<E, 1>::kSharedBytes);
+    }
+  });
+  int64_t size = pool.positions();
+  for (bool last = false; !last;) {
+    const int64_t sorted_blocks = sort_blocks(size);
+    last = sorted_blocks == 1;
+    launch(sort_kernel, batch * sorted_blocks, kSortThreads, kSorted * (sizeof(uint64_t) + sizeof(uint32_t)), stream,
+           static_cast<const Best*>(from), size, sorted_blocks, k, to, static_cast<int64_t*>(indices.data),
+           static_cast<double*>(values.data));
+    size = sorted_blocks * k;
+    Best* const other = from;
+    from = to;
+    to = other;
+  }
+}
+
+}  // namespace hullkit
