@@ -1,4 +1,4 @@
-"""`make bench-gpu`: selection on a CUDA device. Every case is checked against the CPU kernels first.
+"""`make bench-gpu`: selection on a CUDA device, every case checked against the CPU kernels first.
 
 Times are of whole calls, by CUDA events, back to back; bandwidths are bytes of the pool over time,
 against a device copy's bytes read and written over its time, in the same run.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from rows import append, commit
 from torch import Tensor
 
 TOTAL, N, DIM = 50, 200, 1024
+Case = tuple[str, str, str, str]  # operation, provider, dtype, shape
 
 
 def clustered(
@@ -65,7 +68,7 @@ def timed(call: Callable[[], Any], rounds: int) -> list[float]:
         call()
         event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
 def agreement(device: hullkit.Multiset, oracle: hullkit.Multiset) -> Tensor:
@@ -94,7 +97,7 @@ def check_many(pools: int) -> list[tuple[str, int, int]]:
     return [(str(dtype).removeprefix("torch."), number, done) for dtype, number in equal.items()]
 
 
-def select_cases() -> dict[tuple[str, str, str], list[float]]:
+def select_cases() -> dict[Case, list[float]]:
     times = {}
     for batch in (1, 64, 512, 2048):
         pool, query = clustered(batch, N, DIM, 0.7, batch, "cuda")
@@ -108,29 +111,31 @@ def select_cases() -> dict[tuple[str, str, str], list[float]]:
         assert wrong <= 1, f"{wrong} of {len(oracle.counts)} prompts differ from the CPU's"
         assert (chosen.counts.sum(1) == TOTAL).all()
         shape = f"clustered B={batch} n={N} d={DIM} total={TOTAL}"
-        times["select", "hullkit", shape] = timed(lambda: hullkit.select(pool, query, TOTAL), 30)
+        times["select", "hullkit", "float32", shape] = timed(
+            partial(hullkit.select, pool, query, TOTAL), 30
+        )
         if batch in (1, 512):
-            times["frank_wolfe", "hullkit", shape] = timed(
-                lambda: hullkit.frank_wolfe(pool, query, max_support=TOTAL), 30
+            times["frank_wolfe", "hullkit", "float32", shape] = timed(
+                partial(hullkit.frank_wolfe, pool, query, max_support=TOTAL), 30
             )
-            times["frank_wolfe", "naive batched torch", shape] = timed(
-                lambda: naive(pool, query), 3
+            times["frank_wolfe", "naive batched torch", "float32", shape] = timed(
+                partial(naive, pool, query), 3
             )
         half = pool.bfloat16()
-        times["select", "hullkit, bfloat16", shape] = timed(
-            lambda: hullkit.select(half, query.bfloat16(), TOTAL), 30
+        times["select", "hullkit", "bfloat16", shape] = timed(
+            partial(hullkit.select, half, query.bfloat16(), TOTAL), 30
         )
     return times
 
 
-def lmo_cases() -> dict[tuple[str, str, str], list[float]]:
+def lmo_cases() -> dict[Case, list[float]]:
     times = {}
     size, d = 10**6, 384
     for dtype in (torch.float32, torch.bfloat16):
         pool = torch.nn.functional.normalize(torch.randn(size, d, device="cuda"), dim=1).to(dtype)
         target = torch.empty_like(pool)
         name = str(dtype).removeprefix("torch.")
-        times["copy", name, f"M={size} d={d}"] = timed(lambda: target.copy_(pool), 20)
+        times["copy", "torch", name, f"M={size} d={d}"] = timed(partial(target.copy_, pool), 20)
         for batch in (1, 4, 16):
             direction = torch.randn(batch, d, device="cuda").to(dtype)
             answer = hullkit.lmo(pool, direction)
@@ -138,7 +143,7 @@ def lmo_cases() -> dict[tuple[str, str, str], list[float]]:
             picked = products.gather(0, answer.index[None])[0]
             assert (picked - products.min(0).values).abs().max() < 1e-4
             shape = f"M={size} d={d} B={batch}"
-            times["lmo", name, shape] = timed(lambda: hullkit.lmo(pool, direction), 20)
+            times["lmo", "hullkit", name, shape] = timed(partial(hullkit.lmo, pool, direction), 20)
     return times
 
 
@@ -153,25 +158,26 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     times = {**select_cases(), **lmo_cases()}
     median = {key: statistics.median(values) for key, values in times.items()}
-    table = Table("operation", "provider", "shape", "p50 ms", title=f"on {device}")
-    for (op, provider, shape), value in median.items():
-        table.add_row(op, provider, shape, f"{value:.4f}")
+    table = Table("operation", "provider", "dtype", "shape", "p50 ms", title=f"on {device}")
+    for case, value in median.items():
+        table.add_row(*case, f"{value:.4f}")
     console.print(table)
     shape = f"clustered B={{}} n={N} d={DIM} total={TOTAL}"
-    at = {batch: median["select", "hullkit", shape.format(batch)] for batch in (1, 512, 2048)}
-    against = median["frank_wolfe", "naive batched torch", shape.format(512)] / at[512]
+    at = {
+        batch: median["select", "hullkit", "float32", shape.format(batch)]
+        for batch in (1, 512, 2048)
+    }
+    against = median["frank_wolfe", "naive batched torch", "float32", shape.format(512)] / at[512]
     bars = [
         ("select B=512, ms", at[512], at[512] <= 1.0, "<= 1.0"),
         ("select B=512, times naive torch", against, against >= 100, ">= 100"),
         ("select B=1, ms", at[1], at[1] <= 0.25, "<= 0.25"),
         ("select B=2048 / B=512", at[2048] / at[512], at[2048] <= 4 * at[512], "<= 4"),
     ]
-    for (op, provider, where), value in median.items():
+    for (op, _, dtype, where), value in median.items():
         if op == "lmo":
-            share = median["copy", provider, where.rpartition(" ")[0]] / 2 / value
-            bars.append(
-                (f"lmo {provider} {where}, of copy bandwidth", share, share >= 0.8, ">= 0.8")
-            )
+            share = median["copy", "torch", dtype, where.rpartition(" ")[0]] / 2 / value
+            bars.append((f"lmo {dtype} {where}, of copy bandwidth", share, share >= 0.8, ">= 0.8"))
     for name, equal, of in check_many(arguments.pools):
         wanted = 1.0 if name == "float64" else 0.995
         bars.append(
@@ -186,10 +192,10 @@ def main() -> None:
         console.print(f"{'met' if met else 'MISSED'}: {name}: {value:.4f} (bar {bar})")
     if arguments.out is not None:
         rows = []
-        for (op, provider, where), values in times.items():
+        for (op, provider, dtype, where), values in times.items():
             p20, p50, p80 = (sorted(values)[int(len(values) * share)] for share in (0.2, 0.5, 0.8))
             rows.append(
-                {"op": op, "provider": provider, "shape": where, "dtype": "float32"}
+                {"op": op, "provider": provider, "shape": where, "dtype": dtype}
                 | {"p20": round(p20, 5), "p50": round(p50, 5), "p80": round(p80, 5), "unit": "ms"}
                 | {"rounds": len(values), "device": device, "torch": torch.__version__}
                 | {"commit": commit(), "command": "make bench-gpu"}

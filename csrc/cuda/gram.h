@@ -10,8 +10,10 @@ namespace hullkit {
 // Workspace is used in pieces of at most this many bytes (or of one entry, where that is more).
 inline constexpr int64_t kGramBytes = int64_t{512} << 20;
 
-// n candidates and, last, the query.
-inline int64_t gram_bytes_of_one(int64_t n) { return (n + 1) * (n + 1) * static_cast<int64_t>(sizeof(double)); }
+// Products from one row of a Gram matrix to the next: n candidates and, last, the query; rows start where memory
+// transactions of 32 bytes do.
+inline int64_t gram_stride(int64_t n) { return (n + 4) / 4 * 4; }
+inline int64_t gram_bytes_of_one(int64_t n) { return (n + 1) * gram_stride(n) * static_cast<int64_t>(sizeof(double)); }
 
 // How many entries of a batch are done at a time.
 inline int64_t gram_batch(int64_t batch, int64_t n) {
@@ -19,7 +21,7 @@ inline int64_t gram_batch(int64_t batch, int64_t n) {
   return fit < 1 ? 1 : fit < batch ? fit : batch;
 }
 
-// gram [count, n + 1, n + 1] of entries first, ..., first + count - 1; rows of what is no candidate are 0.
+// gram [count, n + 1, gram_stride(n)] of entries first, ..., first + count - 1; rows of what is no candidate are 0.
 // `support` [B, S], optional: its positions are the candidates, n = S.
 void gram_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& support, int64_t first, int64_t count,
                double* gram, void* stream);

@@ -29,10 +29,16 @@ __device__ inline bool precedes(const Best& a, const Best& b) {
 }
 
 // The least key among the lanes, the lowest index on a tie.
-__device__ inline Best warp_least(Best best) {
+__device__ inline Best warp_least(const Best& best) {
   constexpr uint32_t kAll = 0xffffffffu;
   const auto high = static_cast<uint32_t>(best.key >> 32), low = static_cast<uint32_t>(best.key);
   const uint32_t least_high = __reduce_min_sync(kAll, high);
+  const uint32_t lanes = __ballot_sync(kAll, high == least_high);
+  if ((lanes & (lanes - 1)) == 0) {  // one has it, as good as always
+    const int lane = __ffs(static_cast<int>(lanes)) - 1;
+    const uint32_t least_low = __shfl_sync(kAll, low, lane);
+    return {static_cast<uint64_t>(least_high) << 32 | least_low, __shfl_sync(kAll, best.index, lane)};
+  }
   const uint32_t least_low = __reduce_min_sync(kAll, high == least_high ? low : kAll);
   const bool least = high == least_high && low == least_low;
   const uint32_t index = __reduce_min_sync(kAll, least ? best.index : kAll);
@@ -63,7 +69,22 @@ struct Group {
     return warp_least(lane < blockDim.x / 32 ? of_warps[lane] : Best{kLargestKey, 0xffffffffu});
   }
 
-  __device__ static uint32_t least(uint32_t value) { return least(Best{value, 0}).key & 0xffffffffu; }
+  __device__ static uint32_t least(uint32_t value) {
+    if (kOneWarp) return __reduce_min_sync(0xffffffffu, value);
+    return static_cast<uint32_t>(least(Best{value, 0}).key);
+  }
+
+  // `value` of thread `source`.
+  template <typename T>
+  __device__ static T from(int source, T value) {
+    static_assert(sizeof(T) == sizeof(long long), "");
+    if (kOneWarp) return __shfl_sync(0xffffffffu, value, source);
+    __shared__ T one;
+    __syncthreads();  // whoever still reads the last answer
+    if (static_cast<int>(threadIdx.x) == source) one = value;
+    __syncthreads();
+    return one;
+  }
 
   __device__ static bool any(bool condition) {
     return kOneWarp ? __any_sync(0xffffffffu, condition) : __syncthreads_or(condition);

@@ -7,10 +7,10 @@
 
 namespace hullkit {
 
-// 128 rows and 8 or 16 directions in a tile.
+// 64 rows and 8 or 16 directions in a tile.
 template <typename E, int kColBlocks>
-using ScanTile = Tile<E, 4, 1, 2, kColBlocks>;
-inline constexpr int kScanRows = 128;
+using ScanTile = Tile<E, 4, 1, 1, kColBlocks, 3>;
+inline constexpr int kScanRows = 64;
 
 inline int64_t scan_tiles(int64_t positions) { return (positions + kScanRows - 1) / kScanRows; }
 
@@ -49,7 +49,7 @@ __device__ void scan(const DevicePool<E>& pool, int64_t batch, int group, double
   __syncthreads();
   const int warp = threadIdx.x / 32;
   T tile;
-  tile.run(shared, sources, false, pool.dim, warp, 0, ~0u);
+  tile.run(shared, sources, false, pool.dim, warp, 0, 1);
   uint64_t* const keys = reinterpret_cast<uint64_t*>(shared);
   tile.for_each(warp, 0, [&](int row, int col, double sum) {
     const uint64_t key = isfinite(sum) ? key_of(sign * sum) : kSmallestKey;

@@ -37,8 +37,9 @@ struct Operand<BFloat16> {
   }
 };
 
-// kWarpRows x kWarpCols warps, each with kRowBlocks x kColBlocks blocks of 16 x 8 products.
-template <typename E, int kWarpRows, int kWarpCols, int kRowBlocks, int kColBlocks>
+// kWarpRows x kWarpCols warps, each with kRowBlocks x kColBlocks blocks of 16 x 8 products; kStages chunks of the rows
+// are in shared memory or on their way there.
+template <typename E, int kWarpRows, int kWarpCols, int kRowBlocks, int kColBlocks, int kStages>
 struct Tile {
   using Op = Operand<E>;
   using Unit = typename Op::Unit;
@@ -50,17 +51,16 @@ struct Tile {
   static constexpr int kCols = 8 * kColBlocks * kWarpCols;
   static constexpr int kChunk = 128;                         // bytes of every row in one stage
   static constexpr int kStride = kChunk + 4 * sizeof(Unit);  // padded: the lanes of a fragment hit all banks
-  static constexpr int kStages = 3;
   static constexpr int kStageBytes = (kRows + kCols) * kStride;
   static constexpr int kSharedBytes = kStages * kStageBytes;
 
   Sum sums[kRowBlocks][kColBlocks][4] = {};
 
   // Sums products of the rows `sources` [kRows + kCols] points to (nullptr: zeros), first with last ones; `same`: with
-  // themselves. warp_row and warp_col: this warp's place; bit kColBlocks * i + j of `wanted`: whether to sum block i,
-  // j. All threads of the block call this; shared memory is free again when it returns.
+  // themselves. warp_row and warp_col: this warp's place; row_blocks: how many of its rows of blocks to sum, 0, 1 or
+  // all. All threads of the block call this; shared memory is free again when it returns.
   __device__ void run(char* shared, const E* const* sources, bool same, int64_t dim, int warp_row, int warp_col,
-                      uint32_t wanted) {
+                      int row_blocks) {
     const int64_t bytes = dim * static_cast<int64_t>(sizeof(E));
     const int64_t chunks = (bytes + kChunk - 1) / kChunk;
     const int rows = same ? kRows : kRows + kCols;
@@ -76,9 +76,11 @@ struct Tile {
       const int64_t next = chunk + kStages - 1;
       if (next < chunks) load(shared + next % kStages * kStageBytes, sources, rows, bytes, next);
       ptx::commit_copies();
-      if (wanted != 0) {
-        const char* const stage = shared + chunk % kStages * kStageBytes;
-        multiply(stage + row_at, stage + col_at, wanted);
+      const char* const stage = shared + chunk % kStages * kStageBytes;
+      if (row_blocks == kRowBlocks) {
+        multiply<kRowBlocks>(stage + row_at, stage + col_at);
+      } else if (row_blocks == 1) {
+        multiply<1>(stage + row_at, stage + col_at);
       }
     }
     ptx::wait_copies<0>();
@@ -122,7 +124,8 @@ struct Tile {
     }
   }
 
-  __device__ void multiply(const char* rows, const char* cols, uint32_t wanted) {
+  template <int kBlocks>
+  __device__ void multiply(const char* rows, const char* cols) {
     constexpr int kDepth = 8;  // units of a product
     constexpr int kUnitStride = kStride / sizeof(Unit);
     const int lane = threadIdx.x % 32;
@@ -131,9 +134,9 @@ struct Tile {
     const Unit* const b_at = reinterpret_cast<const Unit*>(cols) + at;
 #pragma unroll
     for (int step = 0; step < kChunk / static_cast<int>(sizeof(Unit)); step += kDepth) {
-      Fragment a[kRowBlocks][4], b[kColBlocks][2];
+      Fragment a[kBlocks][4], b[kColBlocks][2];
 #pragma unroll
-      for (int i = 0; i < kRowBlocks; ++i) {
+      for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) a[i][e] = a_at[(i * 16 + e % 2 * 8) * kUnitStride + step + e / 2 * 4];
       }
@@ -143,11 +146,9 @@ struct Tile {
         for (int e = 0; e < 2; ++e) b[j][e] = b_at[j * 8 * kUnitStride + step + e * 4];
       }
 #pragma unroll
-      for (int i = 0; i < kRowBlocks; ++i) {
+      for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
-        for (int j = 0; j < kColBlocks; ++j) {
-          if (wanted >> (i * kColBlocks + j) & 1) Op::multiply_add(sums[i][j], a[i], b[j]);
-        }
+        for (int j = 0; j < kColBlocks; ++j) Op::multiply_add(sums[i][j], a[i], b[j]);
       }
     }
   }

@@ -21,7 +21,10 @@ __global__ void __launch_bounds__(ScanTile<E, kColBlocks>::kThreads)
   });
 }
 
-__global__ void lmo_reduce_kernel(const Best* partial, int64_t tiles, int64_t* index, double* value) {
+constexpr int kReduceThreads = 1024;
+
+__global__ void __launch_bounds__(kReduceThreads)
+    lmo_reduce_kernel(const Best* partial, int64_t tiles, int64_t* index, double* value) {
   partial += blockIdx.x * tiles;
   Best best{kLargestKey, 0xffffffffu};
   for (int64_t t = threadIdx.x; t < tiles; t += blockDim.x) {
@@ -58,7 +61,7 @@ void lmo_cuda(const PoolSpec& pool, const TensorView& direction, const TensorVie
       run(lmo_kernel<E, 1>, ScanTile<E, 1>::kSharedBytes);
     }
   });
-  launch(lmo_reduce_kernel, batch, 256, 0, stream, partial, tiles, static_cast<int64_t*>(index.data),
+  launch(lmo_reduce_kernel, batch, kReduceThreads, 0, stream, partial, tiles, static_cast<int64_t*>(index.data),
          static_cast<double*>(value.data));
 }
 

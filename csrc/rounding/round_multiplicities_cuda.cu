@@ -1,5 +1,5 @@
 // A warp (a block, from 257 points on) for each support, with the arithmetic of rounding.h, operation for operation:
-// every change of a unit is a candidate of one thread, and the first or the best of them all is made.
+// changes of a unit are weighed by all threads at once, and the first or the best of them all is made.
 #include "cuda/gram.h"
 #include "cuda/group.cuh"
 #include "cuda/launch.cuh"
@@ -13,8 +13,8 @@ namespace hullkit {
 namespace {
 
 struct Supports {
-  const double* gram;  // [count, n + 1, n + 1]
-  int64_t n;
+  const double* gram;  // [count, n + 1, stride]
+  int64_t n, stride;
   bool by_position;
   int64_t positions;       // an index is less
   const int64_t* indices;  // [B, width]
@@ -23,75 +23,121 @@ struct Supports {
   int64_t* counts;  // [B, width]
 };
 
-template <bool kOneWarp>
+// Products of a support as large as this are copied beside the rest of its state: 64 KiB.
+constexpr int64_t kMaxCopied = 90;
+constexpr int kCopyThreads = 128;  // that copy, and leave but for the first warp
+
+// Point k * kThreads + threadIdx.x is this thread's k-th: its slope, G_ii and count are in registers.
+template <bool kOneWarp, bool kCopied>
 struct DeviceRounding {
   using Threads = Group<kOneWarp>;
+  static constexpr int kPoints = kCopied ? 3 : kPerThread;
+  static_assert(!kCopied || (kOneWarp && kMaxCopied <= 32 * kPoints), "");
 
-  const double* gram;
-  int64_t ld;
+  const double* gram;  // of the entry, [n + 1, stride]
+  int64_t n, stride;
   double total;
   int size;
-  double* slope;     // [size] h = G c - N b
-  double* diagonal;  // [size] G_ii
-  int64_t* counts;   // [size]
-  int64_t* starts;   // [size] counts at the start of a pass
   int* place;        // [size] of a point in the Gram matrix
+  double* products;  // [size, size] if kCopied
+  double* weights;   // [size]
 
-  __device__ double product(int i, int j) const { return gram[place[i] * ld + place[j]]; }
+  double slope[kPoints];  // h = G c - N b
+  double diagonal[kPoints];
+  int64_t counts[kPoints];
 
+  __device__ static int threads() { return kOneWarp ? 32 : blockDim.x; }
+  __device__ static int point(int k) { return k * threads() + threadIdx.x; }
+
+  __device__ double product(int i, int j) const {
+    return kCopied ? products[i * size + j] : gram[place[i] * stride + place[j]];
+  }
+
+  // By kCopyThreads threads.
+  __device__ void copy() {
+    for (int i = threadIdx.x / 32; i < size; i += kCopyThreads / 32) {
+      const double* const row = gram + place[i] * stride;
+#pragma unroll
+      for (int k = 0; k < kPoints; ++k) {
+        const int j = k * 32 + threadIdx.x % 32;
+        if (j < size) products[i * size + j] = row[place[j]];
+      }
+    }
+  }
+
+  // slope += units * G_i, of this thread's points.
   __device__ void add_to_slope(int i, double units) {
-    for (int j = threadIdx.x; j < size; j += blockDim.x) slope[j] += units * product(i, j);
+#pragma unroll
+    for (int k = 0; k < kPoints; ++k) {
+      if (point(k) < size) slope[k] += units * product(i, point(k));
+    }
   }
 
   __device__ void move(int i, int64_t units) {
     add_to_slope(i, static_cast<double>(units));
-    if (threadIdx.x == 0) counts[i] += units;
+#pragma unroll
+    for (int k = 0; k < kPoints; ++k) counts[k] += point(k) == i ? units : 0;
+  }
+
+  // The value of the thread that has point i.
+  template <typename T>
+  __device__ T of_point(const T (&values)[kPoints], int i) const {
+    T value = values[0];
+#pragma unroll
+    for (int k = 1; k < kPoints; ++k) value = i / threads() == k ? values[k] : value;
+    return Threads::from(i % threads(), value);
   }
 
   // False if a product or a weight is not finite.
-  __device__ bool start(const double* weights, int64_t* remaining) {
+  __device__ bool start(int64_t* remaining) {
     const Quotas quotas(weights, size, static_cast<int64_t>(total));
     bool broken = quotas.broken;
-    for (int i = threadIdx.x; i < size; i += blockDim.x) {
-      diagonal[i] = product(i, i);
-      slope[i] = -total * gram[(ld - 1) * ld + place[i]];
-      counts[i] = broken ? 0 : static_cast<int64_t>(floor(quotas[i]));
-      broken |= !isfinite(diagonal[i]) || !isfinite(slope[i]);
+#pragma unroll
+    for (int k = 0; k < kPoints; ++k) {
+      slope[k] = diagonal[k] = 0.0;
+      counts[k] = 0;
+      const int i = point(k);
+      if (i >= size) continue;
+      diagonal[k] = product(i, i);
+      slope[k] = -total * gram[n * stride + place[i]];
+      if (!broken) counts[k] = static_cast<int64_t>(floor(quotas[i]));
+      broken |= !isfinite(diagonal[k]) || !isfinite(slope[k]);
     }
     if (Threads::any(broken)) return false;
-    Threads::sync();
     *remaining = static_cast<int64_t>(total);
     for (int i = 0; i < size; ++i) {
-      *remaining -= counts[i];
-      if (counts[i] > 0) add_to_slope(i, static_cast<double>(counts[i]));
+      const int64_t count = of_point(counts, i);
+      *remaining -= count;
+      if (count > 0) add_to_slope(i, static_cast<double>(count));
     }
-    Threads::sync();
     return true;
   }
 
   __device__ void complete(int64_t remaining) {
     for (; remaining > 0; --remaining) {
       Best best{kLargestKey, 0xffffffffu};
-      for (int i = threadIdx.x; i < size; i += blockDim.x) {
-        const Best here{key_of(2.0 * slope[i] + diagonal[i]), static_cast<uint32_t>(i)};
-        if (precedes(here, best)) best = here;
+#pragma unroll
+      for (int k = 0; k < kPoints; ++k) {
+        const Best here{key_of(2.0 * slope[k] + diagonal[k]), static_cast<uint32_t>(point(k))};
+        if (point(k) < size && precedes(here, best)) best = here;
       }
-      best = Threads::least(best);
-      move(static_cast<int>(best.index), 1);
-      Threads::sync();
+      move(static_cast<int>(Threads::least(best).index), 1);
     }
   }
 
   // The first j >= begin to which a unit of i should go, `size` if there is none.
   __device__ int next_receiver(int i, int begin, double threshold) const {
-    const double own = diagonal[i] - 2.0 * slope[i];
+    double own[kPoints];
+#pragma unroll
+    for (int k = 0; k < kPoints; ++k) own[k] = diagonal[k] - 2.0 * slope[k];
+    const double donor = of_point(own, i);
     uint32_t first = static_cast<uint32_t>(size);
-    for (int j = threadIdx.x; j < size; j += blockDim.x) {
-      const double change = 2.0 * slope[j] + diagonal[j] - 2.0 * product(i, j) + own;
-      if (j >= begin && j != i && change < threshold) {
-        first = static_cast<uint32_t>(j);
-        break;
-      }
+#pragma unroll
+    for (int k = kPoints - 1; k >= 0; --k) {
+      const int j = point(k);
+      if (j >= size) continue;
+      const double change = 2.0 * slope[k] + diagonal[k] - 2.0 * product(i, j) + donor;
+      if (j >= begin && j != i && change < threshold) first = static_cast<uint32_t>(j);
     }
     return static_cast<int>(Threads::least(first));
   }
@@ -99,18 +145,16 @@ struct DeviceRounding {
   // One pass; false if it moved nothing.
   __device__ bool exchange() {
     const double threshold = -kMinImprovement * total * total;
-    Threads::sync();  // whoever still reads the last pass's starts
-    for (int i = threadIdx.x; i < size; i += blockDim.x) starts[i] = counts[i];
-    Threads::sync();
+    int64_t starts[kPoints];  // counts at the start of the pass
+#pragma unroll
+    for (int k = 0; k < kPoints; ++k) starts[k] = counts[k];
     bool moved = false;
     for (int i = 0; i < size; ++i) {
-      if (starts[i] == 0) continue;
+      if (of_point(starts, i) == 0) continue;
       int j = 0;
-      while (counts[i] > 0 && (j = next_receiver(i, j, threshold)) < size) {
-        Threads::sync();
+      while (of_point(counts, i) > 0 && (j = next_receiver(i, j, threshold)) < size) {
         move(i, -1);
         move(j, 1);
-        Threads::sync();
         moved = true;
         ++j;
       }
@@ -119,44 +163,52 @@ struct DeviceRounding {
   }
 };
 
-template <bool kOneWarp>
+template <bool kOneWarp, bool kCopied>
 __global__ void round_kernel(const Supports supports, int64_t first) {
-  using Threads = Group<kOneWarp>;
   extern __shared__ __align__(16) char shared[];
-  const int64_t b = first + blockIdx.x, width = supports.width, ld = supports.n + 1;
+  const int64_t b = first + blockIdx.x, width = supports.width;
   const int64_t* const indices = supports.indices + b * width;
   int64_t* const out = supports.counts + b * width;
 
-  DeviceRounding<kOneWarp> rounding;
-  rounding.gram = supports.gram + blockIdx.x * ld * ld;
-  rounding.ld = ld;
+  DeviceRounding<kOneWarp, kCopied> rounding;
+  rounding.n = supports.n;
+  rounding.stride = supports.stride;
+  rounding.gram = supports.gram + blockIdx.x * (supports.n + 1) * supports.stride;
   rounding.total = static_cast<double>(supports.total);
-  rounding.slope = reinterpret_cast<double*>(shared);
-  rounding.diagonal = rounding.slope + width;
-  rounding.counts = reinterpret_cast<int64_t*>(rounding.diagonal + width);
-  rounding.starts = rounding.counts + width;
-  rounding.place = reinterpret_cast<int*>(rounding.starts + width);
-  uint32_t size = static_cast<uint32_t>(width);  // padding is at the end
+  rounding.weights = reinterpret_cast<double*>(shared);
+  rounding.products = rounding.weights + width;
+  rounding.place = reinterpret_cast<int*>(rounding.products + (kCopied ? width * width : 0));
+  __shared__ int size;
+  if (threadIdx.x == 0) size = static_cast<int>(width);
+  __syncthreads();
   bool broken = false;
-  for (int64_t s = threadIdx.x; s < width; s += blockDim.x) {
+  for (int s = threadIdx.x; s < width; s += blockDim.x) {
     const int64_t index = indices[s];
     broken |= index < -1 || index >= supports.positions;
-    if (index < 0) size = min(size, static_cast<uint32_t>(s));
+    if (index < 0) atomicMin(&size, s);  // padding is at the end
     rounding.place[s] = static_cast<int>(supports.by_position ? index : s);
+    rounding.weights[s] = supports.weights[b * width + s];
     out[s] = 0;
   }
-  rounding.size = static_cast<int>(Threads::least(size));
-  if (rounding.size == 0) return;
+  broken = __syncthreads_or(broken);
+  rounding.size = size;
+  if (size == 0) return;
+  if (kCopied) {
+    if (!broken) rounding.copy();
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+  }
   int64_t remaining = 0;
-  if (Threads::any(broken) || !rounding.start(supports.weights + b * width, &remaining)) {
-    for (int64_t s = threadIdx.x; s < rounding.size; s += blockDim.x) out[s] = -1;
-    return;
+  broken = broken || !rounding.start(&remaining);
+  if (!broken) {
+    rounding.complete(remaining);
+    for (int64_t pass = 0; pass < supports.exchange_passes && rounding.exchange(); ++pass) {
+    }
   }
-  rounding.complete(remaining);
-  for (int64_t pass = 0; pass < supports.exchange_passes && rounding.exchange(); ++pass) {
+#pragma unroll
+  for (int k = 0; k < rounding.kPoints; ++k) {
+    if (rounding.point(k) < size) out[rounding.point(k)] = broken ? -1 : rounding.counts[k];
   }
-  Threads::sync();
-  for (int64_t s = threadIdx.x; s < rounding.size; s += blockDim.x) out[s] = rounding.counts[s];
 }
 
 }  // namespace
@@ -167,6 +219,7 @@ void round_on_gram(const double* gram, int64_t n, bool by_position, int64_t posi
   const int64_t width = indices.shape[1];
   const Supports supports{gram,
                           n,
+                          gram_stride(n),
                           by_position,
                           positions,
                           static_cast<const int64_t*>(indices.data),
@@ -175,9 +228,13 @@ void round_on_gram(const double* gram, int64_t n, bool by_position, int64_t posi
                           total,
                           exchange_passes,
                           static_cast<int64_t*>(counts.data)};
-  const size_t shared = width * (2 * sizeof(double) + 2 * sizeof(int64_t) + sizeof(int));
-  const int threads = prompt_threads(width);
-  launch(threads == 32 ? round_kernel<true> : round_kernel<false>, count, threads, shared, stream, supports, first);
+  const bool copied = width <= kMaxCopied;
+  const int threads = copied ? kCopyThreads : prompt_threads(width);
+  const size_t shared = width * (sizeof(double) + sizeof(int)) + (copied ? width * width * sizeof(double) : 0);
+  const auto kernel = copied          ? round_kernel<true, true>
+                      : threads == 32 ? round_kernel<true, false>
+                                      : round_kernel<false, false>;
+  launch(kernel, count, threads, shared, stream, supports, first);
 }
 
 void round_multiplicities_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& indices,

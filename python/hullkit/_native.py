@@ -66,8 +66,8 @@ def _cuda_kernel(name: str, workspace_bytes: Callable[..., int]) -> Callable[...
         if native is None:
             raise NotImplementedError(
                 f"{name.removesuffix('_cuda')}: expected CPU tensors, got device {device}: this "
-                "build is without CUDA. Build with HULLKIT_CUDA=ON, move the inputs with .cpu(), or pass "
-                "backend='reference' (slow)"
+                "build is without CUDA. Build with HULLKIT_CUDA=ON, move the inputs with .cpu(), "
+                "or pass backend='reference' (slow)"
             )
         size = workspace_bytes(*arguments)
         with torch.cuda.device(device):

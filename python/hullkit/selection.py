@@ -130,7 +130,8 @@ def knn(
         As :func:`lmo`; ValueError for k outside 1..n.
 
     Numerics and broken entries as in :func:`lmo`.
-    Cost: B n d multiply-adds and a partial sort of n. On CUDA k <= 2048 for n > 4096; workspace: 16 bytes for each candidate, and k / 4096 of that.
+    Cost: B n d multiply-adds and a partial sort of n. On CUDA k <= 2048 for n > 4096; workspace: 16
+        bytes for each candidate, and k / 4096 of that.
     """
     problem = check_pool_query(pool, query, lengths, candidates)
     check_device("knn", problem.pool, backend)
