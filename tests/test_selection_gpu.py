@@ -242,10 +242,11 @@ def test_other_device() -> None:
     )
 
 
+@pytest.mark.plain_memory
 def test_in_a_compiled_function() -> None:
     pool, query = (tensor.cuda() for tensor in problem(3, 50, 16, torch.float32))
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend="aot_eager")
     def chosen(pool: Tensor, query: Tensor) -> Tensor:
         return hullkit.select(pool, query, 10).counts * 2
 

@@ -61,7 +61,11 @@ struct DevicePool {
         num_rows(pool.rows.shape[1]),
         positions(pool.positions()),
         size(support_view.defined() ? support_view.shape[1] : pool.positions()),
-        dim(pool.dim()) {}
+        dim(pool.dim()),
+        aligned((reinterpret_cast<uintptr_t>(rows) | reinterpret_cast<uintptr_t>(query) |
+                 (batch_stride | row_stride | query_stride) * sizeof(E)) %
+                    16 ==
+                0) {}
 
   // The row of the pool that is candidate i < size of entry b; kNone or kBroken if there is none.
   __device__ int64_t row(int64_t b, int64_t i) const {
@@ -91,6 +95,7 @@ struct DevicePool {
   const int64_t* support;
   int64_t batch_stride, row_stride, query_stride, length_stride, candidates_stride, candidate_stride, support_stride;
   int64_t num_rows, positions, size, dim;
+  bool aligned;  // all rows and queries, to 16 bytes
 };
 
 }  // namespace hullkit

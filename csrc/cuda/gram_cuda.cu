@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cuda/gram.h"
 #include "cuda/launch.cuh"
 #include "cuda/tile.cuh"
@@ -6,65 +8,81 @@
 namespace hullkit {
 namespace {
 
+constexpr int kWarps = 8;
 template <typename E>
-using GramTile = Tile<E, 2, 2, 2, 4, 2>;  // 64 x 64 products
+using GramTile = Tile<E, kWarps, 2, 4, 3>;  // 32 x 32 products a warp
 
-// One block for one tile on or below the diagonal of one entry. A tile's rows come from the cache after its first use:
-// the tiles of an entry are neighbours in the launch.
+// The matrix in blocks of 32 x 32, of which one of each pair that mirror each other is computed: for each of R rows of
+// blocks the one on the diagonal and the R / 2 to the right of it, round the edge and on from the left. So every row of
+// blocks has as many, and a block of threads takes kOffsets of them from each of two neighbours: what these need is
+// mostly the same.
+constexpr int kBlock = 32;
+constexpr int kOffsets = kWarps / 2;
+constexpr int kSharedBlocks = 1 + kOffsets;  // rows of blocks that the columns come from
+
+struct GramPlan {
+  explicit GramPlan(int64_t n)  // products
+      : rows(static_cast<int>((n + kBlock - 1) / kBlock)),
+        groups((rows / 2 + kOffsets) / kOffsets),
+        tiles((rows + 1) / 2 * groups) {}
+  int rows;    // of blocks
+  int groups;  // of offsets
+  int tiles;   // of an entry
+};
+
 template <typename E>
-__global__ void __launch_bounds__(GramTile<E>::kThreads, 4)
-    gram_kernel(const DevicePool<E> pool, int64_t first, int tiles, double* gram, int64_t stride) {
+__global__ void __launch_bounds__(GramTile<E>::kThreads, 2)
+    gram_kernel(const DevicePool<E> pool, const GramPlan plan, int64_t first, double* gram, int64_t stride) {
   using T = GramTile<E>;
-  static_assert(T::kRows == T::kCols, "tiles are mirrored");
+  static_assert(T::kRows == kBlock && T::kCols == kBlock, "blocks are mirrored");
   extern __shared__ __align__(16) char shared[];
-  __shared__ const E* sources[T::kRows + T::kCols];
+  __shared__ const E* sources[(2 + kSharedBlocks) * kBlock];
 
-  const int64_t entry = blockIdx.x / tiles;
-  int tile_col = blockIdx.x % tiles, tile_row = 0;  // row by row: 0, 1 2, 3 4 5
-  while (tile_col > tile_row) tile_col -= ++tile_row;
+  const int64_t entry = blockIdx.x / plan.tiles;
+  const int tile_at = static_cast<int>(blockIdx.x % plan.tiles);
+  const int row_begin = tile_at / plan.groups * 2, offset_begin = tile_at % plan.groups * kOffsets;
   const int64_t b = first + entry;
   const int n = static_cast<int>(pool.size) + 1;
+  const int own = offset_begin == 0 ? 0 : 2;  // the rows are among the first columns, or lie before them
 
-  for (int t = threadIdx.x; t < T::kRows + T::kCols; t += T::kThreads) {
-    const int i = t < T::kRows ? tile_row * T::kRows + t : tile_col * T::kCols + t - T::kRows;
+  for (int t = threadIdx.x; t < (own + kSharedBlocks) * kBlock; t += T::kThreads) {
+    const int block = t / kBlock < own ? row_begin + t / kBlock : row_begin + offset_begin + t / kBlock - own;
+    const int i = block % plan.rows * kBlock + t % kBlock;
     const int64_t row = i < n - 1 ? pool.row(b, i) : DevicePool<E>::kNone;
     sources[t] = i == n - 1 ? pool.query_at(b) : row >= 0 ? pool.row_at(b, row) : nullptr;
   }
   __syncthreads();
 
-  // Which warp does what turns from tile to tile: the idle ones, above a diagonal or below the last row, would
-  // otherwise all wait on the same scheduler.
-  const int warp = (threadIdx.x / 32 + blockIdx.x) % 4;
-  const int warp_row = warp / 2, warp_col = warp % 2;
-  const int row_at = tile_row * T::kRows + warp_row * 32, col_at = tile_col * T::kCols + warp_col * 32;
-  const bool above = col_at > row_at || row_at >= n || col_at >= n;  // the diagonal, or outside
-  const int row_blocks = above ? 0 : row_at + 16 >= n ? 1 : 2;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int down = warp / kOffsets, offset = offset_begin + warp % kOffsets;
+  int row = row_begin + down, col = (row + offset) % plan.rows;  // of blocks
+  int row_at = down * kBlock, col_at = (own + down + warp % kOffsets) * kBlock;
+  // With R even, who is R / 2 apart meets twice.
+  const bool mine = row < plan.rows && (2 * offset < plan.rows || (2 * offset == plan.rows && row < col));
+  if (col == plan.rows - 1) {  // the last, which may be half empty, is better a row than a column
+    const int other = row, other_at = row_at;
+    row = col;
+    row_at = col_at;
+    col = other;
+    col_at = other_at;
+  }
+  const int rows = min(n - row * kBlock, kBlock), cols = min(n - col * kBlock, kBlock);
   T tile;
-  tile.run(shared, sources, tile_row == tile_col, pool.dim, warp_row, warp_col, row_blocks);
+  tile.run(shared, sources, (own + kSharedBlocks) * kBlock, pool.aligned, pool.dim, row_at, col_at,
+           !mine ? 0 : rows <= 16 ? 1 : 2);
+  if (!mine) return;
 
   // Through shared memory, so that rows are written in one go, and so are their mirror images.
-  constexpr int kStride = T::kCols + 1;
-  static_assert(T::kRows * kStride * sizeof(double) <= T::kSharedBytes, "products reuse the stages' memory");
-  double* const products = reinterpret_cast<double*>(shared);
-  tile.for_each(warp_row, warp_col, [&](int i, int j, double sum) { products[i * kStride + j] = sum; });
-  __syncthreads();
-  const int row_begin = tile_row * T::kRows, col_begin = tile_col * T::kCols;
-  const int rows = min(n - row_begin, T::kRows), cols = min(n - col_begin, T::kCols);
+  constexpr int kStride = kBlock + 1;
+  double* const products = reinterpret_cast<double*>(shared) + warp * kBlock * kStride;
+  tile.for_each([&](int i, int j, double sum) { products[i * kStride + j] = sum; });
+  __syncwarp();
   double* const out = gram + entry * n * stride;
-  const bool diagonal = tile_row == tile_col;
-  const int lane = threadIdx.x % 32;
-  for (int i = threadIdx.x / 32; i < rows; i += T::kThreads / 32) {
-    for (int j = lane; j < cols; j += 32) {
-      const bool below = !diagonal || j <= i;
-      out[(row_begin + i) * stride + col_begin + j] = products[below ? i * kStride + j : j * kStride + i];
-    }
+  if (lane < cols) {
+    for (int i = 0; i < rows; ++i) out[(row * kBlock + i) * stride + col * kBlock + lane] = products[i * kStride + lane];
   }
-  if (diagonal) return;
-  for (int j = threadIdx.x / 32; j < cols; j += T::kThreads / 32) {
-    for (int i = lane; i < rows; i += 32) {
-      out[(col_begin + j) * stride + row_begin + i] = products[i * kStride + j];
-    }
-  }
+  if (row == col || lane >= rows) return;
+  for (int j = 0; j < cols; ++j) out[(col * kBlock + j) * stride + row * kBlock + lane] = products[lane * kStride + j];
 }
 
 }  // namespace
@@ -79,10 +97,11 @@ void gram_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& 
     using E = decltype(element);
     using T = GramTile<E>;
     const DevicePool<E> device_pool(pool, query, support);
-    const int64_t rows = (device_pool.size + T::kRows) / T::kRows;  // of tiles; one more for the query
-    const int64_t tiles = rows * (rows + 1) / 2;
-    launch(gram_kernel<E>, tiles * count, T::kThreads, T::kSharedBytes, stream, device_pool, first,
-           static_cast<int>(tiles), gram, gram_stride(device_pool.size));
+    const GramPlan plan(device_pool.size + 1);  // and the query
+    constexpr int kProductBytes = kWarps * kBlock * (kBlock + 1) * static_cast<int>(sizeof(double));
+    const int stages = T::shared_bytes(((plan.groups > 1 ? 2 : 0) + kSharedBlocks) * kBlock);
+    launch(gram_kernel<E>, plan.tiles * count, T::kThreads, std::max(stages, kProductBytes), stream, device_pool, plan,
+           first, gram, gram_stride(device_pool.size));
   });
 }
 

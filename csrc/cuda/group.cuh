@@ -1,10 +1,14 @@
-// The threads that work on one prompt: a warp, or a block of several. Reductions are exact (no sums of floats), so
-// their results do not depend on how many threads there are.
+// The threads of a block that work on one prompt. Reductions are exact (no sums of floats), so their results do not
+// depend on how many threads there are.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/ptx.cuh"
+
 namespace hullkit {
+
+inline constexpr int kMaxWarps = 32;
 
 // Keys are ordered as the numbers are, -0 and 0 alike; no number has kSmallestKey or kLargestKey.
 inline constexpr uint64_t kSmallestKey = 0;
@@ -19,76 +23,84 @@ __device__ inline double value_of(uint64_t key) {
   return __longlong_as_double(static_cast<long long>(key >> 63 ? key ^ uint64_t{1} << 63 : ~key));
 }
 
-struct Best {
+struct alignas(16) Best {
   uint64_t key;
   uint32_t index;
+  uint32_t note;  // travels with the index
 };
+
+inline constexpr uint32_t kNoIndex = 0xffffffffu;
+__device__ inline Best no_best() { return {kLargestKey, kNoIndex, 0}; }
 
 __device__ inline bool precedes(const Best& a, const Best& b) {
   return a.key != b.key ? a.key < b.key : a.index < b.index;
 }
 
-// The least key among the lanes, the lowest index on a tie.
-__device__ inline Best warp_least(const Best& best) {
-  constexpr uint32_t kAll = 0xffffffffu;
-  const auto high = static_cast<uint32_t>(best.key >> 32), low = static_cast<uint32_t>(best.key);
-  const uint32_t least_high = __reduce_min_sync(kAll, high);
-  const uint32_t lanes = __ballot_sync(kAll, high == least_high);
-  if ((lanes & (lanes - 1)) == 0) {  // one has it, as good as always
-    const int lane = __ffs(static_cast<int>(lanes)) - 1;
-    const uint32_t least_low = __shfl_sync(kAll, low, lane);
-    return {static_cast<uint64_t>(least_high) << 32 | least_low, __shfl_sync(kAll, best.index, lane)};
+inline constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// Whether this lane has the least key of its warp, the lowest index on a tie; no two lanes have the same index but
+// those without any, of which the first counts.
+__device__ inline bool is_warp_least(const Best& best) {
+  const auto high = static_cast<uint32_t>(best.key >> 32);
+  bool least = high == __reduce_min_sync(kAllLanes, high);
+  uint32_t lanes = __ballot_sync(kAllLanes, least);
+  if ((lanes & (lanes - 1)) != 0) {  // several, as good as never
+    const auto low = static_cast<uint32_t>(best.key);
+    const uint32_t least_low = __reduce_min_sync(kAllLanes, least ? low : kAllLanes);
+    least &= low == least_low;
+    const uint32_t least_index = __reduce_min_sync(kAllLanes, least ? best.index : kAllLanes);
+    least &= best.index == least_index;
+    lanes = __ballot_sync(kAllLanes, least);
+    least &= (lanes & ((1u << threadIdx.x % 32) - 1)) == 0;
   }
-  const uint32_t least_low = __reduce_min_sync(kAll, high == least_high ? low : kAll);
-  const bool least = high == least_high && low == least_low;
-  const uint32_t index = __reduce_min_sync(kAll, least ? best.index : kAll);
-  return {static_cast<uint64_t>(least_high) << 32 | least_low, index};
+  return least;
 }
 
-template <bool kOneWarp>
-struct Group {
-  static constexpr int kMaxWarps = 32;
+// Where the threads of a block meet. Every warp has a place in each of two sets, used in turn: whoever writes one set
+// has passed the barrier at which all were done with reading it, so a search takes one barrier.
+class Contest {
+ public:
+  struct Places {
+    Best of_warps[2][kMaxWarps];
+  };
+  __device__ explicit Contest(Places* places)
+      : set_(ptx::shared_address(places->of_warps[0])), other_set_(ptx::shared_address(places->of_warps[1])) {}
 
-  __device__ static void sync() {
-    if (kOneWarp) {
-      __syncwarp();
-    } else {
-      __syncthreads();
+  // The least key among all threads, the lowest index on a tie; all get the answer.
+  __device__ Best least(const Best& best) { return least_of_winners(best, is_warp_least(best)); }
+
+  // The least of what every warp agrees on already.
+  __device__ uint32_t least_of_warps(uint32_t value) {
+    return least_of_winners({value, value, 0}, threadIdx.x % 32 == 0).index;
+  }
+
+ private:
+  __device__ Best least_of_winners(const Best& best, bool winner) {
+    const uint32_t set = set_;
+    set_ = other_set_;
+    other_set_ = set;
+    ptx::store_shared_16_if(winner, place(set, threadIdx.x / 32),
+                            {static_cast<uint32_t>(best.key), static_cast<uint32_t>(best.key >> 32), best.index,
+                             best.note});
+    __syncthreads();
+    const int warps = static_cast<int>(blockDim.x / 32);
+    if (warps <= 2) {
+      const Best first = read(set, 0), last = read(set, warps - 1);
+      return precedes(last, first) ? last : first;
     }
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const Best mine = lane < warps ? read(set, lane) : no_best();
+    const int least = __ffs(static_cast<int>(__ballot_sync(kAllLanes, is_warp_least(mine)))) - 1;
+    return read(set, least);
   }
 
-  // As warp_least, among all threads; all get the answer.
-  __device__ static Best least(Best best) {
-    best = warp_least(best);
-    if (kOneWarp) return best;
-    __shared__ Best of_warps[kMaxWarps];
-    __syncthreads();  // whoever still reads the last answer
-    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = best;
-    __syncthreads();
-    const uint32_t lane = threadIdx.x % 32;
-    return warp_least(lane < blockDim.x / 32 ? of_warps[lane] : Best{kLargestKey, 0xffffffffu});
+  __device__ static uint32_t place(uint32_t set, int warp) { return set + warp * static_cast<uint32_t>(sizeof(Best)); }
+  __device__ static Best read(uint32_t set, int warp) {
+    const uint4 words = ptx::load_shared_16(place(set, warp));
+    return {static_cast<uint64_t>(words.y) << 32 | words.x, words.z, words.w};
   }
 
-  __device__ static uint32_t least(uint32_t value) {
-    if (kOneWarp) return __reduce_min_sync(0xffffffffu, value);
-    return static_cast<uint32_t>(least(Best{value, 0}).key);
-  }
-
-  // `value` of thread `source`.
-  template <typename T>
-  __device__ static T from(int source, T value) {
-    static_assert(sizeof(T) == sizeof(long long), "");
-    if (kOneWarp) return __shfl_sync(0xffffffffu, value, source);
-    __shared__ T one;
-    __syncthreads();  // whoever still reads the last answer
-    if (static_cast<int>(threadIdx.x) == source) one = value;
-    __syncthreads();
-    return one;
-  }
-
-  __device__ static bool any(bool condition) {
-    return kOneWarp ? __any_sync(0xffffffffu, condition) : __syncthreads_or(condition);
-  }
+  uint32_t set_, other_set_;
 };
 
 }  // namespace hullkit

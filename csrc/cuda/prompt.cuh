@@ -5,13 +5,12 @@
 
 namespace hullkit {
 
-inline constexpr int kPerThread = 8;
 inline constexpr int64_t kMaxOnDevice = 4096;  // candidates of a prompt, or points of a support
 
-// Threads for n <= kMaxOnDevice candidates: candidate k * threads + t is thread t's k-th.
-inline int prompt_threads(int64_t n) {
-  const int64_t warps = (n + 32 * kPerThread - 1) / (32 * kPerThread);
-  return static_cast<int>(warps < 1 ? 32 : warps * 32);
+// Whole warps for n candidates, `per_thread` to a thread: candidate k * threads + t is thread t's k-th.
+inline int threads_for(int64_t n, int per_thread) {
+  const int64_t by_warp = int64_t{32} * per_thread;
+  return static_cast<int>((n + by_warp - 1) / by_warp * 32);
 }
 
 }  // namespace hullkit

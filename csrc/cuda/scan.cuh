@@ -9,8 +9,10 @@ namespace hullkit {
 
 // 64 rows and 8 or 16 directions in a tile.
 template <typename E, int kColBlocks>
-using ScanTile = Tile<E, 4, 1, 1, kColBlocks, 3>;
+using ScanTile = Tile<E, 4, 1, kColBlocks, 3>;
 inline constexpr int kScanRows = 64;
+template <typename E, int kColBlocks>
+inline constexpr int kScanBytes = ScanTile<E, kColBlocks>::shared_bytes(kScanRows + ScanTile<E, kColBlocks>::kCols);
 
 inline int64_t scan_tiles(int64_t positions) { return (positions + kScanRows - 1) / kScanRows; }
 
@@ -26,32 +28,33 @@ template <typename E, int kColBlocks, typename Consume>
 __device__ void scan(const DevicePool<E>& pool, int64_t batch, int group, double sign, Consume&& consume) {
   using T = ScanTile<E, kColBlocks>;
   constexpr int kKeyStride = kScanRows + 1;
-  static_assert(T::kCols * kKeyStride * sizeof(uint64_t) <= T::kSharedBytes, "keys reuse the stages' memory");
-  static_assert(T::kRows == kScanRows, "");
+  static_assert(T::kCols * kKeyStride * sizeof(uint64_t) <= kScanBytes<E, kColBlocks>, "keys reuse that memory");
+  static_assert(T::kRows * T::kThreads / 32 == kScanRows, "");
   extern __shared__ __align__(16) char shared[];
-  __shared__ const E* sources[T::kRows + T::kCols];
-  __shared__ uint64_t states[T::kRows];  // kSmallestKey or kLargestKey where there is no row
+  __shared__ const E* sources[kScanRows + T::kCols];
+  __shared__ uint64_t states[kScanRows];  // kSmallestKey or kLargestKey where there is no row
 
   const int64_t groups = (batch + group - 1) / group;
   const int64_t b0 = blockIdx.x % groups * group, tile_at = blockIdx.x / groups;
   const int members = static_cast<int>(batch - b0 < group ? batch - b0 : group);
   const int64_t first = tile_at * kScanRows;
   const int count = static_cast<int>(pool.size - first < kScanRows ? pool.size - first : kScanRows);
-  for (int t = threadIdx.x; t < T::kRows + T::kCols; t += T::kThreads) {
-    if (t < T::kRows) {
+  for (int t = threadIdx.x; t < kScanRows + T::kCols; t += T::kThreads) {
+    if (t < kScanRows) {
       const int64_t row = t < count ? pool.row(b0, first + t) : DevicePool<E>::kNone;
       sources[t] = row >= 0 ? pool.row_at(b0, row) : nullptr;
       states[t] = row == DevicePool<E>::kBroken ? kSmallestKey : kLargestKey;
     } else {
-      sources[t] = t - T::kRows < members ? pool.query_at(b0 + t - T::kRows) : nullptr;
+      sources[t] = t - kScanRows < members ? pool.query_at(b0 + t - kScanRows) : nullptr;
     }
   }
   __syncthreads();
-  const int warp = threadIdx.x / 32;
+  const int begin = threadIdx.x / 32 * T::kRows;  // this warp's rows
   T tile;
-  tile.run(shared, sources, false, pool.dim, warp, 0, 1);
+  tile.run(shared, sources, kScanRows + T::kCols, pool.aligned, pool.dim, begin, kScanRows, 1);
   uint64_t* const keys = reinterpret_cast<uint64_t*>(shared);
-  tile.for_each(warp, 0, [&](int row, int col, double sum) {
+  tile.for_each([&](int i, int col, double sum) {
+    const int row = begin + i;
     const uint64_t key = isfinite(sum) ? key_of(sign * sum) : kSmallestKey;
     keys[col * kKeyStride + row] = sources[row] != nullptr ? key : states[row];
   });

@@ -37,118 +37,134 @@ struct Operand<BFloat16> {
   }
 };
 
-// kWarpRows x kWarpCols warps, each with kRowBlocks x kColBlocks blocks of 16 x 8 products; kStages chunks of the rows
-// are in shared memory or on their way there.
-template <typename E, int kWarpRows, int kWarpCols, int kRowBlocks, int kColBlocks, int kStages>
+// kWarps warps, each with kRowBlocks x kColBlocks blocks of 16 x 8 products of rows that all of them share; kStages
+// chunks of the rows are in shared memory or on their way there.
+template <typename E, int kWarps, int kRowBlocks, int kColBlocks, int kStages>
 struct Tile {
   using Op = Operand<E>;
   using Unit = typename Op::Unit;
   using Fragment = typename Op::Fragment;
   using Sum = typename Op::Sum;
 
-  static constexpr int kThreads = 32 * kWarpRows * kWarpCols;
-  static constexpr int kRows = 16 * kRowBlocks * kWarpRows;
-  static constexpr int kCols = 8 * kColBlocks * kWarpCols;
-  static constexpr int kChunk = 128;                         // bytes of every row in one stage
-  static constexpr int kStride = kChunk + 4 * sizeof(Unit);  // padded: the lanes of a fragment hit all banks
-  static constexpr int kStageBytes = (kRows + kCols) * kStride;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRows = 16 * kRowBlocks;  // of a warp
+  static constexpr int kCols = 8 * kColBlocks;
+  static constexpr int kChunk = 128;  // bytes of every row in one stage
+  static constexpr int shared_bytes(int rows) { return kStages * rows * kChunk; }
 
   Sum sums[kRowBlocks][kColBlocks][4] = {};
 
-  // Sums products of the rows `sources` [kRows + kCols] points to (nullptr: zeros), first with last ones; `same`: with
-  // themselves. warp_row and warp_col: this warp's place; row_blocks: how many of its rows of blocks to sum, 0, 1 or
-  // all. All threads of the block call this; shared memory is free again when it returns.
-  __device__ void run(char* shared, const E* const* sources, bool same, int64_t dim, int warp_row, int warp_col,
+  // Sums this warp's products: of kRows rows from `row` on with kCols from `col` on, among those that `sources` [count]
+  // points to (nullptr: zeros; aligned: to 16 bytes). row_blocks: how many of its rows of blocks, 0, 1 or all. All
+  // threads of the block call this; shared memory is free again when it returns.
+  __device__ void run(char* shared, const E* const* sources, int count, bool aligned, int64_t dim, int row, int col,
                       int row_blocks) {
     const int64_t bytes = dim * static_cast<int64_t>(sizeof(E));
     const int64_t chunks = (bytes + kChunk - 1) / kChunk;
-    const int rows = same ? kRows : kRows + kCols;
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-      if (stage < chunks) load(shared + stage * kStageBytes, sources, rows, bytes, stage);
+    const int stage_bytes = count * kChunk;
+    int64_t next = 0;  // chunk to load
+    int next_stage = 0, stage = 0;
+    const auto load_next = [&] {
+      if (next < chunks) load(shared + next_stage * stage_bytes, sources, aligned, count, bytes, next);
       ptx::commit_copies();
-    }
-    const int row_at = warp_row * kRowBlocks * 16 * kStride;
-    const int col_at = ((same ? 0 : kRows) + warp_col * kColBlocks * 8) * kStride;
+      ++next;
+      next_stage = next_stage + 1 < kStages ? next_stage + 1 : 0;
+    };
+    for (int ahead = 0; ahead < kStages - 1; ++ahead) load_next();
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       ptx::wait_copies<kStages - 2>();
       __syncthreads();
-      const int64_t next = chunk + kStages - 1;
-      if (next < chunks) load(shared + next % kStages * kStageBytes, sources, rows, bytes, next);
-      ptx::commit_copies();
-      const char* const stage = shared + chunk % kStages * kStageBytes;
+      load_next();
+      const char* const at = shared + stage * stage_bytes;
       if (row_blocks == kRowBlocks) {
-        multiply<kRowBlocks>(stage + row_at, stage + col_at);
+        multiply<kRowBlocks>(at + row * kChunk, at + col * kChunk);
       } else if (row_blocks == 1) {
-        multiply<1>(stage + row_at, stage + col_at);
+        multiply<1>(at + row * kChunk, at + col * kChunk);
       }
+      stage = stage + 1 < kStages ? stage + 1 : 0;
     }
     ptx::wait_copies<0>();
     __syncthreads();
   }
 
-  // Calls visit(row, column, sum) for this lane's sums, rows and columns counted from those of the tile.
+  // Calls visit(row, column, sum) for this lane's sums, counted from the warp's first row and column.
   template <typename Visit>
-  __device__ void for_each(int warp_row, int warp_col, Visit&& visit) const {
+  __device__ void for_each(Visit&& visit) const {
     const int lane = threadIdx.x % 32;
     for (int i = 0; i < kRowBlocks; ++i) {
       for (int j = 0; j < kColBlocks; ++j) {
         for (int e = 0; e < 4; ++e) {
-          const int row = (warp_row * kRowBlocks + i) * 16 + lane / 4 + 8 * (e / 2);
-          const int col = (warp_col * kColBlocks + j) * 8 + lane % 4 * 2 + e % 2;
-          visit(row, col, static_cast<double>(sums[i][j][e]));
+          visit(i * 16 + lane / 4 + 8 * (e / 2), j * 8 + lane % 4 * 2 + e % 2, static_cast<double>(sums[i][j][e]));
         }
       }
     }
   }
 
  private:
-  __device__ static void load(char* stage, const E* const* sources, int rows, int64_t bytes, int64_t chunk) {
+  // Pieces of 16 bytes lie in a row in their order, or with the halves of the row exchanged in every other row: of what
+  // eight lanes of a warp read at once, no two then share a bank.
+  __device__ static int place(int row, int piece) { return row * kChunk + (piece ^ (row % 2 * 4)) * 16; }
+
+  __device__ static void load(char* stage, const E* const* sources, bool aligned, int rows, int64_t bytes,
+                              int64_t chunk) {
     constexpr int kPieces = kChunk / 16;
-    for (int t = threadIdx.x; t < rows * kPieces; t += kThreads) {
-      const int row = t / kPieces, piece = t % kPieces;
-      char* const to = stage + row * kStride + piece * 16;
-      const int64_t at = chunk * kChunk + piece * 16;
+    constexpr int kRowsAtOnce = kThreads / kPieces;
+    static_assert(kRowsAtOnce % 2 == 0, "a thread's rows are all even or all odd");
+    const int first = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+    const int64_t at = chunk * kChunk + piece * 16;
+    const int64_t left = bytes - at;
+    char* to = stage + place(first, piece);
+    if (aligned) {
+      const int size = left < 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
+#pragma unroll 4
+      for (int row = first; row < rows; row += kRowsAtOnce, to += kRowsAtOnce * kChunk) {
+        const char* const from = reinterpret_cast<const char*>(sources[row]);
+        ptx::copy_async_16(to, from + at, from == nullptr ? 0 : size);
+      }
+      return;
+    }
+    for (int row = first; row < rows; row += kRowsAtOnce, to += kRowsAtOnce * kChunk) {
       const char* const from = reinterpret_cast<const char*>(sources[row]);
-      const int64_t left = from == nullptr ? 0 : bytes - at;
-      if (left <= 0) {
-        *reinterpret_cast<uint4*>(to) = uint4{0, 0, 0, 0};
-      } else if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-        ptx::copy_async_16(to, from + at, left < 16 ? static_cast<int>(left) : 16);
-      } else {
-        for (int e = 0; e < static_cast<int>(16 / sizeof(E)); ++e) {
-          const bool inside = e * static_cast<int64_t>(sizeof(E)) < left;
-          reinterpret_cast<E*>(to)[e] = inside ? reinterpret_cast<const E*>(from + at)[e] : E{};
-        }
+      for (int e = 0; e < static_cast<int>(16 / sizeof(E)); ++e) {
+        const bool inside = from != nullptr && e * static_cast<int64_t>(sizeof(E)) < left;
+        reinterpret_cast<E*>(to)[e] = inside ? reinterpret_cast<const E*>(from + at)[e] : E{};
       }
     }
   }
 
+  // What a lane reads at once: some units of one row.
+  struct alignas(16) Piece {
+    Unit units[16 / sizeof(Unit)];
+  };
+
+  // The units that a product takes from lane t of four are neighbours in memory, not four apart: any order of the
+  // coordinates will do, so long as rows and columns have the same.
   template <int kBlocks>
   __device__ void multiply(const char* rows, const char* cols) {
-    constexpr int kDepth = 8;  // units of a product
-    constexpr int kUnitStride = kStride / sizeof(Unit);
+    constexpr int kUnits = 16 / sizeof(Unit);
     const int lane = threadIdx.x % 32;
-    const int at = lane / 4 * kUnitStride + lane % 4;
-    const Unit* const a_at = reinterpret_cast<const Unit*>(rows) + at;
-    const Unit* const b_at = reinterpret_cast<const Unit*>(cols) + at;
 #pragma unroll
-    for (int step = 0; step < kChunk / static_cast<int>(sizeof(Unit)); step += kDepth) {
-      Fragment a[kBlocks][4], b[kColBlocks][2];
+    for (int step = 0; step < kChunk / 64; ++step) {
+      const int at = place(lane / 4, step * 4 + lane % 4);
+      Piece a[kBlocks][2], b[kColBlocks];
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) a[i][e] = a_at[(i * 16 + e % 2 * 8) * kUnitStride + step + e / 2 * 4];
+        for (int e = 0; e < 2; ++e) a[i][e] = *reinterpret_cast<const Piece*>(rows + at + (i * 16 + e * 8) * kChunk);
       }
 #pragma unroll
-      for (int j = 0; j < kColBlocks; ++j) {
+      for (int j = 0; j < kColBlocks; ++j) b[j] = *reinterpret_cast<const Piece*>(cols + at + j * 8 * kChunk);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) b[j][e] = b_at[j * 8 * kUnitStride + step + e * 4];
-      }
+      for (int u = 0; u < kUnits; u += 2) {
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
+        for (int i = 0; i < kBlocks; ++i) {
+          const Fragment a_units[4] = {a[i][0].units[u], a[i][1].units[u], a[i][0].units[u + 1], a[i][1].units[u + 1]};
 #pragma unroll
-        for (int j = 0; j < kColBlocks; ++j) Op::multiply_add(sums[i][j], a[i], b[j]);
+          for (int j = 0; j < kColBlocks; ++j) {
+            const Fragment b_units[2] = {b[j].units[u], b[j].units[u + 1]};
+            Op::multiply_add(sums[i][j], a_units, b_units);
+          }
+        }
       }
     }
   }

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(ScanTile<E, kColBlocks>::kThreads)
   scan<E, kColBlocks>(pool, batch, group, -1.0, [&](int64_t b, int64_t tile, const uint64_t* keys, int count) {
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
       const int64_t position = tile * kScanRows + i;
-      keys_out[b * pool.size + position] = {keys[i], static_cast<uint32_t>(position)};
+      keys_out[b * pool.size + position] = {keys[i], static_cast<uint32_t>(position), 0};
     }
   });
 }
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kSortThreads)
   int width = 32;  // a power of two that holds them
   while (width < count) width *= 2;
   for (int i = threadIdx.x; i < width; i += kSortThreads) {
-    const Best here = i < count ? from[i] : Best{kLargestKey, 0xffffffffu};
+    const Best here = i < count ? from[i] : no_best();
     keys[i] = here.key;
     places[i] = here.index;
   }
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kSortThreads)
       __syncthreads();
       for (int t = threadIdx.x; t < width / 2; t += kSortThreads) {
         const int i = t / apart * 2 * apart + t % apart, j = i + apart;
-        const Best low{keys[i], places[i]}, high{keys[j], places[j]};
+        const Best low{keys[i], places[i], 0}, high{keys[j], places[j], 0};
         const bool rising = (i & length) == 0;
         if (rising ? precedes(high, low) : precedes(low, high)) {
           keys[i] = high.key;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kSortThreads)
   for (int64_t i = threadIdx.x; i < k; i += kSortThreads) {
     const bool inside = i < width;
     if (blocks > 1) {
-      to[(b * blocks + block) * k + i] = inside ? Best{keys[i], places[i]} : Best{kLargestKey, 0xffffffffu};
+      to[(b * blocks + block) * k + i] = inside ? Best{keys[i], places[i], 0} : no_best();
       continue;
     }
     const bool none = !inside || keys[i] == kLargestKey;
@@ -91,9 +91,9 @@ void knn_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& i
              from);
     };
     if (group == 16) {
-      run(knn_kernel<E, 2>, ScanTile<E, 2>::kSharedBytes);
+      run(knn_kernel<E, 2>, kScanBytes<E, 2>);
     } else {
-      run(knn_kernel<E, 1>, ScanTile<E, 1>::kSharedBytes);
+      run(knn_kernel<E, 1>, kScanBytes<E, 1>);
     }
   });
   int64_t size = pool.positions();

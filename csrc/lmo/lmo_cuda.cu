@@ -11,13 +11,12 @@ __global__ void __launch_bounds__(ScanTile<E, kColBlocks>::kThreads)
   scan<E, kColBlocks>(pool, batch, group, 1.0, [&](int64_t b, int64_t tile, const uint64_t* keys, int count) {
     if (b % (blockDim.x / 32) != threadIdx.x / 32) return;  // a warp for each direction
     const int lane = threadIdx.x % 32;
-    Best best{kLargestKey, 0xffffffffu};
+    Best best = no_best();
     for (int i = lane; i < count; i += 32) {
-      const Best here{keys[i], static_cast<uint32_t>(tile * kScanRows + i)};
+      const Best here{keys[i], static_cast<uint32_t>(tile * kScanRows + i), 0};
       if (precedes(here, best)) best = here;
     }
-    best = warp_least(best);
-    if (lane == 0) partial[b * tiles + tile] = best;
+    if (is_warp_least(best)) partial[b * tiles + tile] = best;
   });
 }
 
@@ -26,11 +25,12 @@ constexpr int kReduceThreads = 1024;
 __global__ void __launch_bounds__(kReduceThreads)
     lmo_reduce_kernel(const Best* partial, int64_t tiles, int64_t* index, double* value) {
   partial += blockIdx.x * tiles;
-  Best best{kLargestKey, 0xffffffffu};
+  Best best = no_best();
   for (int64_t t = threadIdx.x; t < tiles; t += blockDim.x) {
     if (precedes(partial[t], best)) best = partial[t];
   }
-  best = Group<false>::least(best);
+  __shared__ Contest::Places places;
+  best = Contest(&places).least(best);
   if (threadIdx.x != 0) return;
   const bool broken = best.key == kSmallestKey || best.key == kLargestKey;
   index[blockIdx.x] = broken ? -1 : static_cast<int64_t>(best.index);
@@ -56,9 +56,9 @@ void lmo_cuda(const PoolSpec& pool, const TensorView& direction, const TensorVie
              tiles, partial);
     };
     if (group == 16) {
-      run(lmo_kernel<E, 2>, ScanTile<E, 2>::kSharedBytes);
+      run(lmo_kernel<E, 2>, kScanBytes<E, 2>);
     } else {
-      run(lmo_kernel<E, 1>, ScanTile<E, 1>::kSharedBytes);
+      run(lmo_kernel<E, 1>, kScanBytes<E, 1>);
     }
   });
   launch(lmo_reduce_kernel, batch, kReduceThreads, 0, stream, partial, tiles, static_cast<int64_t*>(index.data),

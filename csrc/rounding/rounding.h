@@ -2,13 +2,6 @@
 //   N^2 (L(c + e_i) - L(c))       = 2 h_i + G_ii
 //   N^2 (L(c - e_i + e_j) - L(c)) = 2 (h_j - h_i) + G_ii + G_jj - 2 G_ij
 // so a candidate move is O(1), and a move made is O(m).
-#include <algorithm>
-#include <cmath>
-#include <utility>
-#include <vector>
-
-#include "hullkit/apportion.h"
-#include "hullkit/parallel.h"
 #pragma once
 
 #include <algorithm>

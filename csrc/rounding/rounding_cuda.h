@@ -1,6 +1,7 @@
 // Rounding once the products are there: of a support alone, or of a whole pool it was chosen from.
 #pragma once
 
+#include "cuda/gram.h"
 #include "hullkit/pool_spec.h"
 
 namespace hullkit {
@@ -8,8 +9,31 @@ namespace hullkit {
 // gram [count, n + 1, gram_stride(n)] of entries first, ..., the query last. by_position: n counts the candidates of a
 // prompt, and point s of a support is candidate indices[b, s]; else it is candidate s. Indices are less than
 // `positions`.
-void round_on_gram(const double* gram, int64_t n, bool by_position, int64_t positions, const TensorView& indices,
-                   const TensorView& weights, int64_t total, int64_t exchange_passes, const TensorView& counts,
-                   int64_t first, int64_t count, void* stream);
+struct Supports {
+  Supports(const double* gram, int64_t n, bool by_position, int64_t positions, const TensorView& indices,
+           const TensorView& weights, int64_t total, int64_t exchange_passes, const TensorView& counts)
+      : gram(gram),
+        n(n),
+        stride(gram_stride(n)),
+        by_position(by_position),
+        positions(positions),
+        indices(static_cast<const int64_t*>(indices.data)),
+        weights(static_cast<const double*>(weights.data)),
+        width(indices.shape[1]),
+        total(total),
+        exchange_passes(exchange_passes),
+        counts(static_cast<int64_t*>(counts.data)) {}
+
+  const double* gram;
+  int64_t n, stride;
+  bool by_position;
+  int64_t positions;
+  const int64_t* indices;  // [B, width]
+  const double* weights;   // [B, width]
+  int64_t width, total, exchange_passes;
+  int64_t* counts;  // [B, width]
+};
+
+void round_on_gram(const Supports& supports, int64_t first, int64_t count, void* stream);
 
 }  // namespace hullkit

@@ -1,21 +1,49 @@
-#include "cuda/gram.h"
+#include "frank_wolfe/certify.cuh"
 #include "frank_wolfe/frank_wolfe_cuda.h"
 #include "hullkit/select.h"
-#include "rounding/rounding_cuda.h"
+#include "rounding/round.cuh"
 
 namespace hullkit {
+namespace {
+
+static_assert(kCertifyThreads == kRoundThreads, "one launch does both");
+
+// Of 2 * count blocks the first half rounds, which waits for itself, and the second certifies, which waits for memory.
+template <typename E, bool kCopied>
+__global__ void __launch_bounds__(kRoundThreads)
+    finish_kernel(const DevicePool<E> pool, const Supports supports, int64_t first, int64_t count,
+                  const FrankWolfeOutput out) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ Contest::Places places;
+  if (blockIdx.x < count) {
+    DeviceRounding<kCopied>(supports, blockIdx.x, shared, &places).run(supports, first + blockIdx.x);
+  } else {
+    certify(pool, first, blockIdx.x - count, supports.gram, supports.stride, out, shared, &places);
+  }
+}
+
+}  // namespace
 
 void select_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params, int64_t total,
                  int64_t exchange_passes, const FrankWolfeResult& result, const TensorView& counts, void* workspace,
                  void* stream) {
   double* const gram = static_cast<double*>(workspace);
   const int64_t batch = pool.batch(), n = pool.positions(), step = gram_batch(batch, n);
+  const Supports supports(gram, n, true, n, result.indices, result.weights, total, exchange_passes, counts);
   for (int64_t first = 0; first < batch; first += step) {
     const int64_t count = step < batch - first ? step : batch - first;
     gram_cuda(pool, query, {}, first, count, gram, stream);
     frank_wolfe_on_gram(pool, query, params, result, first, count, gram, stream);
-    round_on_gram(gram, n, true, n, result.indices, result.weights, total, exchange_passes, counts, first, count,
-                  stream);
+    with_element(pool.rows.dtype, [&](auto element) {
+      using E = decltype(element);
+      const bool copied = supports.width <= kMaxCopied;
+      const size_t to_round = copied ? DeviceRounding<true>::bytes(supports.width)
+                                     : DeviceRounding<false>::bytes(supports.width),
+                   to_certify = certify_bytes<E>(n, supports.width);
+      launch(copied ? finish_kernel<E, true> : finish_kernel<E, false>, 2 * count, kRoundThreads,
+             to_round > to_certify ? to_round : to_certify, stream, DevicePool<E>(pool, query), supports, first, count,
+             FrankWolfeOutput(result));
+    });
   }
 }
 

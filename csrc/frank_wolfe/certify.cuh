@@ -1,0 +1,139 @@
+// Certificates of what Frank-Wolfe returned, from the weights returned: they do not trust the run's recurrences.
+#pragma once
+
+#include "cuda/group.cuh"
+#include "cuda/tile.cuh"
+#include "hullkit/frank_wolfe.h"
+
+namespace hullkit {
+
+struct FrankWolfeOutput {
+  explicit FrankWolfeOutput(const FrankWolfeResult& result)
+      : indices(static_cast<int64_t*>(result.indices.data)),
+        weights(static_cast<double*>(result.weights.data)),
+        support_size(static_cast<int64_t*>(result.support_size.data)),
+        residual_norm(static_cast<double*>(result.residual_norm.data)),
+        dual_gap(static_cast<double*>(result.dual_gap.data)),
+        num_iters(static_cast<int64_t*>(result.num_iters.data)),
+        status(static_cast<int64_t*>(result.status.data)),
+        width(result.indices.shape[1]) {}
+  int64_t* indices;
+  double* weights;
+  int64_t* support_size;
+  double *residual_norm, *dual_gap;
+  int64_t *num_iters, *status;
+  int64_t width;
+};
+
+inline constexpr int kNormBuffer = 512;
+
+// A support in shared memory, and room to measure distances from its iterate.
+template <typename E>
+struct SupportState {
+  double* buffer;  // [kNormBuffer]
+  double* weights;  // [width], and so on
+  double* unsorted_weights;
+  const E** rows;
+  int* indices;
+  int* unsorted_indices;
+
+  static size_t bytes(int64_t width) {
+    return width * (2 * sizeof(double) + sizeof(void*) + 2 * sizeof(int)) + kNormBuffer * sizeof(double);
+  }
+  __device__ SupportState(void* memory, int64_t width)
+      : buffer(static_cast<double*>(memory)),
+        weights(buffer + kNormBuffer),
+        unsorted_weights(weights + width),
+        rows(reinterpret_cast<const E**>(unsorted_weights + width)),
+        indices(reinterpret_cast<int*>(rows + width)),
+        unsorted_indices(indices + width) {}
+};
+
+// ||vector - iterate||^2 from the rows themselves, summed in an order that depends on d alone. All threads call this
+// and get it; support.rows and weights may have been written just before.
+template <typename E>
+__device__ double iterate_distance_squared(int64_t dim, const E* vector, const SupportState<E>& support,
+                                           int support_size) {
+  double sum = 0.0;  // this lane's
+  for (int64_t begin = 0; begin < dim; begin += kNormBuffer) {
+    __syncthreads();
+    for (int j = threadIdx.x; j < kNormBuffer && begin + j < dim; j += blockDim.x) {
+      double iterate = 0.0;
+#pragma unroll 8
+      for (int s = 0; s < support_size; ++s) {
+        iterate = fma(support.weights[s], to_double(support.rows[s][begin + j]), iterate);
+      }
+      const double difference = to_double(vector[begin + j]) - iterate;
+      support.buffer[j] = difference * difference;
+    }
+    __syncthreads();
+    for (int j = threadIdx.x % 32; j < kNormBuffer && begin + j < dim; j += 32) sum += support.buffer[j];
+  }
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  return sum;
+}
+
+inline constexpr int kCertifyThreads = 256;
+
+template <typename E>
+size_t certify_bytes(int64_t n, int64_t width) {
+  return 2 * n * sizeof(double) + SupportState<E>::bytes(width);
+}
+
+// residual_norm and dual_gap of entry first + entry, with r the residual at the iterate x: its scores <r, x_i> come
+// anew from the Gram matrix, and so does ||r||^2 = <r, query> - <r, x>, unless it is so small (or the products so
+// rough: half types) that their rounding would show; then from the rows.
+template <typename E>
+__device__ void certify(const DevicePool<E>& pool, int64_t first, int64_t entry, const double* grams, int64_t stride,
+                        const FrankWolfeOutput& out, void* shared, Contest::Places* places) {
+  constexpr double kTrusted = 1e-6;  // of the squared norms that ||r||^2 is a difference of
+  constexpr bool kRough = sizeof(typename Operand<E>::Sum) == sizeof(float);
+  const int64_t b = first + entry;
+  const int n = static_cast<int>(pool.size), support_size = static_cast<int>(out.support_size[b]);
+  if (support_size == 0) {
+    if (threadIdx.x == 0) out.residual_norm[b] = out.dual_gap[b] = __longlong_as_double(0x7ff8000000000000ll);  // NaN
+    return;
+  }
+  const double* const gram = grams + entry * (n + 1) * stride;
+  double* const bases = static_cast<double*>(shared);  // [n]
+  double* const scores = bases + n;                    // [n]
+  const SupportState<E> support(scores + n, out.width);
+  for (int s = threadIdx.x; s < support_size; s += blockDim.x) {
+    support.weights[s] = out.weights[b * out.width + s];
+    support.indices[s] = static_cast<int>(out.indices[b * out.width + s]);
+    support.rows[s] = pool.row_at(b, pool.row(b, support.indices[s]));
+  }
+  __syncthreads();
+  Best best = no_best();
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    if (pool.row(b, i) < 0) continue;
+    double product_iterate = 0.0;
+#pragma unroll 16
+    for (int s = 0; s < support_size; ++s) {
+      product_iterate = fma(support.weights[s], gram[support.indices[s] * stride + i], product_iterate);
+    }
+    bases[i] = gram[n * stride + i];
+    scores[i] = bases[i] - product_iterate;
+    const Best here{key_of(-scores[i]), static_cast<uint32_t>(i), 0};
+    if (precedes(here, best)) best = here;
+  }
+  best = Contest(places).least(best);  // and every score is written
+  double residual_iterate = 0.0, query_iterate = 0.0;
+#pragma unroll 8
+  for (int s = 0; s < support_size; ++s) {
+    const int i = support.indices[s];
+    residual_iterate = fma(support.weights[s], scores[i], residual_iterate);
+    query_iterate = fma(support.weights[s], bases[i], query_iterate);
+  }
+  const double query_squared = gram[n * (stride + 1)];
+  double squared = query_squared - query_iterate - residual_iterate;
+  // The iterate's own square is at most what the query's and the residual's add up to, roughly.
+  if (kRough || squared <= kTrusted * query_squared) {
+    squared = iterate_distance_squared(pool.dim, pool.query_at(b), support, support_size);
+  }
+  if (threadIdx.x != 0) return;
+  out.residual_norm[b] = sqrt(squared);
+  out.dual_gap[b] = -value_of(best.key) - residual_iterate;
+}
+
+}  // namespace hullkit

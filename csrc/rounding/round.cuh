@@ -1,0 +1,203 @@
+// A block for each support, with the arithmetic of rounding.h, operation for operation: changes of a unit are weighed
+// by all threads at once, and the first or the best of them all is made.
+#pragma once
+
+#include "cuda/group.cuh"
+#include "cuda/launch.cuh"
+#include "rounding/quotas.cuh"
+#include "rounding/rounding.h"
+#include "rounding/rounding_cuda.h"
+
+namespace hullkit {
+
+// The products of a support as large as this are copied into shared memory: 64 KiB.
+inline constexpr int64_t kMaxCopied = 90;
+inline constexpr int kRoundThreads = 256;
+
+// Point k * blockDim.x + threadIdx.x is this thread's k-th: it alone writes what belongs to the point.
+template <bool kCopied>
+class DeviceRounding {
+ public:
+  __host__ static size_t bytes(int64_t size) {
+    return size * (4 * sizeof(double) + 2 * sizeof(int)) + (kCopied ? size * size * sizeof(double) : 0);
+  }
+
+  // memory: bytes(width), shared.
+  __device__ DeviceRounding(const Supports& supports, int64_t entry, void* memory, Contest::Places* places)
+      : gram_(supports.gram + entry * (supports.n + 1) * supports.stride),
+        stride_(supports.stride),
+        query_at_(supports.n),
+        total_(static_cast<double>(supports.total)),
+        weights_(static_cast<double*>(memory)),
+        slope_(weights_ + supports.width),
+        diagonal_(slope_ + supports.width),
+        counts_(reinterpret_cast<int64_t*>(diagonal_ + supports.width)),
+        products_(reinterpret_cast<double*>(counts_ + supports.width)),
+        place_(reinterpret_cast<int*>(products_ + (kCopied ? supports.width * supports.width : 0))),
+        donors_(place_ + supports.width),
+        contest_(places) {}
+
+  __device__ void run(const Supports& supports, int64_t b) {
+    int64_t* const out = supports.counts + b * supports.width;
+    const bool broken = !read(supports, b) || (size_ > 0 && !start(supports.total));
+    if (!broken && size_ > 0) {
+      complete();
+      for (int64_t pass = 0; pass < supports.exchange_passes && exchange(); ++pass) {
+      }
+    }
+    for (int i = threadIdx.x; i < supports.width; i += blockDim.x) {
+      out[i] = i >= size_ ? 0 : broken ? -1 : counts_[i];
+    }
+  }
+
+ private:
+  __device__ double product(int i, int j) const {
+    return kCopied ? products_[i * size_ + j] : gram_[place_[i] * stride_ + place_[j]];
+  }
+
+  // The support, and its products if they are copied. False if an index is out of range.
+  __device__ bool read(const Supports& supports, int64_t b) {
+    __shared__ int size;
+    if (threadIdx.x == 0) size = static_cast<int>(supports.width);
+    __syncthreads();
+    bool broken = false;
+    for (int s = threadIdx.x; s < supports.width; s += blockDim.x) {
+      const int64_t index = supports.indices[b * supports.width + s];
+      broken |= index < -1 || index >= supports.positions;
+      if (index < 0) atomicMin(&size, s);  // padding is at the end
+      place_[s] = static_cast<int>(supports.by_position ? index : s);
+      weights_[s] = supports.weights[b * supports.width + s];
+    }
+    broken = __syncthreads_or(broken);
+    size_ = size;
+    if (kCopied && !broken) {
+      const int lane = threadIdx.x % 32;
+      for (int i = threadIdx.x / 32; i < size_; i += blockDim.x / 32) {
+        const double* const row = gram_ + place_[i] * stride_;
+        for (int j = lane; j < size_; j += 32) products_[i * size_ + j] = row[place_[j]];
+      }
+    }
+    __syncthreads();
+    return !broken;
+  }
+
+  // Floors of the quotas. False if a product or a weight is not finite.
+  __device__ bool start(int64_t total) {
+    const Quotas quotas(weights_, size_, total);
+    bool broken = quotas.broken;
+    for (int i = threadIdx.x; i < size_; i += blockDim.x) {
+      diagonal_[i] = product(i, i);
+      slope_[i] = -total_ * gram_[query_at_ * stride_ + place_[i]];
+      counts_[i] = broken ? 0 : static_cast<int64_t>(floor(quotas[i]));
+      broken |= !isfinite(diagonal_[i]) || !isfinite(slope_[i]);
+    }
+    if (__syncthreads_or(broken)) return false;
+    remaining_ = total;
+    for (int i = 0; i < size_; ++i) remaining_ -= counts_[i];
+    for (int j = threadIdx.x; j < size_; j += blockDim.x) {
+      double slope = slope_[j];
+#pragma unroll 8
+      for (int i = 0; i < size_; ++i) slope += static_cast<double>(counts_[i]) * product(i, j);
+      slope_[j] = slope;
+    }
+    return true;
+  }
+
+  // slope += units * G_i, of this thread's points.
+  __device__ void add_to_slope(int i, double units) {
+    for (int j = threadIdx.x; j < size_; j += blockDim.x) slope_[j] += units * product(i, j);
+  }
+
+  __device__ void move(int i, int64_t units) {
+    add_to_slope(i, static_cast<double>(units));
+    if (i % blockDim.x == threadIdx.x) counts_[i] += units;
+  }
+
+  __device__ void complete() {
+    for (; remaining_ > 0; --remaining_) {
+      Best best = no_best();
+      for (int i = threadIdx.x; i < size_; i += blockDim.x) {
+        const Best here{key_of(2.0 * slope_[i] + diagonal_[i]), static_cast<uint32_t>(i), 0};
+        if (precedes(here, best)) best = here;
+      }
+      move(static_cast<int>(contest_.least(best).index), 1);
+    }
+  }
+
+  // Those with units at the start of a pass, in order. Every warp counts, the first one writes.
+  __device__ void list_donors() {
+    const int lane = threadIdx.x % 32;
+    num_donors_ = 0;
+    for (int i0 = 0; i0 < size_; i0 += 32) {
+      const bool donor = i0 + lane < size_ && counts_[i0 + lane] > 0;
+      const uint32_t lanes = __ballot_sync(kAllLanes, donor);
+      if (donor && threadIdx.x < 32) donors_[num_donors_ + __popc(lanes & ((1u << lane) - 1))] = i0 + lane;
+      num_donors_ += __popc(lanes);
+    }
+  }
+
+  // One pass; false if it moved nothing. A position of the pass is i * size + j, i the donor.
+  __device__ bool exchange() {
+    const double threshold = -kMinImprovement * total_ * total_;
+    __syncthreads();
+    list_donors();
+    const uint32_t end = static_cast<uint32_t>(size_) * size_;
+    uint32_t at = 0;
+    int turn = 0;  // of donors
+    bool moved = false;
+    while (true) {
+      __syncthreads();
+      while (turn < num_donors_ && donors_[turn] < static_cast<int>(at / size_)) ++turn;
+      at = next_exchange(turn, at, end, threshold);
+      if (at >= end) return moved;
+      const int i = static_cast<int>(at / size_), j = static_cast<int>(at % size_);
+      move(i, -1);
+      move(j, 1);
+      moved = true;
+      ++at;
+    }
+  }
+
+  // The first position >= from whose exchange is an improvement, `end` if there is none. Donors from the `turn`-th on
+  // are dealt out to the warps.
+  __device__ uint32_t next_exchange(int turn, uint32_t from, uint32_t end, double threshold) {
+    constexpr int kDonors = 8;  // of a warp, until all look at what the others have found
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int begin = turn; begin < num_donors_; begin += warps * kDonors) {
+      uint32_t first = end;
+      for (int d = begin + warp; d < min(num_donors_, begin + warps * kDonors) && first == end; d += warps) {
+        const int i = donors_[d];
+        if (counts_[i] == 0) continue;
+        const double own = diagonal_[i] - 2.0 * slope_[i];
+        for (int j0 = 0; j0 < size_ && first == end; j0 += 32) {
+          const int j = j0 + lane;
+          bool better = false;
+          if (j < size_ && j != i && static_cast<uint32_t>(i * size_ + j) >= from) {
+            better = 2.0 * slope_[j] + diagonal_[j] - 2.0 * product(i, j) + own < threshold;
+          }
+          const uint32_t lanes = __ballot_sync(kAllLanes, better);
+          if (lanes != 0) first = static_cast<uint32_t>(i * size_ + j0 + __ffs(static_cast<int>(lanes)) - 1);
+        }
+      }
+      first = contest_.least_of_warps(first);
+      if (first < end) return first;
+    }
+    return end;
+  }
+
+  const double* gram_;  // of the entry, [n + 1, stride]
+  int64_t stride_, query_at_;
+  double total_;
+  double* weights_;
+  double* slope_;  // h = G c - N b
+  double* diagonal_;
+  int64_t* counts_;
+  double* products_;  // [size, size] if kCopied
+  int* place_;        // of a point in the Gram matrix
+  int* donors_;       // with units at the start of a pass, in order
+  Contest contest_;
+  int size_, num_donors_;
+  int64_t remaining_;
+};
+
+}  // namespace hullkit
