@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kWarps = 8;
 template <typename E>
-using GramTile = Tile<E, kWarps, 2, 4, 3>;  // 32 x 32 products a warp
+using GramTile = Tile<E, kWarps, 2, 4, 4, 128>;  // 32 x 32 products a warp
 
 // The matrix in blocks of 32 x 32, of which one of each pair that mirror each other is computed: for each of R rows of
 // blocks the one on the diagonal and the R / 2 to the right of it, round the edge and on from the left. So every row of
@@ -30,23 +30,24 @@ struct GramPlan {
   int tiles;   // of an entry
 };
 
-template <typename E>
+// kOwn: rows of blocks beside those of the columns, 0 if all offsets are in one group (the rows are the first columns).
+template <typename E, int kOwn>
 __global__ void __launch_bounds__(GramTile<E>::kThreads, 2)
     gram_kernel(const DevicePool<E> pool, const GramPlan plan, int64_t first, double* gram, int64_t stride) {
   using T = GramTile<E>;
   static_assert(T::kRows == kBlock && T::kCols == kBlock, "blocks are mirrored");
   extern __shared__ __align__(16) char shared[];
-  __shared__ const E* sources[(2 + kSharedBlocks) * kBlock];
+  constexpr int kCount = (kOwn + kSharedBlocks) * kBlock;
+  __shared__ const E* sources[kCount];
 
   const int64_t entry = blockIdx.x / plan.tiles;
   const int tile_at = static_cast<int>(blockIdx.x % plan.tiles);
   const int row_begin = tile_at / plan.groups * 2, offset_begin = tile_at % plan.groups * kOffsets;
   const int64_t b = first + entry;
   const int n = static_cast<int>(pool.size) + 1;
-  const int own = offset_begin == 0 ? 0 : 2;  // the rows are among the first columns, or lie before them
 
-  for (int t = threadIdx.x; t < (own + kSharedBlocks) * kBlock; t += T::kThreads) {
-    const int block = t / kBlock < own ? row_begin + t / kBlock : row_begin + offset_begin + t / kBlock - own;
+  for (int t = threadIdx.x; t < kCount; t += T::kThreads) {
+    const int block = t / kBlock < kOwn ? row_begin + t / kBlock : row_begin + offset_begin + t / kBlock - kOwn;
     const int i = block % plan.rows * kBlock + t % kBlock;
     const int64_t row = i < n - 1 ? pool.row(b, i) : DevicePool<E>::kNone;
     sources[t] = i == n - 1 ? pool.query_at(b) : row >= 0 ? pool.row_at(b, row) : nullptr;
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(GramTile<E>::kThreads, 2)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int down = warp / kOffsets, offset = offset_begin + warp % kOffsets;
   int row = row_begin + down, col = (row + offset) % plan.rows;  // of blocks
-  int row_at = down * kBlock, col_at = (own + down + warp % kOffsets) * kBlock;
+  int row_at = down * kBlock, col_at = (kOwn + down + warp % kOffsets) * kBlock;
   // With R even, who is R / 2 apart meets twice.
   const bool mine = row < plan.rows && (2 * offset < plan.rows || (2 * offset == plan.rows && row < col));
   if (col == plan.rows - 1) {  // the last, which may be half empty, is better a row than a column
@@ -68,8 +69,7 @@ __global__ void __launch_bounds__(GramTile<E>::kThreads, 2)
   }
   const int rows = min(n - row * kBlock, kBlock), cols = min(n - col * kBlock, kBlock);
   T tile;
-  tile.run(shared, sources, (own + kSharedBlocks) * kBlock, pool.aligned, pool.dim, row_at, col_at,
-           !mine ? 0 : rows <= 16 ? 1 : 2);
+  tile.template run<kCount>(shared, sources, pool.aligned, pool.dim, row_at, col_at, !mine ? 0 : rows <= 16 ? 1 : 2);
   if (!mine) return;
 
   // Through shared memory, so that rows are written in one go, and so are their mirror images.
@@ -99,9 +99,10 @@ void gram_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& 
     const DevicePool<E> device_pool(pool, query, support);
     const GramPlan plan(device_pool.size + 1);  // and the query
     constexpr int kProductBytes = kWarps * kBlock * (kBlock + 1) * static_cast<int>(sizeof(double));
-    const int stages = T::shared_bytes(((plan.groups > 1 ? 2 : 0) + kSharedBlocks) * kBlock);
-    launch(gram_kernel<E>, plan.tiles * count, T::kThreads, std::max(stages, kProductBytes), stream, device_pool, plan,
-           first, gram, gram_stride(device_pool.size));
+    const int own = plan.groups > 1 ? 2 : 0;
+    launch(own == 0 ? gram_kernel<E, 0> : gram_kernel<E, 2>, plan.tiles * count, T::kThreads,
+           std::max(T::shared_bytes((own + kSharedBlocks) * kBlock), kProductBytes), stream, device_pool, plan, first,
+           gram, gram_stride(device_pool.size));
   });
 }
 

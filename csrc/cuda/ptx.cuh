@@ -32,13 +32,36 @@ __device__ inline void copy_async_16(void* shared, const void* global, int bytes
                : "memory");
 }
 
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// A barrier in shared memory, complete in each phase after `arrivals` of them; the first phase has parity 0.
+class Barrier {
+ public:
+  __device__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&word_)), "r"(arrivals) : "memory");
+  }
+  __device__ void arrive() {
+    asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(&word_)) : "memory");
+  }
+  // Arrives once this thread's copies so far are there.
+  __device__ void arrive_with_copies() {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&word_)) : "memory");
+  }
+  __device__ void wait(uint32_t parity) {
+    uint32_t done;
+    do {
+#if __CUDA_ARCH__ >= 900
+      asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#else
+      asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#endif
+                   : "=r"(done)
+                   : "r"(shared_address(&word_)), "r"(parity)
+                   : "memory");
+    } while (!done);
+  }
 
-// Until at most kPending of this thread's latest groups are on their way.
-template <int kPending>
-__device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
+ private:
+  uint64_t word_;
+};
 
 // sum [16, 8] += a [16, depth] b [8, depth]^T, shared among the lanes of a warp. With g = lane / 4, t = lane % 4:
 //   sum[0], sum[1]: row g, columns 2t and 2t + 1;  sum[2], sum[3]: row g + 8, the same columns

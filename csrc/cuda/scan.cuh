@@ -9,7 +9,7 @@ namespace hullkit {
 
 // 64 rows and 8 or 16 directions in a tile.
 template <typename E, int kColBlocks>
-using ScanTile = Tile<E, 4, 1, kColBlocks, 3>;
+using ScanTile = Tile<E, 4, 1, kColBlocks, 4, 128>;
 inline constexpr int kScanRows = 64;
 template <typename E, int kColBlocks>
 inline constexpr int kScanBytes = ScanTile<E, kColBlocks>::shared_bytes(kScanRows + ScanTile<E, kColBlocks>::kCols);
@@ -51,7 +51,7 @@ __device__ void scan(const DevicePool<E>& pool, int64_t batch, int group, double
   __syncthreads();
   const int begin = threadIdx.x / 32 * T::kRows;  // this warp's rows
   T tile;
-  tile.run(shared, sources, kScanRows + T::kCols, pool.aligned, pool.dim, begin, kScanRows, 1);
+  tile.template run<kScanRows + T::kCols>(shared, sources, pool.aligned, pool.dim, begin, kScanRows, 1);
   uint64_t* const keys = reinterpret_cast<uint64_t*>(shared);
   tile.for_each([&](int i, int col, double sum) {
     const int row = begin + i;

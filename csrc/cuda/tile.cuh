@@ -38,8 +38,8 @@ struct Operand<BFloat16> {
 };
 
 // kWarps warps, each with kRowBlocks x kColBlocks blocks of 16 x 8 products of rows that all of them share; kStages
-// chunks of the rows are in shared memory or on their way there.
-template <typename E, int kWarps, int kRowBlocks, int kColBlocks, int kStages>
+// chunks of the rows, of kChunk bytes each, are in shared memory or on their way there.
+template <typename E, int kWarps, int kRowBlocks, int kColBlocks, int kStages, int kChunk>
 struct Tile {
   using Op = Operand<E>;
   using Unit = typename Op::Unit;
@@ -49,41 +49,50 @@ struct Tile {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRows = 16 * kRowBlocks;  // of a warp
   static constexpr int kCols = 8 * kColBlocks;
-  static constexpr int kChunk = 128;  // bytes of every row in one stage
   static constexpr int shared_bytes(int rows) { return kStages * rows * kChunk; }
 
   Sum sums[kRowBlocks][kColBlocks][4] = {};
 
-  // Sums this warp's products: of kRows rows from `row` on with kCols from `col` on, among those that `sources` [count]
+  // Sums this warp's products: of kRows rows from `row` on with kCols from `col` on, among those that `sources` [kCount]
   // points to (nullptr: zeros; aligned: to 16 bytes). row_blocks: how many of its rows of blocks, 0, 1 or all. All
   // threads of the block call this; shared memory is free again when it returns.
-  __device__ void run(char* shared, const E* const* sources, int count, bool aligned, int64_t dim, int row, int col,
+  template <int kCount>
+  __device__ void run(char* shared, const E* const* sources, bool aligned, int64_t dim, int row, int col,
                       int row_blocks) {
     const int64_t bytes = dim * static_cast<int64_t>(sizeof(E));
     const int64_t chunks = (bytes + kChunk - 1) / kChunk;
-    const int stage_bytes = count * kChunk;
-    int64_t next = 0;  // chunk to load
-    int next_stage = 0, stage = 0;
-    const auto load_next = [&] {
-      if (next < chunks) load(shared + next_stage * stage_bytes, sources, aligned, count, bytes, next);
-      ptx::commit_copies();
-      ++next;
-      next_stage = next_stage + 1 < kStages ? next_stage + 1 : 0;
+    constexpr int kStageBytes = kCount * kChunk;
+    __shared__ ptx::Barrier full[kStages], empty[kStages];
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < kStages; ++stage) {
+        full[stage].init(kThreads);
+        empty[stage].init(kWarps);
+      }
+    }
+    __syncthreads();
+    // No barrier holds all warps in step: one may be two chunks behind another.
+    constexpr int kAhead = kStages - 2;
+    const auto load_chunk = [&](int64_t chunk) {
+      if (chunk >= chunks) return;
+      const int stage = static_cast<int>(chunk % kStages);
+      const auto turn = static_cast<uint32_t>(chunk / kStages);
+      if (turn > 0) empty[stage].wait((turn - 1) % 2);
+      load<kCount>(shared + stage * kStageBytes, full[stage], sources, aligned, bytes, chunk);
     };
-    for (int ahead = 0; ahead < kStages - 1; ++ahead) load_next();
+    for (int chunk = 0; chunk < kAhead; ++chunk) load_chunk(chunk);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      ptx::wait_copies<kStages - 2>();
-      __syncthreads();
-      load_next();
-      const char* const at = shared + stage * stage_bytes;
+      load_chunk(chunk + kAhead);
+      const int stage = static_cast<int>(chunk % kStages);
+      full[stage].wait(static_cast<uint32_t>(chunk / kStages) % 2);
+      const char* const at = shared + stage * kStageBytes;
       if (row_blocks == kRowBlocks) {
         multiply<kRowBlocks>(at + row * kChunk, at + col * kChunk);
       } else if (row_blocks == 1) {
         multiply<1>(at + row * kChunk, at + col * kChunk);
       }
-      stage = stage + 1 < kStages ? stage + 1 : 0;
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) empty[stage].arrive();
     }
-    ptx::wait_copies<0>();
     __syncthreads();
   }
 
@@ -105,7 +114,8 @@ struct Tile {
   // eight lanes of a warp read at once, no two then share a bank.
   __device__ static int place(int row, int piece) { return row * kChunk + (piece ^ (row % 2 * 4)) * 16; }
 
-  __device__ static void load(char* stage, const E* const* sources, bool aligned, int rows, int64_t bytes,
+  template <int kCount>
+  __device__ static void load(char* stage, ptx::Barrier& full, const E* const* sources, bool aligned, int64_t bytes,
                               int64_t chunk) {
     constexpr int kPieces = kChunk / 16;
     constexpr int kRowsAtOnce = kThreads / kPieces;
@@ -113,32 +123,40 @@ struct Tile {
     const int first = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
     const int64_t at = chunk * kChunk + piece * 16;
     const int64_t left = bytes - at;
-    char* to = stage + place(first, piece);
+    char* const to = stage + place(first, piece);
+    sources += first;
     if (aligned) {
       const int size = left < 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
-#pragma unroll 4
-      for (int row = first; row < rows; row += kRowsAtOnce, to += kRowsAtOnce * kChunk) {
+#pragma unroll
+      for (int row = 0; row < kCount; row += kRowsAtOnce) {
+        if (kCount % kRowsAtOnce != 0 && first + row >= kCount) break;
         const char* const from = reinterpret_cast<const char*>(sources[row]);
-        ptx::copy_async_16(to, from + at, from == nullptr ? 0 : size);
+        ptx::copy_async_16(to + row * kChunk, from + at, from == nullptr ? 0 : size);
       }
+      full.arrive_with_copies();
       return;
     }
-    for (int row = first; row < rows; row += kRowsAtOnce, to += kRowsAtOnce * kChunk) {
-      const char* const from = reinterpret_cast<const char*>(sources[row]);
+    for (int row = 0; first + row < kCount; row += kRowsAtOnce) {
+      const E* const from = sources[row];
       for (int e = 0; e < static_cast<int>(16 / sizeof(E)); ++e) {
         const bool inside = from != nullptr && e * static_cast<int64_t>(sizeof(E)) < left;
-        reinterpret_cast<E*>(to)[e] = inside ? reinterpret_cast<const E*>(from + at)[e] : E{};
+        reinterpret_cast<E*>(to + row * kChunk)[e] = inside ? from[at / static_cast<int64_t>(sizeof(E)) + e] : E{};
       }
     }
+    full.arrive();
   }
 
   // What a lane reads at once: some units of one row.
   struct alignas(16) Piece {
     Unit units[16 / sizeof(Unit)];
   };
+  struct alignas(2 * sizeof(Unit)) Two {
+    Unit units[2];
+  };
 
   // The units that a product takes from lane t of four are neighbours in memory, not four apart: any order of the
-  // coordinates will do, so long as rows and columns have the same.
+  // coordinates will do, so long as rows and columns have the same. Rows are read two units at a time, which takes the
+  // banks twice but leaves registers for a second block of threads on the multiprocessor.
   template <int kBlocks>
   __device__ void multiply(const char* rows, const char* cols) {
     constexpr int kUnits = 16 / sizeof(Unit);
@@ -146,19 +164,16 @@ struct Tile {
 #pragma unroll
     for (int step = 0; step < kChunk / 64; ++step) {
       const int at = place(lane / 4, step * 4 + lane % 4);
-      Piece a[kBlocks][2], b[kColBlocks];
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) a[i][e] = *reinterpret_cast<const Piece*>(rows + at + (i * 16 + e * 8) * kChunk);
-      }
+      Piece b[kColBlocks];
 #pragma unroll
       for (int j = 0; j < kColBlocks; ++j) b[j] = *reinterpret_cast<const Piece*>(cols + at + j * 8 * kChunk);
 #pragma unroll
       for (int u = 0; u < kUnits; u += 2) {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
-          const Fragment a_units[4] = {a[i][0].units[u], a[i][1].units[u], a[i][0].units[u + 1], a[i][1].units[u + 1]};
+          const char* const from = rows + at + i * 16 * kChunk + u * sizeof(Unit);
+          const Two upper = *reinterpret_cast<const Two*>(from), lower = *reinterpret_cast<const Two*>(from + 8 * kChunk);
+          const Fragment a_units[4] = {upper.units[0], lower.units[0], upper.units[1], lower.units[1]};
 #pragma unroll
           for (int j = 0; j < kColBlocks; ++j) {
             const Fragment b_units[2] = {b[j].units[u], b[j].units[u + 1]};

@@ -72,9 +72,12 @@ class DeviceRounding {
     size_ = size;
     if (kCopied && !broken) {
       const int lane = threadIdx.x % 32;
-      for (int i = threadIdx.x / 32; i < size_; i += blockDim.x / 32) {
-        const double* const row = gram_ + place_[i] * stride_;
-        for (int j = lane; j < size_; j += 32) products_[i * size_ + j] = row[place_[j]];
+      for (int j = lane; j < size_; j += 32) {
+        const double* const column = gram_ + place_[j];
+#pragma unroll 4
+        for (int i = threadIdx.x / 32; i < size_; i += kRoundThreads / 32) {
+          products_[i * size_ + j] = column[place_[i] * stride_];
+        }
       }
     }
     __syncthreads();

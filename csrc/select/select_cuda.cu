@@ -8,17 +8,18 @@ namespace {
 
 static_assert(kCertifyThreads == kRoundThreads, "one launch does both");
 
-// Of 2 * count blocks the first half rounds, which waits for itself, and the second certifies, which waits for memory.
+// Two blocks for each prompt: one rounds, which waits for itself, one certifies, which waits for memory; side by side,
+// since they read the same rows.
 template <typename E, bool kCopied>
 __global__ void __launch_bounds__(kRoundThreads)
-    finish_kernel(const DevicePool<E> pool, const Supports supports, int64_t first, int64_t count,
-                  const FrankWolfeOutput out) {
+    finish_kernel(const DevicePool<E> pool, const Supports supports, int64_t first, const FrankWolfeOutput out) {
   extern __shared__ __align__(16) char shared[];
   __shared__ Contest::Places places;
-  if (blockIdx.x < count) {
-    DeviceRounding<kCopied>(supports, blockIdx.x, shared, &places).run(supports, first + blockIdx.x);
+  const int64_t entry = blockIdx.x / 2;
+  if (blockIdx.x % 2 == 0) {
+    DeviceRounding<kCopied>(supports, entry, shared, &places).run(supports, first + entry);
   } else {
-    certify(pool, first, blockIdx.x - count, supports.gram, supports.stride, out, shared, &places);
+    certify(pool, first, entry, supports.gram, supports.stride, out, shared, &places);
   }
 }
 
@@ -41,7 +42,7 @@ void select_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfe
                                      : DeviceRounding<false>::bytes(supports.width),
                    to_certify = certify_bytes<E>(n, supports.width);
       launch(copied ? finish_kernel<E, true> : finish_kernel<E, false>, 2 * count, kRoundThreads,
-             to_round > to_certify ? to_round : to_certify, stream, DevicePool<E>(pool, query), supports, first, count,
+             to_round > to_certify ? to_round : to_certify, stream, DevicePool<E>(pool, query), supports, first,
              FrankWolfeOutput(result));
     });
   }
