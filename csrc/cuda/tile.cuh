@@ -37,6 +37,40 @@ struct Operand<BFloat16> {
   }
 };
 
+// sums [kRowBlocks, kColBlocks], of 16 x 8 products each, += those of kUnits units of the rows and columns that begin
+// at `rows` and `cols` in shared memory, kStride and kColStride bytes apart; of the first kBlocks blocks of rows.
+template <typename E, typename C, int kBlocks, int kUnits, int kStride, int kColStride, typename Sum, int kRowBlocks,
+          int kColBlocks>
+__device__ void multiply_chunk(const char* rows, const char* cols, Sum (&sums)[kRowBlocks][kColBlocks][4]) {
+  using Unit = typename Operand<E>::Unit;
+  using ColUnit = typename Operand<C>::Unit;
+  using Fragment = typename Operand<E>::Fragment;
+  constexpr int kDepth = 8;  // units of a product
+  constexpr int kUnitStride = kStride / sizeof(Unit), kColUnitStride = kColStride / sizeof(ColUnit);
+  const int lane = threadIdx.x % 32;
+  const Unit* const a_at = reinterpret_cast<const Unit*>(rows) + lane / 4 * kUnitStride + lane % 4;
+  const ColUnit* const b_at = reinterpret_cast<const ColUnit*>(cols) + lane / 4 * kColUnitStride + lane % 4;
+#pragma unroll
+  for (int step = 0; step < kUnits; step += kDepth) {
+    Fragment a[kBlocks][4], b[kColBlocks][2];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) a[i][e] = a_at[(i * 16 + e % 2 * 8) * kUnitStride + step + e / 2 * 4];
+    }
+#pragma unroll
+    for (int j = 0; j < kColBlocks; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) b[j][e] = b_at[j * 8 * kColUnitStride + step + e * 4];
+    }
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColBlocks; ++j) Operand<E>::multiply_add(sums[i][j], a[i], b[j]);
+    }
+  }
+}
+
 // kWarpRows x kWarpCols warps, each with kRowBlocks x kColBlocks blocks of 16 x 8 products; kStages chunks of the rows
 // are in shared memory or on their way there.
 template <typename E, int kWarpRows, int kWarpCols, int kRowBlocks, int kColBlocks, int kStages>
@@ -126,31 +160,7 @@ struct Tile {
 
   template <int kBlocks>
   __device__ void multiply(const char* rows, const char* cols) {
-    constexpr int kDepth = 8;  // units of a product
-    constexpr int kUnitStride = kStride / sizeof(Unit);
-    const int lane = threadIdx.x % 32;
-    const int at = lane / 4 * kUnitStride + lane % 4;
-    const Unit* const a_at = reinterpret_cast<const Unit*>(rows) + at;
-    const Unit* const b_at = reinterpret_cast<const Unit*>(cols) + at;
-#pragma unroll
-    for (int step = 0; step < kChunk / static_cast<int>(sizeof(Unit)); step += kDepth) {
-      Fragment a[kBlocks][4], b[kColBlocks][2];
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) a[i][e] = a_at[(i * 16 + e % 2 * 8) * kUnitStride + step + e / 2 * 4];
-      }
-#pragma unroll
-      for (int j = 0; j < kColBlocks; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) b[j][e] = b_at[j * 8 * kUnitStride + step + e * 4];
-      }
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-        for (int j = 0; j < kColBlocks; ++j) Op::multiply_add(sums[i][j], a[i], b[j]);
-      }
-    }
+    multiply_chunk<E, E, kBlocks, kChunk / static_cast<int>(sizeof(Unit)), kStride, kStride>(rows, cols, sums);
   }
 };
 
