@@ -15,14 +15,14 @@ pytestmark = pytest.mark.gpu
 
 N = 5000  # the Gram matrix serves up to 4096
 HALVES = (torch.float16, torch.bfloat16)
-# max_support 2, 256 and none; a tol that ends some runs early
+# the last ends one of two runs early
 OPTIONS: tuple[dict[str, Any], ...] = (
     {"max_support": 30},
     {"max_support": 1},
     {"max_iters": 0},
     {"max_support": 2},
     {"max_support": 256, "max_iters": 260},
-    {"max_iters": 40, "tol": 0.3},
+    {"max_iters": 40, "tol": 0.36},
 )
 
 
