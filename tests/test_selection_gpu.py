@@ -8,48 +8,13 @@ from typing import Any
 import hullkit
 import pytest
 import torch
+from _gpu import DTYPES, assert_same, equal_bits, problem, to, to_entry
 from hullkit import Status
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1, 1, 1), (3, 63, 129), (2, 200, 384), (2, 257, 151), (1, 1000, 63), (20, 40, 7))
-
-
-def problem(batch: int, n: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Clustered unit vectors, and queries near them."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(batch, 1, d, generator=generator)
-    pool = centres + 0.7 * torch.randn(batch, n, d, generator=generator)
-    query = centres[:, 0] + 0.7 * torch.randn(batch, d, generator=generator)
-    unit = torch.nn.functional.normalize
-    return unit(pool, dim=-1).to(dtype), unit(query, dim=-1).to(dtype)
-
-
-def to(value: Any, device: str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return type(value)(*(to(part, device) for part in value))
-    return value
-
-
-def assert_same(actual: Any, expected: Any, tolerance: float, name: str = "") -> None:
-    """Integers equal, numbers within tolerance."""
-    if isinstance(expected, tuple):
-        for field, a, e in zip(type(expected)._fields, actual, expected, strict=True):
-            assert_same(a, e, tolerance, f"{name}.{field}")
-    elif expected.dtype is torch.int64:
-        assert torch.equal(actual.cpu(), expected), name
-    else:
-        torch.testing.assert_close(actual.cpu(), expected, rtol=0.0, atol=tolerance, msg=name)
-
-
-def equal_bits(first: Any, second: Any) -> bool:
-    if isinstance(first, tuple):
-        return all(map(equal_bits, first, second))
-    return torch.equal(first, second)
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -151,10 +116,6 @@ def test_same_bits_in_any_batch_and_every_time() -> None:
     )
 
 
-def to_entry(value: Any, b: int) -> Any:
-    return type(value)(*(part[b] for part in value)) if isinstance(value, tuple) else value[b]
-
-
 def test_broken_entries_are_marked_and_alone() -> None:
     pool, query = problem(5, 40, 16, torch.float32)
     pool[0, 3, 2] = float("nan")
@@ -180,8 +141,8 @@ def test_broken_entries_are_marked_and_alone() -> None:
 
 def test_limits_are_named() -> None:
     pool = torch.randn(5000, 4, device="cuda")
-    with pytest.raises(NotImplementedError, match="pool: expected at most 4096 candidates"):
-        hullkit.select(pool, pool[0], 3)
+    with pytest.raises(NotImplementedError, match="expected a support of at most 4096 points"):
+        hullkit.select(pool, pool[0], 5000, max_iters=5000)
     with pytest.raises(NotImplementedError, match="k: expected at most 2048"):
         hullkit.knn(pool, pool[0], 3000)
 

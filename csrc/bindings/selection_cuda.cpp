@@ -1,4 +1,5 @@
 #include "bindings/arguments.h"
+#include "cuda/prompt.cuh"
 #include "hullkit/apportion.h"
 #include "hullkit/knn.h"
 #include "hullkit/lmo.h"
@@ -19,6 +20,7 @@ void bind_selection_cuda(py::module_& module) {
   module.def("lmo_workspace_bytes", &lmo_workspace_bytes);
   module.def("knn_workspace_bytes", &knn_workspace_bytes);
   module.def("gram_workspace_bytes", &gram_workspace_bytes);
+  module.def("corpus_workspace_bytes", &corpus_workspace_bytes);
   module.def("lmo_cuda", [](Handle pool, Handle direction, Handle lengths, Handle candidates, Handle index,
                             Handle value, int64_t workspace, int64_t stream) {
     const Problem problem(pool, direction, lengths, candidates);
@@ -31,16 +33,16 @@ void bind_selection_cuda(py::module_& module) {
     knn_cuda(problem.pool, problem.query, problem.vectors(indices), problem.vectors(values), pointer(workspace),
              pointer(stream));
   });
-  module.def("frank_wolfe_cuda",
-             [](Handle pool, Handle query, Handle lengths, Handle candidates, int64_t max_support, int64_t max_iters,
-                double tol, Handle indices, Handle weights, Handle support_size, Handle residual_norm, Handle dual_gap,
-                Handle num_iters, Handle status, int64_t workspace, int64_t stream) {
-               const Problem problem(pool, query, lengths, candidates);
-               const FrankWolfeResult result =
-                   problem.frank_wolfe(indices, weights, support_size, residual_norm, dual_gap, num_iters, status);
-               frank_wolfe_cuda(problem.pool, problem.query, {max_support, max_iters, tol}, result, pointer(workspace),
-                                pointer(stream));
-             });
+  module.def("frank_wolfe_cuda", [](Handle pool, Handle query, Handle lengths, Handle candidates, int64_t max_support,
+                                    int64_t max_iters, double tol, Handle indices, Handle weights, Handle support_size,
+                                    Handle residual_norm, Handle dual_gap, Handle num_iters, Handle status,
+                                    int64_t workspace, int64_t stream) {
+    const Problem problem(pool, query, lengths, candidates);
+    const FrankWolfeResult result =
+        problem.frank_wolfe(indices, weights, support_size, residual_norm, dual_gap, num_iters, status);
+    const auto run = problem.pool.positions() > kMaxOnDevice ? frank_wolfe_corpus_cuda : frank_wolfe_cuda;
+    run(problem.pool, problem.query, {max_support, max_iters, tol}, result, pointer(workspace), pointer(stream));
+  });
   module.def("select_cuda", [](Handle pool, Handle query, Handle lengths, Handle candidates, int64_t max_support,
                                int64_t max_iters, double tol, int64_t total, int64_t exchange_passes, Handle indices,
                                Handle weights, Handle support_size, Handle residual_norm, Handle dual_gap,

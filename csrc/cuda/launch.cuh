@@ -12,21 +12,25 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// Dynamic shared memory beyond what every kernel may have: more than 48 KiB must be asked for, and what a kernel
+// declares itself, here at most 8 KiB, counts too.
+template <typename... Parameters>
+void allow_shared(void (*kernel)(Parameters...), size_t shared) {
+  if (shared <= 40 * 1024) return;
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared)),
+             "CUDA shared memory");
+}
+
 // kernel<<<blocks, threads, shared, stream>>>(arguments...), nothing if there are no blocks.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, void* stream,
             Arguments... arguments) {
   if (blocks == 0) return;
-  const char* const name = "CUDA launch";
-  // More than 48 KiB must be asked for; what a kernel declares itself counts too, at most 8 KiB here.
-  if (shared > 40 * 1024) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared)),
-               name);
-  }
+  allow_shared(kernel, shared);
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(
       static_cast<Parameters>(arguments)...);
-  check_cuda(cudaGetLastError(), name);
+  check_cuda(cudaGetLastError(), "CUDA launch");
 }
 
 }  // namespace hullkit

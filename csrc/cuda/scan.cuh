@@ -1,5 +1,9 @@
-// One pass over every entry's candidates: products with its direction, as keys of which the least is wanted.
+// One pass over every entry's candidates: their products with directions. Blocks stay and take one tile of rows after
+// the other; chunks of the next are on their way while the products of the last are summed, so that memory never waits.
 #pragma once
+
+#include <cmath>
+#include <type_traits>
 
 #include "cuda/group.cuh"
 #include "cuda/launch.cuh"
@@ -7,59 +11,288 @@
 
 namespace hullkit {
 
-// 64 rows and 8 or 16 directions in a tile.
-template <typename E, int kColBlocks>
-using ScanTile = Tile<E, 4, 1, kColBlocks, 4, 128>;
-inline constexpr int kScanRows = 64;
-template <typename E, int kColBlocks>
-inline constexpr int kScanBytes = ScanTile<E, kColBlocks>::shared_bytes(kScanRows + ScanTile<E, kColBlocks>::kCols);
+// Directions that are multiplied with rows; of an entry `pieces` columns, which add up to it.
+template <typename C>
+struct Directions {
+  const C* data;
+  int64_t stride, piece_stride;
 
-inline int64_t scan_tiles(int64_t positions) { return (positions + kScanRows - 1) / kScanRows; }
+  __device__ const C* at(int64_t b, int piece) const { return data + b * stride + piece * piece_stride; }
+};
+
+// How a pass is laid out: `groups` of up to `group` entries, each with so many blocks, which take its tiles in turn.
+struct ScanPlan {
+  int64_t groups, blocks;
+  int group;
+  bool resident;  // all columns stay in shared memory, else they are loaded anew for every tile
+  size_t shared;
+};
+
+// Copies 16 bytes of elements to shared memory, zeros from the `left`th byte on. `from` is a multiple of `alignment`,
+// one of 2, 4, 8, 16, and is not read if left <= 0.
+template <typename E>
+__device__ void copy_piece(char* to, const char* from, int64_t left, int alignment) {
+  const int bytes = left <= 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
+  if (alignment == 16) {
+    ptx::copy_async_16(to, from, bytes);
+  } else if (sizeof(E) >= 4 || alignment >= 4) {
+#pragma unroll
+    for (int at = 0; at < 16; at += 4) ptx::copy_async_4(to + at, from + at, min(max(bytes - at, 0), 4));
+  } else {
+#pragma unroll
+    for (int e = 0; e < static_cast<int>(16 / sizeof(E)); ++e) {
+      const bool inside = e * static_cast<int>(sizeof(E)) < bytes;
+      reinterpret_cast<E*>(to)[e] = inside ? reinterpret_cast<const E*>(from)[e] : E{};
+    }
+  }
+}
+
+// The power of two, at most 16, that divides an address and all distances from it.
+template <typename E>
+__device__ int alignment_of(const E* data, int64_t stride, int64_t other_stride) {
+  const auto bits =
+      reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>((stride | other_stride) * sizeof(E)) | 16;
+  return static_cast<int>(bits & (~bits + 1));
+}
+
+// sums [kRowBlocks, kColBlocks], of 16 x 8 products each, += those of kUnits units of the rows and columns that begin
+// at `rows` and `cols` in shared memory, kStride and kColStride bytes apart; of the first kBlocks blocks of rows.
+template <typename E, typename C, int kBlocks, int kUnits, int kStride, int kColStride, typename Sum, int kRowBlocks,
+          int kColBlocks>
+__device__ void multiply_chunk(const char* rows, const char* cols, Sum (&sums)[kRowBlocks][kColBlocks][4]) {
+  using Unit = typename Operand<E>::Unit;
+  using ColUnit = typename Operand<C>::Unit;
+  using Fragment = typename Operand<E>::Fragment;
+  constexpr int kDepth = 8;  // units of a product
+  constexpr int kUnitStride = kStride / sizeof(Unit), kColUnitStride = kColStride / sizeof(ColUnit);
+  const int lane = threadIdx.x % 32;
+  const Unit* const a_at = reinterpret_cast<const Unit*>(rows) + lane / 4 * kUnitStride + lane % 4;
+  const ColUnit* const b_at = reinterpret_cast<const ColUnit*>(cols) + lane / 4 * kColUnitStride + lane % 4;
+#pragma unroll
+  for (int step = 0; step < kUnits; step += kDepth) {
+    Fragment a[kBlocks][4], b[kColBlocks][2];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) a[i][e] = a_at[(i * 16 + e % 2 * 8) * kUnitStride + step + e / 2 * 4];
+    }
+#pragma unroll
+    for (int j = 0; j < kColBlocks; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) b[j][e] = b_at[j * 8 * kColUnitStride + step + e * 4];
+    }
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColBlocks; ++j) Operand<E>::multiply_add(sums[i][j], a[i], b[j]);
+    }
+  }
+}
+
+// Rows of E, columns of C; kPromptBlocks * 8 directions of kPieces columns each. Piece k of direction p is column p % 8
+// of block p / 8 * kPieces + k: a lane has all pieces of its directions.
+template <typename E, typename C, int kPromptBlocks, int kPieces>
+struct Scan {
+  using Unit = typename Operand<E>::Unit;
+  using ColUnit = typename Operand<C>::Unit;
+  using Sum = typename Operand<E>::Sum;
+  static_assert(std::is_same_v<typename Operand<E>::Fragment, typename Operand<C>::Fragment>, "");
+
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRowBlocks = 2, kColBlocks = kPromptBlocks * kPieces;
+  static constexpr int kRows = 16 * kRowBlocks * kWarps, kCols = 8 * kColBlocks;
+  static constexpr int kStages = 3;  // chunks of the rows in shared memory or on their way there
+  static constexpr int kChunk = 128, kColChunk = kChunk / sizeof(E) * sizeof(C);  // bytes of a row, of a column
+  static constexpr int kStride = kChunk + 4 * sizeof(Unit);  // padded: the lanes of a fragment hit all banks
+  static constexpr int kColStride = kColChunk + 4 * sizeof(ColUnit);
+  static constexpr int kRowBytes = kRows * kStride, kColBytes = kCols * kColStride;  // of a chunk
+  static constexpr int kRowsOfThread = kRows * (kChunk / 16) / kThreads;
+
+  static __host__ __device__ int chunks(int64_t dim) {
+    return static_cast<int>((dim * static_cast<int64_t>(sizeof(E)) + kChunk - 1) / kChunk);
+  }
+  static size_t shared_bytes(int64_t dim, bool resident) {
+    return size_t{kStages} * kRowBytes + static_cast<size_t>(resident ? chunks(dim) : kStages) * kColBytes;
+  }
+
+  const DevicePool<E>& pool;
+  const Directions<C>& directions;
+  const int64_t b0;  // the first entry
+  const int members;
+  const int alignment, direction_alignment;
+  const E* rows[kRowsOfThread];  // of which this thread copies; nullptr: zeros
+
+  __device__ Scan(const DevicePool<E>& pool, const Directions<C>& directions, int64_t b0, int members)
+      : pool(pool),
+        directions(directions),
+        b0(b0),
+        members(members),
+        alignment(alignment_of(pool.rows, pool.row_stride, pool.batch_stride)),
+        direction_alignment(alignment_of(directions.data, directions.stride, directions.piece_stride)) {}
+
+  __device__ static int64_t tile_count(int64_t size) { return (size + kRows - 1) / kRows; }
+
+  // The row of position i, as DevicePool::row.
+  __device__ int64_t row(int64_t i) const { return i < pool.size ? pool.row(b0, i) : DevicePool<E>::kNone; }
+
+  __device__ void aim(int64_t tile) {
+#pragma unroll
+    for (int k = 0; k < kRowsOfThread; ++k) {
+      const int64_t at = row(tile * kRows + copied_row(k));
+      rows[k] = at >= 0 ? pool.row_at(b0, at) : nullptr;
+    }
+  }
+
+  __device__ void load_rows(char* stage, int chunk) const {
+    if (alignment == 16) {  // asked once, not for every row
+      copy_rows(stage, chunk, 16);
+    } else {
+      copy_rows(stage, chunk, alignment);
+    }
+  }
+
+  __device__ void load_columns(char* stage, int chunk) const {
+    constexpr int kPiecesOfColumn = kColChunk / 16;
+    for (int t = threadIdx.x; t < kCols * kPiecesOfColumn; t += kThreads) {
+      const int col = t / kPiecesOfColumn, piece = t % kPiecesOfColumn * 16;
+      const int member = col / 8 / kPieces * 8 + col % 8;
+      const int64_t at = int64_t{chunk} * kColChunk + piece;
+      const int64_t left = member < members ? pool.dim * static_cast<int64_t>(sizeof(C)) - at : 0;
+      const C* const column = directions.at(left > 0 ? b0 + member : b0, col / 8 % kPieces);
+      copy_piece<C>(stage + col * kColStride + piece, reinterpret_cast<const char*>(column) + (left > 0 ? at : 0), left,
+                    direction_alignment);
+    }
+  }
+
+  // Calls visit(slot, member, position, value) for this lane's part of tiles first, first + blocks, ..., by rising
+  // position: the product of the direction of entry b0 + member < b0 + members with a candidate, times sign. -infinity:
+  // broken, or the product is not finite; infinity: no candidate. slot < 2 kPromptBlocks counts the lane's directions.
+  template <typename Visit>
+  __device__ void run(char* shared, const ScanPlan& plan, int64_t first, double sign, Visit&& visit) {
+    char* const columns = shared + kStages * kRowBytes;
+    const int chunk_count = chunks(pool.dim), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t tiles = tile_count(pool.size);
+    int64_t next_tile = first;
+    int next_chunk = 0;
+    const auto load_next = [&](int slot) {
+      if (next_tile < tiles) {
+        if (next_chunk == 0) aim(next_tile);
+        load_rows(shared + slot * kRowBytes, next_chunk);
+        if (!plan.resident) load_columns(columns + slot * kColBytes, next_chunk);
+        if (++next_chunk == chunk_count) {
+          next_chunk = 0;
+          next_tile += plan.blocks;
+        }
+      }
+      ptx::commit_copies();
+    };
+
+    if (plan.resident) {
+      for (int chunk = 0; chunk < chunk_count; ++chunk) load_columns(columns + chunk * kColBytes, chunk);
+    }
+    for (int slot = 0; slot < kStages - 1; ++slot) load_next(slot);
+    int slot = 0;
+    for (int64_t tile = first; tile < tiles; tile += plan.blocks) {
+      uint32_t valid = 0, broken = 0;  // of this lane's rows
+#pragma unroll
+      for (int r = 0; r < 2 * kRowBlocks; ++r) {
+        const int64_t at = row(tile * kRows + summed_row(warp, lane, r));
+        valid |= static_cast<uint32_t>(at >= 0) << r;
+        broken |= static_cast<uint32_t>(at == DevicePool<E>::kBroken) << r;
+      }
+      Sum sums[kRowBlocks][kColBlocks][4] = {};
+      for (int chunk = 0; chunk < chunk_count; ++chunk) {
+        ptx::wait_copies<kStages - 2>();
+        __syncthreads();  // the chunk is there, and nobody reads the slot that is loaded next
+        load_next(slot == 0 ? kStages - 1 : slot - 1);
+        multiply_chunk<E, C, kRowBlocks, kChunk / static_cast<int>(sizeof(Unit)), kStride, kColStride>(
+            shared + slot * kRowBytes + warp * 16 * kRowBlocks * kStride,
+            columns + (plan.resident ? chunk : slot) * kColBytes, sums);
+        slot = slot == kStages - 1 ? 0 : slot + 1;
+      }
+#pragma unroll
+      for (int r = 0; r < 2 * kRowBlocks; ++r) {
+        const int64_t position = tile * kRows + summed_row(warp, lane, r);
+#pragma unroll
+        for (int s = 0; s < 2 * kPromptBlocks; ++s) {
+          const int member = s / 2 * 8 + lane % 4 * 2 + s % 2;
+          double sum = sums[r / 2][s / 2 * kPieces][r % 2 * 2 + s % 2];
+#pragma unroll
+          for (int k = 1; k < kPieces; ++k)
+            sum += static_cast<double>(sums[r / 2][s / 2 * kPieces + k][r % 2 * 2 + s % 2]);
+          const double product = isfinite(sum) ? sign * sum : -INFINITY;
+          const double value = valid >> r & 1 ? product : broken >> r & 1 ? -INFINITY : INFINITY;
+          if (member < members) visit(s, member, position, value);
+        }
+      }
+    }
+    ptx::wait_copies<0>();
+  }
+
+ private:
+  // Piece threadIdx.x % 8 of the rows aimed at.
+  __device__ void copy_rows(char* stage, int chunk, int alignment_of_rows) const {
+    const int piece = threadIdx.x % (kChunk / 16) * 16;
+    const int64_t at = int64_t{chunk} * kChunk + piece, left = pool.dim * static_cast<int64_t>(sizeof(E)) - at;
+#pragma unroll
+    for (int k = 0; k < kRowsOfThread; ++k) {
+      const bool inside = rows[k] != nullptr && left > 0;
+      const char* const from = reinterpret_cast<const char*>(inside ? rows[k] : pool.rows) + (inside ? at : 0);
+      copy_piece<E>(stage + copied_row(k) * kStride + piece, from, inside ? left : 0, alignment_of_rows);
+    }
+  }
+
+  // Of the rows of a tile, this thread's kth in copying, and this lane's rth in summing.
+  __device__ static int copied_row(int k) { return threadIdx.x / (kChunk / 16) + k * (kThreads / (kChunk / 16)); }
+  __device__ static int summed_row(int warp, int lane, int r) { return (warp * 2 * kRowBlocks + r) * 8 + lane / 4; }
+};
+
+__device__ inline uint64_t scan_key(double value) {
+  return value == -INFINITY ? kSmallestKey : value == INFINITY ? kLargestKey : key_of(value);
+}
 
 // Entries that share their candidates also share the pass, so many at a time; others take one each.
-inline int64_t scan_group(const PoolSpec& pool) {
+inline int scan_group(const PoolSpec& pool) {
   const bool shared = pool.rows.stride[0] == 0 && !pool.lengths.defined() && !pool.candidates.defined();
   return !shared ? 1 : pool.batch() <= 8 ? 8 : 16;
 }
 
-// Calls consume(b, tile, keys, count) in every block, for each of its directions: keys [kScanRows] in shared memory,
-// `count` of them. A key is that of sign * product; kSmallestKey: broken, kLargestKey: no candidate.
-template <typename E, int kColBlocks, typename Consume>
-__device__ void scan(const DevicePool<E>& pool, int64_t batch, int group, double sign, Consume&& consume) {
-  using T = ScanTile<E, kColBlocks>;
-  constexpr int kKeyStride = kScanRows + 1;
-  static_assert(T::kCols * kKeyStride * sizeof(uint64_t) <= kScanBytes<E, kColBlocks>, "keys reuse that memory");
-  static_assert(T::kRows * T::kThreads / 32 == kScanRows, "");
-  extern __shared__ __align__(16) char shared[];
-  __shared__ const E* sources[kScanRows + T::kCols];
-  __shared__ uint64_t states[kScanRows];  // kSmallestKey or kLargestKey where there is no row
+inline constexpr int64_t kScanRows = 128;
+inline constexpr int64_t kMaxScanBlocks = 1024;  // of a group
 
-  const int64_t groups = (batch + group - 1) / group;
-  const int64_t b0 = blockIdx.x % groups * group, tile_at = blockIdx.x / groups;
-  const int members = static_cast<int>(batch - b0 < group ? batch - b0 : group);
-  const int64_t first = tile_at * kScanRows;
-  const int count = static_cast<int>(pool.size - first < kScanRows ? pool.size - first : kScanRows);
-  for (int t = threadIdx.x; t < kScanRows + T::kCols; t += T::kThreads) {
-    if (t < kScanRows) {
-      const int64_t row = t < count ? pool.row(b0, first + t) : DevicePool<E>::kNone;
-      sources[t] = row >= 0 ? pool.row_at(b0, row) : nullptr;
-      states[t] = row == DevicePool<E>::kBroken ? kSmallestKey : kLargestKey;
-    } else {
-      sources[t] = t - kScanRows < members ? pool.query_at(b0 + t - kScanRows) : nullptr;
-    }
-  }
-  __syncthreads();
-  const int begin = threadIdx.x / 32 * T::kRows;  // this warp's rows
-  T tile;
-  tile.template run<kScanRows + T::kCols>(shared, sources, pool.aligned, pool.dim, begin, kScanRows, 1);
-  uint64_t* const keys = reinterpret_cast<uint64_t*>(shared);
-  tile.for_each([&](int i, int col, double sum) {
-    const int row = begin + i;
-    const uint64_t key = isfinite(sum) ? key_of(sign * sum) : kSmallestKey;
-    keys[col * kKeyStride + row] = sources[row] != nullptr ? key : states[row];
-  });
-  __syncthreads();
-  for (int member = 0; member < members; ++member) consume(b0 + member, tile_at, keys + member * kKeyStride, count);
+// Blocks of a group at most.
+inline int64_t scan_blocks(int64_t positions) {
+  const int64_t tiles = (positions + kScanRows - 1) / kScanRows;
+  return tiles < kMaxScanBlocks ? tiles : kMaxScanBlocks;
+}
+
+// A plan for `kernel`, which runs T, on the current device: as many blocks as it holds at a time.
+template <typename T, typename Kernel>
+ScanPlan plan_scan(Kernel kernel, const PoolSpec& pool) {
+  static_assert(T::kRows == kScanRows, "");
+  const auto attribute = [](cudaDeviceAttr which) {
+    int device = 0, value = 0;
+    check_cuda(cudaGetDevice(&device), "CUDA device");
+    check_cuda(cudaDeviceGetAttribute(&value, which, device), "CUDA device");
+    return int64_t{value};
+  };
+  ScanPlan plan;
+  plan.group = scan_group(pool);
+  plan.groups = (pool.batch() + plan.group - 1) / plan.group;
+  // Two blocks are to fit, with 2 KiB each for what else a kernel has in shared memory and what the device reserves.
+  const int64_t half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 2048;
+  plan.shared = T::shared_bytes(pool.dim(), true);
+  plan.resident = static_cast<int64_t>(plan.shared) <= half || T::chunks(pool.dim()) <= T::kStages;
+  if (!plan.resident) plan.shared = T::shared_bytes(pool.dim(), false);
+  allow_shared(kernel, plan.shared);
+  int of_processor = 0;
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, kernel, T::kThreads, plan.shared),
+             "CUDA occupancy");
+  const int64_t groups = plan.groups < 1 ? 1 : plan.groups;
+  const int64_t share = of_processor * attribute(cudaDevAttrMultiProcessorCount) / groups;
+  const int64_t most = scan_blocks(pool.positions());
+  plan.blocks = share < 4 ? 4 : share;  // of many groups, parts small enough to fill the last wave
+  if (plan.blocks > most) plan.blocks = most;
+  return plan;
 }
 
 }  // namespace hullkit

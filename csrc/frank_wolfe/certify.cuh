@@ -3,27 +3,9 @@
 
 #include "cuda/group.cuh"
 #include "cuda/tile.cuh"
-#include "hullkit/frank_wolfe.h"
+#include "frank_wolfe/output.cuh"
 
 namespace hullkit {
-
-struct FrankWolfeOutput {
-  explicit FrankWolfeOutput(const FrankWolfeResult& result)
-      : indices(static_cast<int64_t*>(result.indices.data)),
-        weights(static_cast<double*>(result.weights.data)),
-        support_size(static_cast<int64_t*>(result.support_size.data)),
-        residual_norm(static_cast<double*>(result.residual_norm.data)),
-        dual_gap(static_cast<double*>(result.dual_gap.data)),
-        num_iters(static_cast<int64_t*>(result.num_iters.data)),
-        status(static_cast<int64_t*>(result.status.data)),
-        width(result.indices.shape[1]) {}
-  int64_t* indices;
-  double* weights;
-  int64_t* support_size;
-  double *residual_norm, *dual_gap;
-  int64_t *num_iters, *status;
-  int64_t width;
-};
 
 inline constexpr int kNormBuffer = 512;
 
@@ -69,7 +51,7 @@ __device__ double iterate_distance_squared(int64_t dim, const E* vector, const S
     __syncthreads();
     for (int j = threadIdx.x % 32; j < kNormBuffer && begin + j < dim; j += 32) sum += support.buffer[j];
   }
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
   return sum;
 }
 

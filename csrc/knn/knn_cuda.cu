@@ -9,14 +9,17 @@ namespace {
 constexpr int kSorted = 4096;
 constexpr int kSortThreads = 1024;
 
-template <typename E, int kColBlocks>
-__global__ void __launch_bounds__(ScanTile<E, kColBlocks>::kThreads)
-    knn_kernel(const DevicePool<E> pool, int64_t batch, int group, Best* keys_out) {
-  scan<E, kColBlocks>(pool, batch, group, -1.0, [&](int64_t b, int64_t tile, const uint64_t* keys, int count) {
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      const int64_t position = tile * kScanRows + i;
-      keys_out[b * pool.size + position] = {keys[i], static_cast<uint32_t>(position), 0};
-    }
+template <typename E, int kPromptBlocks>
+__global__ void __launch_bounds__(Scan<E, E, kPromptBlocks, 1>::kThreads)
+    knn_kernel(const DevicePool<E> pool, const Directions<E> directions, int64_t batch, const ScanPlan plan,
+               Best* keys) {
+  extern __shared__ __align__(16) char shared[];
+  const int64_t b0 = blockIdx.x % plan.groups * plan.group;
+  const int members = static_cast<int>(batch - b0 < plan.group ? batch - b0 : plan.group);
+  Scan<E, E, kPromptBlocks, 1> scan(pool, directions, b0, members);
+  scan.run(shared, plan, blockIdx.x / plan.groups, -1.0, [&](int, int member, int64_t position, double value) {
+    if (position >= pool.size) return;
+    keys[(b0 + member) * pool.size + position] = {scan_key(value), static_cast<uint32_t>(position), 0};
   });
 }
 
@@ -79,21 +82,21 @@ int64_t knn_workspace_bytes(int64_t batch, int64_t positions, int64_t k) {
 
 void knn_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& values,
               void* workspace, void* stream) {
-  const int64_t batch = pool.batch(), group = scan_group(pool), k = indices.shape[1];
-  const int64_t blocks = scan_tiles(pool.positions()) * ((batch + group - 1) / group);
+  const int64_t batch = pool.batch(), k = indices.shape[1];
   Best* from = static_cast<Best*>(workspace);
   Best* to = from + batch * pool.positions();
   with_element(pool.rows.dtype, [&](auto element) {
     using E = decltype(element);
     const DevicePool<E> device_pool(pool, query);
-    const auto run = [&](auto kernel, size_t shared) {
-      launch(kernel, blocks, ScanTile<E, 1>::kThreads, shared, stream, device_pool, batch, static_cast<int>(group),
-             from);
+    const Directions<E> directions{device_pool.query, device_pool.query_stride, 0};
+    const auto run = [&](auto kernel, const ScanPlan& plan) {
+      launch(kernel, plan.groups * plan.blocks, Scan<E, E, 1, 1>::kThreads, plan.shared, stream, device_pool,
+             directions, batch, plan, from);
     };
-    if (group == 16) {
-      run(knn_kernel<E, 2>, kScanBytes<E, 2>);
+    if (scan_group(pool) > 8) {
+      run(knn_kernel<E, 2>, plan_scan<Scan<E, E, 2, 1>>(knn_kernel<E, 2>, pool));
     } else {
-      run(knn_kernel<E, 1>, kScanBytes<E, 1>);
+      run(knn_kernel<E, 1>, plan_scan<Scan<E, E, 1, 1>>(knn_kernel<E, 1>, pool));
     }
   });
   int64_t size = pool.positions();

@@ -1,5 +1,7 @@
+#include "cuda/prompt.cuh"
 #include "frank_wolfe/certify.cuh"
 #include "frank_wolfe/frank_wolfe_cuda.h"
+#include "hullkit/round_multiplicities.h"
 #include "hullkit/select.h"
 #include "rounding/round.cuh"
 
@@ -28,6 +30,12 @@ __global__ void __launch_bounds__(kRoundThreads)
 void select_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params, int64_t total,
                  int64_t exchange_passes, const FrankWolfeResult& result, const TensorView& counts, void* workspace,
                  void* stream) {
+  if (pool.positions() > kMaxOnDevice) {
+    frank_wolfe_corpus_cuda(pool, query, params, result, workspace, stream);
+    round_multiplicities_cuda(pool, query, result.indices, result.weights, total, exchange_passes, counts, workspace,
+                              stream);
+    return;
+  }
   double* const gram = static_cast<double*>(workspace);
   const int64_t batch = pool.batch(), n = pool.positions(), step = gram_batch(batch, n);
   const Supports supports(gram, n, true, n, result.indices, result.weights, total, exchange_passes, counts);

@@ -53,7 +53,7 @@ round_multiplicities_cpu = _kernel(_core.round_multiplicities_cpu)
 apportion_cpu = _kernel(_core.apportion_cpu)
 
 
-MAX_ON_DEVICE = 4096  # candidates of a prompt, points of a support
+MAX_ON_DEVICE = 4096  # candidates of a prompt with a Gram matrix, points of a support
 _MAX_K = 2048  # of knn over more than that
 
 
@@ -108,16 +108,30 @@ def _knn_bytes(
     return _core.knn_workspace_bytes(batch, size, k)
 
 
-def _gram_bytes(
-    pool: Tensor, query: Tensor, lengths: Tensor | None, candidates: Tensor | None, *_: Any
+def _frank_wolfe_bytes(
+    pool: Tensor,
+    query: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    max_support: int,
+    max_iters: int,
+    tol: float,
+    indices: Tensor,
+    *_: Any,
 ) -> int:
     batch, size = _sizes(pool, query, candidates)
     if size > MAX_ON_DEVICE:
-        raise NotImplementedError(
-            f"pool: expected at most {MAX_ON_DEVICE} candidates for each query on a CUDA device, "
-            f"got {size}. Pass candidates=hullkit.knn(...).indices, or move the inputs with .cpu()"
-        )
+        return _core.corpus_workspace_bytes(batch, size, pool.shape[-1], indices.shape[-1])
     return _core.gram_workspace_bytes(batch, size)
+
+
+def _select_bytes(*arguments: Any) -> int:
+    """As frank_wolfe without `total` and `exchange_passes`; a support may be rounded after it."""
+    pool, query, _, candidates = arguments[:4]
+    size = _frank_wolfe_bytes(*arguments[:7], *arguments[9:])
+    if _sizes(pool, query, candidates)[1] > MAX_ON_DEVICE:
+        size = max(size, _rounding_bytes(pool, query, arguments[9]))
+    return size
 
 
 def _rounding_bytes(pool: Tensor, query: Tensor, indices: Tensor, *_: Any) -> int:
@@ -132,8 +146,8 @@ def _rounding_bytes(pool: Tensor, query: Tensor, indices: Tensor, *_: Any) -> in
 
 lmo_cuda = _cuda_kernel("lmo_cuda", _lmo_bytes)
 knn_cuda = _cuda_kernel("knn_cuda", _knn_bytes)
-frank_wolfe_cuda = _cuda_kernel("frank_wolfe_cuda", _gram_bytes)
-select_cuda = _cuda_kernel("select_cuda", _gram_bytes)
+frank_wolfe_cuda = _cuda_kernel("frank_wolfe_cuda", _frank_wolfe_bytes)
+select_cuda = _cuda_kernel("select_cuda", _select_bytes)
 round_multiplicities_cuda = _cuda_kernel("round_multiplicities_cuda", _rounding_bytes)
 apportion_cuda = _cuda_kernel("apportion_cuda", lambda *_: 0)
 

@@ -97,7 +97,7 @@ def lmo(
     order that depends on d alone: the same query gives the same bits in any batch and with any
     number of threads. CUDA calls go to the current stream, never wait for it, and can be captured.
     Cost: B n d multiply-adds; on CUDA one pass over a shared pool for every 16 directions.
-    Workspace there: 16 bytes for every 128 candidates of a query.
+    Workspace there: 16 bytes for every 128 candidates of a query, at most 16 KiB.
     """
     problem = check_pool_query(pool, direction, lengths, candidates, query_name="direction")
     check_device("lmo", problem.pool, backend)
@@ -177,14 +177,22 @@ def frank_wolfe(
         Without the leading B for an unbatched call.
     Raises:
         As :func:`lmo`, but a broken entry on a CUDA device gets status BROKEN, indices -1 and NaN
-        certificates; ValueError for options out of range; NotImplementedError on CUDA for n > 4096.
+        certificates; ValueError for options out of range.
 
     Numerics: inner products as in :func:`lmo`, everything after them in float64; residual_norm and
     dual_gap are recomputed from the input at the end. float64 input follows the oracle's path.
     Cost: O(n d) for each vertex touched (a column of the pool's Gram matrix, computed once), O(n)
     for each iteration. Memory: at most 2 n S values for each query in flight (one a thread).
-    On CUDA the whole Gram matrix is computed, on tensor cores, and the dual gap recomputed from it;
-    workspace: 8 (n + 1)^2 bytes a query, in pieces of at most 512 MiB (or one query).
+    On CUDA with n <= 4096 the whole Gram matrix is computed, on tensor cores, and the dual gap
+    recomputed from it; workspace: 8 (n + 1)^2 bytes a query, in pieces of at most 512 MiB (or one
+    query). With more candidates, up to a whole corpus, nothing grows with B n: every iteration is
+    one pass over the pool, for up to 16 queries that share it without lengths or candidates, else
+    for one; `num_iters + 2` passes in all (of the query with the most; one more if it stalled), and
+    `max_iters + 2` launches of them, which end at once where no query needs them. Workspace: about
+    16 (d + S) bytes a query, and at most 16 KiB more. There float32 rows meet the residual in float64, so float32 input
+    follows the float64 oracle's path on the same values; halves meet it rounded to 22 (float16) or
+    24 bits (bfloat16) and sum in float32, so a vertex is the best to within about
+    2^-21 ||residual|| max ||pool_i||, and so is the dual gap. Steps and norms are float64.
     Source: Jaggi 2013; HullFT, arXiv 2605.30337.
     """
     problem = check_pool_query(pool, query, lengths, candidates)
@@ -238,7 +246,8 @@ def select(
     """A multiset of `total` training sequences for each prompt, in one call.
 
     method="hull": :func:`frank_wolfe`, then :func:`hullkit.round_multiplicities` (HullFT), to the
-    same bits; the Gram matrix of the support is not computed a second time.
+    same bits; the Gram matrix of the support is not computed a second time where the Gram matrix of
+    the pool is at hand (CPU; CUDA with n <= 4096).
     method="knn": the `total` nearest, one update each; max_support, max_iters, tol and
     exchange_passes do not apply and must be left alone.
 
@@ -251,7 +260,7 @@ def select(
         Multiset(indices, counts, rows, result): `rows[b, j]` is the pool row to train on
         `counts[b, j]` times, in this order; without the leading B for an unbatched call.
     Raises:
-        As the functions it calls.
+        As the functions it calls: on CUDA NotImplementedError for n > 4096 with S > 4096.
     """
     check_choice("method", method, ("hull", "knn"))
     check_total(total)

@@ -48,4 +48,15 @@ void frank_wolfe_cuda(const PoolSpec& pool, const TensorView& query, const Frank
                       const FrankWolfeResult& result, void* workspace, void* stream);
 int64_t gram_workspace_bytes(int64_t batch, int64_t positions);  // (n + 1)^2 float64 an entry, at most 512 MiB or one
 
+// The same on a GPU for any number of candidates, without a Gram matrix: every iteration is one pass over the pool for
+// up to 16 prompts that share it, without lengths or candidates, or for one prompt; max_iters + 2 passes are launched,
+// and those that none of their prompts needs end at once. Products with float64 and float32 rows are those of the
+// float64 residual, in float64; with halves, those of the residual rounded to 22 (float16) or 24 bits (bfloat16), in
+// float32. So a vertex is best to within 2^-21 (2^-23) ||residual|| max_i ||pool_i||, and the sum's own rounding; the
+// steps, the stopping tests, the weights and the residual norm are float64 in every case. Entries of the workspace grow
+// with B, not with B n: 16 (d + S) bytes each, and 16 KiB for parts of the LMO's answer.
+void frank_wolfe_corpus_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                             const FrankWolfeResult& result, void* workspace, void* stream);
+int64_t corpus_workspace_bytes(int64_t batch, int64_t positions, int64_t dim, int64_t width);  // width = S
+
 }  // namespace hullkit

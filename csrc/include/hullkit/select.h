@@ -10,7 +10,8 @@ namespace hullkit {
 void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params, int64_t total,
                 int64_t exchange_passes, const FrankWolfeResult& result, const TensorView& counts, int num_threads);
 
-// The same on a GPU; see frank_wolfe.h.
+// The same on a GPU; see frank_wolfe.h. More than 4096 candidates: workspace for frank_wolfe_corpus_cuda and for
+// round_multiplicities_cuda of the support, one after the other.
 void select_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params, int64_t total,
                  int64_t exchange_passes, const FrankWolfeResult& result, const TensorView& counts, void* workspace,
                  void* stream);

@@ -1,0 +1,49 @@
+"""What the tests of the CUDA kernels share: problems, and comparisons of results field by field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def problem(batch: int, n: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Clustered unit vectors, and queries near them."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(batch, 1, d, generator=generator)
+    pool = centres + 0.7 * torch.randn(batch, n, d, generator=generator)
+    query = centres[:, 0] + 0.7 * torch.randn(batch, d, generator=generator)
+    unit = torch.nn.functional.normalize
+    return unit(pool, dim=-1).to(dtype), unit(query, dim=-1).to(dtype)
+
+
+def to(value: Any, device: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return type(value)(*(to(part, device) for part in value))
+    return value
+
+
+def to_entry(value: Any, b: int) -> Any:
+    return type(value)(*(part[b] for part in value)) if isinstance(value, tuple) else value[b]
+
+
+def assert_same(actual: Any, expected: Any, tolerance: float, name: str = "") -> None:
+    """Integers equal, numbers within tolerance."""
+    if isinstance(expected, tuple):
+        for field, a, e in zip(type(expected)._fields, actual, expected, strict=True):
+            assert_same(a, e, tolerance, f"{name}.{field}")
+    elif expected.dtype is torch.int64:
+        assert torch.equal(actual.cpu(), expected), name
+    else:
+        torch.testing.assert_close(actual.cpu(), expected, rtol=0.0, atol=tolerance, msg=name)
+
+
+def equal_bits(first: Any, second: Any) -> bool:
+    if isinstance(first, tuple):
+        return all(map(equal_bits, first, second))
+    return torch.equal(first, second)
