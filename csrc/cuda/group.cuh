@@ -67,15 +67,30 @@ class Contest {
       : set_(ptx::shared_address(places->of_warps[0])), other_set_(ptx::shared_address(places->of_warps[1])) {}
 
   // The least key among all threads, the lowest index on a tie; all get the answer.
-  __device__ Best least(const Best& best) { return least_of_winners(best, is_warp_least(best)); }
+  __device__ Best least(const Best& best) {
+    const uint32_t set = meet(best, is_warp_least(best));
+    if (warps() <= 2) {
+      const Best first = read(set, 0), last = read(set, warps() - 1);
+      return precedes(last, first) ? last : first;
+    }
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const Best mine = lane < warps() ? read(set, lane) : no_best();
+    return read(set, __ffs(static_cast<int>(__ballot_sync(kAllLanes, is_warp_least(mine)))) - 1);
+  }
 
-  // The least of what every warp agrees on already.
-  __device__ uint32_t least_of_warps(uint32_t value) {
-    return least_of_winners({value, value, 0}, threadIdx.x % 32 == 0).index;
+  // The least number among all threads; all get it.
+  __device__ uint32_t least(uint32_t value) {
+    value = __reduce_min_sync(kAllLanes, value);
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const uint32_t set = meet({0, value, 0}, lane == 0);
+    return __reduce_min_sync(kAllLanes, lane < warps() ? read(set, lane).index : value);
   }
 
  private:
-  __device__ Best least_of_winners(const Best& best, bool winner) {
+  __device__ static int warps() { return static_cast<int>(blockDim.x / 32); }
+
+  // Every warp's winner leaves what it has in the set that is the answer.
+  __device__ uint32_t meet(const Best& best, bool winner) {
     const uint32_t set = set_;
     set_ = other_set_;
     other_set_ = set;
@@ -83,15 +98,7 @@ class Contest {
                             {static_cast<uint32_t>(best.key), static_cast<uint32_t>(best.key >> 32), best.index,
                              best.note});
     __syncthreads();
-    const int warps = static_cast<int>(blockDim.x / 32);
-    if (warps <= 2) {
-      const Best first = read(set, 0), last = read(set, warps - 1);
-      return precedes(last, first) ? last : first;
-    }
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const Best mine = lane < warps ? read(set, lane) : no_best();
-    const int least = __ffs(static_cast<int>(__ballot_sync(kAllLanes, is_warp_least(mine)))) - 1;
-    return read(set, least);
+    return set;
   }
 
   __device__ static uint32_t place(uint32_t set, int warp) { return set + warp * static_cast<uint32_t>(sizeof(Best)); }

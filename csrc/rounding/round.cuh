@@ -4,6 +4,7 @@
 
 #include "cuda/group.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/prompt.cuh"
 #include "rounding/quotas.cuh"
 #include "rounding/rounding.h"
 #include "rounding/rounding_cuda.h"
@@ -106,14 +107,11 @@ class DeviceRounding {
     return true;
   }
 
-  // slope += units * G_i, of this thread's points.
-  __device__ void add_to_slope(int i, double units) {
-    for (int j = threadIdx.x; j < size_; j += blockDim.x) slope_[j] += units * product(i, j);
-  }
-
   __device__ void move(int i, int64_t units) {
-    add_to_slope(i, static_cast<double>(units));
-    if (i % blockDim.x == threadIdx.x) counts_[i] += units;
+    for (int j = threadIdx.x; j < size_; j += blockDim.x) {
+      slope_[j] += static_cast<double>(units) * product(i, j);
+      if (j == i) counts_[i] += units;
+    }
   }
 
   __device__ void complete() {
@@ -139,54 +137,64 @@ class DeviceRounding {
     }
   }
 
-  // One pass; false if it moved nothing. A position of the pass is i * size + j, i the donor.
+  // Where a pass has come to: donor i, receiver j.
+  __device__ static uint32_t position(int i, int j) { return static_cast<uint32_t>(i) << kIndexBits | j; }
+
+  // One pass; false if it moved nothing.
   __device__ bool exchange() {
     const double threshold = -kMinImprovement * total_ * total_;
     __syncthreads();
     list_donors();
-    const uint32_t end = static_cast<uint32_t>(size_) * size_;
     uint32_t at = 0;
     int turn = 0;  // of donors
     bool moved = false;
     while (true) {
       __syncthreads();
-      while (turn < num_donors_ && donors_[turn] < static_cast<int>(at / size_)) ++turn;
-      at = next_exchange(turn, at, end, threshold);
-      if (at >= end) return moved;
-      const int i = static_cast<int>(at / size_), j = static_cast<int>(at % size_);
-      move(i, -1);
-      move(j, 1);
+      const int donor = static_cast<int>(at >> kIndexBits);
+      while (turn < num_donors_ && donors_[turn] < donor) ++turn;
+      at = next_exchange(turn, at, threshold);
+      if (at == kNowhere) return moved;
+      move(static_cast<int>(at >> kIndexBits), -1);
+      move(static_cast<int>(at % (1u << kIndexBits)), 1);
       moved = true;
       ++at;
     }
   }
 
-  // The first position >= from whose exchange is an improvement, `end` if there is none. Donors from the `turn`-th on
-  // are dealt out to the warps.
-  __device__ uint32_t next_exchange(int turn, uint32_t from, uint32_t end, double threshold) {
-    constexpr int kDonors = 8;  // of a warp, until all look at what the others have found
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int begin = turn; begin < num_donors_; begin += warps * kDonors) {
-      uint32_t first = end;
-      for (int d = begin + warp; d < min(num_donors_, begin + warps * kDonors) && first == end; d += warps) {
-        const int i = donors_[d];
-        if (counts_[i] == 0) continue;
-        const double own = diagonal_[i] - 2.0 * slope_[i];
-        for (int j0 = 0; j0 < size_ && first == end; j0 += 32) {
-          const int j = j0 + lane;
-          bool better = false;
-          if (j < size_ && j != i && static_cast<uint32_t>(i * size_ + j) >= from) {
-            better = 2.0 * slope_[j] + diagonal_[j] - 2.0 * product(i, j) + own < threshold;
-          }
-          const uint32_t lanes = __ballot_sync(kAllLanes, better);
-          if (lanes != 0) first = static_cast<uint32_t>(i * size_ + j0 + __ffs(static_cast<int>(lanes)) - 1);
+  // The first position >= from whose exchange is an improvement. Pairs of a donor, from the `turn`-th on, and a receiver
+  // are dealt out to the threads, kPairs at a time until one of them is found.
+  __device__ uint32_t next_exchange(int turn, uint32_t from, double threshold) {
+    constexpr int kPairs = 4;
+    const int threads = static_cast<int>(blockDim.x), down = threads / size_, right = threads % size_;
+    int d = turn + static_cast<int>(threadIdx.x) / size_, j = static_cast<int>(threadIdx.x) % size_;
+    for (int left = (num_donors_ - turn) * size_; left > 0; left -= kPairs * threads) {
+      uint32_t first = kNowhere;
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        if (d < num_donors_) {
+          const int i = donors_[d];
+          const double own = diagonal_[i] - 2.0 * slope_[i];
+          const double change = 2.0 * slope_[j] + diagonal_[j] - 2.0 * product(i, j) + own;
+          const uint32_t here = position(i, j);
+          // A donor has units at the start of the pass, and one left.
+          if (change < threshold && here >= from && j != i && counts_[i] > 0) first = min(first, here);
+        }
+        d += down;
+        j += right;
+        if (j >= size_) {
+          j -= size_;
+          ++d;
         }
       }
-      first = contest_.least_of_warps(first);
-      if (first < end) return first;
+      first = contest_.least(first);
+      if (first != kNowhere) return first;
     }
-    return end;
+    return kNowhere;
   }
+
+  static constexpr int kIndexBits = 12;
+  static_assert(kMaxOnDevice <= 1 << kIndexBits, "positions are packed");
+  static constexpr uint32_t kNowhere = ~0u;
 
   const double* gram_;  // of the entry, [n + 1, stride]
   int64_t stride_, query_at_;
