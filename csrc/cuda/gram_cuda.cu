@@ -9,8 +9,9 @@ namespace hullkit {
 namespace {
 
 constexpr int kWarps = 8;
-template <typename E>
-using GramTile = Tile<E, kWarps, 2, 4, 4, 128>;  // 32 x 32 products a warp
+// 32 x 32 products a warp, and as many stages as leave room for two blocks on a multiprocessor.
+template <typename E, int kOwn>
+using GramTile = Tile<E, kWarps, 2, 4, kOwn == 0 ? 4 : 3, 128>;
 
 // The matrix in blocks of 32 x 32, of which one of each pair that mirror each other is computed: for each of R rows of
 // blocks the one on the diagonal and the R / 2 to the right of it, round the edge and on from the left. So every row of
@@ -32,9 +33,9 @@ struct GramPlan {
 
 // kOwn: rows of blocks beside those of the columns, 0 if all offsets are in one group (the rows are the first columns).
 template <typename E, int kOwn>
-__global__ void __launch_bounds__(GramTile<E>::kThreads, 2)
+__global__ void __launch_bounds__(GramTile<E, kOwn>::kThreads, 2)
     gram_kernel(const DevicePool<E> pool, const GramPlan plan, int64_t first, double* gram, int64_t stride) {
-  using T = GramTile<E>;
+  using T = GramTile<E, kOwn>;
   static_assert(T::kRows == kBlock && T::kCols == kBlock, "blocks are mirrored");
   extern __shared__ __align__(16) char shared[];
   constexpr int kCount = (kOwn + kSharedBlocks) * kBlock;
@@ -79,7 +80,8 @@ __global__ void __launch_bounds__(GramTile<E>::kThreads, 2)
   __syncwarp();
   double* const out = gram + entry * n * stride;
   if (lane < cols) {
-    for (int i = 0; i < rows; ++i) out[(row * kBlock + i) * stride + col * kBlock + lane] = products[i * kStride + lane];
+    for (int i = 0; i < rows; ++i)
+      out[(row * kBlock + i) * stride + col * kBlock + lane] = products[i * kStride + lane];
   }
   if (row == col || lane >= rows) return;
   for (int j = 0; j < cols; ++j) out[(col * kBlock + j) * stride + row * kBlock + lane] = products[lane * kStride + j];
@@ -93,16 +95,22 @@ int64_t gram_workspace_bytes(int64_t batch, int64_t positions) {
 
 void gram_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& support, int64_t first, int64_t count,
                double* gram, void* stream) {
+  const GramPlan plan((support.defined() ? support.shape[1] : pool.positions()) + 1);  // and the query
   with_element(pool.rows.dtype, [&](auto element) {
     using E = decltype(element);
-    using T = GramTile<E>;
     const DevicePool<E> device_pool(pool, query, support);
-    const GramPlan plan(device_pool.size + 1);  // and the query
-    constexpr int kProductBytes = kWarps * kBlock * (kBlock + 1) * static_cast<int>(sizeof(double));
-    const int own = plan.groups > 1 ? 2 : 0;
-    launch(own == 0 ? gram_kernel<E, 0> : gram_kernel<E, 2>, plan.tiles * count, T::kThreads,
-           std::max(T::shared_bytes((own + kSharedBlocks) * kBlock), kProductBytes), stream, device_pool, plan, first,
-           gram, gram_stride(device_pool.size));
+    const auto run = [&](auto kernel, int threads, int stages) {
+      constexpr int kProductBytes = kWarps * kBlock * (kBlock + 1) * static_cast<int>(sizeof(double));
+      launch(kernel, plan.tiles * count, threads, std::max(stages, kProductBytes), stream, device_pool, plan, first,
+             gram, gram_stride(device_pool.size));
+    };
+    if (plan.groups == 1) {
+      using T = GramTile<E, 0>;
+      run(gram_kernel<E, 0>, T::kThreads, T::shared_bytes(kSharedBlocks * kBlock));
+    } else {
+      using T = GramTile<E, 2>;
+      run(gram_kernel<E, 2>, T::kThreads, T::shared_bytes((2 + kSharedBlocks) * kBlock));
+    }
   });
 }
 

@@ -94,9 +94,9 @@ class Contest {
     const uint32_t set = set_;
     set_ = other_set_;
     other_set_ = set;
-    ptx::store_shared_16_if(winner, place(set, threadIdx.x / 32),
-                            {static_cast<uint32_t>(best.key), static_cast<uint32_t>(best.key >> 32), best.index,
-                             best.note});
+    ptx::store_shared_16_if(
+        winner, place(set, threadIdx.x / 32),
+        {static_cast<uint32_t>(best.key), static_cast<uint32_t>(best.key >> 32), best.index, best.note});
     __syncthreads();
     return set;
   }

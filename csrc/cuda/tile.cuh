@@ -53,9 +53,9 @@ struct Tile {
 
   Sum sums[kRowBlocks][kColBlocks][4] = {};
 
-  // Sums this warp's products: of kRows rows from `row` on with kCols from `col` on, among those that `sources` [kCount]
-  // points to (nullptr: zeros; aligned: to 16 bytes). row_blocks: how many of its rows of blocks, 0, 1 or all. All
-  // threads of the block call this; shared memory is free again when it returns.
+  // Sums this warp's products: of kRows rows from `row` on with kCols from `col` on, among those that `sources`
+  // [kCount] points to (nullptr: zeros; aligned: to 16 bytes). row_blocks: how many of its rows of blocks, 0, 1 or all.
+  // All threads of the block call this; shared memory is free again when it returns.
   template <int kCount>
   __device__ void run(char* shared, const E* const* sources, bool aligned, int64_t dim, int row, int col,
                       int row_blocks) {
@@ -172,7 +172,8 @@ struct Tile {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
           const char* const from = rows + at + i * 16 * kChunk + u * sizeof(Unit);
-          const Two upper = *reinterpret_cast<const Two*>(from), lower = *reinterpret_cast<const Two*>(from + 8 * kChunk);
+          const Two upper = *reinterpret_cast<const Two*>(from),
+                    lower = *reinterpret_cast<const Two*>(from + 8 * kChunk);
           const Fragment a_units[4] = {upper.units[0], lower.units[0], upper.units[1], lower.units[1]};
 #pragma unroll
           for (int j = 0; j < kColBlocks; ++j) {

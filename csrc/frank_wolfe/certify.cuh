@@ -12,7 +12,7 @@ inline constexpr int kNormBuffer = 512;
 // A support in shared memory, and room to measure distances from its iterate.
 template <typename E>
 struct SupportState {
-  double* buffer;  // [kNormBuffer]
+  double* buffer;   // [kNormBuffer]
   double* weights;  // [width], and so on
   double* unsorted_weights;
   const E** rows;

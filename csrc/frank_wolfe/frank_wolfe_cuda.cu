@@ -62,7 +62,7 @@ struct Run {
   Contest contest;
 
   double base[kPerThread], scores[kPerThread], weights[kPerThread];
-  double column[kPerThread];  // of the vertex
+  double column[kPerThread];        // of the vertex
   const char* columns[kPerThread];  // in row 0 of the Gram matrix
   uint32_t valid, touched;          // bit k: this thread's k-th candidate
   double query_squared, query_iterate, iterate_squared;
@@ -127,8 +127,8 @@ struct Run {
         }
       }
     }
-    const Best best = contest.least(
-        {key_of(-value[0]), static_cast<uint32_t>(candidate(place[0])), touched >> place[0] & 1});
+    const Best best =
+        contest.least({key_of(-value[0]), static_cast<uint32_t>(candidate(place[0])), touched >> place[0] & 1});
     vertex = static_cast<int>(best.index);
     vertex_touched = best.note != 0;
     const uint32_t row = static_cast<uint32_t>(vertex) * static_cast<uint32_t>(stride * sizeof(double));
@@ -295,7 +295,8 @@ void frank_wolfe_on_gram(const PoolSpec& pool, const TensorView& query, const Fr
     const int64_t n = device_pool.size;
     const bool few = n <= kMaxWithFew;
     const auto kernel = few ? frank_wolfe_kernel<E, kFew> : frank_wolfe_kernel<E, kMany>;
-    const size_t shared = sizeof(Contest::Places) + 2 * sizeof(double) * n + SupportState<E>::bytes(result.indices.shape[1]);
+    const size_t shared =
+        sizeof(Contest::Places) + 2 * sizeof(double) * n + SupportState<E>::bytes(result.indices.shape[1]);
     launch(kernel, count, threads_for(n, few ? kFew : kMany), shared, stream, device_pool, params, first, gram,
            gram_stride(n), FrankWolfeOutput(result));
   });

@@ -161,8 +161,8 @@ class DeviceRounding {
     }
   }
 
-  // The first position >= from whose exchange is an improvement. Pairs of a donor, from the `turn`-th on, and a receiver
-  // are dealt out to the threads, kPairs at a time until one of them is found.
+  // The first position >= from whose exchange is an improvement. Pairs of a donor, from the `turn`-th on, and a
+  // receiver are dealt out to the threads, kPairs at a time until one of them is found.
   __device__ uint32_t next_exchange(int turn, uint32_t from, double threshold) {
     constexpr int kPairs = 4;
     const int threads = static_cast<int>(blockDim.x), down = threads / size_, right = threads % size_;

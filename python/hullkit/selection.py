@@ -183,16 +183,18 @@ def frank_wolfe(
     dual_gap are recomputed from the input at the end. float64 input follows the oracle's path.
     Cost: O(n d) for each vertex touched (a column of the pool's Gram matrix, computed once), O(n)
     for each iteration. Memory: at most 2 n S values for each query in flight (one a thread).
-    On CUDA with n <= 4096 the whole Gram matrix is computed, on tensor cores, and the dual gap
-    recomputed from it; workspace: 8 (n + 1)^2 bytes a query, in pieces of at most 512 MiB (or one
+    On CUDA with n <= 4096 the whole Gram matrix is computed, on tensor cores, and certificates come
+    from it and the weights (the residual_norm of half types, and where it is below 1e-3 ||query||,
+    from the input); workspace: 8 (n + 1)^2 bytes a query, in pieces of at most 512 MiB (or one
     query). With more candidates, up to a whole corpus, nothing grows with B n: every iteration is
     one pass over the pool, for up to 16 queries that share it without lengths or candidates, else
     for one; `num_iters + 2` passes in all (of the query with the most; one more if it stalled), and
     `max_iters + 2` launches of them, which end at once where no query needs them. Workspace: about
-    16 (d + S) bytes a query, and at most 16 KiB more. There float32 rows meet the residual in float64, so float32 input
-    follows the float64 oracle's path on the same values; halves meet it rounded to 22 (float16) or
-    24 bits (bfloat16) and sum in float32, so a vertex is the best to within about
-    2^-21 ||residual|| max ||pool_i||, and so is the dual gap. Steps and norms are float64.
+    16 (d + S) bytes a query, and at most 16 KiB more. There float32 rows meet the residual in
+    float64, so float32 input follows the float64 oracle's path on the same values; halves meet it
+    rounded to 22 (float16) or 24 bits (bfloat16) and sum in float32, so a vertex is the best to
+    within about 2^-21 ||residual|| max ||pool_i||, and so is the dual gap. Steps and norms are
+    float64.
     Source: Jaggi 2013; HullFT, arXiv 2605.30337.
     """
     problem = check_pool_query(pool, query, lengths, candidates)

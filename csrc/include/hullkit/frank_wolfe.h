@@ -42,8 +42,9 @@ void frank_wolfe_cpu(const PoolSpec& pool, const TensorView& query, const FrankW
                      const FrankWolfeResult& result, int num_threads);
 
 // The same on a GPU, for up to 4096 candidates: the Gram matrices of all prompts in one launch on tensor cores
-// (products and sums in float64, in float32 for half-precision input), their loops in a second. Residuals are
-// recomputed from the input, dual gaps from the Gram matrix. workspace: gram_workspace_bytes; the output is contiguous.
+// (products and sums in float64, in float32 for half-precision input), their loops in a second. Certificates are
+// recomputed from the weights and the Gram matrix, residuals of half-precision input and those below 1e-3 of the
+// query's length from the input itself. workspace: gram_workspace_bytes; the output is contiguous.
 void frank_wolfe_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                       const FrankWolfeResult& result, void* workspace, void* stream);
 int64_t gram_workspace_bytes(int64_t batch, int64_t positions);  // (n + 1)^2 float64 an entry, at most 512 MiB or one
