@@ -306,8 +306,9 @@ __global__ void __launch_bounds__(kStepThreads)
 }
 
 template <typename E>
-__global__ void __launch_bounds__(kStepThreads) certify_kernel(const DevicePool<E> pool, const Workspace workspace,
-                                                               int64_t width, int64_t partials, const FrankWolfeOutput out) {
+__global__ void __launch_bounds__(kStepThreads)
+    certify_kernel(const DevicePool<E> pool, const Workspace workspace, int64_t width, int64_t partials,
+                   const FrankWolfeOutput out) {
   const Best best = best_of(workspace.partial + blockIdx.x * partials, partials);
   Prompt<E>(pool, workspace, width, blockIdx.x).certify(best, out);
 }

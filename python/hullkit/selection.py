@@ -189,10 +189,11 @@ def frank_wolfe(
     one pass over the pool, for up to 16 queries that share it without lengths or candidates, else
     for one; `num_iters + 2` passes in all (of the query with the most; one more if it stalled), and
     `max_iters + 2` launches of them, which end at once where no query needs them. Workspace: about
-    16 (d + S) bytes a query, and at most 16 KiB more. There float32 rows meet the residual in float64, so float32 input
-    follows the float64 oracle's path on the same values; halves meet it rounded to 22 (float16) or
-    24 bits (bfloat16) and sum in float32, so a vertex is the best to within about
-    2^-21 ||residual|| max ||pool_i||, and so is the dual gap. Steps and norms are float64.
+    16 (d + S) bytes a query, and at most 16 KiB more. There float32 rows meet the residual in
+    float64, so float32 input follows the float64 oracle's path on the same values; halves meet it
+    rounded to 22 (float16) or 24 bits (bfloat16) and sum in float32, so a vertex is the best to
+    within about 2^-21 ||residual|| max ||pool_i||, and so is the dual gap. Steps and norms are
+    float64.
     Source: Jaggi 2013; HullFT, arXiv 2605.30337.
     """
     problem = check_pool_query(pool, query, lengths, candidates)
