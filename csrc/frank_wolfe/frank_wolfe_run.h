@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <string>
 #include <type_traits>
@@ -36,7 +35,7 @@ class FrankWolfeRun {
     if (support_full()) return Status::kMaxSupport;
     while (num_iters_ < params_.max_iters) {
       const double residual = refined(query_squared_ - 2.0 * query_iterate_ + iterate_squared_,
-                                      [this] { return distance_squared(query_, iterate()); });
+                                      [this] { return minus_iterate(query_).squared; });
       if (std::sqrt(std::max(residual, 0.0)) < params_.tol) return Status::kConverged;
       if (!step()) return Status::kStalled;
       if (support_full()) return Status::kMaxSupport;
@@ -72,9 +71,12 @@ class FrankWolfeRun {
       *result.weights.at<double>(b, t) = used ? weights_[order[t]] : 0.0;
     }
     *result.support_size.at<int64_t>(b) = static_cast<int64_t>(touched_.size());
-    const std::vector<double> x = iterate();
-    *result.residual_norm.at<double>(b) = std::sqrt(distance_squared(query_, x));
-    *result.dual_gap.at<double>(b) = dual_gap(x);
+    const Difference residual = minus_iterate(query_);
+    std::vector<T> scores(rows_.size());
+    rows_.dots(residual.vector.data(), scores.data(), num_threads_);
+    *result.residual_norm.at<double>(b) = std::sqrt(residual.squared);
+    *result.dual_gap.at<double>(b) =
+        static_cast<double>(*std::max_element(scores.begin(), scores.end())) - residual.iterate;
     *result.num_iters.at<int64_t>(b) = num_iters_;
     *result.status.at<int64_t>(b) = static_cast<int64_t>(status);
   }
@@ -100,10 +102,9 @@ class FrankWolfeRun {
     const int64_t n = rows_.size();
     std::vector<T> products(n);
     rows_.dots(query_, products.data(), num_threads_);
-    for (int64_t i = 0; i < n; ++i) {
-      if (!std::isfinite(products[i])) rows_.explain_not_finite(i, "query");
-      base_[i] = products[i];
-    }
+    const int64_t broken = first_not_finite(products.data(), n);
+    if (broken < n) rows_.explain_not_finite(broken, "query");
+    std::copy(products.begin(), products.end(), base_.begin());
     best_ = std::max_element(base_.begin(), base_.end()) - base_.begin();
     query_squared_ = squared_norm(query_);
     scale_squared_ = query_squared_;
@@ -131,7 +132,7 @@ class FrankWolfeRun {
     const double vertex_iterate = base_[vertex] - scores_[vertex];
     const double length_squared = refined(vertex_squared - 2.0 * vertex_iterate + iterate_squared_, [&] {
       std::vector<T> buffer(rows_.dim());
-      return distance_squared(rows_.row(vertex, buffer.data()), iterate());
+      return minus_iterate(rows_.row(vertex, buffer.data())).squared;
     });
     if (length_squared < kStalledSquaredNorm) return false;
     const double slope = scores_[vertex] - (query_iterate_ - iterate_squared_);
@@ -161,41 +162,40 @@ class FrankWolfeRun {
 
   // iterate [d] in float64.
   std::vector<double> iterate() const {
+    const SimdOps<T>& ops = simd().ops<T>();
     std::vector<double> sum(rows_.dim());
-    std::vector<T> buffer(rows_.dim());
-    for (size_t t = 0; t < touched_.size(); ++t) {
-      simd().ops<T>().add_scaled(sum.data(), rows_.row(touched_[t], buffer.data()), weights_[t], rows_.dim());
+    if (rows_.in_place()) {
+      std::vector<const T*> vertices;
+      for (const int64_t i : touched_) vertices.push_back(rows_.row(i, nullptr));
+      ops.add_scaled(sum.data(), vertices.data(), weights_.data(), static_cast<int64_t>(vertices.size()), rows_.dim());
+    } else {
+      std::vector<T> buffer(rows_.dim());
+      for (size_t t = 0; t < touched_.size(); ++t) {
+        const T* const vertex = rows_.row(touched_[t], buffer.data());
+        ops.add_scaled(sum.data(), &vertex, &weights_[t], 1, rows_.dim());
+      }
     }
     return sum;
   }
 
-  double distance_squared(const T* vector, const std::vector<double>& x) const {
-    double sum = 0.0;
-    for (int64_t j = 0; j < rows_.dim(); ++j) {
-      const double difference = static_cast<double>(vector[j]) - x[j];
-      sum += difference * difference;
-    }
-    return sum;
-  }
+  // A vector minus the iterate, from the vectors themselves.
+  struct Difference {
+    std::vector<T> vector;
+    double squared;  // its norm
+    double iterate;  // its product with the iterate
+  };
 
-  // max_i <residual, x_i> - <residual, x> at the iterate x, from the residual itself.
-  double dual_gap(const std::vector<double>& x) const {
-    std::vector<T> residual(rows_.dim());
-    double residual_iterate = 0.0;
-    for (int64_t j = 0; j < rows_.dim(); ++j) {
-      const double difference = static_cast<double>(query_[j]) - x[j];
-      residual[j] = static_cast<T>(difference);
-      residual_iterate += difference * x[j];
-    }
-    std::vector<T> products(rows_.size());
-    rows_.dots(residual.data(), products.data(), num_threads_);
-    return static_cast<double>(*std::max_element(products.begin(), products.end())) - residual_iterate;
+  Difference minus_iterate(const T* vector) const {
+    Difference difference{std::vector<T>(rows_.dim()), 0.0, 0.0};
+    difference.squared =
+        simd().ops<T>().subtract(vector, iterate().data(), rows_.dim(), difference.vector.data(), &difference.iterate);
+    return difference;
   }
 
   double squared_norm(const T* vector) const {
     T product;
     T* const out = &product;
-    simd().ops<T>().dots(&vector, 1, &vector, 1, rows_.dim(), &out);
+    simd().ops<T>().dots(&vector, 1, vector, 1, rows_.dim(), &out);
     return product;
   }
 
@@ -207,11 +207,8 @@ class FrankWolfeRun {
   }
 
   void check_column(int64_t i, const T* column) const {
-    int broken = 0;  // no branch on a single element: the compiler vectorises this
-    for (int64_t j = 0; j < rows_.size(); ++j) broken |= !(std::abs(column[j]) <= std::numeric_limits<T>::max());
-    for (int64_t j = 0; broken; ++j) {
-      if (!std::isfinite(column[j])) rows_.explain_not_finite(j, "candidate " + std::to_string(rows_.position(i)));
-    }
+    const int64_t j = first_not_finite(column, rows_.size());
+    if (j < rows_.size()) rows_.explain_not_finite(j, "candidate " + std::to_string(rows_.position(i)));
   }
 
   void touch(int64_t i) {

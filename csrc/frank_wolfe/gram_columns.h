@@ -22,16 +22,14 @@ class GramColumns {
         columns_(rows.size()),
         pending_(rows.size()),
         pending_sources_(rows.sources()),
-        place_(rows.size()) {
+        place_(rows.size()),
+        packed_(rows),
+        products_(kMaxDotVectors * rows.size()) {
     for (int64_t i = 0; i < rows.size(); ++i) pending_[i] = place_[i] = i;
-    for (int k = 0; k < kMaxDotVectors; ++k) {
-      vectors_[k].resize(rows.dim());
-      products_[k].resize(rows.size());
-    }
   }
 
   bool known(int64_t i) const { return columns_[i] != nullptr; }
-  const T* known_column(int64_t i) const { return columns_[i].get(); }
+  const T* known_column(int64_t i) const { return columns_[i]; }
 
   // [n], entry j is <row i, row j>. scores [n] rank the rows by how soon their columns may be wanted; at most
   // `later` more will be.
@@ -41,7 +39,7 @@ class GramColumns {
       const int64_t more = std::clamp<int64_t>(later, 0, kMaxDotVectors - 1);
       compute(wanted, 1 + likely_next(i, scores, wanted + 1, more));
     }
-    return columns_[i].get();
+    return columns_[i];
   }
 
  private:
@@ -63,16 +61,14 @@ class GramColumns {
   }
 
   void compute(const int64_t* wanted, int count) {
-    const T* vectors[kMaxDotVectors];
+    const int64_t n = rows_.size();
+    packed_.pack(wanted, count);
     T* products[kMaxDotVectors];
+    for (int k = 0; k < count; ++k) products[k] = products_.data() + k * n;
+    rows_.dots(pending_sources_.data(), static_cast<int64_t>(pending_.size()), packed_, products, num_threads_);
+    memory_.emplace_back(new T[count * n]);
     for (int k = 0; k < count; ++k) {
-      vectors[k] = rows_.row(wanted[k], vectors_[k].data());
-      products[k] = products_[k].data();
-    }
-    rows_.dots(pending_sources_.data(), static_cast<int64_t>(pending_.size()), vectors, count, products, num_threads_);
-    for (int k = 0; k < count; ++k) {
-      T* column = new T[rows_.size()];
-      columns_[wanted[k]].reset(column);
+      T* const column = columns_[wanted[k]] = memory_.back().get() + k * n;
       for (size_t t = 0; t < pending_.size(); ++t) column[pending_[t]] = products[k][t];
       for (const int64_t j : known_) column[j] = columns_[j][wanted[k]];
     }
@@ -92,13 +88,14 @@ class GramColumns {
 
   const PoolRows<T>& rows_;
   int num_threads_;
-  std::vector<std::unique_ptr<T[]>> columns_;
+  std::vector<T*> columns_;                   // null if unknown
+  std::vector<std::unique_ptr<T[]>> memory_;  // of the columns of one pass
   std::vector<int64_t> known_;
   std::vector<int64_t> pending_;  // rows without a column
   std::vector<const void*> pending_sources_;
   std::vector<int64_t> place_;  // of a row in pending_
-  std::vector<T> vectors_[kMaxDotVectors];
-  std::vector<T> products_[kMaxDotVectors];
+  PackedRows<T> packed_;
+  std::vector<T> products_;  // [kMaxDotVectors, n] of one pass
 };
 
 }  // namespace hullkit
