@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <type_traits>
@@ -82,6 +83,13 @@ class FrankWolfeRun {
   }
 
  private:
+  // What an iteration needs of a vertex: a Gram column is read once, however often the vertex is chosen.
+  struct Vertex {
+    double squared;        // its norm
+    const double* target;  // [n] X (query - vertex): the scores, were it the iterate
+  };
+  static constexpr int64_t kTargetsPerBlock = 8;  // memory is taken for so many at a time
+
   // Places in touched_ by falling weight, lowest index on a tie.
   std::vector<int64_t> by_weight() const {
     std::vector<int64_t> order(touched_.size());
@@ -108,29 +116,25 @@ class FrankWolfeRun {
     best_ = std::max_element(base_.begin(), base_.end()) - base_.begin();
     query_squared_ = squared_norm(query_);
     scale_squared_ = query_squared_;
-    touch(best_);
+    // A support of one takes no step, so nothing is asked of its vertex.
+    const Vertex nearest = params_.max_support > 1 ? examine(best_, base_.data()) : Vertex{0.0, nullptr};
+    touch(best_, nearest);
     weights_.back() = 1.0;
     query_iterate_ = base_[best_];
     if (support_full()) return;
-    const T* column = gram_.column(best_, base_.data(), params_.max_support - 2);
-    check_column(best_, column);
-    iterate_squared_ = column[best_];
+    iterate_squared_ = nearest.squared;
     scale_squared_ = std::max(scale_squared_, iterate_squared_);
-    best_ = simd().ops<T>().advance(scores_.data(), column, 1.0, base_.data(), n);
+    best_ = simd().advance(scores_.data(), nearest.target, 1.0, n);
   }
 
   // One LMO answer (already in best_), line search and move. False if the iterate is that vertex already.
   bool step() {
     const int64_t vertex = best_;
-    const bool last = slot_[vertex] < 0 && static_cast<int64_t>(touched_.size()) + 1 >= params_.max_support;
-    // The last vertex needs no column: nothing is scored after it.
-    const int64_t columns_after_this = params_.max_support - static_cast<int64_t>(touched_.size()) - 2;
-    const T* column = last && !gram_.known(vertex) ? nullptr : gram_.column(vertex, scores_.data(), columns_after_this);
-    if (column != nullptr && slot_[vertex] < 0) check_column(vertex, column);
-    const double vertex_squared = column != nullptr ? static_cast<double>(column[vertex]) : own_product(vertex);
-    scale_squared_ = std::max(scale_squared_, vertex_squared);
+    const bool fresh = slot_[vertex] < 0;
+    const Vertex known = fresh ? examine(vertex, scores_.data()) : vertices_[slot_[vertex]];
+    scale_squared_ = std::max(scale_squared_, known.squared);
     const double vertex_iterate = base_[vertex] - scores_[vertex];
-    const double length_squared = refined(vertex_squared - 2.0 * vertex_iterate + iterate_squared_, [&] {
+    const double length_squared = refined(known.squared - 2.0 * vertex_iterate + iterate_squared_, [&] {
       std::vector<T> buffer(rows_.dim());
       return minus_iterate(rows_.row(vertex, buffer.data())).squared;
     });
@@ -139,15 +143,13 @@ class FrankWolfeRun {
     const double step = std::min(std::max(slope / length_squared, 0.0), 1.0);
 
     const double keep = 1.0 - step;
-    if (slot_[vertex] < 0) touch(vertex);
-    for (double& weight : weights_) weight *= keep;
+    if (fresh) touch(vertex, known);
+    simd().scale(weights_.data(), keep, static_cast<int64_t>(weights_.size()));
     weights_[slot_[vertex]] += step;
     query_iterate_ = keep * query_iterate_ + step * base_[vertex];
     iterate_squared_ =
-        keep * keep * iterate_squared_ + 2.0 * step * keep * vertex_iterate + step * step * vertex_squared;
-    if (!last) {
-      best_ = simd().ops<T>().advance(scores_.data(), column, step, base_.data(), rows_.size());
-    }
+        keep * keep * iterate_squared_ + 2.0 * step * keep * vertex_iterate + step * step * known.squared;
+    if (!support_full()) best_ = simd().advance(scores_.data(), known.target, step, rows_.size());
     ++num_iters_;
     return true;
   }
@@ -206,15 +208,26 @@ class FrankWolfeRun {
     return product;
   }
 
-  void check_column(int64_t i, const T* column) const {
-    const int64_t j = first_not_finite(column, rows_.size());
-    if (j < rows_.size()) rows_.explain_not_finite(j, "candidate " + std::to_string(rows_.position(i)));
+  // What the loop needs of a vertex that was not touched before. scores [n] rank the others by how soon they may be.
+  Vertex examine(int64_t i, const double* scores) {
+    const int64_t n = rows_.size(), untouched = params_.max_support - static_cast<int64_t>(touched_.size());
+    // The last vertex needs no column: nothing is scored after it.
+    if (untouched == 1 && !gram_.known(i)) return {own_product(i), nullptr};
+    const T* const column = gram_.column(i, scores, untouched - 2);
+    const int64_t broken = first_not_finite(column, n);
+    if (broken < n) rows_.explain_not_finite(broken, "candidate " + std::to_string(rows_.position(i)));
+    const int64_t place = static_cast<int64_t>(touched_.size()) % kTargetsPerBlock;
+    if (place == 0) targets_.emplace_back(new double[kTargetsPerBlock * n]);
+    double* const target = targets_.back().get() + place * n;
+    for (int64_t j = 0; j < n; ++j) target[j] = base_[j] - static_cast<double>(column[j]);
+    return {static_cast<double>(column[i]), target};
   }
 
-  void touch(int64_t i) {
+  void touch(int64_t i, const Vertex& vertex) {
     slot_[i] = static_cast<int64_t>(touched_.size());
     touched_.push_back(i);
     weights_.push_back(0.0);
+    vertices_.push_back(vertex);
   }
 
   bool support_full() const { return static_cast<int64_t>(touched_.size()) >= params_.max_support; }
@@ -228,8 +241,10 @@ class FrankWolfeRun {
   std::vector<double> scores_;  // [n] X residual
   std::vector<int64_t> slot_;   // [n] place in touched_, -1 if untouched
   std::vector<int64_t> touched_;
-  std::vector<double> weights_;  // aligned with touched_
-  int64_t best_ = 0;             // the LMO's answer at the current iterate
+  std::vector<double> weights_;  // aligned with touched_, as vertices_ is
+  std::vector<Vertex> vertices_;
+  std::vector<std::unique_ptr<double[]>> targets_;  // [kTargetsPerBlock, n] each
+  int64_t best_ = 0;                                // the LMO's answer at the current iterate
   double query_squared_ = 0.0;
   double scale_squared_ = 0.0;  // largest squared norm among the query and the touched vertices
   double query_iterate_ = 0.0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -23,8 +24,7 @@ class GramColumns {
         pending_(rows.size()),
         pending_sources_(rows.sources()),
         place_(rows.size()),
-        packed_(rows),
-        products_(kMaxDotVectors * rows.size()) {
+        packed_(rows) {
     for (int64_t i = 0; i < rows.size(); ++i) pending_[i] = place_[i] = i;
   }
 
@@ -46,36 +46,40 @@ class GramColumns {
   // Up to `most` rows without a column, other than i, by falling score; returns how many.
   int likely_next(int64_t i, const double* scores, int64_t* next, int64_t most) const {
     int count = 0;
-    for (const int64_t j : pending_) {
-      if (j == i || most == 0) continue;
-      if (count == most) {
-        if (!(scores[j] > scores[next[count - 1]])) continue;
-      } else {
-        ++count;
-      }
+    double to_beat = -std::numeric_limits<double>::infinity();
+    for (int64_t j = 0; j < rows_.size() && most > 0; ++j) {
+      if (!(scores[j] > to_beat) || j == i || known(j)) continue;
+      if (count < most) ++count;
       int at = count - 1;
       for (; at > 0 && scores[j] > scores[next[at - 1]]; --at) next[at] = next[at - 1];
       next[at] = j;
+      if (count == most) to_beat = scores[next[count - 1]];
     }
     return count;
   }
 
   void compute(const int64_t* wanted, int count) {
-    const int64_t n = rows_.size();
-    packed_.pack(wanted, count);
-    T* products[kMaxDotVectors];
-    for (int k = 0; k < count; ++k) products[k] = products_.data() + k * n;
-    rows_.dots(pending_sources_.data(), static_cast<int64_t>(pending_.size()), packed_, products, num_threads_);
+    const int64_t n = rows_.size(), num_pending = static_cast<int64_t>(pending_.size());
     memory_.emplace_back(new T[count * n]);
+    T* columns[kMaxDotVectors];
+    for (int k = 0; k < count; ++k) columns[k] = memory_.back().get() + k * n;
+    packed_.pack(wanted, count);
+    rows_.dots(pending_sources_.data(), num_pending, packed_, columns, num_threads_);
     for (int k = 0; k < count; ++k) {
-      T* const column = columns_[wanted[k]] = memory_.back().get() + k * n;
-      for (size_t t = 0; t < pending_.size(); ++t) column[pending_[t]] = products[k][t];
-      for (const int64_t j : known_) column[j] = columns_[j][wanted[k]];
+      T* const column = columns[k];
+      for (const int64_t j : known_) {
+        if (j < num_pending) column[pending_[j]] = column[j];
+        column[j] = columns_[j][wanted[k]];
+      }
     }
-    for (int k = 0; k < count; ++k) retire(wanted[k]);
+    for (int k = 0; k < count; ++k) {
+      columns_[wanted[k]] = columns[k];
+      retire(wanted[k]);
+    }
   }
 
-  // Row i needs no more products: its column has them all. The last pending row takes its place.
+  // Row i needs no more products: its column has them all. The last pending row takes its place. So the first places
+  // hold the rows of the same number, but for those of known rows, which hold rows from beyond the last place.
   void retire(int64_t i) {
     known_.push_back(i);
     const int64_t at = place_[i];
@@ -95,7 +99,6 @@ class GramColumns {
   std::vector<const void*> pending_sources_;
   std::vector<int64_t> place_;  // of a row in pending_
   PackedRows<T> packed_;
-  std::vector<T> products_;  // [kMaxDotVectors, n] of one pass
 };
 
 }  // namespace hullkit

@@ -63,13 +63,18 @@ inline float sum_lanes(Float4 v) {
 }
 inline double sum_lanes(Double2 v) { return v[0] + v[1]; }
 
-template <typename V>
-inline auto sum_halves(V v) {
+template <int kHalf, typename V>
+inline auto half(V v) {
   typedef decltype(v[0] + v[0]) T;
   typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
   Half halves[2];
   __builtin_memcpy(halves, &v, sizeof(v));
-  return halves[0] + halves[1];
+  return halves[kHalf];
+}
+
+template <typename V>
+inline auto sum_halves(V v) {
+  return half<0>(v) + half<1>(v);
 }
 
 // Upper half onto lower half until 16 bytes are left: shuffles, no detour through memory.
@@ -204,6 +209,12 @@ inline V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+inline double largest_lane(Double2 v) { return v[0] > v[1] ? v[0] : v[1]; }
+template <typename V>
+inline double largest_lane(V v) {
+  return largest_lane(larger(half<0>(v), half<1>(v)));
+}
+
 // The first lane where a == b, -1 if there is none.
 inline int first_equal(Wide<double> a, Wide<double> b) {
 #if defined(__AVX512F__)
@@ -217,19 +228,17 @@ inline int first_equal(Wide<double> a, Wide<double> b) {
   return equal ? __builtin_ctz(equal) : -1;
 }
 
-template <typename T>
-int64_t advance(double* scores, const T* column, double step, const double* base, int64_t n) {
+int64_t advance(double* scores, const double* target, double step, int64_t n) {
   using V = Wide<double>;
   constexpr int kLanes = kBytes / sizeof(double);
-  constexpr int kUnroll = 4;
+  constexpr int kUnroll = 2;
   const V keep = splat(1.0 - step);
   const V move = splat(step);
   V best_lanes[kUnroll];
   for (V& lanes : best_lanes) lanes = splat(-__builtin_inf());
   int64_t i = 0;
   const auto advance_at = [&](int64_t at) {
-    const V target = load<V>(base + at) - load_widened(column + at);
-    const V score = multiply_add(keep, load<V>(scores + at), move * target);
+    const V score = multiply_add(keep, load<V>(scores + at), move * load<V>(target + at));
     store(scores + at, score);
     return score;
   };
@@ -237,13 +246,10 @@ int64_t advance(double* scores, const T* column, double step, const double* base
     for (int u = 0; u < kUnroll; ++u) best_lanes[u] = larger(best_lanes[u], advance_at(i + u * kLanes));
   }
   for (; i + kLanes <= n; i += kLanes) best_lanes[0] = larger(best_lanes[0], advance_at(i));
-  const V pair = larger(larger(best_lanes[0], best_lanes[1]), larger(best_lanes[2], best_lanes[3]));
-  double best = pair[0];
-  for (int lane = 1; lane < kLanes; ++lane) best = pair[lane] > best ? pair[lane] : best;
+  double best = largest_lane(larger(best_lanes[0], best_lanes[1]));
   for (; i < n; ++i) {
     // The arithmetic of the vector loop, so that equal rows tie wherever they stand.
-    const V score = multiply_add(keep, splat(scores[i]), move * splat(base[i] - static_cast<double>(column[i])));
-    scores[i] = score[0];
+    scores[i] = multiply_add(keep, splat(scores[i]), move * splat(target[i]))[0];
     best = scores[i] > best ? scores[i] : best;
   }
   for (i = 0; i + kLanes <= n; i += kLanes) {
@@ -252,6 +258,14 @@ int64_t advance(double* scores, const T* column, double step, const double* base
   }
   while (i + 1 < n && scores[i] != best) ++i;
   return i;
+}
+
+void scale(double* values, double factor, int64_t n) {
+  using V = Wide<double>;
+  constexpr int kLanes = kBytes / sizeof(double);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(values + i, splat(factor) * load<V>(values + i));
+  for (; i < n; ++i) values[i] *= factor;
 }
 
 template <typename T>
@@ -265,7 +279,7 @@ void add_scaled(double* out, const T* const* rows, const double* weights, int64_
     for (int u = 0; u < kUnroll; ++u) sums[u] = load<V>(out + j + u * kLanes);
     for (int64_t t = 0; t < count; ++t) {
       const V weight = splat(weights[t]);
-      for (int u = 0; u < kUnroll; ++u) sums[u] += weight * load_widened(rows[t] + j + u * kLanes);
+      for (int u = 0; u < kUnroll; ++u) sums[u] = multiply_add(weight, load_widened(rows[t] + j + u * kLanes), sums[u]);
     }
     for (int u = 0; u < kUnroll; ++u) store(out + j + u * kLanes, sums[u]);
   }
@@ -340,15 +354,16 @@ namespace hullkit {
 namespace {
 
 constexpr Simd make_simd(const char* name) {
-  return Simd{name,
-              {pack<float>, dots<float>, advance<float>, add_scaled<float>, subtract<float>, adam<float>, sgd<float>,
-               accumulate<float>},
-              {pack<double>, dots<double>, advance<double>, add_scaled<double>, subtract<double>, adam<double>,
-               sgd<double>, accumulate<double>},
-              widen_f16,
-              widen_bf16,
-              narrow_f16,
-              narrow_bf16};
+  return Simd{
+      name,
+      {pack<float>, dots<float>, add_scaled<float>, subtract<float>, adam<float>, sgd<float>, accumulate<float>},
+      {pack<double>, dots<double>, add_scaled<double>, subtract<double>, adam<double>, sgd<double>, accumulate<double>},
+      advance,
+      scale,
+      widen_f16,
+      widen_bf16,
+      narrow_f16,
+      narrow_bf16};
 }
 
 }  // namespace
