@@ -150,6 +150,14 @@ def test_statuses_are_reached() -> None:
     assert kernel_outcome(pool, query, tol=float("inf")).num_iters == 0
 
 
+def test_a_support_of_one_asks_for_no_norm() -> None:
+    pool = torch.tensor([[1e25, 0.0], [2e25, 0.0]])  # squared norms beyond float32
+    query = torch.tensor([1.0, 0.0])
+    assert hullkit.frank_wolfe(pool, query, max_support=1).indices.tolist() == [1]
+    with pytest.raises(ValueError, match="scale the embeddings down"):
+        hullkit.frank_wolfe(pool, query, max_support=2)
+
+
 def test_tie_judge_refuses_a_worse_vertex(monkeypatch: pytest.MonkeyPatch) -> None:
     """The helper that forgives ties must not forgive a wrong answer."""
     pool, query = clustered(np.random.default_rng(4), 63, 17)

@@ -92,6 +92,24 @@ def test_threads_and_runs(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [33, 64, 129, 1024])
+@pytest.mark.parametrize("n", [5, 6, 7, 8, 63])
+def test_rows_in_any_order(n: int, d: int, dtype: torch.dtype) -> None:
+    """A product has the same bits wherever its row stands and whatever is computed beside it."""
+    pool, query = batch(dtype, b=1, n=n, d=d)
+    pool, query = pool[0], query[0]
+    values = hullkit.knn(pool, query, n).values
+    assert len(values.unique()) == n, "rows that tie have an order"
+    one = hullkit.frank_wolfe(pool, query, max_iters=4)  # converged iterates tie
+    for seed in range(4):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(hullkit.knn(pool[order], query, n).values, values)
+        other = hullkit.frank_wolfe(pool[order], query, max_iters=4)
+        assert torch.equal(torch.where(other.indices < 0, -1, order[other.indices]), one.indices)
+        _assert_same(list(other[1:]), list(one[1:]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [1, 7, 64, 129])
 def test_lengths_equal_a_shorter_pool(dtype: torch.dtype, d: int) -> None:
     pool, query = batch(dtype, b=4, n=63, d=d)

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <type_traits>
@@ -36,7 +36,7 @@ class FrankWolfeRun {
     if (support_full()) return Status::kMaxSupport;
     while (num_iters_ < params_.max_iters) {
       const double residual = refined(query_squared_ - 2.0 * query_iterate_ + iterate_squared_,
-                                      [this] { return distance_squared(query_, iterate()); });
+                                      [this] { return minus_iterate(query_).squared; });
       if (std::sqrt(std::max(residual, 0.0)) < params_.tol) return Status::kConverged;
       if (!step()) return Status::kStalled;
       if (support_full()) return Status::kMaxSupport;
@@ -72,14 +72,24 @@ class FrankWolfeRun {
       *result.weights.at<double>(b, t) = used ? weights_[order[t]] : 0.0;
     }
     *result.support_size.at<int64_t>(b) = static_cast<int64_t>(touched_.size());
-    const std::vector<double> x = iterate();
-    *result.residual_norm.at<double>(b) = std::sqrt(distance_squared(query_, x));
-    *result.dual_gap.at<double>(b) = dual_gap(x);
+    const Difference residual = minus_iterate(query_);
+    std::vector<T> scores(rows_.size());
+    rows_.dots(residual.vector.data(), scores.data(), num_threads_);
+    *result.residual_norm.at<double>(b) = std::sqrt(residual.squared);
+    *result.dual_gap.at<double>(b) =
+        static_cast<double>(*std::max_element(scores.begin(), scores.end())) - residual.iterate;
     *result.num_iters.at<int64_t>(b) = num_iters_;
     *result.status.at<int64_t>(b) = static_cast<int64_t>(status);
   }
 
  private:
+  // What an iteration needs of a vertex: a Gram column is read once, however often the vertex is chosen.
+  struct Vertex {
+    double squared;        // its norm
+    const double* target;  // [n] X (query - vertex): the scores, were it the iterate
+  };
+  static constexpr int64_t kTargetsPerBlock = 8;  // memory is taken for so many at a time
+
   // Places in touched_ by falling weight, lowest index on a tie.
   std::vector<int64_t> by_weight() const {
     std::vector<int64_t> order(touched_.size());
@@ -100,53 +110,46 @@ class FrankWolfeRun {
     const int64_t n = rows_.size();
     std::vector<T> products(n);
     rows_.dots(query_, products.data(), num_threads_);
-    for (int64_t i = 0; i < n; ++i) {
-      if (!std::isfinite(products[i])) rows_.explain_not_finite(i, "query");
-      base_[i] = products[i];
-    }
+    const int64_t broken = first_not_finite(products.data(), n);
+    if (broken < n) rows_.explain_not_finite(broken, "query");
+    std::copy(products.begin(), products.end(), base_.begin());
     best_ = std::max_element(base_.begin(), base_.end()) - base_.begin();
     query_squared_ = squared_norm(query_);
     scale_squared_ = query_squared_;
-    touch(best_);
+    // A support of one takes no step, so nothing is asked of its vertex.
+    const Vertex nearest = params_.max_support > 1 ? examine(best_, base_.data()) : Vertex{0.0, nullptr};
+    touch(best_, nearest);
     weights_.back() = 1.0;
     query_iterate_ = base_[best_];
     if (support_full()) return;
-    const T* column = gram_.column(best_, base_.data(), params_.max_support - 2);
-    check_column(best_, column);
-    iterate_squared_ = column[best_];
+    iterate_squared_ = nearest.squared;
     scale_squared_ = std::max(scale_squared_, iterate_squared_);
-    best_ = simd().ops<T>().advance(scores_.data(), column, 1.0, base_.data(), n);
+    best_ = simd().advance(scores_.data(), nearest.target, 1.0, n);
   }
 
   // One LMO answer (already in best_), line search and move. False if the iterate is that vertex already.
   bool step() {
     const int64_t vertex = best_;
-    const bool last = slot_[vertex] < 0 && static_cast<int64_t>(touched_.size()) + 1 >= params_.max_support;
-    // The last vertex needs no column: nothing is scored after it.
-    const int64_t columns_after_this = params_.max_support - static_cast<int64_t>(touched_.size()) - 2;
-    const T* column = last && !gram_.known(vertex) ? nullptr : gram_.column(vertex, scores_.data(), columns_after_this);
-    if (column != nullptr && slot_[vertex] < 0) check_column(vertex, column);
-    const double vertex_squared = column != nullptr ? static_cast<double>(column[vertex]) : own_product(vertex);
-    scale_squared_ = std::max(scale_squared_, vertex_squared);
+    const bool fresh = slot_[vertex] < 0;
+    const Vertex known = fresh ? examine(vertex, scores_.data()) : vertices_[slot_[vertex]];
+    scale_squared_ = std::max(scale_squared_, known.squared);
     const double vertex_iterate = base_[vertex] - scores_[vertex];
-    const double length_squared = refined(vertex_squared - 2.0 * vertex_iterate + iterate_squared_, [&] {
+    const double length_squared = refined(known.squared - 2.0 * vertex_iterate + iterate_squared_, [&] {
       std::vector<T> buffer(rows_.dim());
-      return distance_squared(rows_.row(vertex, buffer.data()), iterate());
+      return minus_iterate(rows_.row(vertex, buffer.data())).squared;
     });
     if (length_squared < kStalledSquaredNorm) return false;
     const double slope = scores_[vertex] - (query_iterate_ - iterate_squared_);
     const double step = std::min(std::max(slope / length_squared, 0.0), 1.0);
 
     const double keep = 1.0 - step;
-    if (slot_[vertex] < 0) touch(vertex);
-    for (double& weight : weights_) weight *= keep;
+    if (fresh) touch(vertex, known);
+    simd().scale(weights_.data(), keep, static_cast<int64_t>(weights_.size()));
     weights_[slot_[vertex]] += step;
     query_iterate_ = keep * query_iterate_ + step * base_[vertex];
     iterate_squared_ =
-        keep * keep * iterate_squared_ + 2.0 * step * keep * vertex_iterate + step * step * vertex_squared;
-    if (!last) {
-      best_ = simd().ops<T>().advance(scores_.data(), column, step, base_.data(), rows_.size());
-    }
+        keep * keep * iterate_squared_ + 2.0 * step * keep * vertex_iterate + step * step * known.squared;
+    if (!support_full()) best_ = simd().advance(scores_.data(), known.target, step, rows_.size());
     ++num_iters_;
     return true;
   }
@@ -161,41 +164,40 @@ class FrankWolfeRun {
 
   // iterate [d] in float64.
   std::vector<double> iterate() const {
+    const SimdOps<T>& ops = simd().ops<T>();
     std::vector<double> sum(rows_.dim());
-    std::vector<T> buffer(rows_.dim());
-    for (size_t t = 0; t < touched_.size(); ++t) {
-      simd().ops<T>().add_scaled(sum.data(), rows_.row(touched_[t], buffer.data()), weights_[t], rows_.dim());
+    if (rows_.in_place()) {
+      std::vector<const T*> vertices;
+      for (const int64_t i : touched_) vertices.push_back(rows_.row(i, nullptr));
+      ops.add_scaled(sum.data(), vertices.data(), weights_.data(), static_cast<int64_t>(vertices.size()), rows_.dim());
+    } else {
+      std::vector<T> buffer(rows_.dim());
+      for (size_t t = 0; t < touched_.size(); ++t) {
+        const T* const vertex = rows_.row(touched_[t], buffer.data());
+        ops.add_scaled(sum.data(), &vertex, &weights_[t], 1, rows_.dim());
+      }
     }
     return sum;
   }
 
-  double distance_squared(const T* vector, const std::vector<double>& x) const {
-    double sum = 0.0;
-    for (int64_t j = 0; j < rows_.dim(); ++j) {
-      const double difference = static_cast<double>(vector[j]) - x[j];
-      sum += difference * difference;
-    }
-    return sum;
-  }
+  // A vector minus the iterate, from the vectors themselves.
+  struct Difference {
+    std::vector<T> vector;
+    double squared;  // its norm
+    double iterate;  // its product with the iterate
+  };
 
-  // max_i <residual, x_i> - <residual, x> at the iterate x, from the residual itself.
-  double dual_gap(const std::vector<double>& x) const {
-    std::vector<T> residual(rows_.dim());
-    double residual_iterate = 0.0;
-    for (int64_t j = 0; j < rows_.dim(); ++j) {
-      const double difference = static_cast<double>(query_[j]) - x[j];
-      residual[j] = static_cast<T>(difference);
-      residual_iterate += difference * x[j];
-    }
-    std::vector<T> products(rows_.size());
-    rows_.dots(residual.data(), products.data(), num_threads_);
-    return static_cast<double>(*std::max_element(products.begin(), products.end())) - residual_iterate;
+  Difference minus_iterate(const T* vector) const {
+    Difference difference{std::vector<T>(rows_.dim()), 0.0, 0.0};
+    difference.squared =
+        simd().ops<T>().subtract(vector, iterate().data(), rows_.dim(), difference.vector.data(), &difference.iterate);
+    return difference;
   }
 
   double squared_norm(const T* vector) const {
     T product;
     T* const out = &product;
-    simd().ops<T>().dots(&vector, 1, &vector, 1, rows_.dim(), &out);
+    simd().ops<T>().dots(&vector, 1, vector, 1, rows_.dim(), &out);
     return product;
   }
 
@@ -206,18 +208,26 @@ class FrankWolfeRun {
     return product;
   }
 
-  void check_column(int64_t i, const T* column) const {
-    int broken = 0;  // no branch on a single element: the compiler vectorises this
-    for (int64_t j = 0; j < rows_.size(); ++j) broken |= !(std::abs(column[j]) <= std::numeric_limits<T>::max());
-    for (int64_t j = 0; broken; ++j) {
-      if (!std::isfinite(column[j])) rows_.explain_not_finite(j, "candidate " + std::to_string(rows_.position(i)));
-    }
+  // What the loop needs of a vertex that was not touched before. scores [n] rank the others by how soon they may be.
+  Vertex examine(int64_t i, const double* scores) {
+    const int64_t n = rows_.size(), untouched = params_.max_support - static_cast<int64_t>(touched_.size());
+    // The last vertex needs no column: nothing is scored after it.
+    if (untouched == 1 && !gram_.known(i)) return {own_product(i), nullptr};
+    const T* const column = gram_.column(i, scores, untouched - 2);
+    const int64_t broken = first_not_finite(column, n);
+    if (broken < n) rows_.explain_not_finite(broken, "candidate " + std::to_string(rows_.position(i)));
+    const int64_t place = static_cast<int64_t>(touched_.size()) % kTargetsPerBlock;
+    if (place == 0) targets_.emplace_back(new double[kTargetsPerBlock * n]);
+    double* const target = targets_.back().get() + place * n;
+    for (int64_t j = 0; j < n; ++j) target[j] = base_[j] - static_cast<double>(column[j]);
+    return {static_cast<double>(column[i]), target};
   }
 
-  void touch(int64_t i) {
+  void touch(int64_t i, const Vertex& vertex) {
     slot_[i] = static_cast<int64_t>(touched_.size());
     touched_.push_back(i);
     weights_.push_back(0.0);
+    vertices_.push_back(vertex);
   }
 
   bool support_full() const { return static_cast<int64_t>(touched_.size()) >= params_.max_support; }
@@ -231,8 +241,10 @@ class FrankWolfeRun {
   std::vector<double> scores_;  // [n] X residual
   std::vector<int64_t> slot_;   // [n] place in touched_, -1 if untouched
   std::vector<int64_t> touched_;
-  std::vector<double> weights_;  // aligned with touched_
-  int64_t best_ = 0;             // the LMO's answer at the current iterate
+  std::vector<double> weights_;  // aligned with touched_, as vertices_ is
+  std::vector<Vertex> vertices_;
+  std::vector<std::unique_ptr<double[]>> targets_;  // [kTargetsPerBlock, n] each
+  int64_t best_ = 0;                                // the LMO's answer at the current iterate
   double query_squared_ = 0.0;
   double scale_squared_ = 0.0;  // largest squared norm among the query and the touched vertices
   double query_iterate_ = 0.0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -22,16 +23,13 @@ class GramColumns {
         columns_(rows.size()),
         pending_(rows.size()),
         pending_sources_(rows.sources()),
-        place_(rows.size()) {
+        place_(rows.size()),
+        packed_(rows) {
     for (int64_t i = 0; i < rows.size(); ++i) pending_[i] = place_[i] = i;
-    for (int k = 0; k < kMaxDotVectors; ++k) {
-      vectors_[k].resize(rows.dim());
-      products_[k].resize(rows.size());
-    }
   }
 
   bool known(int64_t i) const { return columns_[i] != nullptr; }
-  const T* known_column(int64_t i) const { return columns_[i].get(); }
+  const T* known_column(int64_t i) const { return columns_[i]; }
 
   // [n], entry j is <row i, row j>. scores [n] rank the rows by how soon their columns may be wanted; at most
   // `later` more will be.
@@ -41,45 +39,47 @@ class GramColumns {
       const int64_t more = std::clamp<int64_t>(later, 0, kMaxDotVectors - 1);
       compute(wanted, 1 + likely_next(i, scores, wanted + 1, more));
     }
-    return columns_[i].get();
+    return columns_[i];
   }
 
  private:
   // Up to `most` rows without a column, other than i, by falling score; returns how many.
   int likely_next(int64_t i, const double* scores, int64_t* next, int64_t most) const {
     int count = 0;
-    for (const int64_t j : pending_) {
-      if (j == i || most == 0) continue;
-      if (count == most) {
-        if (!(scores[j] > scores[next[count - 1]])) continue;
-      } else {
-        ++count;
-      }
+    double to_beat = -std::numeric_limits<double>::infinity();
+    for (int64_t j = 0; j < rows_.size() && most > 0; ++j) {
+      if (!(scores[j] > to_beat) || j == i || known(j)) continue;
+      if (count < most) ++count;
       int at = count - 1;
       for (; at > 0 && scores[j] > scores[next[at - 1]]; --at) next[at] = next[at - 1];
       next[at] = j;
+      if (count == most) to_beat = scores[next[count - 1]];
     }
     return count;
   }
 
   void compute(const int64_t* wanted, int count) {
-    const T* vectors[kMaxDotVectors];
-    T* products[kMaxDotVectors];
+    const int64_t n = rows_.size(), num_pending = static_cast<int64_t>(pending_.size());
+    memory_.emplace_back(new T[count * n]);
+    T* columns[kMaxDotVectors];
+    for (int k = 0; k < count; ++k) columns[k] = memory_.back().get() + k * n;
+    packed_.pack(wanted, count);
+    rows_.dots(pending_sources_.data(), num_pending, packed_, columns, num_threads_);
     for (int k = 0; k < count; ++k) {
-      vectors[k] = rows_.row(wanted[k], vectors_[k].data());
-      products[k] = products_[k].data();
+      T* const column = columns[k];
+      for (const int64_t j : known_) {
+        if (j < num_pending) column[pending_[j]] = column[j];
+        column[j] = columns_[j][wanted[k]];
+      }
     }
-    rows_.dots(pending_sources_.data(), static_cast<int64_t>(pending_.size()), vectors, count, products, num_threads_);
     for (int k = 0; k < count; ++k) {
-      T* column = new T[rows_.size()];
-      columns_[wanted[k]].reset(column);
-      for (size_t t = 0; t < pending_.size(); ++t) column[pending_[t]] = products[k][t];
-      for (const int64_t j : known_) column[j] = columns_[j][wanted[k]];
+      columns_[wanted[k]] = columns[k];
+      retire(wanted[k]);
     }
-    for (int k = 0; k < count; ++k) retire(wanted[k]);
   }
 
-  // Row i needs no more products: its column has them all. The last pending row takes its place.
+  // Row i needs no more products: its column has them all. The last pending row takes its place. So the first places
+  // hold the rows of the same number, but for those of known rows, which hold rows from beyond the last place.
   void retire(int64_t i) {
     known_.push_back(i);
     const int64_t at = place_[i];
@@ -92,13 +92,13 @@ class GramColumns {
 
   const PoolRows<T>& rows_;
   int num_threads_;
-  std::vector<std::unique_ptr<T[]>> columns_;
+  std::vector<T*> columns_;                   // null if unknown
+  std::vector<std::unique_ptr<T[]>> memory_;  // of the columns of one pass
   std::vector<int64_t> known_;
   std::vector<int64_t> pending_;  // rows without a column
   std::vector<const void*> pending_sources_;
   std::vector<int64_t> place_;  // of a row in pending_
-  std::vector<T> vectors_[kMaxDotVectors];
-  std::vector<T> products_[kMaxDotVectors];
+  PackedRows<T> packed_;
 };
 
 }  // namespace hullkit

@@ -60,10 +60,8 @@ QueryVector<T>::QueryVector(const TensorView& view, int64_t index, const char* a
       data_ = copy_.data();
     }
   }
-  for (int64_t j = 0; j < d; ++j) {
-    HULLKIT_CHECK(std::isfinite(data_[j]), argument, ": expected finite values, got ", data_[j], " at [", index, ", ",
-                  j, "]");
-  }
+  const int64_t j = first_not_finite(data_, d);
+  HULLKIT_CHECK(j == d, argument, ": expected finite values, got ", data_[j], " at [", index, ", ", j, "]");
 }
 
 template <typename T>
@@ -77,9 +75,12 @@ PoolRows<T>::PoolRows(const PoolSpec& spec, int64_t b, bool reuse)
     length = *spec.lengths.at<int64_t>(b);
     HULLKIT_CHECK(length >= 1 && length <= n, "lengths: expected 1 <= lengths[", b, "] <= ", n, ", got ", length);
   }
-  sources_.reserve(length);
-  for (int64_t i = 0; i < length; ++i) {
-    add(spec, i, spec.candidates.defined() ? *spec.candidates.at<int64_t>(b, i) : i);
+  if (spec.candidates.defined()) {
+    sources_.reserve(length);
+    for (int64_t i = 0; i < length; ++i) add(spec, i, *spec.candidates.at<int64_t>(b, i));
+  } else {
+    sources_.resize(length);
+    for (int64_t i = 0; i < length; ++i) sources_[i] = base_ + i * row_bytes_;
   }
   HULLKIT_CHECK(!sources_.empty(), "candidates: expected at least one candidate in entry ", b, ", got only -1");
   if (reuse && size() * dim_ * static_cast<int64_t>(sizeof(float)) <= kMaxWidenedBytes) keep_widened();
@@ -139,9 +140,14 @@ void PoolRows<T>::widen(const void* source, float* out) const {
 }
 
 template <typename T>
+bool PoolRows<T>::in_place() const {
+  return !is_half(dtype_) || widened_ != nullptr;
+}
+
+template <typename T>
 const T* PoolRows<T>::row(int64_t i, T* buffer) const {
   if constexpr (std::is_same_v<T, float>) {
-    if (is_half(dtype_) && !widened_) {
+    if (!in_place()) {
       widen(sources_[i], buffer);
       return buffer;
     }
@@ -150,16 +156,16 @@ const T* PoolRows<T>::row(int64_t i, T* buffer) const {
 }
 
 template <typename T>
-void PoolRows<T>::dots_block(const void* const* sources, int64_t count, const T* const* vectors, int num_vectors,
+void PoolRows<T>::dots_block(const void* const* sources, int64_t count, const T* packed, int num_vectors,
                              T* const* out) const {
   const SimdOps<T>& ops = simd().ops<T>();
   const auto product = [&](const T* const* rows, int64_t n, int64_t first) {
     T* shifted[kMaxDotVectors];
     for (int k = 0; k < num_vectors; ++k) shifted[k] = out[k] + first;
-    ops.dots(rows, n, vectors, num_vectors, dim_, shifted);
+    ops.dots(rows, n, packed, num_vectors, dim_, shifted);
   };
   if constexpr (std::is_same_v<T, float>) {
-    if (is_half(dtype_) && !widened_) {
+    if (!in_place()) {
       std::vector<float> block(kRowsPerBlock * dim_);
       const float* rows[kRowsPerBlock];
       for (int64_t first = 0; first < count; first += kRowsPerBlock) {
@@ -177,10 +183,10 @@ void PoolRows<T>::dots_block(const void* const* sources, int64_t count, const T*
 }
 
 template <typename T>
-void PoolRows<T>::dots(const void* const* sources, int64_t count, const T* const* vectors, int num_vectors,
-                       T* const* out, int num_threads) const {
+void PoolRows<T>::dots(const void* const* sources, int64_t count, const T* packed, int num_vectors, T* const* out,
+                       int num_threads) const {
   if (num_threads < 2 || count * dim_ < kMinParallelWork) {
-    dots_block(sources, count, vectors, num_vectors, out);
+    dots_block(sources, count, packed, num_vectors, out);
     return;
   }
   const int64_t chunk = std::max<int64_t>(kRowsPerBlock, (count + 4 * num_threads - 1) / (4 * num_threads));
@@ -188,13 +194,19 @@ void PoolRows<T>::dots(const void* const* sources, int64_t count, const T* const
     const int64_t first = i * chunk;
     T* shifted[kMaxDotVectors];
     for (int k = 0; k < num_vectors; ++k) shifted[k] = out[k] + first;
-    dots_block(sources + first, std::min(chunk, count - first), vectors, num_vectors, shifted);
+    dots_block(sources + first, std::min(chunk, count - first), packed, num_vectors, shifted);
   });
 }
 
 template <typename T>
 void PoolRows<T>::dots(const T* vector, T* out, int num_threads) const {
-  dots(sources_.data(), size(), &vector, 1, &out, num_threads);
+  dots(sources_.data(), size(), vector, 1, &out, num_threads);
+}
+
+template <typename T>
+void PoolRows<T>::dots(const void* const* sources, int64_t count, const PackedRows<T>& vectors, T* const* out,
+                       int num_threads) const {
+  dots(sources, count, vectors.data(), vectors.count(), out, num_threads);
 }
 
 template <typename T>
@@ -210,9 +222,28 @@ void PoolRows<T>::explain_not_finite(int64_t i, const std::string& argument) con
                     "; scale the embeddings down");
 }
 
+template <typename T>
+PackedRows<T>::PackedRows(const PoolRows<T>& rows)
+    : rows_(rows),
+      lines_(new Line[(kMaxDotVectors * rows.dim() * sizeof(T) + sizeof(Line) - 1) / sizeof(Line)]),
+      widened_(rows.in_place() ? 0 : kMaxDotVectors * rows.dim()) {}
+
+template <typename T>
+void PackedRows<T>::pack(const int64_t* wanted, int count) {
+  const T* vectors[kMaxDotVectors];
+  for (int k = 0; k < count; ++k) {
+    T* const buffer = widened_.empty() ? nullptr : widened_.data() + k * rows_.dim();
+    vectors[k] = rows_.row(wanted[k], buffer);
+  }
+  simd().ops<T>().pack(vectors, count, rows_.dim(), reinterpret_cast<T*>(lines_.get()));
+  count_ = count;
+}
+
 template class QueryVector<float>;
 template class QueryVector<double>;
 template class PoolRows<float>;
 template class PoolRows<double>;
+template class PackedRows<float>;
+template class PackedRows<double>;
 
 }  // namespace hullkit

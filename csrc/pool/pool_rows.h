@@ -1,7 +1,9 @@
 // One query's candidates as kernels read them: addresses of valid rows, widened from half precision.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -9,6 +11,7 @@
 #include <vector>
 
 #include "hullkit/pool_spec.h"
+#include "simd/simd.h"
 
 namespace hullkit {
 
@@ -24,6 +27,20 @@ void with_compute_type(DType dtype, Kernel&& kernel) {
     kernel(float{});
   }
 }
+
+// Where the first NaN or Inf stands, `count` if there is none.
+template <typename T>
+int64_t first_not_finite(const T* values, int64_t count) {
+  int broken = 0;  // no branch on a single element: the compiler vectorises this
+  for (int64_t i = 0; i < count; ++i) broken |= !(std::abs(values[i]) <= std::numeric_limits<T>::max());
+  if (!broken) return count;
+  int64_t i = 0;
+  while (std::isfinite(values[i])) ++i;
+  return i;
+}
+
+template <typename T>
+class PackedRows;
 
 // A vector [d] of row `index` of a [B, d] view, widened if need be; checked finite under the name `argument`.
 template <typename T>
@@ -53,21 +70,22 @@ class PoolRows {
 
   // out[i] = <row i, vector> for every row, shared among threads where the pool is large enough to pay for that.
   void dots(const T* vector, T* out, int num_threads) const;
-  // out[k][t] = <row of sources[t], vectors[k]> for t < count, k < num_vectors <= kMaxDotVectors: a pass over some
-  // rows.
-  void dots(const void* const* sources, int64_t count, const T* const* vectors, int num_vectors, T* const* out,
+  // out[k][t] = <row of sources[t], vector k> for t < count: a pass over some rows.
+  void dots(const void* const* sources, int64_t count, const PackedRows<T>& vectors, T* const* out,
             int num_threads) const;
   // Where the rows lie, in their own dtype; entries may be dropped or reordered in a copy handed to dots.
   const std::vector<const void*>& sources() const { return sources_; }
-  // Row i in the arithmetic type; `buffer` [d] is used if the row must be widened.
+  // Row i in the arithmetic type; `buffer` [d] is used if the row must be widened: never if rows are in place.
   const T* row(int64_t i, T* buffer) const;
+  bool in_place() const;
   // Throws the ValueError that explains why the product of row i and `argument` is not finite.
   [[noreturn]] void explain_not_finite(int64_t i, const std::string& argument) const;
 
  private:
   void add(const PoolSpec& spec, int64_t position, int64_t row);
-  void dots_block(const void* const* sources, int64_t count, const T* const* vectors, int num_vectors,
-                  T* const* out) const;
+  void dots(const void* const* sources, int64_t count, const T* packed, int num_vectors, T* const* out,
+            int num_threads) const;
+  void dots_block(const void* const* sources, int64_t count, const T* packed, int num_vectors, T* const* out) const;
   void widen(const void* source, float* out) const;
   void keep_widened();
 
@@ -80,6 +98,26 @@ class PoolRows {
   std::vector<const void*> sources_;
   std::vector<int64_t> positions_;
   std::unique_ptr<T[]> widened_;
+};
+
+// Up to kMaxDotVectors rows as a pass over the others reads them. The memory is taken once for many passes.
+template <typename T>
+class PackedRows {
+ public:
+  explicit PackedRows(const PoolRows<T>& rows);
+  void pack(const int64_t* wanted, int count);
+  const T* data() const { return reinterpret_cast<const T*>(lines_.get()); }
+  int count() const { return count_; }
+
+ private:
+  struct alignas(64) Line {  // so that no wide load crosses two
+    unsigned char bytes[64];
+  };
+
+  const PoolRows<T>& rows_;
+  std::unique_ptr<Line[]> lines_;
+  std::vector<T> widened_;  // [kMaxDotVectors, d] unless rows are in place
+  int count_ = 0;
 };
 
 }  // namespace hullkit

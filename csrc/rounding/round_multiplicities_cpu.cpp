@@ -25,11 +25,13 @@ void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const i
   }
   // The lower triangle, two columns a pass; <x, y> and <y, x> have the same bits.
   std::vector<double> gram(m * m);
+  PackedRows<T> packed(rows);
   for (int64_t j = 0; j < m; j += 2) {
     const int num_columns = j + 1 < m ? 2 : 1;
-    const T* const vectors[2] = {rows.row(j, nullptr), num_columns == 2 ? rows.row(j + 1, nullptr) : nullptr};
+    const int64_t wanted[2] = {j, j + 1};
+    packed.pack(wanted, num_columns);
     T* const out[2] = {column.data(), next_column.data()};
-    rows.dots(rows.sources().data() + j, m - j, vectors, num_columns, out, 1);
+    rows.dots(rows.sources().data() + j, m - j, packed, out, 1);
     for (int k = 0; k < num_columns; ++k) {
       for (int64_t i = j; i < m; ++i) {
         if (!std::isfinite(out[k][i - j])) rows.explain_not_finite(i, "the support");

@@ -32,13 +32,15 @@ inline constexpr int kMaxDotVectors = 3;
 // whatever stands beside them, and <x, y> == <y, x>.
 template <typename T>
 struct SimdOps {
+  // The vectors [num_vectors, d] in the order in which dots reads them; a single vector is packed as it is. Left where
+  // they are, vectors and rows a multiple of 4096 bytes apart evict one another from the innermost cache.
+  void (*pack)(const T* const* vectors, int num_vectors, int64_t d, T* packed);
   // out[k][i] = <rows[i], vectors[k]> for i < n and k < num_vectors <= kMaxDotVectors, in one pass over the rows.
-  void (*dots)(const T* const* rows, int64_t n, const T* const* vectors, int num_vectors, int64_t d, T* const* out);
-  // scores[i] = (1 - step) * scores[i] + step * (base[i] - column[i]).
-  // Returns the position of the largest score, the lowest on a tie.
-  int64_t (*advance)(double* scores, const T* column, double step, const double* base, int64_t n);
-  // out[j] += weight * row[j]
-  void (*add_scaled)(double* out, const T* row, double weight, int64_t d);
+  void (*dots)(const T* const* rows, int64_t n, const T* packed, int num_vectors, int64_t d, T* const* out);
+  // out[j] += weights[t] * rows[t][j], for t = 0 .. count - 1 in this order.
+  void (*add_scaled)(double* out, const T* const* rows, const double* weights, int64_t count, int64_t d);
+  // difference = vector - x, *along = <vector - x, x>; returns ||vector - x||^2.
+  double (*subtract)(const T* vector, const double* x, int64_t d, T* difference, double* along);
   void (*adam)(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, int64_t n, const AdamUpdate<T>& update);
   // buffer may be null: no momentum.
   void (*sgd)(T* param, const T* grad, T* buffer, int64_t n, const SgdUpdate<T>& update);
@@ -50,6 +52,10 @@ struct Simd {
   const char* name;
   SimdOps<float> f32;
   SimdOps<double> f64;
+  // scores[i] = (1 - step) * scores[i] + step * target[i].
+  // Returns the position of the largest score, the lowest on a tie.
+  int64_t (*advance)(double* scores, const double* target, double step, int64_t n);
+  void (*scale)(double* values, double factor, int64_t n);
   void (*widen_f16)(const uint16_t* in, float* out, int64_t count);
   void (*widen_bf16)(const uint16_t* in, float* out, int64_t count);
   void (*narrow_f16)(const float* in, uint16_t* out, int64_t count);

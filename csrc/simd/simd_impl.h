@@ -63,14 +63,39 @@ inline float sum_lanes(Float4 v) {
 }
 inline double sum_lanes(Double2 v) { return v[0] + v[1]; }
 
-// Upper half onto lower half until 16 bytes are left: shuffles, no detour through memory.
-template <typename V>
-inline auto sum_lanes(V v) {
+template <int kHalf, typename V>
+inline auto half(V v) {
   typedef decltype(v[0] + v[0]) T;
   typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
   Half halves[2];
   __builtin_memcpy(halves, &v, sizeof(v));
-  return sum_lanes(halves[0] + halves[1]);
+  return halves[kHalf];
+}
+
+template <typename V>
+inline auto sum_halves(V v) {
+  return half<0>(v) + half<1>(v);
+}
+
+// Upper half onto lower half until 16 bytes are left: shuffles, no detour through memory.
+template <typename V>
+inline auto sum_lanes(V v) {
+  return sum_lanes(sum_halves(v));
+}
+
+// out[r] = sum_lanes(sums[r]): the same additions, of four sums at once from 16 bytes on.
+inline void store_four(float* out, Float4 a, Float4 b, Float4 c, Float4 d) {
+  const Float4 ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  const Float4 cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
+  store(out, __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7));
+}
+inline void store_four(double* out, Double2 a, Double2 b, Double2 c, Double2 d) {
+  store(out, __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3));
+  store(out + 2, __builtin_shufflevector(c, d, 0, 2) + __builtin_shufflevector(c, d, 1, 3));
+}
+template <typename T, typename V>
+inline void store_four(T* out, V a, V b, V c, V d) {
+  store_four(out, sum_halves(a), sum_halves(b), sum_halves(c), sum_halves(d));
 }
 
 // Out of line: dimensions that fill no whole vector are rare, and unrolled code for them is not.
@@ -92,62 +117,102 @@ inline V load_once(const void* from) {
   return v;
 }
 
+template <typename T>
+void pack(const T* const* vectors, int num_vectors, int64_t d, T* packed) {
+  using V = Wide<T>;
+  constexpr int kLanes = kBytes / sizeof(T);
+  int64_t j = 0;
+  for (; j + kLanes <= d; j += kLanes) {
+    for (int k = 0; k < num_vectors; ++k, packed += kLanes) store(packed, load<V>(vectors[k] + j));
+  }
+  for (int k = 0; k < num_vectors; ++k) {
+    for (int64_t t = j; t < d; ++t) *packed++ = vectors[k][t];
+  }
+}
+
 // R rows times K vectors at once: enough independent sums to keep the multipliers busy. Each product has one
 // chain of sums whatever R and K are, so its bits do not depend on them.
 template <typename T, int R, int K>
-inline void dot_block(const T* const* rows, const T* const* vectors, int64_t d, T* const* out, int64_t first) {
+inline void dot_block(const T* const* rows, const T* packed, int64_t d, T* const* out, int64_t first) {
   using V = Wide<T>;
   constexpr int kLanes = kBytes / sizeof(T);
   V sums[R][K] = {};
   int64_t j = 0;
-  for (; j + kLanes <= d; j += kLanes) {
+  for (; j + kLanes <= d; j += kLanes, packed += K * kLanes) {
     V shared[K];
-    for (int k = 0; k < K; ++k) shared[k] = load<V>(vectors[k] + j);
+    for (int k = 0; k < K; ++k) shared[k] = load<V>(packed + k * kLanes);
     for (int r = 0; r < R; ++r) {
       const V row = load_once<V>(rows[r] + j);
       for (int k = 0; k < K; ++k) sums[r][k] = multiply_add(row, shared[k], sums[r][k]);
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 3
-    for (int k = 0; k < K; ++k) out[k][first + r] = sum_lanes(sums[r][k]);
-  }
-  if (j < d) {
-    for (int r = 0; r < R; ++r) {
-      for (int k = 0; k < K; ++k) out[k][first + r] = add_tail(out[k][first + r], rows[r] + j, vectors[k] + j, d - j);
+  for (int k = 0; k < K; ++k) {
+    T* const to = out[k] + first;
+    if constexpr (R == 4) {
+      store_four(to, sums[0][k], sums[1][k], sums[2][k], sums[3][k]);
+    } else {
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r) to[r] = sum_lanes(sums[r][k]);
+    }
+    if (j < d) {
+      for (int r = 0; r < R; ++r) to[r] = add_tail(to[r], rows[r] + j, packed + k * (d - j), d - j);
     }
   }
 }
 
-template <typename T, int R, int K>
-void dot_blocks(const T* const* rows, int64_t n, const T* const* vectors, int64_t d, T* const* out) {
+// Four rows at a time: with more, the rows and the vectors compete for the innermost cache where d * sizeof(T) is a
+// multiple of its 4096-byte stride.
+template <typename T, int K>
+void dot_blocks(const T* const* rows, int64_t n, const T* packed, int64_t d, T* const* out) {
   int64_t i = 0;
-  for (; i + R <= n; i += R) dot_block<T, R, K>(rows + i, vectors, d, out, i);
-  for (; i + 2 <= n; i += 2) dot_block<T, 2, K>(rows + i, vectors, d, out, i);
-  if (i < n) dot_block<T, 1, K>(rows + i, vectors, d, out, i);
+  for (; i + 4 <= n; i += 4) dot_block<T, 4, K>(rows + i, packed, d, out, i);
+  switch (n - i) {
+    case 3:
+      return dot_block<T, 3, K>(rows + i, packed, d, out, i);
+    case 2:
+      return dot_block<T, 2, K>(rows + i, packed, d, out, i);
+    case 1:
+      return dot_block<T, 1, K>(rows + i, packed, d, out, i);
+  }
 }
 
 template <typename T>
-void dots(const T* const* rows, int64_t n, const T* const* vectors, int num_vectors, int64_t d, T* const* out) {
+void dots(const T* const* rows, int64_t n, const T* packed, int num_vectors, int64_t d, T* const* out) {
   switch (num_vectors) {
     case 1:
-      return dot_blocks<T, 8, 1>(rows, n, vectors, d, out);
+      return dot_blocks<T, 1>(rows, n, packed, d, out);
     case 2:
-      return dot_blocks<T, 6, 2>(rows, n, vectors, d, out);
+      return dot_blocks<T, 2>(rows, n, packed, d, out);
     case kMaxDotVectors:
-      return dot_blocks<T, 4, 3>(rows, n, vectors, d, out);
+      return dot_blocks<T, 3>(rows, n, packed, d, out);
   }
 }
 
 inline Wide<double> load_widened(const double* from) { return load<Wide<double>>(from); }
 inline Wide<double> load_widened(const float* from) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtps_pd(0xff, load<HalfWideFloat>(from));  // GCC would convert two halves and join them
+#else
   return __builtin_convertvector(load<HalfWideFloat>(from), Wide<double>);
+#endif
 }
+
+// The same value in every lane; x - 0 is x, which the compiler knows, while x + 0 is not -0 for -0.
+inline Wide<double> splat(double x) { return x - Wide<double>{}; }
+
+inline void store_narrowed(double* to, Wide<double> v) { store(to, v); }
+inline void store_narrowed(float* to, Wide<double> v) { store(to, __builtin_convertvector(v, HalfWideFloat)); }
 
 template <typename V>
 inline V larger(V a, V b) {
   return a > b ? a : b;
+}
+
+inline double largest_lane(Double2 v) { return v[0] > v[1] ? v[0] : v[1]; }
+template <typename V>
+inline double largest_lane(V v) {
+  return largest_lane(larger(half<0>(v), half<1>(v)));
 }
 
 // The first lane where a == b, -1 if there is none.
@@ -163,19 +228,17 @@ inline int first_equal(Wide<double> a, Wide<double> b) {
   return equal ? __builtin_ctz(equal) : -1;
 }
 
-template <typename T>
-int64_t advance(double* scores, const T* column, double step, const double* base, int64_t n) {
+int64_t advance(double* scores, const double* target, double step, int64_t n) {
   using V = Wide<double>;
   constexpr int kLanes = kBytes / sizeof(double);
-  constexpr int kUnroll = 4;
-  const V keep = V{} + (1.0 - step);
-  const V move = V{} + step;
+  constexpr int kUnroll = 2;
+  const V keep = splat(1.0 - step);
+  const V move = splat(step);
   V best_lanes[kUnroll];
-  for (V& lanes : best_lanes) lanes = V{} - __builtin_inf();
+  for (V& lanes : best_lanes) lanes = splat(-__builtin_inf());
   int64_t i = 0;
   const auto advance_at = [&](int64_t at) {
-    const V target = load<V>(base + at) - load_widened(column + at);
-    const V score = multiply_add(keep, load<V>(scores + at), move * target);
+    const V score = multiply_add(keep, load<V>(scores + at), move * load<V>(target + at));
     store(scores + at, score);
     return score;
   };
@@ -183,30 +246,73 @@ int64_t advance(double* scores, const T* column, double step, const double* base
     for (int u = 0; u < kUnroll; ++u) best_lanes[u] = larger(best_lanes[u], advance_at(i + u * kLanes));
   }
   for (; i + kLanes <= n; i += kLanes) best_lanes[0] = larger(best_lanes[0], advance_at(i));
-  const V pair = larger(larger(best_lanes[0], best_lanes[1]), larger(best_lanes[2], best_lanes[3]));
-  double best = pair[0];
-  for (int lane = 1; lane < kLanes; ++lane) best = pair[lane] > best ? pair[lane] : best;
+  double best = largest_lane(larger(best_lanes[0], best_lanes[1]));
   for (; i < n; ++i) {
     // The arithmetic of the vector loop, so that equal rows tie wherever they stand.
-    const V score = multiply_add(keep, V{} + scores[i], move * (V{} + (base[i] - static_cast<double>(column[i]))));
-    scores[i] = score[0];
+    scores[i] = multiply_add(keep, splat(scores[i]), move * splat(target[i]))[0];
     best = scores[i] > best ? scores[i] : best;
   }
   for (i = 0; i + kLanes <= n; i += kLanes) {
-    const int at = first_equal(load<V>(scores + i), V{} + best);
+    const int at = first_equal(load<V>(scores + i), splat(best));
     if (at >= 0) return i + at;
   }
   while (i + 1 < n && scores[i] != best) ++i;
   return i;
 }
 
-template <typename T>
-void add_scaled(double* out, const T* row, double weight, int64_t d) {
+void scale(double* values, double factor, int64_t n) {
   using V = Wide<double>;
   constexpr int kLanes = kBytes / sizeof(double);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(values + i, splat(factor) * load<V>(values + i));
+  for (; i < n; ++i) values[i] *= factor;
+}
+
+template <typename T>
+void add_scaled(double* out, const T* const* rows, const double* weights, int64_t count, int64_t d) {
+  using V = Wide<double>;
+  constexpr int kLanes = kBytes / sizeof(double);
+  constexpr int kUnroll = 8;
   int64_t j = 0;
-  for (; j + kLanes <= d; j += kLanes) store(out + j, load<V>(out + j) + weight * load_widened(row + j));
-  for (; j < d; ++j) out[j] += weight * static_cast<double>(row[j]);
+  for (; j + kUnroll * kLanes <= d; j += kUnroll * kLanes) {
+    V sums[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) sums[u] = load<V>(out + j + u * kLanes);
+    for (int64_t t = 0; t < count; ++t) {
+      const V weight = splat(weights[t]);
+      for (int u = 0; u < kUnroll; ++u) sums[u] = multiply_add(weight, load_widened(rows[t] + j + u * kLanes), sums[u]);
+    }
+    for (int u = 0; u < kUnroll; ++u) store(out + j + u * kLanes, sums[u]);
+  }
+  for (; j < d; ++j) {
+    for (int64_t t = 0; t < count; ++t) out[j] += weights[t] * static_cast<double>(rows[t][j]);
+  }
+}
+
+template <typename T>
+double subtract(const T* vector, const double* x, int64_t d, T* difference, double* along) {
+  using V = Wide<double>;
+  constexpr int kLanes = kBytes / sizeof(double);
+  constexpr int kUnroll = 4;
+  V squares[kUnroll] = {}, products[kUnroll] = {};
+  int64_t j = 0;
+  for (; j + kUnroll * kLanes <= d; j += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) {
+      const V other = load<V>(x + j + u * kLanes);
+      const V delta = load_widened(vector + j + u * kLanes) - other;
+      squares[u] = multiply_add(delta, delta, squares[u]);
+      products[u] = multiply_add(delta, other, products[u]);
+      store_narrowed(difference + j + u * kLanes, delta);
+    }
+  }
+  double square = sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  *along = sum_lanes((products[0] + products[1]) + (products[2] + products[3]));
+  for (; j < d; ++j) {
+    const double delta = static_cast<double>(vector[j]) - x[j];
+    square += delta * delta;
+    *along += delta * x[j];
+    difference[j] = static_cast<T>(delta);
+  }
+  return square;
 }
 
 inline float float_from_bits(uint32_t bits) {
@@ -248,13 +354,16 @@ namespace hullkit {
 namespace {
 
 constexpr Simd make_simd(const char* name) {
-  return Simd{name,
-              {dots<float>, advance<float>, add_scaled<float>, adam<float>, sgd<float>, accumulate<float>},
-              {dots<double>, advance<double>, add_scaled<double>, adam<double>, sgd<double>, accumulate<double>},
-              widen_f16,
-              widen_bf16,
-              narrow_f16,
-              narrow_bf16};
+  return Simd{
+      name,
+      {pack<float>, dots<float>, add_scaled<float>, subtract<float>, adam<float>, sgd<float>, accumulate<float>},
+      {pack<double>, dots<double>, add_scaled<double>, subtract<double>, adam<double>, sgd<double>, accumulate<double>},
+      advance,
+      scale,
+      widen_f16,
+      widen_bf16,
+      narrow_f16,
+      narrow_bf16};
 }
 
 }  // namespace

@@ -32,7 +32,10 @@ class Problem(NamedTuple):
 
     def empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Uninitialised output, `shape` behind the batch dimension if there is one."""
-        return self.query.new_empty(self.query.shape[:-1] + shape, dtype=dtype)
+        if self.query.ndim == 2:
+            shape = (self.query.shape[0], *shape)
+        # Single sizes: reading a tuple takes torch half as long again, a torch.Size twice as long.
+        return self.query.new_empty(*(shape or ((),)), dtype=dtype)
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
@@ -83,7 +86,7 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def check_device(operation: str, tensor: Tensor, backend: str | None) -> None:
     """Kernels exist for CPU and CUDA tensors; anything slower only on request."""
     check_choice("backend", backend, (None, "reference"))
-    if tensor.device.type not in ("cpu", "cuda") and backend is None:
+    if backend is None and not (tensor.is_cpu or tensor.is_cuda):
         raise NotImplementedError(
             f"{operation}: expected CPU or CUDA tensors, got device {tensor.device}. Move the "
             "inputs with .cpu(), or pass backend='reference' (slow)"
@@ -131,35 +134,37 @@ def check_pool_query(
     if query.dtype != pool.dtype:
         raise TypeError(f"{query_name}: expected the pool's dtype {pool.dtype}, got {query.dtype}")
     _same(query_name, query, pool)
-    if pool.ndim not in (2, 3):
-        raise ValueError(f"pool: expected shape (n, d) or (B, n, d), got {tuple(pool.shape)}")
-    if query.ndim not in (1, 2):
-        raise ValueError(f"{query_name}: expected shape (d,) or (B, d), got {tuple(query.shape)}")
-    if pool.ndim == 3 and (query.ndim == 1 or query.shape[0] != pool.shape[0]):
+    rows, row = pool.shape, query.shape  # read once: every look at a tensor takes time
+    if len(rows) not in (2, 3):
+        raise ValueError(f"pool: expected shape (n, d) or (B, n, d), got {tuple(rows)}")
+    if len(row) not in (1, 2):
+        raise ValueError(f"{query_name}: expected shape (d,) or (B, d), got {tuple(row)}")
+    if len(rows) == 3 and (len(row) == 1 or row[0] != rows[0]):
         raise ValueError(
-            f"{query_name}: expected shape ({pool.shape[0]}, {pool.shape[2]}) for a pool of shape "
-            f"{tuple(pool.shape)}, got {tuple(query.shape)}"
+            f"{query_name}: expected shape ({rows[0]}, {rows[2]}) for a pool of shape "
+            f"{tuple(rows)}, got {tuple(row)}"
         )
-    if query.shape[-1] != pool.shape[-1]:
+    if row[-1] != rows[-1]:
         raise ValueError(
-            f"{query_name}: expected d = {pool.shape[-1]} coordinates as in the pool, "
-            f"got {query.shape[-1]}"
+            f"{query_name}: expected d = {rows[-1]} coordinates as in the pool, got {row[-1]}"
         )
-    if pool.shape[-1] == 0 or pool.shape[-2] == 0:
+    if rows[-1] == 0 or rows[-2] == 0:
         raise ValueError(
-            f"pool: expected at least one row and one coordinate, got shape {tuple(pool.shape)}"
+            f"pool: expected at least one row and one coordinate, got shape {tuple(rows)}"
         )
-    leading = tuple(query.shape[:-1])  # () or (B,)
+    if lengths is None and candidates is None:
+        return Problem(_readable(pool), _readable(query), None, None)
+    leading = tuple(row[:-1])  # () or (B,)
     if lengths is not None:
         lengths = check_integers("lengths", lengths, leading, pool)
     if candidates is not None:
         candidates = check_tensor("candidates", candidates)
-        if pool.ndim != 2:
+        if len(rows) != 2:
             raise ValueError(
                 "candidates: expected a shared pool of shape (M, d), "
-                f"got a pool of shape {tuple(pool.shape)}"
+                f"got a pool of shape {tuple(rows)}"
             )
-        if candidates.ndim != query.ndim or candidates.shape[-1] == 0:
+        if candidates.ndim != len(row) or candidates.shape[-1] == 0:
             raise ValueError(
                 f"candidates: expected shape {(*leading, 'n')} with n >= 1, "
                 f"got {tuple(candidates.shape)}"

@@ -28,10 +28,6 @@ _DTYPE_CODES = {
 }
 
 
-def _view(tensor: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride())
-
-
 def _kernel(native: Callable[..., None]) -> Callable[..., None]:
     """`native`, taking the operator's arguments: tensors become views, the rest stays as it is."""
 
@@ -42,7 +38,10 @@ def _kernel(native: Callable[..., None]) -> Callable[..., None]:
 
 
 def _native_argument(argument: Any) -> Any:
-    return _view(argument) if isinstance(argument, Tensor) else argument
+    if not isinstance(argument, Tensor):
+        return argument
+    code = _DTYPE_CODES[argument.dtype]
+    return (argument.data_ptr(), code, argument.shape, argument.stride())
 
 
 lmo_cpu = _kernel(_core.lmo_cpu)

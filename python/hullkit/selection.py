@@ -182,7 +182,7 @@ def frank_wolfe(
     Numerics: inner products as in :func:`lmo`, everything after them in float64; residual_norm and
     dual_gap are recomputed from the input at the end. float64 input follows the oracle's path.
     Cost: O(n d) for each vertex touched (a column of the pool's Gram matrix, computed once), O(n)
-    for each iteration. Memory: at most 2 n S values for each query in flight (one a thread).
+    for each iteration. Memory: at most 4 n S values for each query in flight (one a thread).
     On CUDA with n <= 4096 the whole Gram matrix is computed, on tensor cores, and certificates come
     from it and the weights (the residual_norm of half types, and where it is below 1e-3 ||query||,
     from the input); workspace: 8 (n + 1)^2 bytes a query, in pieces of at most 512 MiB (or one
@@ -217,11 +217,12 @@ def _frank_wolfe_options(
         max_support = problem.positions + 1  # never reached
     else:
         width = min(width, check_int("max_support", max_support, 1))
+    indices = problem.empty(torch.int64, width)
     count = problem.empty(torch.int64)
-    length = problem.empty(torch.float64)
-    out = FrankWolfeResult(  # empty_like: a third of the cost of empty, and there are seven
-        indices=problem.empty(torch.int64, width),
-        weights=problem.empty(torch.float64, width),
+    length = torch.empty_like(count, dtype=torch.float64)
+    out = FrankWolfeResult(  # empty_like: half the cost of empty or less, and there are seven
+        indices=indices,
+        weights=torch.empty_like(indices, dtype=torch.float64),
         support_size=count,
         residual_norm=length,
         dual_gap=torch.empty_like(length),

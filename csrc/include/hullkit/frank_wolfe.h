@@ -37,7 +37,7 @@ struct FrankWolfeResult {
 // Numerics: inner products accumulate in float32 (float64 for float64 input) in an order that depends on
 // d alone; everything after them (weights, step sizes, scores) is float64. Residual and gap are recomputed
 // from the input at the end, so they certify the weights returned, not the recurrence that led there.
-// Cost: O(n d) for each vertex touched, O(n) for each iteration. Memory: at most 2 n S values a query.
+// Cost: O(n d) for each vertex touched, O(n) for each iteration. Memory: at most 4 n S values a query.
 void frank_wolfe_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                      const FrankWolfeResult& result, int num_threads);
 
