@@ -89,15 +89,19 @@ __device__ void multiply_chunk(const char* rows, const char* cols, Sum (&sums)[k
   }
 }
 
-// Rows of E, columns of C; kPromptBlocks * 8 directions of kPieces columns each. Piece k of direction p is column p % 8
+// Entries that share a pass: the columns that are too many for a few cost next to nothing beside the rows.
+inline constexpr int kScanGroup = 16;
+
+// Rows of E, columns of C; kScanGroup directions of kPieces columns each. Piece k of direction p is column p % 8
 // of block p / 8 * kPieces + k: a lane has all pieces of its directions.
-template <typename E, typename C, int kPromptBlocks, int kPieces>
+template <typename E, typename C, int kPieces>
 struct Scan {
   using Unit = typename Operand<E>::Unit;
   using ColUnit = typename Operand<C>::Unit;
   using Sum = typename Operand<E>::Sum;
   static_assert(std::is_same_v<typename Operand<E>::Fragment, typename Operand<C>::Fragment>, "");
 
+  static constexpr int kPromptBlocks = kScanGroup / 8;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRowBlocks = 2, kColBlocks = kPromptBlocks * kPieces;
   static constexpr int kRows = 16 * kRowBlocks * kWarps, kCols = 8 * kColBlocks;
   static constexpr int kStages = 3;  // chunks of the rows in shared memory or on their way there
@@ -253,7 +257,7 @@ __device__ inline uint64_t scan_key(double value) {
 // Entries that share their candidates also share the pass, so many at a time; others take one each.
 inline int scan_group(const PoolSpec& pool) {
   const bool shared = pool.rows.stride[0] == 0 && !pool.lengths.defined() && !pool.candidates.defined();
-  return !shared ? 1 : pool.batch() <= 8 ? 8 : 16;
+  return shared ? kScanGroup : 1;
 }
 
 inline constexpr int64_t kScanRows = 128;

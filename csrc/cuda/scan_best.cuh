@@ -7,14 +7,14 @@
 namespace hullkit {
 
 // partial [B, plan.blocks]. active [B], optional: groups of none but inactive entries are left out.
-template <typename E, typename C, int kPromptBlocks, int kPieces>
-__global__ void __launch_bounds__(Scan<E, C, kPromptBlocks, kPieces>::kThreads)
+template <typename E, typename C, int kPieces>
+__global__ void __launch_bounds__(Scan<E, C, kPieces>::kThreads)
     scan_best_kernel(const DevicePool<E> pool, const Directions<C> directions, int64_t batch, const ScanPlan plan,
                      double sign, const int* active, Best* partial) {
-  using T = Scan<E, C, kPromptBlocks, kPieces>;
-  constexpr int kSlots = 2 * kPromptBlocks;
+  using T = Scan<E, C, kPieces>;
+  constexpr int kSlots = 2 * T::kPromptBlocks;
   extern __shared__ __align__(16) char shared[];
-  __shared__ Best of_warps[T::kWarps][8 * kPromptBlocks];
+  __shared__ Best of_warps[T::kWarps][kScanGroup];
 
   const int64_t b0 = blockIdx.x % plan.groups * plan.group, block = blockIdx.x / plan.groups;
   const int members = static_cast<int>(batch - b0 < plan.group ? batch - b0 : plan.group);
@@ -77,30 +77,25 @@ class BestScan {
   BestScan(const PoolSpec& pool, const DevicePool<E>& device_pool, const Directions<C>& directions, double sign,
            Best* partial)
       : device_pool_(device_pool), directions_(directions), batch_(pool.batch()), sign_(sign), partial_(partial) {
-    if (scan_group(pool) > 8) {
-      kernel_ = scan_best_kernel<E, C, 2, kPieces>;
-      plan_ = plan_scan<Scan<E, C, 2, kPieces>>(kernel_, pool);
-    } else {
-      kernel_ = scan_best_kernel<E, C, 1, kPieces>;
-      plan_ = plan_scan<Scan<E, C, 1, kPieces>>(kernel_, pool);
-    }
+    plan_ = plan_scan<Scan<E, C, kPieces>>(kernel(), pool);
   }
 
   int64_t partials() const { return plan_.blocks; }
 
   void operator()(const int* active, void* stream) const {
-    launch(kernel_, plan_.groups * plan_.blocks, Scan<E, C, 1, kPieces>::kThreads, plan_.shared, stream, device_pool_,
+    launch(kernel(), plan_.groups * plan_.blocks, Scan<E, C, kPieces>::kThreads, plan_.shared, stream, device_pool_,
            directions_, batch_, plan_, sign_, active, partial_);
   }
 
  private:
+  static constexpr auto kernel() { return scan_best_kernel<E, C, kPieces>; }
+
   DevicePool<E> device_pool_;
   Directions<C> directions_;
   int64_t batch_;
   double sign_;
   Best* partial_;
   ScanPlan plan_;
-  void (*kernel_)(const DevicePool<E>, const Directions<C>, int64_t, const ScanPlan, double, const int*, Best*);
 };
 
 inline int64_t scan_best_bytes(int64_t batch, int64_t positions) {

@@ -136,6 +136,7 @@ struct Tile {
       full.arrive_with_copies();
       return;
     }
+#pragma unroll 1
     for (int row = 0; first + row < kCount; row += kRowsAtOnce) {
       const E* const from = sources[row];
       for (int e = 0; e < static_cast<int>(16 / sizeof(E)); ++e) {

@@ -9,14 +9,14 @@ namespace {
 constexpr int kSorted = 4096;
 constexpr int kSortThreads = 1024;
 
-template <typename E, int kPromptBlocks>
-__global__ void __launch_bounds__(Scan<E, E, kPromptBlocks, 1>::kThreads)
+template <typename E>
+__global__ void __launch_bounds__(Scan<E, E, 1>::kThreads)
     knn_kernel(const DevicePool<E> pool, const Directions<E> directions, int64_t batch, const ScanPlan plan,
                Best* keys) {
   extern __shared__ __align__(16) char shared[];
   const int64_t b0 = blockIdx.x % plan.groups * plan.group;
   const int members = static_cast<int>(batch - b0 < plan.group ? batch - b0 : plan.group);
-  Scan<E, E, kPromptBlocks, 1> scan(pool, directions, b0, members);
+  Scan<E, E, 1> scan(pool, directions, b0, members);
   scan.run(shared, plan, blockIdx.x / plan.groups, -1.0, [&](int, int member, int64_t position, double value) {
     if (position >= pool.size) return;
     keys[(b0 + member) * pool.size + position] = {scan_key(value), static_cast<uint32_t>(position), 0};
@@ -89,15 +89,9 @@ void knn_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& i
     using E = decltype(element);
     const DevicePool<E> device_pool(pool, query);
     const Directions<E> directions{device_pool.query, device_pool.query_stride, 0};
-    const auto run = [&](auto kernel, const ScanPlan& plan) {
-      launch(kernel, plan.groups * plan.blocks, Scan<E, E, 1, 1>::kThreads, plan.shared, stream, device_pool,
-             directions, batch, plan, from);
-    };
-    if (scan_group(pool) > 8) {
-      run(knn_kernel<E, 2>, plan_scan<Scan<E, E, 2, 1>>(knn_kernel<E, 2>, pool));
-    } else {
-      run(knn_kernel<E, 1>, plan_scan<Scan<E, E, 1, 1>>(knn_kernel<E, 1>, pool));
-    }
+    const ScanPlan plan = plan_scan<Scan<E, E, 1>>(knn_kernel<E>, pool);
+    launch(knn_kernel<E>, plan.groups * plan.blocks, Scan<E, E, 1>::kThreads, plan.shared, stream, device_pool,
+           directions, batch, plan, from);
   });
   int64_t size = pool.positions();
   for (bool last = false; !last;) {
