@@ -157,8 +157,9 @@ def test_no_queries() -> None:
 
 
 @pytest.mark.plain_memory
-def test_current_stream_behind_a_slow_producer() -> None:
-    pool, query = problem(8, 100, 64, torch.float32)
+@pytest.mark.parametrize("n", [100, 5000])  # with a Gram matrix, and without
+def test_current_stream_behind_a_slow_producer(n: int) -> None:
+    pool, query = problem(8, n, 64, torch.float32)
     expected = hullkit.select(pool.cuda(), query.cuda(), 20)
     source = (pool.cuda(), query.cuda())
     inputs = (torch.zeros_like(source[0]), torch.zeros_like(source[1]))
