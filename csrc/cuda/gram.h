@@ -3,23 +3,17 @@
 
 #include <cstdint>
 
+#include "cuda/pieces.h"
 #include "hullkit/pool_spec.h"
 
 namespace hullkit {
-
-// Workspace is used in pieces of at most this many bytes (or of one entry, where that is more).
-inline constexpr int64_t kGramBytes = int64_t{512} << 20;
 
 // Products from one row of a Gram matrix to the next: n candidates and, last, the query; rows start where memory
 // transactions of 32 bytes do.
 inline int64_t gram_stride(int64_t n) { return (n + 4) / 4 * 4; }
 inline int64_t gram_bytes_of_one(int64_t n) { return (n + 1) * gram_stride(n) * static_cast<int64_t>(sizeof(double)); }
 
-// How many entries of a batch are done at a time.
-inline int64_t gram_batch(int64_t batch, int64_t n) {
-  const int64_t fit = kGramBytes / gram_bytes_of_one(n);
-  return fit < 1 ? 1 : fit < batch ? fit : batch;
-}
+inline int64_t gram_batch(int64_t batch, int64_t n) { return entries_of_piece(batch, gram_bytes_of_one(n)); }
 
 // gram [count, n + 1, gram_stride(n)] of entries first, ..., first + count - 1; rows of what is no candidate are 0.
 // `support` [B, S], optional: its positions are the candidates, n = S.

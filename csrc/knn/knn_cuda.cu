@@ -1,5 +1,9 @@
 // A pass over the pool leaves a key for each candidate; then rounds of a tournament: blocks sort kSorted of them and
 // keep the first k, until one block has all that is left.
+#include <algorithm>
+#include <utility>
+
+#include "cuda/pieces.h"
 #include "cuda/scan.cuh"
 #include "hullkit/knn.h"
 
@@ -73,18 +77,18 @@ __global__ void __launch_bounds__(kSortThreads)
 
 int64_t sort_blocks(int64_t size) { return (size + kSorted - 1) / kSorted; }
 
-}  // namespace
+int64_t kept(int64_t positions, int64_t k) { return positions > kSorted ? sort_blocks(positions) * k : 0; }
 
-int64_t knn_workspace_bytes(int64_t batch, int64_t positions, int64_t k) {
-  const int64_t kept = positions > kSorted ? sort_blocks(positions) * k : 0;
-  return batch * (positions + kept) * static_cast<int64_t>(sizeof(Best));
+int64_t piece(int64_t batch, int64_t positions, int64_t k) {
+  const auto bytes = static_cast<int64_t>(sizeof(Best)) * (positions + kept(positions, k));
+  return entries_of_piece(batch, bytes, kScanGroup);  // whole groups share their pass
 }
 
-void knn_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& values,
-              void* workspace, void* stream) {
+// One piece: workspace for its keys, and for those that rounds of the tournament keep.
+void run_piece(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& values,
+               Best* workspace, void* stream) {
   const int64_t batch = pool.batch(), k = indices.shape[1];
-  Best* from = static_cast<Best*>(workspace);
-  Best* to = from + batch * pool.positions();
+  Best *from = workspace, *to = from + batch * pool.positions();
   with_element(pool.rows.dtype, [&](auto element) {
     using E = decltype(element);
     const DevicePool<E> device_pool(pool, query);
@@ -101,9 +105,23 @@ void knn_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& i
            static_cast<const Best*>(from), size, sorted_blocks, k, to, static_cast<int64_t*>(indices.data),
            static_cast<double*>(values.data));
     size = sorted_blocks * k;
-    Best* const other = from;
-    from = to;
-    to = other;
+    std::swap(from, to);
+  }
+}
+
+}  // namespace
+
+int64_t knn_workspace_bytes(int64_t batch, int64_t positions, int64_t k) {
+  return piece(batch, positions, k) * (positions + kept(positions, k)) * static_cast<int64_t>(sizeof(Best));
+}
+
+void knn_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& values,
+              void* workspace, void* stream) {
+  const int64_t batch = pool.batch(), step = piece(batch, pool.positions(), indices.shape[1]);
+  for (int64_t first = 0; first < batch; first += step) {
+    const int64_t count = std::min(step, batch - first);
+    run_piece(pool.entries(first, count), query.entries(first, count), indices.entries(first, count),
+              values.entries(first, count), static_cast<Best*>(workspace), stream);
   }
 }
 

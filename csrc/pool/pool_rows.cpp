@@ -16,20 +16,6 @@ constexpr int64_t kRowsPerBlock = 64;
 // Below this many multiply-adds a pass takes less time than waking a thread.
 constexpr int64_t kMinParallelWork = int64_t{1} << 21;
 
-int64_t element_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-    case DType::kInt64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    case DType::kFloat16:
-    case DType::kBFloat16:
-      return 2;
-  }
-  throw_value_error("dtype: unknown code ", static_cast<int>(dtype));
-}
-
 bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 
 void widen_half(DType dtype, const void* source, float* out, int64_t count) {

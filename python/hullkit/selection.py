@@ -131,7 +131,8 @@ def knn(
 
     Numerics and broken entries as in :func:`lmo`.
     Cost: B n d multiply-adds and a partial sort of n. On CUDA k <= 2048 for n > 4096; workspace: 16
-        bytes for each candidate, and k / 4096 of that.
+        bytes for each candidate of a query, and k / 4096 of that, in pieces of at most 512 MiB (or
+        16 queries).
     """
     problem = check_pool_query(pool, query, lengths, candidates)
     check_device("knn", problem.pool, backend)

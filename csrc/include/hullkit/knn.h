@@ -10,7 +10,8 @@ namespace hullkit {
 void knn_cpu(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& values,
              int num_threads);
 
-// The same on a GPU, for n <= 4096 or k <= 2048; broken entries as in lmo.h. workspace: knn_workspace_bytes.
+// The same on a GPU, for n <= 4096 or k <= 2048; broken entries as in lmo.h. workspace: knn_workspace_bytes,
+// at most 512 MiB or 16 entries.
 void knn_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& values,
               void* workspace, void* stream);
 int64_t knn_workspace_bytes(int64_t batch, int64_t positions, int64_t k);

@@ -15,6 +15,9 @@ struct PoolSpec {
   TensorView lengths;
   TensorView candidates;
 
+  PoolSpec entries(int64_t first, int64_t count) const {
+    return {rows.entries(first, count), lengths.entries(first, count), candidates.entries(first, count)};
+  }
   int64_t batch() const { return rows.shape[0]; }
   int64_t dim() const { return rows.shape[2]; }
   int64_t positions() const { return candidates.defined() ? candidates.shape[1] : rows.shape[1]; }

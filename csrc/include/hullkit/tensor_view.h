@@ -3,9 +3,25 @@
 
 #include <cstdint>
 
+#include "hullkit/check.h"
+
 namespace hullkit {
 
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3, kInt64 = 4 };
+
+inline int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+    case DType::kInt64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+  }
+  throw_value_error("dtype: unknown code ", static_cast<int>(dtype));
+}
 
 inline constexpr int kMaxRank = 4;
 
@@ -18,6 +34,15 @@ struct TensorView {
   int64_t stride[kMaxRank] = {};
 
   bool defined() const { return data != nullptr; }
+
+  // Entries first, ..., first + count - 1 of a batch.
+  TensorView entries(int64_t first, int64_t count) const {
+    if (!defined()) return *this;
+    TensorView part = *this;
+    part.data = static_cast<char*>(data) + first * stride[0] * element_bytes(dtype);
+    part.shape[0] = count;
+    return part;
+  }
 
   template <typename T>
   T* at(int64_t i) const {
