@@ -1,5 +1,6 @@
 // One launch runs a whole batch: a block for each prompt, on its Gram matrix. The arithmetic is that of
-// frank_wolfe_run.h, operation for operation.
+// frank_wolfe_run.h, operation for operation; only which lengths are recomputed depends on the largest norm of all
+// candidates here, of those touched so far there.
 #include <climits>
 #include <cmath>
 
