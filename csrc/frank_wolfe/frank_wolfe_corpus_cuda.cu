@@ -138,8 +138,8 @@ struct Prompt {
     const double scale = ldexp(1.0, shift);
     Column* const pieces = reinterpret_cast<Column*>(direction);
     const int64_t stride = padded(pool.dim);
-    for (int64_t j = threadIdx.x; j < pool.dim; j += kStepThreads) {
-      double rest = residual(j) * scale;
+    for (int64_t j = threadIdx.x; j < stride; j += kStepThreads) {  // the padding too: zeros, for whole 16-byte copies
+      double rest = j < pool.dim ? residual(j) * scale : 0.0;
 #pragma unroll
       for (int k = 0; k < R::kPieces; ++k) {
         const Column piece = R::round(rest);
