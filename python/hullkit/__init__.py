@@ -9,18 +9,17 @@ from . import optim
 from ._native import __version__, build_info
 from .finetune import AdaptReport, TestTimeFinetuner
 from .metrics import bits_per_byte
+from .multiset import Multiset, select
 from .rounding import apportion, round_multiplicities
 from .schedule import Reuse, reuse_schedule
 from .selection import (
     FrankWolfeResult,
     KNNResult,
     LMOResult,
-    Multiset,
     Status,
     frank_wolfe,
     knn,
     lmo,
-    select,
 )
 
 __all__ = [

@@ -1,0 +1,103 @@
+"""From a prompt and its candidates to a multiset of training sequences: `select`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._checks import check_choice, check_device, check_int, check_pool_query, check_total
+from .reference import batched
+from .selection import FrankWolfeResult, KNNResult, frank_wolfe_options, knn
+
+
+class Multiset(NamedTuple):
+    """A selection to finetune on: example `rows[j]` gets `counts[j]` updates, in this order."""
+
+    indices: Tensor  # [B, S] int64 positions, heaviest or nearest first, -1 = padding
+    counts: Tensor  # [B, S] int64, sum = total, 0 = padding
+    rows: Tensor  # [B, S] int64 rows of the pool: indices, looked up in candidates if there are any
+    result: FrankWolfeResult | KNNResult  # what the counts were made from, with its certificates
+
+
+def select(
+    pool: Tensor,
+    query: Tensor,
+    total: int,
+    *,
+    method: str = "hull",
+    max_support: int | None = None,
+    max_iters: int = 250,
+    tol: float = 1e-5,
+    exchange_passes: int = 2,
+    lengths: Tensor | None = None,
+    candidates: Tensor | None = None,
+    backend: str | None = None,
+) -> Multiset:
+    """A multiset of `total` training sequences for each prompt, in one call.
+
+    method="hull": :func:`frank_wolfe`, then :func:`hullkit.round_multiplicities` (HullFT), to the
+    same bits; the Gram matrix of the support is not computed a second time where the Gram matrix of
+    the pool is at hand (CPU; CUDA with n <= 4096).
+    method="knn": the `total` nearest, one update each; max_support, max_iters, tol and
+    exchange_passes do not apply and must be left alone.
+
+    Args:
+        pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
+        total: updates to spend, 1 <= total; at most the number of valid candidates for "knn".
+        max_support: None for `total`: more examples than updates cannot all be visited.
+        max_iters, tol: as in :func:`frank_wolfe`; exchange_passes: as in round_multiplicities.
+    Returns:
+        Multiset(indices, counts, rows, result): `rows[b, j]` is the pool row to train on
+        `counts[b, j]` times, in this order; without the leading B for an unbatched call.
+    Raises:
+        As the functions it calls: on CUDA NotImplementedError for n > 4096 with S > 4096.
+    """
+    check_choice("method", method, ("hull", "knn"))
+    check_total(total)
+    result: FrankWolfeResult | KNNResult
+    if method == "hull":
+        problem = check_pool_query(pool, query, lengths, candidates)
+        check_device("select", problem.pool, backend)
+        check_int("exchange_passes", exchange_passes, 0)
+        options, result = frank_wolfe_options(
+            problem, total if max_support is None else max_support, max_iters, tol
+        )
+        counts = torch.empty_like(result.indices)
+        run = _ops.select if backend is None else batched.select
+        run(*problem, *options, total, exchange_passes, *result, counts)
+    else:
+        if (max_support, max_iters, tol, exchange_passes) != (None, 250, 1e-5, 2):
+            raise ValueError(
+                "method: expected 'hull' for max_support, max_iters, tol or exchange_passes, "
+                "got 'knn'"
+            )
+        result = _nearest(pool, query, total, lengths, candidates, backend)
+        counts = torch.ones_like(result.indices)
+    rows = result.indices
+    if candidates is not None:
+        looked_up = candidates.to(torch.int64).gather(-1, rows.clamp_min(0))
+        rows = torch.where(rows < 0, rows, looked_up)
+    return Multiset(result.indices, counts, rows, result)
+
+
+def _nearest(
+    pool: Tensor,
+    query: Tensor,
+    total: int,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    backend: str | None,
+) -> KNNResult:
+    result = knn(pool, query, total, lengths=lengths, candidates=candidates, backend=backend)
+    if lengths is None and candidates is None:
+        return result  # knn has checked that there are enough
+    short = (result.indices < 0).any(-1)
+    if bool(short.any()):
+        raise ValueError(
+            f"total: expected at most the number of valid candidates for method='knn', got {total} "
+            f"for entries {short.nonzero().flatten().tolist()} with fewer"
+        )
+    return result
