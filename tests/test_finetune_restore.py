@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from _models import COUNTS, VOCABULARY, Before, PlainLM, plain, texts
-from hullkit import _adaptation, finetune
+from hullkit import _adaptation, _loss, _passes, finetune
 from hullkit.finetune import TestTimeFinetuner
 from hullkit.optim import Adam
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ def test_ctrl_c_at_any_moment(opcodes: bool) -> None:
     """A real SIGINT at the i-th line of the modules (or bytecode of their edges), for every i."""
     model = plain()
     before = Before(model)
-    files = {_adaptation.__file__, finetune.__file__}
+    files = {m.__file__ for m in (_adaptation, _loss, _passes, finetune)}
     edges = {"__enter__", "__exit__", "_finish", "_release_sigint", "_intercept_sigint"}
     seen = sent = 0
     passed: dict[Any, int] = {}
@@ -196,7 +196,9 @@ def test_ctrl_c_at_any_moment(opcodes: bool) -> None:
         assert interrupted, f"lost at the {sent}th moment"
     assert seen < sent, "not every moment was tried"
     assert {"__enter__", "__exit__", "_finish"} <= where
-    assert opcodes or {"_run", "_loss", "restore", "__init__", "_claim_model"} <= where
+    assert (
+        opcodes or {"_run", "_of", "_pass", "reuse", "restore", "__init__", "_claim_model"} <= where
+    )
 
 
 def test_ctrl_c_in_the_block_is_immediate() -> None:

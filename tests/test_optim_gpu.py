@@ -242,4 +242,4 @@ def test_kernels_compile_for_a_gpu() -> None:
         env=environment,
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 5
+    assert len(result.stdout.split()) == 6

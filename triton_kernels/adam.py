@@ -3,13 +3,14 @@
 Two launches: `adam_coefficients_kernel` for what an update has in common for all elements, then
 `adam_kernel`. The first ten words of `record` are lr, beta1, beta2, log2(beta1), log2(beta2), eps,
 L2 and decoupled weight decay, sign of the gradient and clipping factor: on the device, so that a
-change compiles nothing and a captured graph can be told.
+change compiles nothing and a captured graph can be told. `restore_kernel` takes it all back.
 """
 
 import triton
 import triton.language as tl
 
 from .multi_tensor import (
+    BROKEN,
     COLUMNS,
     FLAGS,
     gradient,
@@ -17,6 +18,7 @@ from .multi_tensor import (
     option,
     read,
     round_stochastically,
+    updates,
     whole_blocks,
     write,
 )
@@ -41,7 +43,7 @@ def adam_coefficients_kernel(
     step = tl.load(step_at, mask=inside, other=0).to(tl.float64)
     lr = option(record, 0)
     eps = option(record, 5)
-    for i in range(num_steps):
+    for i in range(updates(record, num_steps)):
         step += 1.0
         bias1 = 1.0 - tl.exp2(step * option(record, 3))
         root2 = tl.sqrt(1.0 - tl.exp2(step * option(record, 4)))
@@ -69,7 +71,9 @@ def _update(
     l2 = option(record, 6).to(MATH)
     keep = (1.0 - option(record, 0) * option(record, 7)).to(MATH)
     grad *= (option(record, 8) * option(record, 9)).to(MATH)
-    for i in range(num_steps):
+    unfit = ~(tl.abs(grad) < float("inf"))
+    tl.store(record + BROKEN + tl.zeros_like(offsets), 1, mask=unfit)
+    for i in range(updates(record, num_steps)):
         size = tl.load(coefficients + i * COEFFICIENTS)
         damping = tl.load(coefficients + i * COEFFICIENTS + 1)
         # Sums of products are fused here and nowhere else (enable_fp_fusion is off), so that whole
@@ -128,3 +132,37 @@ def adam_kernel(
             num_steps, salt, step_at, PARAM, GRAD, STATE, MATH, STOCHASTIC, WHOLE=False,
         )  # fmt: skip
         offsets += BLOCK
+
+
+@triton.jit
+def _restore(
+    param_at, base_at, exp_avg_at, exp_avg_sq_at, offsets, end,
+    PARAM: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    base = read(base_at, offsets, end, PARAM, PARAM, WHOLE)
+    write(param_at, offsets, end, base, PARAM, WHOLE)
+    write(exp_avg_at, offsets, end, tl.zeros_like(base), PARAM, WHOLE)
+    write(exp_avg_sq_at, offsets, end, tl.zeros_like(base), PARAM, WHOLE)
+
+
+@triton.jit
+def restore_kernel(
+    table, record, chunks, PARAM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Parameters from their base values, whose addresses are in the gradients' place; moments and
+    step counters 0. PARAM is an integer type of the parameters' size: bits are not to change."""
+    row, entry, start, end = locate(table, chunks, CHUNK)
+    param_at = tl.load(entry)
+    exp_avg_at = tl.load(entry + 1)
+    exp_avg_sq_at = tl.load(entry + 2)
+    base_at = gradient(record, row)
+    whole = whole_blocks(param_at | exp_avg_at | exp_avg_sq_at | base_at, start, end, BLOCK)
+    offsets = start + tl.arange(0, BLOCK)
+    for _ in range(whole):
+        _restore(param_at, base_at, exp_avg_at, exp_avg_sq_at, offsets, end, PARAM, WHOLE=True)
+        offsets += BLOCK
+    for _ in range(whole, tl.cdiv(end - start, BLOCK)):
+        _restore(param_at, base_at, exp_avg_at, exp_avg_sq_at, offsets, end, PARAM, WHOLE=False)
+        offsets += BLOCK
+    if start == 0:
+        tl.store(tl.load(entry + 3).to(tl.pointer_type(tl.float32)), 0.0)

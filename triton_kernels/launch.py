@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 
 from .accumulate import accumulate_kernel, squares_kernel
-from .adam import ROWS, adam_coefficients_kernel, adam_kernel
+from .adam import ROWS, adam_coefficients_kernel, adam_kernel, restore_kernel
 from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
 from .sgd import sgd_kernel
 
@@ -14,6 +14,7 @@ _CHUNKS = {"BLOCK": BLOCK_SIZE, "CHUNK": CHUNK_SIZE}
 KERNELS = {
     "adam_coefficients": (adam_coefficients_kernel, {"BLOCK": ROWS}),
     "adam": (adam_kernel, _CHUNKS),
+    "restore": (restore_kernel, _CHUNKS),
     "sgd": (sgd_kernel, _CHUNKS),
     "accumulate": (accumulate_kernel, _CHUNKS),
     "squares": (squares_kernel, _CHUNKS),

@@ -3,8 +3,8 @@
 A list of T tensors is a table [T, 6] int64 on the device: address of the parameter, of two state
 tensors, of the step counter, the number of elements, and flags. One launch covers all tensors:
 `chunks` [programs, 2] int32 names each program's row of the table and its chunk of that tensor.
-What changes from call to call is in `record` [10 + T] int64: ten options as float64 bits, then the
-gradients' addresses.
+What changes from call to call is in `record` [12 + T] int64: ten options as float64 bits, the most
+updates a launch may make, a word that kernels write to, then the gradients' addresses.
 """
 
 import triton
@@ -14,7 +14,9 @@ BLOCK_SIZE = 512  # elements a program holds in registers at a time
 CHUNK_SIZE = 16 * BLOCK_SIZE  # elements a program works through, block by block
 NUM_WARPS = 4
 
-NUM_OPTIONS = tl.constexpr(10)
+LIMIT = tl.constexpr(10)
+BROKEN = tl.constexpr(11)  # 0 until Adam met a gradient that is not finite
+HEAD = tl.constexpr(12)
 COLUMNS = tl.constexpr(6)
 NUMEL = tl.constexpr(4)
 FLAGS = tl.constexpr(5)
@@ -47,7 +49,13 @@ def option(record, index: tl.constexpr):
 
 @triton.jit
 def gradient(record, row):
-    return tl.load(record + NUM_OPTIONS + row)
+    return tl.load(record + HEAD + row)
+
+
+@triton.jit
+def updates(record, num_steps):
+    """num_steps, or what a captured launch was told since."""
+    return tl.minimum(num_steps, tl.load(record + LIMIT)).to(tl.int32)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ unused, sign of the gradient and clipping factor.
 import triton
 import triton.language as tl
 
-from .multi_tensor import FLAGS, gradient, locate, option, read, whole_blocks, write
+from .multi_tensor import FLAGS, gradient, locate, option, read, updates, whole_blocks, write
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _update(
     l2 = option(record, 3).to(MATH)
     nesterov = option(record, 4) != 0
     grad *= (option(record, 8) * option(record, 9)).to(MATH)
-    for i in range(num_steps):
+    for i in range(updates(record, num_steps)):
         # Fused where written so, as in adam.py.
         total = grad
         if l2 != 0:  # an infinite parameter times 0 would be NaN

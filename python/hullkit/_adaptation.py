@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._report import AdaptReport, Clock, PhaseSeconds, peak_memory
+from ._weights import Weights, pinned_like
 from .schedule import Reuse
 
 if TYPE_CHECKING:
@@ -27,11 +29,16 @@ class Adaptation:
     """
 
     def __init__(
-        self, tuner: TestTimeFinetuner, inputs: list[dict[str, Tensor]], schedule: list[Reuse]
+        self,
+        tuner: TestTimeFinetuner,
+        inputs: list[dict[str, Tensor]],
+        schedule: list[Reuse],
+        select_seconds: float | None,
     ) -> None:
         self._tuner = tuner
         self._inputs = inputs
         self._schedule = schedule
+        self._select_seconds = select_seconds
         self._entered = False
         self._claimed: list[nn.Module] = []
         self._snapshot: Snapshot | None = None
@@ -58,18 +65,42 @@ class Adaptation:
         self._claim_model()
         self._send_held_back()
         tuner.last_report = None
+        clock = Clock(_device(model))
         with torch.inference_mode(False), torch.enable_grad():
-            self._snapshot = Snapshot(model)  # nothing is written before it is complete
+            graphs = tuner._graphs()
+            # Nothing is written before it is complete.
+            self._snapshot = snapshot = Snapshot(
+                model, tuner.snapshot, None if graphs is None else graphs.weights
+            )
             for module in model.modules():
                 # The flag itself, not .eval(): that may be overridden to do more (merge adapters).
                 module.training = False
             for parameter in model.parameters():
                 parameter.grad = None
-            tuner.last_report = tuner._run(self._inputs, self._schedule)
+            losses, captured = tuner._run(snapshot, graphs, self._inputs, self._schedule, clock)
+        seconds = clock.seconds()
+        tuner.last_report = AdaptReport(
+            num_updates=sum(burst.num_steps for burst in self._schedule)
+            if tuner.mode == "reuse"
+            else min(1, len(losses)),
+            num_passes=len(losses),
+            losses=tuple(losses),
+            seconds=PhaseSeconds(
+                select=self._select_seconds,
+                prepare=seconds.get("prepare", 0.0),
+                passes=seconds.get("passes", 0.0),
+                updates=seconds.get("updates"),
+                restore=None,
+            ),
+            peak_memory=peak_memory(clock.device),
+            path="captured" if captured else "eager",
+            reason=None if captured else tuner._eager_reason(clock.device),
+        )
 
     def _finish(self) -> None:
         """Undo all of __enter__, as far as it got."""
         error: BaseException | None = None
+        clock = Clock(_device(self._tuner.model))
         while self._snapshot is not None:
             try:
                 self._snapshot.restore()
@@ -80,6 +111,11 @@ class Adaptation:
                 continue
             self._snapshot = None
         _ADAPTED.difference_update(self._claimed)
+        if error is None and self._tuner.last_report is not None:
+            report = self._tuner.last_report
+            clock.lap("restore")
+            seconds = report.seconds._replace(restore=clock.seconds()["restore"])
+            self._tuner.last_report = report._replace(seconds=seconds)
         self._release_sigint()
         if error is not None:
             raise error
@@ -130,7 +166,7 @@ class Adaptation:
 class Snapshot:
     """What a query may change in a model. Restoring may be cut short and begun again."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, place: str, weights: Weights | None) -> None:
         # The slots too: code in the block may replace a buffer instead of writing to it.
         self._modules = [
             (module, module.training, dict(module._parameters), dict(module._buffers))
@@ -140,10 +176,22 @@ class Snapshot:
         # Tied parameters and shared buffers appear once. `data` keeps dtype, device and storage in
         # case the block moves or casts the model; only what training may write to is copied.
         self._tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._weights = weights  # with copies of its own
+        elsewhere = set() if weights is None else set(map(id, weights.parameters))
         for p in model.parameters():
-            self._tensors.append((p, p.data, p.data.clone() if p.requires_grad else None))
-        for buffer in model.buffers():
-            self._tensors.append((buffer, buffer.data, _written(buffer.data).clone()))
+            copied = p.requires_grad and id(p) not in elsewhere
+            self._tensors.append((p, p.data, _copy(p.data, place) if copied else None))
+        self._buffers = [(b, _written(b.data).clone()) for b in model.buffers()]
+        self._tensors += [(buffer, buffer.data, copy) for buffer, copy in self._buffers]
+        if weights is not None:
+            weights.save()
+
+    def restore_buffers(self) -> None:
+        """After passes that were not to count."""
+        for module, _, _, buffers in self._modules:
+            _put_back(module._buffers, buffers)
+        for buffer, copy in self._buffers:
+            _written(buffer).copy_(copy)
 
     def restore(self) -> None:
         failure: Exception | None = None
@@ -159,6 +207,11 @@ class Snapshot:
                     with torch.no_grad():
                         _written(tensor).copy_(copy)
             except Exception as error:  # the others are restored all the same
+                failure = failure or error
+        if self._weights is not None:
+            try:
+                self._weights.restore()
+            except Exception as error:
                 failure = failure or error
         for parameter, requires_grad, grad in self._flags:
             parameter.requires_grad_(requires_grad)
@@ -180,6 +233,16 @@ def _put_back(slots: dict[str, Any], saved: dict[str, Any]) -> None:
     if [(k, id(v)) for k, v in slots.items()] != [(k, id(v)) for k, v in saved.items()]:
         slots.clear()
         slots.update(saved)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _copy(tensor: Tensor, place: str) -> Tensor:
+    if place == "host" and tensor.device.type == "cuda":
+        return pinned_like(tensor).copy_(tensor)
+    return tensor.clone()
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:

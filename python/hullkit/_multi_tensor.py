@@ -2,7 +2,7 @@
 
 A list of T tensors is a table [T, 6] int64 on its device (see `triton_kernels/multi_tensor.py` and
 `csrc/include/hullkit/tensor_table.h`); what changes from call to call, options and gradients'
-addresses, is a record [10 + T] int64. These kernels are not dispatcher operators: handing six
+addresses, is a record [12 + T] int64. These kernels are not dispatcher operators: handing six
 hundred tensors through the dispatcher takes longer than a step of a 124M-parameter model.
 """
 
@@ -20,8 +20,12 @@ from torch import Tensor
 from . import _native
 
 NUM_OPTIONS = 10
+LIMIT = 10  # the word of a record that bounds num_steps: a captured launch has its own for good
+BROKEN = 11  # the word that Adam's kernel sets at a gradient that is not finite
+HEAD = 12  # words before the gradients' addresses
 FACTOR = 9  # the option that clipping by global norm writes, on the device
 _ROWS = 128  # of a table, for one program of Adam's coefficients
+_NO_LIMIT = 2**31 - 1
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -96,16 +100,21 @@ class TensorTable:
         self._record = torch.empty(0)
         self.captured: list[Tensor] = []  # records that graphs read at every replay
         if triton:
-            from .triton_kernels.multi_tensor import CHUNK_SIZE
+            self.chunks = self.chunks_of(range(self.size))
 
-            counts = [-(-row[4] // CHUNK_SIZE) for row in rows]
-            tensors = np.repeat(np.arange(self.size), counts)
-            firsts = np.repeat(np.cumsum(counts) - counts, counts)
-            chunks = np.stack([tensors, np.arange(len(tensors)) - firsts], axis=1)
-            self.chunks = torch.from_numpy(chunks.astype(np.int32)).to(device)
+    def chunks_of(self, rows: range) -> Tensor:
+        """[programs, 2] int32 on the device: row, and chunk of its tensor, of each program."""
+        from .triton_kernels.multi_tensor import CHUNK_SIZE
+
+        counts = [-(-self.rows[row][4] // CHUNK_SIZE) for row in rows]
+        tensors = np.repeat(np.arange(rows.start, rows.stop), counts)
+        firsts = np.repeat(np.cumsum(counts) - counts, counts)
+        chunks = np.stack([tensors, np.arange(len(tensors)) - firsts], axis=1)
+        return torch.from_numpy(chunks.astype(np.int32)).to(self.device)
 
     def record(self, grads: list[int], options: tuple[float, ...]) -> Tensor:
-        """[10 + T] int64 on the device: the options' bits, then the gradients' addresses.
+        """[12 + T] int64 on the device: the options' bits, a limit to num_steps beyond any, a word
+        for kernels to write to, then the gradients' addresses.
 
         Copied only when it changed. An option that lives on the device is NaN here, and written
         into the record by the caller, every time.
@@ -114,10 +123,11 @@ class TensorTable:
         stream = raw_stream(self.device) if on_gpu else None
         if self._last == (stream, grads, options):
             return self._record
-        host = torch.empty(NUM_OPTIONS + self.size, dtype=torch.int64, pin_memory=on_gpu)
+        host = torch.empty(HEAD + self.size, dtype=torch.int64, pin_memory=on_gpu)
         words = host.numpy()
         words[:NUM_OPTIONS].view(np.float64)[:] = options
-        words[NUM_OPTIONS:] = grads
+        words[LIMIT], words[BROKEN] = _NO_LIMIT, 0
+        words[HEAD:] = grads
         record = host.to(self.device, non_blocking=True)
         if _capturing(self.device):
             self.captured += [host, record]
@@ -187,17 +197,44 @@ def adam_(
             sign * factor, num_steps, stochastic_rounding,
         )  # fmt: skip
         return
-    param, grad, state = dtypes
     math = arithmetic_dtype(dtypes[0])
     coefficients = torch.empty(2 * table.size * num_steps, dtype=math, device=table.device)
+    adam_coefficients_(table, record, coefficients, num_steps)
+    adam_chunks_(table, table.chunks, record, coefficients, dtypes, num_steps, stochastic_rounding)
+
+
+def adam_coefficients_(
+    table: TensorTable, record: Tensor, coefficients: Tensor, num_steps: int
+) -> None:
+    """Triton: what adam_chunks_ needs for num_steps updates; step counters move on."""
     _run(
         "adam_coefficients", table, -(-table.size // _ROWS), table.table, record, table.size,
-        coefficients, num_steps, MATH=math,
+        coefficients, num_steps, MATH=coefficients.dtype,
     )  # fmt: skip
-    _launch(
-        "adam", table, table.table, record, table.chunks, coefficients, num_steps,
-        PARAM=param, GRAD=grad, STATE=state, MATH=math, STOCHASTIC=stochastic_rounding,
+
+
+def adam_chunks_(
+    table: TensorTable,
+    chunks: Tensor,
+    record: Tensor,
+    coefficients: Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    num_steps: int,
+    stochastic_rounding: bool,
+) -> None:
+    """Triton: the updates of these chunks."""
+    param, grad, state = dtypes
+    _run(
+        "adam", table, len(chunks), table.table, record, chunks, coefficients, num_steps,
+        PARAM=param, GRAD=grad, STATE=state, MATH=coefficients.dtype,
+        STOCHASTIC=stochastic_rounding,
     )  # fmt: skip
+
+
+def restore_(table: TensorTable, record: Tensor, dtype: torch.dtype) -> None:
+    """Triton: parameters to the bits at the record's addresses, moments and step counters to 0."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    _launch("restore", table, table.table, record, table.chunks, PARAM=integer)
 
 
 def sgd_(

@@ -156,8 +156,8 @@ def _codes(dtypes: tuple[torch.dtype, ...]) -> tuple[int, ...]:
 
 
 def _grads(record: Tensor) -> int:
-    """Where the gradients' addresses begin, behind ten options."""
-    return record.data_ptr() + 80
+    """Where the gradients' addresses begin, behind the options and two words of the GPU's."""
+    return record.data_ptr() + 96
 
 
 def adam_cpu(

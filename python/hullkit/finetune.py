@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._adaptation import Adaptation
+from . import _passes
+from ._adaptation import Adaptation, Snapshot
 from ._checks import MAX_TOTAL, check_choice, check_int, check_number, check_tensor
+from ._graphs import CapturedPasses
+from ._loss import PRECISIONS, CausalLoss, matmul_precision
+from ._report import AdaptReport, Clock
+from ._weights import NotCapturable, adam_options
 from .metrics import (
-    at_least_float32,
+    IGNORED,
     check_module,
     check_token_ids,
-    device_of,
     forward_parameters,
-    logits_of,
     vocabulary_size,
 )
-from .optim import Adam, accumulate_
+from .optim import Adam
 from .schedule import Reuse, reuse_schedule
 
 __all__ = ["AdaptReport", "TestTimeFinetuner"]
-
-IGNORED = -100  # the label of a token that is not scored, as in F.cross_entropy
-
-
-class AdaptReport(NamedTuple):
-    """What one query took: updates, passes, and the loss (usually nats per token) of each pass."""
-
-    num_updates: int
-    num_passes: int
-    losses: tuple[float, ...]
 
 
 class TestTimeFinetuner:
@@ -48,7 +41,7 @@ class TestTimeFinetuner:
         # base weights are back, bit for bit
 
     For each burst `(example, num_steps)` of `reuse_schedule(counts, refresh_interval)`: one forward
-    and backward pass of the example alone (batch of one, no padding), then `num_steps` consecutive
+    and backward pass of the example alone (batch of one), then `num_steps` consecutive
     Adam updates with that gradient. An update with a reused gradient advances the step counter, the
     moments and the bias correction as any other; nothing is cached or cloned for it: a burst is one
     fused pass over memory (:class:`hullkit.optim.Adam`, no weight decay, fresh for every query).
@@ -64,13 +57,32 @@ class TestTimeFinetuner:
     here), else the mean next-token cross entropy, in float32, of the logits `model(input_ids)`.
 
     The model runs in eval mode, in the passes and in the with-block: no dropout (the published code
-    leaves it on). Parameters with `requires_grad` are trained, whichever they are.
+    leaves it on). Parameters with `requires_grad` are trained, whichever they are: all weights,
+    some layers, adapters (LoRA).
+
+    On a CUDA device passes and their updates are recorded as CUDA graphs, at the first example of a
+    length or by :meth:`warmup`, and replayed: launches cost the host next to nothing, and updates
+    run beside the backward pass. A sequence is padded to one of 8 lengths for every doubling (32
+    tokens apart up to 512), with a tail that is not scored; a causal model's loss and gradients do
+    not see it. Whether that is so is checked once, and if not, every length gets its own graph.
+    At most 32 graphs are kept, in one pool of memory. They hold while parameters and buffers lie
+    where they lay; a model that was moved, cast or changed is recorded again. One that cannot be
+    recorded (host decisions on values, say) runs eagerly: with a warning, and the reason in
+    `last_report`. So does mode="accumulate".
 
     Args:
         model: a `torch.nn.Module` on one device. Nothing is written to it here.
         lr, betas, eps: Adam's; lr >= 0, betas in [0, 1), eps >= 0.
         refresh_interval: r >= 1, updates per gradient; without meaning for "accumulate".
         mode: "reuse" or "accumulate".
+        precision: of the passes: "float32" is the model's own dtype with full products (whatever
+            torch's setting outside), "tf32" rounds the inputs of float32 products to 11 bits (CUDA
+            only), "bf16" is autocast. Updates are in the parameters' dtype always.
+        capture: None as above; True to raise where passes cannot be captured; False for eager ones.
+        compile: whether passes go through `torch.compile`: fewer, larger kernels, for a minute or
+            so the first time and again when lengths first differ.
+        snapshot: "device" keeps base weights beside the parameters, "host" in pinned memory of the
+            host: the device's memory for the time of the copies.
 
     `last_report` is the AdaptReport of the latest query, None if it failed.
 
@@ -79,7 +91,8 @@ class TestTimeFinetuner:
     Complexity, per query: sum_i ceil(counts_i / r) passes and sum(counts) updates; to accumulate,
     a pass for each positive count and one update. Memory: beside the passes' activations, a copy of
     the trained parameters and of all buffers (until the block ends), a gradient, its float32 sum if
-    accumulating, and Adam's two moments (until the block begins).
+    accumulating, and Adam's two moments (until the block begins). Where passes are captured, all of
+    these but the buffers' copy stay until :meth:`release`.
 
     Source: HullFT, arXiv 2605.30337, gradient caching.
     """
@@ -95,6 +108,10 @@ class TestTimeFinetuner:
         mode: str = "reuse",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        precision: str = "float32",
+        capture: bool | None = None,
+        compile: bool = False,
+        snapshot: str = "device",
     ) -> None:
         check_module(model)
         self.model = model
@@ -107,12 +124,25 @@ class TestTimeFinetuner:
         first, second = (_finite(f"betas[{i}]", beta, below=1.0) for i, beta in enumerate(betas))
         self.betas = (first, second)
         self.eps = _finite("eps", eps)
+        check_choice("precision", precision, PRECISIONS)
+        check_choice("snapshot", snapshot, ("device", "host"))
+        self.precision = precision
+        self.capture = capture
+        self.compile = compile
+        self.snapshot = snapshot
+        if capture and mode == "accumulate":
+            raise ValueError("capture: expected None or False for mode='accumulate', got True")
         self.last_report: AdaptReport | None = None
         _check_trainable(model)
+        self._loss = CausalLoss(model, precision, compile)
+        self._captured: CapturedPasses | None = None
+        self._reason: str | None = None  # why the model cannot be captured
         self._forward = forward_parameters(model)
         self._open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._forward.values())
 
-    def adapted(self, examples: Any, counts: Any) -> AbstractContextManager[nn.Module]:
+    def adapted(
+        self, examples: Any, counts: Any, *, select_seconds: float | None = None
+    ) -> AbstractContextManager[nn.Module]:
         """A with-block in which the model is finetuned on `examples`; it yields the model.
 
         Everything is checked by this call, before any weight is touched; finetuning happens on
@@ -128,11 +158,13 @@ class TestTimeFinetuner:
                 the model's keyword inputs: `input_ids` as above, `labels` (default: input_ids; -100
                 is not scored) and others; one-dimensional ones get the batch dimension.
             counts: (n,) integers >= 0, updates for each example; 0 skips it. See `reuse_schedule`.
+            select_seconds: what choosing them took, for the report alone.
 
         Raises:
             TypeError, ValueError: a bad example or count, named.
             RuntimeError: on entry, if the model or a part of it is being adapted already.
             FloatingPointError: on entry: a loss or gradient is not finite; names the example.
+            torch.OutOfMemoryError: on entry, in a pass, its capture or an update.
         """
         if isinstance(examples, str) or not isinstance(examples, Sequence):
             raise TypeError(f"examples: expected a list of examples, got {type(examples).__name__}")
@@ -143,7 +175,7 @@ class TestTimeFinetuner:
             raise ValueError(f"examples: expected {len(counts)}, as counts, got {len(examples)}")
         vocabulary = vocabulary_size(self.model)
         inputs = [self._inputs(f"examples[{i}]", e, vocabulary) for i, e in enumerate(examples)]
-        return Adaptation(self, inputs, schedule)
+        return Adaptation(self, inputs, schedule, select_seconds)
 
     def _inputs(self, name: str, example: Any, vocabulary: int | None) -> dict[str, Tensor]:
         """The checked keyword inputs of one example, `input_ids` and `labels` among them."""
@@ -172,82 +204,114 @@ class TestTimeFinetuner:
         check_token_ids(f"{name}['labels']", labels.where(labels != IGNORED, 0), vocabulary)
         return inputs
 
-    def _run(self, inputs: list[dict[str, Tensor]], schedule: list[Reuse]) -> AdaptReport:
-        """Finetune the model in place. Gradients are None before and after."""
+    def warmup(self, lengths: Iterable[int]) -> None:
+        """Record, or compile, the passes of examples of these lengths in tokens, ahead of the first
+        query that has them. The model is as before afterwards.
+
+        Raises as `adapted` and its block do; ValueError for a length below 2.
+        """
+        ids = [torch.zeros(1, check_int("lengths", n, 2), dtype=torch.int64) for n in list(lengths)]
+        with Adaptation(self, [{"input_ids": x, "labels": x} for x in ids], [], None):
+            pass
+
+    def release(self) -> None:
+        """Give back what is kept from query to query: graphs, moments, the copy of the weights.
+
+        The next query makes them anew, and tries again to capture what could not be captured.
+        """
+        self._captured = self._reason = None
+
+    def _graphs(self) -> CapturedPasses | None:
+        """For the model as it is now, or None where its passes run one by one."""
         parameters = _check_trainable(self.model)
+        if self._captured is not None and not self._captured.fits(parameters):
+            self._captured = None
+        if self._captured is None and self._eager_reason(parameters[0].device) is None:
+            try:
+                self._captured = CapturedPasses(
+                    self.model,
+                    parameters,
+                    self._loss,
+                    self._loss.plain,
+                    host_snapshot=self.snapshot == "host",
+                )
+            except NotCapturable as error:
+                self._fall_back(error)
+        return self._captured
+
+    def _eager_reason(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            if self.precision == "tf32":
+                raise ValueError(f"precision: expected a CUDA device for 'tf32', got {device}")
+            if self.capture:
+                raise ValueError(f"capture: expected a CUDA device, got {device}")
+            return f"device {device}"
+        if self.capture is False:
+            return "capture=False"
+        if self.mode == "accumulate":
+            return "mode='accumulate'"
+        return self._reason
+
+    def _fall_back(self, error: NotCapturable) -> None:
+        if self.capture:
+            raise RuntimeError(f"capture: expected a model that can be captured, got {error}")
+        self._captured, self._reason = None, str(error)
+        warnings.warn(f"hullkit: passes are not captured: {error}", stacklevel=2)
+
+    def _run(
+        self,
+        snapshot: Snapshot,
+        graphs: CapturedPasses | None,
+        inputs: list[dict[str, Tensor]],
+        schedule: list[Reuse],
+        clock: Clock,
+    ) -> tuple[list[float], bool]:
+        """Finetune the model in place; the losses, and whether passes were captured ones.
+
+        Gradients are None before and after. `schedule` may be empty: then all is prepared only.
+        """
+        with matmul_precision(self.precision):
+            if graphs is not None:
+                most = max((burst.num_steps for burst in schedule), default=1)
+                used = {burst.example for burst in schedule} or range(len(inputs))
+                try:
+                    passes = graphs.prepare({i: inputs[i] for i in used}, most)
+                except NotCapturable as error:
+                    self._fall_back(error)
+                else:
+                    snapshot.restore_buffers()
+                    clock.lap("prepare")
+                    options = adam_options(self.lr, self.betas, self.eps)
+                    results = graphs.run(passes, schedule, options)
+                    clock.lap("passes")
+                    for burst, (loss, finite) in zip(schedule, results, strict=True):
+                        name = f"examples[{burst.example}]"
+                        _passes.check_finite(f"loss of {name}", loss)
+                        if not finite:
+                            raise FloatingPointError(
+                                f"largest gradient entry of {name}: expected a finite number, got "
+                                "NaN or infinity"
+                            )
+                    return [loss for loss, _ in results], True
+                snapshot.restore_buffers()
+            return self._run_eagerly(inputs, schedule, clock), False
+
+    def _run_eagerly(
+        self, inputs: list[dict[str, Tensor]], schedule: list[Reuse], clock: Clock
+    ) -> list[float]:
+        parameters = _check_trainable(self.model)
+        if not schedule:
+            if self.compile:
+                _passes.warm_up(self._loss, inputs, parameters)
+            return []
+        clock.lap("prepare")
         optimizer = Adam(parameters, lr=self.lr, betas=self.betas, eps=self.eps)
-        run = self._reuse if self.mode == "reuse" else self._accumulate
+        run = _passes.reuse if self.mode == "reuse" else _passes.accumulate
         try:
-            return run(inputs, schedule, parameters, optimizer)
+            return run(self._loss, inputs, schedule, parameters, optimizer, clock)
         finally:
             # A traceback keeps this frame; it must not keep the moments.
             optimizer.reset()
-
-    def _reuse(
-        self,
-        inputs: list[dict[str, Tensor]],
-        schedule: list[Reuse],
-        parameters: list[nn.Parameter],
-        optimizer: Adam,
-    ) -> AdaptReport:
-        losses = []
-        for example, num_steps in schedule:
-            losses.append(self._pass(inputs[example], example, parameters))
-            optimizer.step(num_steps=num_steps)
-            optimizer.zero_grad(set_to_none=True)
-        return AdaptReport(sum(burst.num_steps for burst in schedule), len(schedule), tuple(losses))
-
-    def _accumulate(
-        self,
-        inputs: list[dict[str, Tensor]],
-        schedule: list[Reuse],
-        parameters: list[nn.Parameter],
-        optimizer: Adam,
-    ) -> AdaptReport:
-        total = sum(burst.num_steps for burst in schedule)
-        sums: dict[Tensor, Tensor] = {}  # of the parameters that had a gradient
-        losses = []
-        for example, count in schedule:
-            losses.append(self._pass(inputs[example], example, parameters))
-            grads = {p: p.grad for p in parameters if p.grad is not None}
-            for parameter in grads.keys() - sums.keys():
-                sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
-            accumulate_([sums[p] for p in grads], list(grads.values()), count / total)
-            del grads
-            optimizer.zero_grad(set_to_none=True)
-        optimizer.step_with(sums)
-        return AdaptReport(1, len(schedule), tuple(losses))
-
-    def _pass(
-        self, inputs: dict[str, Tensor], example: int, parameters: list[nn.Parameter]
-    ) -> float:
-        """Forward and backward, gradients into .grad; the loss. Both must be finite."""
-        loss = self._loss(inputs)
-        loss.backward()
-        value = loss.item()
-        _check_finite(f"loss of examples[{example}]", value)
-        # In the maximum norm: no square can overflow, and NaN wins.
-        grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel() > 0]
-        largest = torch.stack([torch.linalg.vector_norm(grad, math.inf) for grad in grads]).max()
-        _check_finite(f"largest gradient entry of examples[{example}]", largest.item())
-        return value
-
-    def _loss(self, inputs: dict[str, Tensor]) -> Tensor:
-        device = device_of(self.model, inputs["input_ids"])
-        moved: dict[str, Any] = {}
-        for key, tensor in inputs.items():  # autograd takes only a copy of an inference tensor
-            moved[key] = (tensor.clone() if tensor.is_inference() else tensor).to(device)
-        if "use_cache" in self._forward:
-            moved.setdefault("use_cache", False)  # keys and values kept for generation
-        if "labels" in self._forward:
-            loss = getattr(self.model(**moved), "loss", None)
-            if not isinstance(loss, Tensor) or loss.ndim != 0:
-                got = type(loss).__name__
-                raise TypeError(f"model output: expected .loss, a scalar tensor, got {got}")
-            return loss
-        ids, labels = moved.pop("input_ids"), moved.pop("labels")
-        logits = logits_of(self.model(ids, **moved), ids)[0, :-1]  # [T - 1, V]
-        return F.cross_entropy(at_least_float32(logits), labels[0, 1:], ignore_index=IGNORED)
 
 
 def _check_trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -255,11 +319,6 @@ def _check_trainable(model: nn.Module) -> list[nn.Parameter]:
     if not parameters:
         raise ValueError("model: expected a parameter with requires_grad, got none")
     return parameters
-
-
-def _check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{name}: expected a finite number, got {value}")
 
 
 def _finite(name: str, value: Any, below: float = math.inf) -> float:

@@ -16,6 +16,8 @@ from ._checks import check_int, check_tensor
 
 __all__ = ["bits_per_byte"]
 
+IGNORED = -100  # the label of a token that is not scored, as in F.cross_entropy
+
 # Elements of logits that are turned into float32 log-probabilities at a time (64 MiB).
 _CHUNK_ELEMENTS = 1 << 24
 

@@ -1,0 +1,249 @@
+"""Passes recorded as CUDA graphs, one for each shape of an example, and replayed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._weights import GroupedUpdates, NotCapturable, Options, Weights
+from .metrics import IGNORED
+from .schedule import Reuse
+
+MAX_GRAPHS = 32
+_WARMUPS = 2  # passes before a capture: lazy initialisation, autotuning
+_PADDING_TOLERANCE = 1e-4  # relative, between losses with and without a masked tail
+
+Inputs = dict[str, Tensor]
+Shape = tuple[tuple[str, torch.Size, torch.dtype], ...]
+
+
+def bucket(length: int, longest: int) -> int:
+    """The length that sequences of `length` tokens are padded to, at most `longest`.
+
+    A multiple of 32 up to 512, of 64 up to 1024, and so on: at most 1/8 more than a length beyond
+    256, in 8 lengths for every doubling.
+    """
+    step = max(32, 1 << max(0, (length - 1).bit_length() - 4))
+    return max(length, min(-(-length // step) * step, longest))
+
+
+def longest_padded(model: nn.Module) -> int:
+    """How far a sequence may be padded without running over a table of positions.
+
+    What the model's configuration says; else the rows of its smallest embedding, whichever that is.
+    """
+    known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(known, int):
+        return known
+    return min(
+        (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0
+    )
+
+
+def padded(inputs: Inputs, length: int) -> Inputs:
+    """Token ids and labels with a tail that is not scored: a causal model's loss is the same."""
+    tail = length - inputs["input_ids"].shape[1]
+    if tail == 0:
+        return inputs
+    return {
+        "input_ids": F.pad(inputs["input_ids"], (0, tail)),
+        "labels": F.pad(inputs["labels"], (0, tail), value=IGNORED),
+    }
+
+
+class CapturedPasses:
+    """A model's passes with their updates, as graphs. All graphs share their memory.
+
+    loss_of: the loss of one example's inputs; plain_loss_of: the same, exact and not compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        loss_of: Callable[[Inputs], Tensor],
+        plain_loss_of: Callable[[Inputs], Tensor],
+        *,
+        host_snapshot: bool,
+    ) -> None:
+        self._model = model
+        self._loss_of = loss_of
+        self._plain_loss_of = plain_loss_of
+        self.weights = Weights(parameters, host_snapshot)
+        self._tensors = _tensors(model)
+        self._capacity = 64
+        self._longest = longest_padded(model)
+        self._padding_checked = False
+        self._stream = torch.cuda.Stream(self.weights.device, priority=-1)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
+
+    def fits(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether the graphs still read and write the model's tensors."""
+        return self.weights.unmoved(parameters) and _tensors(self._model) == self._tensors
+
+    def prepare(
+        self, examples: dict[int, Inputs], most_steps: int
+    ) -> dict[int, tuple[_Pass, Inputs]]:
+        """Each example's pass, recorded if it is not yet, and its inputs on the device.
+
+        Warm-ups run the model: its buffers are to be restored afterwards.
+
+        Raises NotCapturable; torch.OutOfMemoryError.
+        """
+        if most_steps > self._capacity:
+            self._passes.clear()
+            self._capacity = 1 << (most_steps - 1).bit_length()
+        device = self.weights.device
+        return {
+            i: self._of({name: tensor.to(device) for name, tensor in inputs.items()})
+            for i, inputs in examples.items()
+        }
+
+    def _of(self, inputs: Inputs) -> tuple[_Pass, Inputs]:
+        if inputs.keys() == {"input_ids", "labels"}:
+            length = bucket(inputs["input_ids"].shape[1], self._longest)
+            if length > inputs["input_ids"].shape[1] and not self._padding_checked:
+                self._check_padding(inputs, length)
+                length = bucket(inputs["input_ids"].shape[1], self._longest)
+            inputs = padded(inputs, length)
+        shape = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
+        known = self._passes.get(shape)
+        if known is None:
+            while len(self._passes) >= MAX_GRAPHS:
+                self._passes.popitem(last=False)
+            known = self._passes[shape] = self._record(inputs)
+        self._passes.move_to_end(shape)
+        return known, inputs
+
+    def _check_padding(self, inputs: Inputs, length: int) -> None:
+        """Lengths stay as they are from now on if the masked tail changes the model's loss."""
+        with torch.no_grad():
+            alone = self._plain_loss_of(inputs).double().item()
+            try:
+                masked = self._plain_loss_of(padded(inputs, length)).double().item()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # whatever a model says of a sequence that is too long for it
+                masked = float("nan")
+        if not abs(alone - masked) <= _PADDING_TOLERANCE * abs(alone):
+            self._longest = 0
+        self._padding_checked = True
+
+    def _record(self, inputs: Inputs) -> _Pass:
+        slots = [dict(module._buffers) for module in self._model.modules()]
+        current = torch.cuda.current_stream(self.weights.device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                recorded = _Pass(self, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise NotCapturable(f"{type(error).__name__}: {error}") from error
+        finally:
+            current.wait_stream(self._stream)
+        for before, module in zip(slots, self._model.modules(), strict=True):
+            if [*map(id, before.values())] != [*map(id, module._buffers.values())]:
+                raise NotCapturable("forward replaces a buffer instead of writing to it")
+        return recorded
+
+    def run(
+        self, passes: dict[int, tuple[_Pass, Inputs]], schedule: list[Reuse], options: Options
+    ) -> list[tuple[float, bool]]:
+        """For each burst, the loss, and whether all gradients were finite. Waits for the device."""
+        for recorded in {id(p): p for p, _ in passes.values()}.values():
+            recorded.updates.set_options(options)
+        results = torch.zeros(len(schedule), 2, dtype=torch.float64, device=self.weights.device)
+        for result, (example, num_steps) in zip(results.unbind(), schedule, strict=True):
+            recorded, inputs = passes[example]
+            recorded.replay(inputs, num_steps, result)
+        return [(loss, broken == 0.0) for loss, broken in results.tolist()]
+
+
+class _Pass:
+    """One graph: forward, backward, and the updates in groups as their gradients are ready."""
+
+    def __init__(self, owner: CapturedPasses, inputs: Inputs) -> None:
+        parameters = owner.weights.parameters
+        # Read by the graph at every replay; it does not hold them, this object does.
+        self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        self._result = torch.zeros(2, dtype=torch.float64, device=owner.weights.device)
+        order: list[nn.Parameter] = []
+        for _ in range(_WARMUPS):
+            order.clear()
+            with _hooks(parameters, order.append):
+                owner._loss_of(self._inputs).backward()
+            _drop_gradients(parameters)
+        self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
+        self._graph = torch.cuda.CUDAGraph()
+        failure: BaseException | None = None
+        try:
+            with torch.cuda.graph(
+                self._graph,
+                pool=owner._pool,
+                stream=owner._stream,
+                capture_error_mode="thread_local",
+            ):
+                try:  # leaving the capture of a failed pass raises an error that says nothing
+                    self.updates.begin()
+                    with _hooks(parameters, self.updates.ready):
+                        loss = owner._loss_of(self._inputs)
+                        loss.backward()
+                    self.updates.join()
+                    self._result[0].copy_(loss.detach())
+                    self._result[1].copy_(self.updates.broken())
+                except BaseException as error:
+                    failure = error
+        except Exception as error:
+            failure = failure or error
+        try:
+            if failure is not None:
+                raise failure
+            self.updates.set_gradients()
+        finally:
+            _drop_gradients(parameters)  # the pool keeps their memory for the graph
+
+    def replay(self, inputs: Inputs, num_steps: int, result: Tensor) -> None:
+        for name, tensor in self._inputs.items():
+            tensor.copy_(inputs[name], non_blocking=True)
+        self.updates.set_num_steps(num_steps)
+        self._graph.replay()
+        result.copy_(self._result)
+
+
+class _hooks:
+    """Inside the block, `ready(parameter)` is called for each as its gradient is complete."""
+
+    def __init__(
+        self, parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None]
+    ) -> None:
+        self._parameters = parameters
+        self._ready: Any = ready
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for parameter in self._parameters:
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._ready))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _drop_gradients(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _tensors(model: nn.Module) -> list[Any]:
+    """What a graph has baked in of a model: where its tensors lie, and which are trained."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [
+        (t.data_ptr(), t.dtype, t.device, t.shape, t.stride(), t.requires_grad) for t in tensors
+    ]

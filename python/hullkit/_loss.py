@@ -1,0 +1,67 @@
+"""The loss of one example under a causal language model, and in what precision it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .metrics import IGNORED, at_least_float32, device_of, forward_parameters, logits_of
+
+PRECISIONS = ("float32", "tf32", "bf16")
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """torch's setting for float32 products: TensorFloat-32 for "tf32", else all bits."""
+    wanted = "high" if precision == "tf32" else "highest"
+    before = torch.get_float32_matmul_precision()
+    if before == wanted:
+        yield
+        return
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class CausalLoss:
+    """The model's own `.loss` if its forward takes `labels`, else the mean next-token cross entropy
+    of its logits, in float32. Called with an example's keyword inputs, batch of one."""
+
+    def __init__(self, model: nn.Module, precision: str, compile: bool) -> None:
+        self._model = model
+        self._autocast = precision == "bf16"
+        self._forward = forward_parameters(model)
+        self._call: Callable[..., Any] = torch.compile(model) if compile else model
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self._of(self._call, inputs, self._autocast)
+
+    def plain(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Neither compiled nor in lower precision than the model's."""
+        with matmul_precision("float32"):
+            return self._of(self._model, inputs, autocast=False)
+
+    def _of(self, call: Callable[..., Any], inputs: dict[str, Tensor], autocast: bool) -> Tensor:
+        device = device_of(self._model, inputs["input_ids"])
+        moved: dict[str, Any] = {}
+        for key, tensor in inputs.items():  # autograd takes only a copy of an inference tensor
+            moved[key] = (tensor.clone() if tensor.is_inference() else tensor).to(device)
+        if "use_cache" in self._forward:
+            moved.setdefault("use_cache", False)  # keys and values kept for generation
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            if "labels" in self._forward:
+                loss = getattr(call(**moved), "loss", None)
+                if not isinstance(loss, Tensor) or loss.ndim != 0:
+                    got = type(loss).__name__
+                    raise TypeError(f"model output: expected .loss, a scalar tensor, got {got}")
+                return loss
+            ids, labels = moved.pop("input_ids"), moved.pop("labels")
+            logits = logits_of(call(ids, **moved), ids)[0, :-1]  # [T - 1, V]
+            return F.cross_entropy(at_least_float32(logits), labels[0, 1:], ignore_index=IGNORED)

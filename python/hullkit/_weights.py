@@ -1,0 +1,238 @@
+"""Trained parameters, their base values and Adam's moments, all where captured graphs find them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import _multi_tensor
+from ._multi_tensor import BROKEN, HEAD, LIMIT, NUM_OPTIONS, TensorTable, is_dense
+
+# Elements whose updates are launched together: enough to fill a GPU, few enough to begin early.
+GROUP_ELEMENTS = 8 << 20
+
+Options = tuple[float, ...]
+
+
+def adam_options(lr: float, betas: tuple[float, float], eps: float) -> Options:
+    """Ten numbers, as `triton_kernels/adam.py` reads them: no weight decay, no clipping."""
+    logs = (_multi_tensor.log2(betas[0]), _multi_tensor.log2(betas[1]))
+    return (lr, *betas, *logs, eps, 0.0, 0.0, 1.0, 1.0)
+
+
+class NotCapturable(Exception):
+    """Why a model's passes cannot be recorded."""
+
+
+class Weights:
+    """Memory for one query after the other on one CUDA device: base values and two moments beside
+    the parameters. `save` before a query, `restore` after it: one launch for each dtype, which also
+    resets Adam's state. Base values may lie in pinned host memory; the kernel reads them there.
+
+    Raises NotCapturable for parameters that the kernels cannot take.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], host: bool) -> None:
+        device = parameters[0].device
+        for parameter in parameters:
+            if parameter.dtype not in _multi_tensor.DTYPES or not is_dense(parameter):
+                raise NotCapturable(
+                    "parameters: expected dense ones of float64, float32, float16 or bfloat16, got "
+                    f"{parameter.dtype} with strides {parameter.stride()}"
+                )
+            if parameter.device != device:
+                raise NotCapturable(
+                    f"parameters: expected one device, got {device} and {parameter.device}"
+                )
+        try:
+            _multi_tensor.check_disjoint("parameters", parameters)
+        except ValueError as error:
+            raise NotCapturable(str(error)) from error
+        self.parameters = list(parameters)
+        self.device = device
+        self.base = [pinned_like(p) if host else torch.empty_like(p.data) for p in parameters]
+        self.moments = {p: (torch.zeros_like(p.data), torch.zeros_like(p.data)) for p in parameters}
+        steps = torch.zeros(len(parameters), dtype=torch.float32, device=device)
+        self.steps = dict(zip(parameters, steps.unbind(), strict=True))
+        self._known = [(p.data_ptr(), p.dtype) for p in parameters]
+        base = dict(zip(parameters, self.base, strict=True))
+        self._restoring = []
+        for dtype, own in by_dtype(parameters).items():
+            table = self.table(own)
+            addresses = [base[parameter].data_ptr() for parameter in own]
+            record = table.record(addresses, (0.0,) * NUM_OPTIONS)
+            self._restoring.append((table, record, dtype))
+
+    def unmoved(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether these are the parameters, and lie where they lay."""
+        return (
+            len(parameters) == len(self.parameters)
+            and all(p is q for p, q in zip(parameters, self.parameters, strict=True))
+            and [(p.data_ptr(), p.dtype) for p in parameters] == self._known
+        )
+
+    def table(self, parameters: Sequence[nn.Parameter]) -> TensorTable:
+        """Rows for parameters of one dtype."""
+        rows = []
+        for p in parameters:
+            first, second = self.moments[p]
+            addresses = (p.data_ptr(), first.data_ptr(), second.data_ptr())
+            rows.append((*addresses, self.steps[p].data_ptr(), p.numel(), 0))
+        return TensorTable(rows, self.device, triton=True)
+
+    def save(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.base, [p.data for p in self.parameters])
+
+    def restore(self) -> None:
+        """May be cut short and begun again."""
+        for table, record, dtype in self._restoring:
+            _multi_tensor.restore_(table, record, dtype)
+        torch.autograd.graph.increment_version(self.parameters)
+
+
+class GroupedUpdates:
+    """Adam's updates of one captured pass, in groups that start as their gradients are ready.
+
+    On a stream of their own: updates are bound by memory, the backward pass of one short sequence
+    by the latency of small kernels, so they hide behind it.
+
+    order: the parameters that get a gradient, in the order in which they do.
+    capacity: the most updates with one gradient.
+    """
+
+    def __init__(self, weights: Weights, order: Sequence[nn.Parameter], capacity: int) -> None:
+        self.capacity = capacity
+        self._side = torch.cuda.Stream(weights.device)
+        self._parts: list[_Part] = []
+        self._group_of: dict[nn.Parameter, _Group] = {}
+        for _, own in by_dtype(order).items():
+            part = _Part(weights, own, capacity)
+            self._parts.append(part)
+            for group in part.groups:
+                self._group_of |= dict.fromkeys(group.parameters, group)
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Launch everything without an update, so that all is compiled before the capture."""
+        for part in self._parts:
+            part.set_addresses([p.data_ptr() for p in part.parameters])  # any memory of that size
+        self.set_num_steps(0)
+        self.begin()
+        for group in {id(g): g for g in self._group_of.values()}.values():
+            group.launch()
+
+    def set_options(self, options: Options) -> None:
+        for part in self._parts:
+            part.set_options(options)
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Of the next replay."""
+        for part in self._parts:
+            part.record[LIMIT].fill_(num_steps)
+
+    # What a capture records.
+
+    def begin(self) -> None:
+        self._waiting = {id(g): len(g.parameters) for g in self._group_of.values()}
+        for part in self._parts:
+            part.record[BROKEN].zero_()
+            part.move_on()
+
+    def ready(self, parameter: nn.Parameter) -> None:
+        """Called as the gradient of the parameter is complete; the last of a group launches it."""
+        group = self._group_of[parameter]
+        self._waiting[id(group)] -= 1
+        if self._waiting[id(group)] == 0:
+            self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+            with torch.cuda.stream(self._side):
+                group.launch()
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+
+    def broken(self) -> Tensor:
+        """[] int64, 0 if all gradients were finite."""
+        return torch.stack([part.record[BROKEN] for part in self._parts]).amax()
+
+    # After it.
+
+    def set_gradients(self) -> None:
+        """Tell the kernels where the captured pass leaves the gradients, now in `.grad`."""
+        for part in self._parts:
+            part.set_addresses([_gradient(p).data_ptr() for p in part.parameters])
+
+
+class _Part:
+    """The parameters of one dtype."""
+
+    def __init__(self, weights: Weights, parameters: list[nn.Parameter], capacity: int) -> None:
+        self.parameters = parameters
+        self.table = weights.table(parameters)
+        dtype = parameters[0].dtype
+        math = _multi_tensor.arithmetic_dtype(dtype)
+        size = (len(parameters), capacity, 2)
+        self.coefficients = torch.zeros(size, dtype=math, device=weights.device)
+        self.record = torch.zeros(HEAD + len(parameters), dtype=torch.int64, device=weights.device)
+        self.options: Options = ()
+        self.groups: list[_Group] = []
+        first = elements = 0
+        for row, parameter in enumerate(parameters):
+            elements += parameter.numel()
+            if elements >= GROUP_ELEMENTS or row == len(parameters) - 1:
+                self.groups.append(_Group(self, range(first, row + 1)))
+                first, elements = row + 1, 0
+
+    def set_options(self, options: Options) -> None:
+        if options != self.options:
+            words = torch.tensor(options, dtype=torch.float64).view(torch.int64)
+            self.record[:NUM_OPTIONS].copy_(words)
+            self.options = options
+
+    def set_addresses(self, addresses: list[int]) -> None:
+        self.record[HEAD:].copy_(torch.tensor(addresses, dtype=torch.int64))
+
+    def move_on(self) -> None:
+        capacity = self.coefficients.shape[1]
+        _multi_tensor.adam_coefficients_(self.table, self.record, self.coefficients, capacity)
+
+
+class _Group:
+    """Neighbours in a table, one launch."""
+
+    def __init__(self, part: _Part, rows: range) -> None:
+        self.parameters = part.parameters[rows.start : rows.stop]
+        self._part = part
+        self._chunks = part.table.chunks_of(rows)
+
+    def launch(self) -> None:
+        part, dtype = self._part, self.parameters[0].dtype
+        _multi_tensor.adam_chunks_(
+            part.table, self._chunks, part.record, part.coefficients, (dtype, dtype, dtype),
+            part.coefficients.shape[1], stochastic_rounding=False,
+        )  # fmt: skip
+
+
+def by_dtype(parameters: Sequence[nn.Parameter]) -> dict[torch.dtype, list[nn.Parameter]]:
+    parts: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        parts.setdefault(parameter.dtype, []).append(parameter)
+    return parts
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    if gradient is None or not _multi_tensor.same_layout(gradient, parameter):
+        raise RuntimeError(
+            f"expected a gradient laid out as its parameter of shape {tuple(parameter.shape)}"
+        )
+    return gradient
+
+
+def pinned_like(parameter: Tensor) -> Tensor:
+    """Pinned: copies need not wait, and the device can read it."""
+    return torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=parameter.dtype, pin_memory=True
+    )

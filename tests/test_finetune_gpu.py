@@ -1,0 +1,320 @@
+"""TestTimeFinetuner on a CUDA device: captured passes, and the way back from each phase."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from _models import COUNTS, VOCABULARY, PlainLM, gpt2, llama, plain, state, texts
+from hullkit import _adaptation, _graphs, _weights
+from hullkit.finetune import TestTimeFinetuner
+from torch import Tensor, nn
+
+pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
+
+
+class PlainOnDevice(PlainLM):
+    """PlainLM with its positions on the device of its ids."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.norm(self.embedding(ids).transpose(1, 2)).transpose(1, 2)
+        x = torch.tanh(self.frozen(self.dropout(x))) * self.repeated
+        x = x.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device)[:, None]
+        out: Tensor = self.head(x)
+        return out
+
+
+def on_device(build: Callable[[], nn.Module]) -> nn.Module:
+    if build is not plain:
+        return build().cuda()
+    torch.manual_seed(0)
+    return PlainOnDevice().cuda()
+
+
+class BeforeOnDevice:
+    """Everything about a model that must be so again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        model.train()
+        list(model.modules())[1].eval()
+        for parameter in list(model.parameters())[::2]:
+            parameter.grad = torch.full_like(parameter, 0.25)
+        self.state = state(model)
+        self.facts = self.look()
+
+    def look(self) -> list[Any]:
+        model = self.model
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return [
+            [(name, id(t), t.data_ptr()) for name, t in tensors],
+            [(p.requires_grad, id(p.grad)) for p in model.parameters()],
+            [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()],
+            [module.training for module in model.modules()],
+            [module for module in model.modules() if module in _adaptation._ADAPTED],
+            torch.get_float32_matmul_precision(),
+            torch.is_autocast_enabled("cuda"),
+        ]
+
+    def check(self) -> None:
+        torch.cuda.synchronize()
+        assert self.look() == self.facts
+        now = state(self.model)
+        assert all(torch.equal(now[name], self.state[name]) for name in now)
+        assert all(p.grad is None or bool((p.grad == 0.25).all()) for p in self.model.parameters())
+
+
+@pytest.fixture(autouse=True)
+def no_fallback() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def adapted_state(tuner: TestTimeFinetuner, examples: Any, counts: Any) -> dict[str, Tensor]:
+    with tuner.adapted(examples, counts) as model:
+        return state(model)
+
+
+@pytest.mark.parametrize("snapshot", ["device", "host"])
+@pytest.mark.parametrize("build", [plain, llama, gpt2])
+def test_captured_passes_equal_eager_ones(build: Callable[[], nn.Module], snapshot: str) -> None:
+    model = on_device(build)
+    before = BeforeOnDevice(model)
+    captured = TestTimeFinetuner(model, lr=1e-3, capture=True, snapshot=snapshot)
+    eager = TestTimeFinetuner(model, lr=1e-3, capture=False, snapshot=snapshot)
+    for counts in (COUNTS, [1, 3, 0, 9], COUNTS):
+        ours = adapted_state(captured, texts(), counts)
+        before.check()
+        theirs = adapted_state(eager, texts(), counts)
+        before.check()
+        for name, tensor in ours.items():
+            if tensor.dtype.is_floating_point:
+                distance = (tensor - theirs[name]).norm() / theirs[name].norm()
+                assert distance <= 1e-5, name
+            else:
+                assert torch.equal(tensor, theirs[name]), name
+        report, other = captured.last_report, eager.last_report
+        assert report is not None
+        assert other is not None
+        assert report.losses == pytest.approx(other.losses, rel=1e-5)
+        assert (report.path, report.reason, other.path) == ("captured", None, "eager")
+        assert report[:2] == other[:2]
+        assert report.seconds.passes > 0
+        assert report.seconds.restore is not None
+        assert report.peak_memory > 0
+    again = adapted_state(captured, texts(), COUNTS)
+    assert all(torch.equal(again[name], ours[name]) for name in ours if name != "calls")
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_precisions_agree_roughly(precision: str) -> None:
+    model = on_device(gpt2)
+    exact = adapted_state(TestTimeFinetuner(model, lr=1e-3, capture=False), texts(), COUNTS)
+    for capture in (True, False):
+        tuner = TestTimeFinetuner(model, lr=1e-3, precision=precision, capture=capture)
+        rough = adapted_state(tuner, texts(), COUNTS)
+        for name, tensor in rough.items():
+            assert (tensor - exact[name]).norm() <= 0.1 * exact[name].norm(), name
+
+
+def test_one_graph_for_each_length_and_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_graphs, "MAX_GRAPHS", 2)
+    model = on_device(llama)
+    tuner = TestTimeFinetuner(model, capture=True)
+    tuner.warmup([5, 20])
+    assert tuner._captured is not None
+    (recorded,) = tuner._captured._passes.values()  # bounded by the vocabulary: positions unknown
+    with tuner.adapted([torch.arange(7)], [3]):
+        pass
+    assert list(tuner._captured._passes.values()) == [recorded]
+    examples = [torch.arange(n) % VOCABULARY for n in (40, 50, 60, 9)]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        ours = adapted_state(tuner, [examples[i] for i in order], [2, 1, 1, 1])
+        eager = TestTimeFinetuner(model, capture=False)
+        theirs = adapted_state(eager, [examples[i] for i in order], [2, 1, 1, 1])
+        assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-5) for n in ours)
+    assert len(tuner._captured._passes) <= 2
+
+
+def test_a_changed_model_is_recorded_again() -> None:
+    model = on_device(gpt2)
+    tuner = TestTimeFinetuner(model, lr=1e-3, capture=True)
+    adapted_state(tuner, texts(), COUNTS)
+    first = tuner._captured
+    model.half().float()  # other addresses
+    assert torch.isfinite(adapted_state(tuner, texts(), COUNTS)["transformer.wte.weight"]).all()
+    assert tuner._captured is not first
+    second = tuner._captured
+    model.transformer.h[0].requires_grad_(False)
+    base = state(model)
+    changed = adapted_state(tuner, texts(), COUNTS)
+    assert tuner._captured is not second
+    assert all(torch.equal(changed[n], base[n]) for n in base if ".h.0." in n)
+    assert not torch.equal(changed["transformer.wte.weight"], base["transformer.wte.weight"])
+    tuner.release()
+    assert tuner._captured is None
+    tuner.lr = 0.0  # read at every query
+    tuner.warmup([17])
+    same = adapted_state(tuner, texts(), COUNTS)
+    assert all(torch.equal(same[n], base[n]) for n in base)
+
+
+class Deciding(PlainOnDevice):
+    def forward(self, ids: Tensor) -> Tensor:
+        out = super().forward(ids)
+        return out * 2.0 if bool(out.sum() > 1e9) else out
+
+
+class Replacing(PlainOnDevice):
+    def forward(self, ids: Tensor) -> Tensor:
+        out = super().forward(ids)
+        self.calls = self.calls + 1
+        return out
+
+
+class Looking(PlainOnDevice):
+    """Every position sees all: a padded tail would change its loss."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embedding(ids).mean()
+
+
+@pytest.mark.parametrize(("build", "reason"), [(Deciding, "captur"), (Replacing, "buffer")])
+def test_a_model_that_cannot_be_captured(build: type[PlainOnDevice], reason: str) -> None:
+    torch.manual_seed(0)
+    model = build().cuda()
+    before = BeforeOnDevice(model)
+    with pytest.raises(RuntimeError, match="expected a model that can be captured, got"):
+        TestTimeFinetuner(model, capture=True).adapted(texts(), COUNTS).__enter__()
+    before.check()
+    tuner = TestTimeFinetuner(model, lr=1e-3)
+    with pytest.warns(UserWarning, match="passes are not captured"):
+        ours = adapted_state(tuner, texts(), COUNTS)
+    before.check()
+    assert tuner.last_report is not None
+    assert tuner.last_report.path == "eager"
+    assert reason in str(tuner.last_report.reason)
+    theirs = adapted_state(TestTimeFinetuner(model, lr=1e-3, capture=False), texts(), COUNTS)
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours if n != "calls")
+    adapted_state(tuner, texts(), COUNTS)  # no second attempt, no second warning
+    before.check()
+
+
+def test_padding_that_would_change_the_loss() -> None:
+    torch.manual_seed(0)
+    model = Looking().cuda()
+    examples = [torch.arange(n) % VOCABULARY for n in (9, 17)]
+    captured = adapted_state(TestTimeFinetuner(model, lr=1e-3, capture=True), examples, [2, 1])
+    eager = adapted_state(TestTimeFinetuner(model, lr=1e-3, capture=False), examples, [2, 1])
+    for name, tensor in captured.items():
+        assert torch.allclose(tensor, eager[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (_weights.Weights, "__init__"),
+        (_weights.Weights, "save"),
+        (torch.cuda.CUDAGraph, "replay"),
+        (_weights.GroupedUpdates, "begin"),
+        (_weights.GroupedUpdates, "ready"),
+        (_weights.GroupedUpdates, "join"),
+        (_weights.GroupedUpdates, "set_gradients"),
+        (_weights.GroupedUpdates, "set_num_steps"),
+        (PlainOnDevice, "forward"),
+        (torch.Tensor, "backward"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_failure_in_each_phase(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException], owner: type, name: str
+) -> None:
+    original = getattr(owner, name)
+    model = on_device(plain)
+    before = BeforeOnDevice(model)
+    for failing in (1, 3):
+        for warm in (False, True):
+            tuner = TestTimeFinetuner(model, lr=1e-2, capture=True)
+            if warm:
+                tuner.warmup([20])
+            calls = 0
+
+            def fails(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == failing:  # noqa: B023
+                    raise error("injected")
+                return original(*args, **kwargs)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, fails)
+                outcome = ""
+                try:
+                    with tuner.adapted(texts(), COUNTS):
+                        pass
+                except error as raised:
+                    outcome = str(raised)
+            assert outcome == ("injected" if calls >= failing else "")
+            assert (tuner.last_report is None) is (calls >= failing)
+            before.check()
+            with tuner.adapted(texts(), COUNTS):  # and it works again
+                pass
+            before.check()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(value: float) -> None:
+    model = on_device(plain)
+    with torch.no_grad():
+        model.norm.weight[3] = value
+    before = BeforeOnDevice(model)
+    tuner = TestTimeFinetuner(model, capture=True)
+    with pytest.raises(FloatingPointError, match=r"loss of examples\[2\]: expected a finite"):
+        tuner.adapted(texts(), [0, 0, 2, 1]).__enter__()
+    before.check()
+
+
+def test_a_gradient_that_is_not_finite() -> None:
+    model = on_device(plain)
+    model.norm.bias.register_hook(lambda grad: grad * float("inf"))
+    before = BeforeOnDevice(model)
+    tuner = TestTimeFinetuner(model, capture=True)
+    with pytest.raises(FloatingPointError, match=r"gradient entry of examples\[1\]: expected a"):
+        tuner.adapted(texts(), [0, 2, 2, 1]).__enter__()
+    before.check()
+
+
+def test_extra_inputs_bursts_of_any_length_and_streams() -> None:
+    model = on_device(llama)
+    ids = texts(1)[0]
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    captured = TestTimeFinetuner(model, lr=1e-3, capture=True, refresh_interval=100)
+    eager = TestTimeFinetuner(model, lr=1e-3, capture=False, refresh_interval=100)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ours = adapted_state(captured, [ids, example], [1, 90])
+    torch.cuda.current_stream().wait_stream(stream)
+    theirs = adapted_state(eager, [ids, example], [1, 90])
+    assert all(torch.allclose(ours[n], theirs[n], rtol=1e-3, atol=1e-5) for n in ours)
+
+
+def test_mixed_dtypes_and_unused_parameters() -> None:
+    model = on_device(llama)
+    model.lm_head.bfloat16()
+    model.unused = nn.Parameter(torch.ones(3, device="cuda"))
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].bfloat16(),))
+    ours = adapted_state(
+        TestTimeFinetuner(copy.deepcopy(model), lr=1e-3, capture=True), texts(), COUNTS
+    )
+    theirs = adapted_state(TestTimeFinetuner(model, lr=1e-3, capture=False), texts(), COUNTS)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)
+    assert torch.equal(ours["unused"], torch.ones(3, device="cuda"))
