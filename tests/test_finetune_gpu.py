@@ -36,6 +36,10 @@ def on_device(build: Callable[[], nn.Module]) -> nn.Module:
     return PlainOnDevice().cuda()
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.cpu().numpy().tobytes() == b.cpu().numpy().tobytes()
+
+
 class BeforeOnDevice:
     """Everything about a model that must be so again."""
 
@@ -65,7 +69,7 @@ class BeforeOnDevice:
         torch.cuda.synchronize()
         assert self.look() == self.facts
         now = state(self.model)
-        assert all(torch.equal(now[name], self.state[name]) for name in now)
+        assert all(same_bits(now[name], self.state[name]) for name in now)
         assert all(p.grad is None or bool((p.grad == 0.25).all()) for p in self.model.parameters())
 
 
@@ -81,6 +85,13 @@ def adapted_state(tuner: TestTimeFinetuner, examples: Any, counts: Any) -> dict[
         return state(model)
 
 
+def distance(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Relative, of all weights together (one alone may be noise: GPT-2's key biases are)."""
+    pairs = [(state[n].double(), other[n].double()) for n in state if n != "calls"]
+    squared = sum((a - b).square().sum() for a, b in pairs)
+    return float((squared / sum(b.square().sum() for _, b in pairs)).sqrt())
+
+
 @pytest.mark.parametrize("snapshot", ["device", "host"])
 @pytest.mark.parametrize("build", [plain, llama, gpt2])
 def test_captured_passes_equal_eager_ones(build: Callable[[], nn.Module], snapshot: str) -> None:
@@ -93,12 +104,8 @@ def test_captured_passes_equal_eager_ones(build: Callable[[], nn.Module], snapsh
         before.check()
         theirs = adapted_state(eager, texts(), counts)
         before.check()
-        for name, tensor in ours.items():
-            if tensor.dtype.is_floating_point:
-                distance = (tensor - theirs[name]).norm() / theirs[name].norm()
-                assert distance <= 1e-5, name
-            else:
-                assert torch.equal(tensor, theirs[name]), name
+        assert distance(ours, theirs) <= 1e-5
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours if name == "calls")
         report, other = captured.last_report, eager.last_report
         assert report is not None
         assert other is not None
@@ -119,8 +126,7 @@ def test_precisions_agree_roughly(precision: str) -> None:
     for capture in (True, False):
         tuner = TestTimeFinetuner(model, lr=1e-3, precision=precision, capture=capture)
         rough = adapted_state(tuner, texts(), COUNTS)
-        for name, tensor in rough.items():
-            assert (tensor - exact[name]).norm() <= 0.1 * exact[name].norm(), name
+        assert 0.0 < distance(rough, exact) <= 0.02
 
 
 def test_one_graph_for_each_length_and_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,12 +278,14 @@ def test_failure_in_each_phase(
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite(value: float) -> None:
     model = on_device(plain)
+    model.head.weight = nn.Parameter(torch.randn(VOCABULARY, 12, device="cuda"))
     with torch.no_grad():
-        model.norm.weight[3] = value
+        model.embedding.weight[5] = value
     before = BeforeOnDevice(model)
     tuner = TestTimeFinetuner(model, capture=True)
+    good, bad = torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3])
     with pytest.raises(FloatingPointError, match=r"loss of examples\[2\]: expected a finite"):
-        tuner.adapted(texts(), [0, 0, 2, 1]).__enter__()
+        tuner.adapted([good, bad, bad], [1, 0, 1]).__enter__()
     before.check()
 
 

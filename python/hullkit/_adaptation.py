@@ -69,14 +69,15 @@ class Adaptation:
         with torch.inference_mode(False), torch.enable_grad():
             graphs = tuner._graphs()
             # Nothing is written before it is complete.
-            self._snapshot = snapshot = Snapshot(
-                model, tuner.snapshot, None if graphs is None else graphs.weights
-            )
-            for module in model.modules():
+            weights = None if graphs is None else graphs.weights
+            self._snapshot = snapshot = Snapshot(model, tuner.snapshot, weights)
+            for module in self._claimed:
                 # The flag itself, not .eval(): that may be overridden to do more (merge adapters).
-                module.training = False
+                if module.training:
+                    module.training = False
             for parameter in model.parameters():
-                parameter.grad = None
+                if parameter.grad is not None:
+                    parameter.grad = None
             losses, captured = tuner._run(snapshot, graphs, self._inputs, self._schedule, clock)
         seconds = clock.seconds()
         tuner.last_report = AdaptReport(
@@ -175,14 +176,15 @@ class Snapshot:
         self._flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         # Tied parameters and shared buffers appear once. `data` keeps dtype, device and storage in
         # case the block moves or casts the model; only what training may write to is copied.
-        self._tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._tensors: list[tuple[Tensor, Tensor, tuple[Any, ...], Tensor | None]] = []
         self._weights = weights  # with copies of its own
         elsewhere = set() if weights is None else set(map(id, weights.parameters))
-        for p in model.parameters():
-            copied = p.requires_grad and id(p) not in elsewhere
-            self._tensors.append((p, p.data, _copy(p.data, place) if copied else None))
+        for p, requires_grad, _ in self._flags:
+            data = p.data
+            copied = requires_grad and id(p) not in elsewhere
+            self._tensors.append((p, data, _geometry(p), _copy(data, place) if copied else None))
         self._buffers = [(b, _written(b.data).clone()) for b in model.buffers()]
-        self._tensors += [(buffer, buffer.data, copy) for buffer, copy in self._buffers]
+        self._tensors += [(b, b.data, _geometry(b), copy) for b, copy in self._buffers]
         if weights is not None:
             weights.save()
 
@@ -198,10 +200,11 @@ class Snapshot:
         for module, training, parameters, buffers in self._modules:
             _put_back(module._parameters, parameters)
             _put_back(module._buffers, buffers)
-            module.training = training
-        for tensor, data, copy in self._tensors:
+            if module.training != training:
+                module.training = training
+        for tensor, data, geometry, copy in self._tensors:
             try:
-                if _geometry(tensor) != _geometry(data):
+                if _geometry(tensor) != geometry:
                     tensor.data = data
                 if copy is not None:
                     with torch.no_grad():
@@ -214,8 +217,10 @@ class Snapshot:
             except Exception as error:
                 failure = failure or error
         for parameter, requires_grad, grad in self._flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            if parameter.grad is not grad:
+                parameter.grad = grad
         if failure is not None:
             raise failure
 
@@ -229,8 +234,9 @@ _SHIELDED = tuple(f.__code__ for f in _ENTRY_AND_EXIT)
 
 
 def _put_back(slots: dict[str, Any], saved: dict[str, Any]) -> None:
-    # Compared by identity: tensors compare by element.
-    if [(k, id(v)) for k, v in slots.items()] != [(k, id(v)) for k, v in saved.items()]:
+    if (slots or saved) and [(k, id(v)) for k, v in slots.items()] != [
+        (k, id(v)) for k, v in saved.items()
+    ]:
         slots.clear()
         slots.update(saved)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -79,13 +82,13 @@ class CapturedPasses:
         self._capacity = 64
         self._longest = longest_padded(model)
         self._padding_checked = False
-        self._stream = torch.cuda.Stream(self.weights.device, priority=-1)
+        self._stream = _capture_stream(self.weights.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
 
-    def fits(self, parameters: list[nn.Parameter]) -> bool:
+    def fits(self) -> bool:
         """Whether the graphs still read and write the model's tensors."""
-        return self.weights.unmoved(parameters) and _tensors(self._model) == self._tensors
+        return _tensors(self._model) == self._tensors
 
     def prepare(
         self, examples: dict[int, Inputs], most_steps: int
@@ -99,11 +102,7 @@ class CapturedPasses:
         if most_steps > self._capacity:
             self._passes.clear()
             self._capacity = 1 << (most_steps - 1).bit_length()
-        device = self.weights.device
-        return {
-            i: self._of({name: tensor.to(device) for name, tensor in inputs.items()})
-            for i, inputs in examples.items()
-        }
+        return {i: self._of(inputs) for i, inputs in examples.items()}
 
     def _of(self, inputs: Inputs) -> tuple[_Pass, Inputs]:
         if inputs.keys() == {"input_ids", "labels"}:
@@ -112,6 +111,8 @@ class CapturedPasses:
                 self._check_padding(inputs, length)
                 length = bucket(inputs["input_ids"].shape[1], self._longest)
             inputs = padded(inputs, length)
+        device = self.weights.device
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
         shape = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
         known = self._passes.get(shape)
         if known is None:
@@ -137,6 +138,7 @@ class CapturedPasses:
 
     def _record(self, inputs: Inputs) -> _Pass:
         slots = [dict(module._buffers) for module in self._model.modules()]
+        reason = ""
         current = torch.cuda.current_stream(self.weights.device)
         self._stream.wait_stream(current)
         try:
@@ -145,9 +147,12 @@ class CapturedPasses:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise NotCapturable(f"{type(error).__name__}: {error}") from error
+            # Not the error itself: its frames keep tensors, and those what belongs to the stream.
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         finally:
             current.wait_stream(self._stream)
+        if reason:
+            raise NotCapturable(reason)
         for before, module in zip(slots, self._model.modules(), strict=True):
             if [*map(id, before.values())] != [*map(id, module._buffers.values())]:
                 raise NotCapturable("forward replaces a buffer instead of writing to it")
@@ -177,12 +182,13 @@ class _Pass:
         order: list[nn.Parameter] = []
         for _ in range(_WARMUPS):
             order.clear()
-            with _hooks(parameters, order.append):
+            with _hooks(parameters, functools.partial(_note, order)):
                 owner._loss_of(self._inputs).backward()
-            _drop_gradients(parameters)
         self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
         self._graph = torch.cuda.CUDAGraph()
         failure: BaseException | None = None
+        collecting = gc.isenabled()
+        gc.disable()  # a graph that is destroyed during a capture ends it
         try:
             with torch.cuda.graph(
                 self._graph,
@@ -200,8 +206,13 @@ class _Pass:
                     self._result[1].copy_(self.updates.broken())
                 except BaseException as error:
                     failure = error
+                    with suppress(Exception):  # streams left apart would be an error of their own
+                        self.updates.join()
         except Exception as error:
             failure = failure or error
+        finally:
+            if collecting:
+                gc.enable()
         try:
             if failure is not None:
                 raise failure
@@ -236,6 +247,11 @@ class _hooks:
             handle.remove()
 
 
+def _note(order: list[nn.Parameter], parameter: nn.Parameter) -> None:
+    order.append(parameter)
+    parameter.grad = None
+
+
 def _drop_gradients(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
@@ -244,6 +260,10 @@ def _drop_gradients(parameters: list[nn.Parameter]) -> None:
 def _tensors(model: nn.Module) -> list[Any]:
     """What a graph has baked in of a model: where its tensors lie, and which are trained."""
     tensors = [*model.parameters(), *model.buffers()]
-    return [
-        (t.data_ptr(), t.dtype, t.device, t.shape, t.stride(), t.requires_grad) for t in tensors
-    ]
+    return [(id(t), t.data_ptr(), t.dtype, t.requires_grad) for t in tensors]
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Before updates where both have work. One for all, as side_stream."""
+    return torch.cuda.Stream(device, priority=-1)

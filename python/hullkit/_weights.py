@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,8 @@ from ._multi_tensor import BROKEN, HEAD, LIMIT, NUM_OPTIONS, TensorTable, is_den
 
 # Elements whose updates are launched together: enough to fill a GPU, few enough to begin early.
 GROUP_ELEMENTS = 8 << 20
+# Programs of a launch beside the backward pass, for each multiprocessor: most of it stays free.
+PROGRAMS_BESIDE = 2
 
 Options = tuple[float, ...]
 
@@ -56,7 +59,7 @@ class Weights:
         self.moments = {p: (torch.zeros_like(p.data), torch.zeros_like(p.data)) for p in parameters}
         steps = torch.zeros(len(parameters), dtype=torch.float32, device=device)
         self.steps = dict(zip(parameters, steps.unbind(), strict=True))
-        self._known = [(p.data_ptr(), p.dtype) for p in parameters]
+        self._data = [p.data for p in parameters]
         base = dict(zip(parameters, self.base, strict=True))
         self._restoring = []
         for dtype, own in by_dtype(parameters).items():
@@ -64,14 +67,6 @@ class Weights:
             addresses = [base[parameter].data_ptr() for parameter in own]
             record = table.record(addresses, (0.0,) * NUM_OPTIONS)
             self._restoring.append((table, record, dtype))
-
-    def unmoved(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether these are the parameters, and lie where they lay."""
-        return (
-            len(parameters) == len(self.parameters)
-            and all(p is q for p, q in zip(parameters, self.parameters, strict=True))
-            and [(p.data_ptr(), p.dtype) for p in parameters] == self._known
-        )
 
     def table(self, parameters: Sequence[nn.Parameter]) -> TensorTable:
         """Rows for parameters of one dtype."""
@@ -84,7 +79,7 @@ class Weights:
 
     def save(self) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(self.base, [p.data for p in self.parameters])
+            torch._foreach_copy_(self.base, self._data)
 
     def restore(self) -> None:
         """May be cut short and begun again."""
@@ -97,7 +92,8 @@ class GroupedUpdates:
     """Adam's updates of one captured pass, in groups that start as their gradients are ready.
 
     On a stream of their own: updates are bound by memory, the backward pass of one short sequence
-    by the latency of small kernels, so they hide behind it.
+    by the latency of small kernels, so they hide behind it. A gradient lives until its update: the
+    backward pass waits for the group before last, so at most two groups' gradients do at a time.
 
     order: the parameters that get a gradient, in the order in which they do.
     capacity: the most updates with one gradient.
@@ -105,7 +101,8 @@ class GroupedUpdates:
 
     def __init__(self, weights: Weights, order: Sequence[nn.Parameter], capacity: int) -> None:
         self.capacity = capacity
-        self._side = torch.cuda.Stream(weights.device)
+        self._side = side_stream(weights.device)
+        self._processors = torch.cuda.get_device_properties(weights.device).multi_processor_count
         self._parts: list[_Part] = []
         self._group_of: dict[nn.Parameter, _Group] = {}
         for _, own in by_dtype(order).items():
@@ -119,10 +116,10 @@ class GroupedUpdates:
         """Launch everything without an update, so that all is compiled before the capture."""
         for part in self._parts:
             part.set_addresses([p.data_ptr() for p in part.parameters])  # any memory of that size
-        self.set_num_steps(0)
+            part.set_num_steps(0)
         self.begin()
         for group in {id(g): g for g in self._group_of.values()}.values():
-            group.launch()
+            group.launch(self._processors)
 
     def set_options(self, options: Options) -> None:
         for part in self._parts:
@@ -131,12 +128,13 @@ class GroupedUpdates:
     def set_num_steps(self, num_steps: int) -> None:
         """Of the next replay."""
         for part in self._parts:
-            part.record[LIMIT].fill_(num_steps)
+            part.set_num_steps(num_steps)
 
     # What a capture records.
 
     def begin(self) -> None:
         self._waiting = {id(g): len(g.parameters) for g in self._group_of.values()}
+        self._under_way: list[tuple[_Group, torch.cuda.Event]] = []
         for part in self._parts:
             part.record[BROKEN].zero_()
             part.move_on()
@@ -144,14 +142,29 @@ class GroupedUpdates:
     def ready(self, parameter: nn.Parameter) -> None:
         """Called as the gradient of the parameter is complete; the last of a group launches it."""
         group = self._group_of[parameter]
+        group.addresses[parameter] = _gradient(parameter).data_ptr()
         self._waiting[id(group)] -= 1
-        if self._waiting[id(group)] == 0:
-            self._side.wait_stream(torch.cuda.current_stream(self._side.device))
-            with torch.cuda.stream(self._side):
-                group.launch()
+        if self._waiting[id(group)] > 0:
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        last = all(count == 0 for count in self._waiting.values())
+        with torch.cuda.stream(self._side):
+            group.launch(None if last else PROGRAMS_BESIDE * self._processors)
+            done = torch.cuda.Event()
+            done.record()
+        self._under_way.append((group, done))
+        if len(self._under_way) > 2:
+            self._finish_first()
+
+    def _finish_first(self) -> None:
+        group, done = self._under_way.pop(0)
+        torch.cuda.current_stream(self._side.device).wait_event(done)
+        for parameter in group.parameters:
+            parameter.grad = None
 
     def join(self) -> None:
-        torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        while self._under_way:
+            self._finish_first()
 
     def broken(self) -> Tensor:
         """[] int64, 0 if all gradients were finite."""
@@ -160,9 +173,10 @@ class GroupedUpdates:
     # After it.
 
     def set_gradients(self) -> None:
-        """Tell the kernels where the captured pass leaves the gradients, now in `.grad`."""
+        """Tell the kernels where the captured pass has its gradients."""
         for part in self._parts:
-            part.set_addresses([_gradient(p).data_ptr() for p in part.parameters])
+            addresses = {p: a for group in part.groups for p, a in group.addresses.items()}
+            part.set_addresses([addresses[p] for p in part.parameters])
 
 
 class _Part:
@@ -191,6 +205,9 @@ class _Part:
             self.record[:NUM_OPTIONS].copy_(words)
             self.options = options
 
+    def set_num_steps(self, num_steps: int) -> None:
+        self.record[LIMIT].fill_(num_steps)
+
     def set_addresses(self, addresses: list[int]) -> None:
         self.record[HEAD:].copy_(torch.tensor(addresses, dtype=torch.int64))
 
@@ -204,15 +221,25 @@ class _Group:
 
     def __init__(self, part: _Part, rows: range) -> None:
         self.parameters = part.parameters[rows.start : rows.stop]
+        self.addresses: dict[nn.Parameter, int] = {}  # of the gradients
         self._part = part
         self._chunks = part.table.chunks_of(rows)
 
-    def launch(self) -> None:
+    def launch(self, programs: int | None) -> None:
+        """By at most so many programs; None: as many as there are chunks."""
         part, dtype = self._part, self.parameters[0].dtype
+        count = len(self._chunks)
         _multi_tensor.adam_chunks_(
-            part.table, self._chunks, part.record, part.coefficients, (dtype, dtype, dtype),
-            part.coefficients.shape[1], stochastic_rounding=False,
+            part.table, self._chunks, min(programs or count, count), part.record,
+            part.coefficients, (dtype, dtype, dtype), part.coefficients.shape[1],
+            stochastic_rounding=False,
         )  # fmt: skip
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: torch keeps memory for every stream that ever multiplied a matrix."""
+    return torch.cuda.Stream(device)
 
 
 def by_dtype(parameters: Sequence[nn.Parameter]) -> dict[torch.dtype, list[nn.Parameter]]:

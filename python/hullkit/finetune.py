@@ -224,7 +224,7 @@ class TestTimeFinetuner:
     def _graphs(self) -> CapturedPasses | None:
         """For the model as it is now, or None where its passes run one by one."""
         parameters = _check_trainable(self.model)
-        if self._captured is not None and not self._captured.fits(parameters):
+        if self._captured is not None and not self._captured.fits():
             self._captured = None
         if self._captured is None and self._eager_reason(parameters[0].device) is None:
             try:
