@@ -42,7 +42,9 @@ def finetune(
         for update in range(count):
             optimizer.zero_grad()
             if update % refresh_interval == 0:
-                model(input_ids=padded, attention_mask=mask, labels=labels).loss.backward()
+                outputs = model(input_ids=padded, attention_mask=mask, labels=labels)
+                loss = outputs.loss  # both names live on, as they do in such a loop
+                loss.backward()
                 cached = [
                     None if p.grad is None else p.grad.detach().clone() for p in model.parameters()
                 ]

@@ -214,7 +214,7 @@ def test_kernels_compile_for_a_gpu() -> None:
                     constants[argument] = sizes.get(argument, tl.float32)
                     constants |= {"STOCHASTIC": False} if argument == "STOCHASTIC" else {}
                     signature[argument] = "constexpr"
-                elif argument in ("num_steps", "size", "count"):
+                elif argument in ("num_steps", "size"):
                     signature[argument] = "i32"
                 else:
                     floats = argument in ("coefficients", "squares")

@@ -24,7 +24,7 @@ def _accumulate(
 def accumulate_kernel(
     table, record, chunks, squares, GRAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    row, entry, start, end = locate(table, chunks, tl.program_id(0), CHUNK)
+    row, entry, start, end = locate(table, chunks, CHUNK)
     into_at = tl.load(entry)
     grad_at = gradient(record, row)
     weight = option(record, 0).to(tl.float32)
@@ -48,7 +48,7 @@ def squares_kernel(
     GRAD: tl.constexpr, MATH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Of the gradients, nothing written to them."""
-    row, _, start, end = locate(table, chunks, tl.program_id(0), CHUNK)
+    row, _, start, end = locate(table, chunks, CHUNK)
     grad_at = gradient(record, row)
     whole = whole_blocks(grad_at, start, end, BLOCK)
     offsets = start + tl.arange(0, BLOCK)

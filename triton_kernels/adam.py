@@ -104,36 +104,34 @@ def _update(
     write(param_at, offsets, end, param, PARAM, WHOLE)
 
 
-@triton.jit(do_not_specialize=["count", "num_steps"])
+@triton.jit(do_not_specialize=["num_steps"])
 def adam_kernel(
-    table, record, chunks, count, coefficients, num_steps,
+    table, record, chunks, coefficients, num_steps,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MATH: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Over `count` chunks, by as many programs or fewer: few leave room for kernels beside them."""
-    for place in range(tl.program_id(0), count, tl.num_programs(0)):
-        row, entry, start, end = locate(table, chunks, place, CHUNK)
-        param_at = tl.load(entry)
-        exp_avg_at = tl.load(entry + 1)
-        exp_avg_sq_at = tl.load(entry + 2)
-        step_at = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
-        salt = tl.load(entry + FLAGS) >> 1
-        grad_at = gradient(record, row)
-        own = coefficients + row * num_steps * COEFFICIENTS
-        whole = whole_blocks(param_at | exp_avg_at | exp_avg_sq_at | grad_at, start, end, BLOCK)
-        offsets = start + tl.arange(0, BLOCK)
-        for _ in range(whole):
-            _update(
-                param_at, grad_at, exp_avg_at, exp_avg_sq_at, offsets, end, record, own,
-                num_steps, salt, step_at, PARAM, GRAD, STATE, MATH, STOCHASTIC, WHOLE=True,
-            )  # fmt: skip
-            offsets += BLOCK
-        for _ in range(whole, tl.cdiv(end - start, BLOCK)):
-            _update(
-                param_at, grad_at, exp_avg_at, exp_avg_sq_at, offsets, end, record, own,
-                num_steps, salt, step_at, PARAM, GRAD, STATE, MATH, STOCHASTIC, WHOLE=False,
-            )  # fmt: skip
-            offsets += BLOCK
+    row, entry, start, end = locate(table, chunks, CHUNK)
+    param_at = tl.load(entry)
+    exp_avg_at = tl.load(entry + 1)
+    exp_avg_sq_at = tl.load(entry + 2)
+    step_at = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
+    salt = tl.load(entry + FLAGS) >> 1
+    grad_at = gradient(record, row)
+    coefficients += row * num_steps * COEFFICIENTS
+    whole = whole_blocks(param_at | exp_avg_at | exp_avg_sq_at | grad_at, start, end, BLOCK)
+    offsets = start + tl.arange(0, BLOCK)
+    for _ in range(whole):
+        _update(
+            param_at, grad_at, exp_avg_at, exp_avg_sq_at, offsets, end, record, coefficients,
+            num_steps, salt, step_at, PARAM, GRAD, STATE, MATH, STOCHASTIC, WHOLE=True,
+        )  # fmt: skip
+        offsets += BLOCK
+    for _ in range(whole, tl.cdiv(end - start, BLOCK)):
+        _update(
+            param_at, grad_at, exp_avg_at, exp_avg_sq_at, offsets, end, record, coefficients,
+            num_steps, salt, step_at, PARAM, GRAD, STATE, MATH, STOCHASTIC, WHOLE=False,
+        )  # fmt: skip
+        offsets += BLOCK
 
 
 @triton.jit
@@ -153,7 +151,7 @@ def restore_kernel(
 ):
     """Parameters from their base values, whose addresses are in the gradients' place; moments and
     step counters 0. PARAM is an integer type of the parameters' size: bits are not to change."""
-    row, entry, start, end = locate(table, chunks, tl.program_id(0), CHUNK)
+    row, entry, start, end = locate(table, chunks, CHUNK)
     param_at = tl.load(entry)
     exp_avg_at = tl.load(entry + 1)
     exp_avg_sq_at = tl.load(entry + 2)

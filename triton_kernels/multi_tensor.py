@@ -24,10 +24,11 @@ ALIGNMENT = tl.constexpr(16)  # bytes of one vector access
 
 
 @triton.jit
-def locate(table, chunks, place, CHUNK: tl.constexpr):
-    """Row of the chunk at this place, the row's address, first element and end of the chunk."""
-    row = tl.load(chunks + 2 * place).to(tl.int64)
-    start = tl.load(chunks + 2 * place + 1).to(tl.int64) * CHUNK
+def locate(table, chunks, CHUNK: tl.constexpr):
+    """This program's row, the row's address, its first element and the end of its chunk."""
+    program = tl.program_id(0)
+    row = tl.load(chunks + 2 * program).to(tl.int64)
+    start = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
     entry = table + row * COLUMNS
     return row, entry, start, tl.minimum(tl.load(entry + NUMEL), start + CHUNK)
 

@@ -48,7 +48,7 @@ def sgd_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MATH: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    row, entry, start, end = locate(table, chunks, tl.program_id(0), CHUNK)
+    row, entry, start, end = locate(table, chunks, CHUNK)
     param_at = tl.load(entry)
     buffer_at = tl.load(entry + 1)  # 0 without momentum; momentum and dampening are then 0
     fresh = tl.load(entry + FLAGS) & 1

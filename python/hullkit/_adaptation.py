@@ -61,21 +61,24 @@ class Adaptation:
         self._finish()
 
     def _run(self) -> None:
-        tuner, model = self._tuner, self._tuner.model
+        tuner = self._tuner
         self._claim_model()
         self._send_held_back()
         tuner.last_report = None
-        clock = Clock(_device(model))
+        clock = Clock(_device(tuner.model))
         with torch.inference_mode(False), torch.enable_grad():
-            graphs = tuner._graphs()
+            parameters, buffers = tensors_of(self._claimed)
+            graphs = tuner._graphs(parameters, buffers)
             # Nothing is written before it is complete.
             weights = None if graphs is None else graphs.weights
-            self._snapshot = snapshot = Snapshot(model, tuner.snapshot, weights)
+            self._snapshot = snapshot = Snapshot(
+                self._claimed, parameters, buffers, tuner.snapshot, weights
+            )
             for module in self._claimed:
                 # The flag itself, not .eval(): that may be overridden to do more (merge adapters).
                 if module.training:
                     module.training = False
-            for parameter in model.parameters():
+            for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad = None
             losses, captured = tuner._run(snapshot, graphs, self._inputs, self._schedule, clock)
@@ -167,13 +170,20 @@ class Adaptation:
 class Snapshot:
     """What a query may change in a model. Restoring may be cut short and begun again."""
 
-    def __init__(self, model: nn.Module, place: str, weights: Weights | None) -> None:
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        parameters: list[nn.Parameter],
+        buffers: list[Tensor],
+        place: str,
+        weights: Weights | None,
+    ) -> None:
         # The slots too: code in the block may replace a buffer instead of writing to it.
         self._modules = [
             (module, module.training, dict(module._parameters), dict(module._buffers))
-            for module in model.modules()
+            for module in modules
         ]
-        self._flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        self._flags = [(p, p.requires_grad, p.grad) for p in parameters]
         # Tied parameters and shared buffers appear once. `data` keeps dtype, device and storage in
         # case the block moves or casts the model; only what training may write to is copied.
         self._tensors: list[tuple[Tensor, Tensor, tuple[Any, ...], Tensor | None]] = []
@@ -183,7 +193,7 @@ class Snapshot:
             data = p.data
             copied = requires_grad and id(p) not in elsewhere
             self._tensors.append((p, data, _geometry(p), _copy(data, place) if copied else None))
-        self._buffers = [(b, _written(b.data).clone()) for b in model.buffers()]
+        self._buffers = [(b, _written(b.data).clone()) for b in buffers]
         self._tensors += [(b, b.data, _geometry(b), copy) for b, copy in self._buffers]
         if weights is not None:
             weights.save()
@@ -239,6 +249,13 @@ def _put_back(slots: dict[str, Any], saved: dict[str, Any]) -> None:
     ]:
         slots.clear()
         slots.update(saved)
+
+
+def tensors_of(modules: list[nn.Module]) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """Parameters and buffers, tied and shared ones once: one walk for all that ask for them."""
+    parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+    buffers = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
+    return list(parameters.values()), list(buffers.values())
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -68,6 +68,7 @@ class CapturedPasses:
     def __init__(
         self,
         model: nn.Module,
+        model_tensors: list[Tensor],
         parameters: list[nn.Parameter],
         loss_of: Callable[[Inputs], Tensor],
         plain_loss_of: Callable[[Inputs], Tensor],
@@ -78,7 +79,7 @@ class CapturedPasses:
         self._loss_of = loss_of
         self._plain_loss_of = plain_loss_of
         self.weights = Weights(parameters, host_snapshot)
-        self._tensors = _tensors(model)
+        self._tensors = _addresses(model_tensors)
         self._capacity = 64
         self._longest = longest_padded(model)
         self._padding_checked = False
@@ -86,9 +87,9 @@ class CapturedPasses:
         self._pool = torch.cuda.graph_pool_handle()
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
 
-    def fits(self) -> bool:
-        """Whether the graphs still read and write the model's tensors."""
-        return _tensors(self._model) == self._tensors
+    def fits(self, model_tensors: list[Tensor]) -> bool:
+        """Whether the graphs still read and write these tensors of the model."""
+        return _addresses(model_tensors) == self._tensors
 
     def prepare(
         self, examples: dict[int, Inputs], most_steps: int
@@ -218,6 +219,7 @@ class _Pass:
                 raise failure
             self.updates.set_gradients()
         finally:
+            failure = None  # it holds this frame, this frame the pass's tensors
             _drop_gradients(parameters)  # the pool keeps their memory for the graph
 
     def replay(self, inputs: Inputs, num_steps: int, result: Tensor) -> None:
@@ -257,9 +259,8 @@ def _drop_gradients(parameters: list[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _tensors(model: nn.Module) -> list[Any]:
+def _addresses(tensors: list[Tensor]) -> list[Any]:
     """What a graph has baked in of a model: where its tensors lie, and which are trained."""
-    tensors = [*model.parameters(), *model.buffers()]
     return [(id(t), t.data_ptr(), t.dtype, t.requires_grad) for t in tensors]
 
 

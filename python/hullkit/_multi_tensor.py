@@ -200,10 +200,7 @@ def adam_(
     math = arithmetic_dtype(dtypes[0])
     coefficients = torch.empty(2 * table.size * num_steps, dtype=math, device=table.device)
     adam_coefficients_(table, record, coefficients, num_steps)
-    chunks = table.chunks
-    adam_chunks_(
-        table, chunks, len(chunks), record, coefficients, dtypes, num_steps, stochastic_rounding
-    )
+    adam_chunks_(table, table.chunks, record, coefficients, dtypes, num_steps, stochastic_rounding)
 
 
 def adam_coefficients_(
@@ -219,17 +216,16 @@ def adam_coefficients_(
 def adam_chunks_(
     table: TensorTable,
     chunks: Tensor,
-    programs: int,
     record: Tensor,
     coefficients: Tensor,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     num_steps: int,
     stochastic_rounding: bool,
 ) -> None:
-    """Triton: the updates of these chunks, by that many programs."""
+    """Triton: the updates of these chunks."""
     param, grad, state = dtypes
     _run(
-        "adam", table, programs, table.table, record, chunks, len(chunks), coefficients, num_steps,
+        "adam", table, len(chunks), table.table, record, chunks, coefficients, num_steps,
         PARAM=param, GRAD=grad, STATE=state, MATH=coefficients.dtype,
         STOCHASTIC=stochastic_rounding,
     )  # fmt: skip

@@ -12,9 +12,7 @@ from . import _multi_tensor
 from ._multi_tensor import BROKEN, HEAD, LIMIT, NUM_OPTIONS, TensorTable, is_dense
 
 # Elements whose updates are launched together: enough to fill a GPU, few enough to begin early.
-GROUP_ELEMENTS = 8 << 20
-# Programs of a launch beside the backward pass, for each multiprocessor: most of it stays free.
-PROGRAMS_BESIDE = 2
+GROUP_ELEMENTS = 2 << 20
 
 Options = tuple[float, ...]
 
@@ -91,9 +89,9 @@ class Weights:
 class GroupedUpdates:
     """Adam's updates of one captured pass, in groups that start as their gradients are ready.
 
-    On a stream of their own: updates are bound by memory, the backward pass of one short sequence
-    by the latency of small kernels, so they hide behind it. A gradient lives until its update: the
-    backward pass waits for the group before last, so at most two groups' gradients do at a time.
+    On a stream of their own, where the gaps of the backward pass hide a part of them (a tenth: both
+    want the memory). A gradient lives until its update: the backward pass waits for the group
+    before last, so that all gradients never exist together.
 
     order: the parameters that get a gradient, in the order in which they do.
     capacity: the most updates with one gradient.
@@ -102,7 +100,6 @@ class GroupedUpdates:
     def __init__(self, weights: Weights, order: Sequence[nn.Parameter], capacity: int) -> None:
         self.capacity = capacity
         self._side = side_stream(weights.device)
-        self._processors = torch.cuda.get_device_properties(weights.device).multi_processor_count
         self._parts: list[_Part] = []
         self._group_of: dict[nn.Parameter, _Group] = {}
         for _, own in by_dtype(order).items():
@@ -119,7 +116,7 @@ class GroupedUpdates:
             part.set_num_steps(0)
         self.begin()
         for group in {id(g): g for g in self._group_of.values()}.values():
-            group.launch(self._processors)
+            group.launch()
 
     def set_options(self, options: Options) -> None:
         for part in self._parts:
@@ -147,9 +144,8 @@ class GroupedUpdates:
         if self._waiting[id(group)] > 0:
             return
         self._side.wait_stream(torch.cuda.current_stream(self._side.device))
-        last = all(count == 0 for count in self._waiting.values())
         with torch.cuda.stream(self._side):
-            group.launch(None if last else PROGRAMS_BESIDE * self._processors)
+            group.launch()
             done = torch.cuda.Event()
             done.record()
         self._under_way.append((group, done))
@@ -225,14 +221,11 @@ class _Group:
         self._part = part
         self._chunks = part.table.chunks_of(rows)
 
-    def launch(self, programs: int | None) -> None:
-        """By at most so many programs; None: as many as there are chunks."""
+    def launch(self) -> None:
         part, dtype = self._part, self.parameters[0].dtype
-        count = len(self._chunks)
         _multi_tensor.adam_chunks_(
-            part.table, self._chunks, min(programs or count, count), part.record,
-            part.coefficients, (dtype, dtype, dtype), part.coefficients.shape[1],
-            stochastic_rounding=False,
+            part.table, self._chunks, part.record, part.coefficients, (dtype, dtype, dtype),
+            part.coefficients.shape[1], stochastic_rounding=False,
         )  # fmt: skip
 
 

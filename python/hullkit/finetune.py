@@ -133,7 +133,7 @@ class TestTimeFinetuner:
         if capture and mode == "accumulate":
             raise ValueError("capture: expected None or False for mode='accumulate', got True")
         self.last_report: AdaptReport | None = None
-        _check_trainable(model)
+        _trained(model.parameters())
         self._loss = CausalLoss(model, precision, compile)
         self._captured: CapturedPasses | None = None
         self._reason: str | None = None  # why the model cannot be captured
@@ -221,16 +221,20 @@ class TestTimeFinetuner:
         """
         self._captured = self._reason = None
 
-    def _graphs(self) -> CapturedPasses | None:
+    def _graphs(
+        self, parameters: list[nn.Parameter], buffers: list[Tensor]
+    ) -> CapturedPasses | None:
         """For the model as it is now, or None where its passes run one by one."""
-        parameters = _check_trainable(self.model)
-        if self._captured is not None and not self._captured.fits():
+        trained = _trained(parameters)
+        tensors = [*parameters, *buffers]
+        if self._captured is not None and not self._captured.fits(tensors):
             self._captured = None
-        if self._captured is None and self._eager_reason(parameters[0].device) is None:
+        if self._captured is None and self._eager_reason(trained[0].device) is None:
             try:
                 self._captured = CapturedPasses(
                     self.model,
-                    parameters,
+                    tensors,
+                    trained,
                     self._loss,
                     self._loss.plain,
                     host_snapshot=self.snapshot == "host",
@@ -299,7 +303,7 @@ class TestTimeFinetuner:
     def _run_eagerly(
         self, inputs: list[dict[str, Tensor]], schedule: list[Reuse], clock: Clock
     ) -> list[float]:
-        parameters = _check_trainable(self.model)
+        parameters = _trained(self.model.parameters())
         if not schedule:
             if self.compile:
                 _passes.warm_up(self._loss, inputs, parameters)
@@ -314,8 +318,8 @@ class TestTimeFinetuner:
             optimizer.reset()
 
 
-def _check_trainable(model: nn.Module) -> list[nn.Parameter]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    parameters = [p for p in parameters if p.requires_grad]
     if not parameters:
         raise ValueError("model: expected a parameter with requires_grad, got none")
     return parameters
