@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test bench bench-optim bench-gpu lint format clean
+.PHONY: demo test bench bench-optim bench-finetune bench-gpu lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python bench/demo/run.py $(ARGS)
@@ -18,6 +18,9 @@ bench: $(VENV)/.test
 
 bench-optim: $(VENV)/.test
 	$(BIN)/python bench/optim.py $(ARGS)
+
+bench-finetune: $(VENV)/.test
+	$(BIN)/python bench/finetune.py $(ARGS)
 
 bench-gpu: $(VENV)/.test
 	$(BIN)/python bench/selection_gpu.py $(ARGS)
