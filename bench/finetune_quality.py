@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--subsets", nargs="+", default=["python", "sotu"])
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--total", type=int, default=20, help="updates of a query")
+    parser.add_argument("--start", help="token before a text, default: the tokenizer's bos")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
     arguments = parser.parse_args()
@@ -61,7 +62,7 @@ def main() -> None:
     model: nn.Module = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     model.to(device)
     state = published.base_state(model)
-    start = [tokenizer.bos_token_id or 0]
+    start = [tokenizer.convert_tokens_to_ids(arguments.start or tokenizer.bos_token)]
 
     def tokens(text: str) -> Tensor:
         ids = start + tokenizer(text, add_special_tokens=False)["input_ids"]
