@@ -40,7 +40,6 @@ def finetune(
         labels = padded.masked_fill(mask == 0, -100)
         cached: list[Tensor | None] = []
         for update in range(count):
-            optimizer.zero_grad()
             if update % refresh_interval == 0:
                 outputs = model(input_ids=padded, attention_mask=mask, labels=labels)
                 loss = outputs.loss  # both names live on, as they do in such a loop
@@ -52,6 +51,7 @@ def finetune(
                 for parameter, gradient in zip(model.parameters(), cached, strict=True):
                     parameter.grad = None if gradient is None else gradient.clone()
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     model.eval()
 
 
