@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from ._arrays import takes_arrays
 from ._checks import check_choice, check_device, check_int, check_pool_query, check_total
 from .reference import batched
 from .selection import FrankWolfeResult, KNNResult, frank_wolfe_options, knn
@@ -22,6 +23,7 @@ class Multiset(NamedTuple):
     result: FrankWolfeResult | KNNResult  # what the counts were made from, with its certificates
 
 
+@takes_arrays
 def select(
     pool: Tensor,
     query: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from ._arrays import takes_arrays
 from ._checks import (
     check_device,
     check_floating,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .selection import FrankWolfeResult
 
 
+@takes_arrays
 def round_multiplicities(
     pool: Tensor,
     query: Tensor,
@@ -90,6 +92,7 @@ def round_multiplicities(
     return counts
 
 
+@takes_arrays
 def apportion(weights: Tensor, total: int, *, backend: str | None = None) -> Tensor:
     """Largest-remainder (Hamilton) apportionment of `total` units.
 

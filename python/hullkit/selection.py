@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from ._arrays import takes_arrays
 from ._checks import (
     Problem,
     check_choice,
@@ -52,6 +53,7 @@ class FrankWolfeResult(NamedTuple):
     status: Tensor  # [B] int64, see Status
 
 
+@takes_arrays
 def lmo(
     pool: Tensor,
     direction: Tensor,
@@ -68,7 +70,9 @@ def lmo(
 
     Args:
         pool: `(n, d)` or `(B, n, d)`; float64, float32, float16 or bfloat16. `(n, d)` with a batch
-            of directions is shared by all of them.
+            of directions is shared by all of them. Arrays of NumPy, CuPy, JAX or any library that
+            speaks DLPack do as well, all of a call from one library: they are read where they lie,
+            on the device they are on, and the results are arrays of that library.
         direction: `(d,)` or `(B, d)`, the pool's dtype and device.
         lengths: `(B,)` integers, 1 <= lengths[b] <= n: candidates from lengths[b] on are ignored.
             For an unbatched call a 0-d tensor.
@@ -97,6 +101,7 @@ def lmo(
     return out
 
 
+@takes_arrays
 def knn(
     pool: Tensor,
     query: Tensor,
@@ -133,6 +138,7 @@ def knn(
     return out
 
 
+@takes_arrays
 def frank_wolfe(
     pool: Tensor,
     query: Tensor,

@@ -1,0 +1,125 @@
+"""Arrays of other libraries in the public functions: tensors on the way in, arrays on the way out.
+
+NumPy arrays are taken as they lie in memory, read-only ones too: no kernel writes to its inputs.
+Any other library's come and go through DLPack (CuPy, JAX, ...), on the device they are on.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import dlpack
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` of tensors, for arrays of any one library as well: results are in kind.
+
+    Its first argument says which library. Tensors pass with one look at it.
+    """
+    names = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0] if args else kwargs.get(names[0])
+        if isinstance(first, Tensor) or not is_array(first):
+            return function(*args, **kwargs)
+        library = _library(names[0], first)
+
+        def convert(name: str, value: Any) -> Any:
+            if all(hasattr(value, field) for field in ("indices", "weights")):
+                # A result of frank_wolfe, or what its caller made in its place.
+                indices = convert(f"{name}.indices", value.indices)
+                return SimpleNamespace(
+                    indices=indices, weights=convert(f"{name}.weights", value.weights)
+                )
+            if not is_array(value):
+                return value
+            if isinstance(value, Tensor) or _library(name, value) is not library:
+                raise TypeError(
+                    f"{name}: expected an array of {names[0]}'s kind, {_kind(first)}, "
+                    f"got {_kind(value)}"
+                )
+            return tensor_of(name, value)
+
+        positional: Any = map(convert, names, args)
+        keywords: Any = {name: convert(name, value) for name, value in kwargs.items()}
+        result: R = _in_kind(function(*positional, **keywords), library)
+        return result
+
+    return call
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is a tensor or an array of another library."""
+    return isinstance(value, np.ndarray) or (
+        hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")
+    )
+
+
+def tensor_of(name: str, array: Any) -> Tensor:
+    """A tensor on the memory of `array`, or TypeError. NumPy views that torch cannot stride are
+    copied."""
+    try:
+        return _from_numpy(array) if isinstance(array, np.ndarray) else dlpack.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: expected an array that torch can read in place, got {_kind(array)} "
+            f"of dtype {getattr(array, 'dtype', 'unknown')} ({error})"
+        ) from error
+
+
+def _from_numpy(array: Any) -> Tensor:
+    if array.dtype.name == "bfloat16":  # ml_dtypes', unknown to torch.from_numpy
+        return _from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = array.copy()
+    if not array.flags.writeable:  # torch.from_numpy warns, and a copy would cost a pass
+        array = np.asarray(_Writable(array))
+    return torch.from_numpy(array)
+
+
+class _Writable:
+    """The memory of a read-only array, said to be writable."""
+
+    def __init__(self, array: Any) -> None:
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+        self._owner = array
+
+
+def _library(name: str, array: Any) -> Any:
+    """The namespace of an array: what makes arrays of its kind out of tensors."""
+    if isinstance(array, np.ndarray):  # before NumPy 2 it cannot be asked
+        return np
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    module = sys.modules[type(array).__module__.partition(".")[0]]
+    if not hasattr(module, "from_dlpack"):
+        raise TypeError(
+            f"{name}: expected an array whose library can take the results (from_dlpack, found "
+            f"with __array_namespace__), got {_kind(array)}"
+        )
+    return module
+
+
+def _in_kind(result: Any, library: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result.numpy() if library is np else library.from_dlpack(result)
+    if isinstance(result, tuple):  # the public results are named tuples, some within others
+        return type(result)(*(_in_kind(value, library) for value in result))
+    return result
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__.partition('.')[0]}.{type(value).__qualname__}"

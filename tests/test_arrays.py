@@ -1,0 +1,249 @@
+"""Arrays of other libraries: the answers of the same tensors, in kind, without copies."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hullkit
+import numpy as np
+import pytest
+import torch
+from hullkit._arrays import tensor_of
+from torch import Tensor
+
+
+class Exported:
+    """An array of a library of our own: what DLPack asks for, around memory of another's."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.owner.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.owner.__dlpack_device__()
+
+    def __array_namespace__(self) -> Any:
+        return Exported
+
+    @staticmethod
+    def from_dlpack(array: Any) -> Exported:
+        return Exported(torch.from_dlpack(array))
+
+
+def to_jax(tensor: Tensor) -> Any:
+    return pytest.importorskip("jax.numpy").from_dlpack(tensor)
+
+
+def from_jax(array: Any) -> Any:
+    assert type(array).__module__.startswith("jax")
+    return np.asarray(array)
+
+
+def from_numpy(array: Any) -> Any:
+    assert isinstance(array, np.ndarray)
+    return array
+
+
+def from_exported(array: Any) -> Any:
+    assert isinstance(array, Exported)
+    return array.owner.cpu().numpy()
+
+
+# Into the library, and out of it with a proof that the result is its own.
+LIBRARIES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any]]] = {
+    "numpy": (lambda tensor: tensor.numpy(), from_numpy),
+    "dlpack": (lambda tensor: Exported(tensor.numpy()), from_exported),
+    "jax": (to_jax, from_jax),
+    "device": (lambda tensor: Exported(tensor.cuda()), from_exported),
+}
+PARAMETERS = [*list(LIBRARIES)[:3], pytest.param("device", marks=pytest.mark.gpu)]
+
+
+def problem(*, batch: int | None = None) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    pool = torch.randn(30, 6, generator=generator)
+    shape = (6,) if batch is None else (batch, 6)
+    return pool, torch.randn(shape, generator=generator) / 3
+
+
+def same(ours: Any, wanted: Any, out: Callable[[Any], Any]) -> None:
+    assert type(ours) is type(wanted) or isinstance(wanted, Tensor)
+    if not isinstance(wanted, Tensor):
+        for one, other in zip(ours, wanted, strict=True):
+            same(one, other, out)
+        return
+    array = out(ours)
+    # JAX's arrays are of 32 bits unless told otherwise.
+    assert np.array_equal(array, wanted.cpu().numpy().astype(array.dtype))
+
+
+@pytest.mark.parametrize("library", PARAMETERS)
+def test_every_function(library: str) -> None:
+    into, out = LIBRARIES[library]
+    device = "cuda" if library == "device" else "cpu"
+    pool, query = (tensor.to(device) for tensor in problem())
+    arrays = [into(tensor.cpu()) for tensor in (pool, query)]
+
+    same(hullkit.lmo(*arrays), hullkit.lmo(pool, query), out)
+    same(hullkit.knn(*arrays, 4), hullkit.knn(pool, query, 4), out)
+    result, wanted = hullkit.frank_wolfe(*arrays), hullkit.frank_wolfe(pool, query)
+    same(result, wanted, out)
+    same(
+        hullkit.round_multiplicities(*arrays, result, 9),
+        hullkit.round_multiplicities(pool, query, wanted, 9),
+        out,
+    )
+    same(hullkit.apportion(result.weights, 9), hullkit.apportion(wanted.weights, 9), out)
+    same(hullkit.select(*arrays, 9), hullkit.select(pool, query, 9), out)
+    same(
+        hullkit.select(*arrays, 9, method="knn"), hullkit.select(pool, query, 9, method="knn"), out
+    )
+
+
+@pytest.mark.parametrize("library", PARAMETERS)
+def test_batches_lengths_and_candidates(library: str) -> None:
+    into, out = LIBRARIES[library]
+    device = "cuda" if library == "device" else "cpu"
+    pool, queries = problem(batch=3)
+    candidates = torch.tensor([[4, 9, 2, -1], [1, 0, 29, 8], [5, 6, 7, 3]], dtype=torch.int32)
+    lengths = torch.tensor([4, 2, 3])
+    options = {"candidates": candidates, "lengths": lengths}
+    arrays = {name: into(tensor) for name, tensor in options.items()}
+    tensors = {name: tensor.to(device) for name, tensor in options.items()}
+    same(
+        hullkit.select(pool=into(pool), query=into(queries), total=5, **arrays),
+        hullkit.select(pool.to(device), queries.to(device), 5, **tensors),
+        out,
+    )
+
+
+def test_numpy_shapes_and_types() -> None:
+    pool, query = (tensor.double().numpy() for tensor in problem())
+    result = hullkit.frank_wolfe(pool, query)
+    assert result.indices.dtype == np.int64
+    assert result.weights.dtype == np.float64
+    assert result.status.shape == ()
+    assert hullkit.Status(int(result.status)) in hullkit.Status
+    reference = hullkit.frank_wolfe(pool, query, backend="reference")
+    assert np.array_equal(result.indices, reference.indices)
+
+
+def test_memory_is_shared(tmp_path: Path) -> None:
+    owned = problem()[0].numpy()
+    read_only = owned.view()
+    read_only.flags.writeable = False
+    np.save(tmp_path / "pool.npy", owned)
+    mapped = np.load(tmp_path / "pool.npy", mmap_mode="r")
+    for array in (owned, read_only, owned[3:20:2, 1:5], mapped, np.zeros((0, 3), np.float32)):
+        tensor = tensor_of("pool", array)
+        assert tensor.data_ptr() == array.ctypes.data or array.size == 0
+        assert tensor.shape == array.shape
+        assert np.array_equal(tensor.numpy(), array)
+    assert not read_only.flags.writeable
+    shared = tensor_of("pool", Exported(owned))
+    assert shared.data_ptr() == owned.ctypes.data
+
+
+def test_read_only_memory_outlives_its_array() -> None:
+    array = np.arange(200_000.0)
+    array.flags.writeable = False
+    tensor = tensor_of("pool", array)
+    del array
+    np.full(200_000, 7.0)  # takes the memory over if it was freed
+    assert torch.equal(tensor, torch.arange(200_000, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_reversed_views(axis: int) -> None:
+    pool, query = (tensor.numpy() for tensor in problem())
+    flipped, turned = np.flip(pool, axis), query if axis == 0 else query[::-1]
+    ours = hullkit.knn(flipped, turned, 5)
+    wanted = hullkit.knn(np.ascontiguousarray(flipped), np.ascontiguousarray(turned), 5)
+    same(ours, hullkit.KNNResult(*map(torch.from_numpy, wanted)), from_numpy)
+
+
+def test_fields_of_records() -> None:
+    records = np.zeros(30, dtype=[("id", np.int8), ("row", np.float32, 6)])
+    pool, query = (tensor.numpy() for tensor in problem())
+    records["row"] = pool
+    assert hullkit.lmo(records["row"], query).index == hullkit.lmo(pool, query).index
+
+
+def test_bfloat16_of_ml_dtypes() -> None:
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    pool, query = problem()
+    ours = hullkit.select(pool.numpy().astype(bfloat16), query.numpy().astype(bfloat16), 9)
+    same(ours, hullkit.select(pool.bfloat16(), query.bfloat16(), 9), from_numpy)
+
+
+def test_kinds_do_not_mix() -> None:
+    pool, query = problem()
+    with pytest.raises(TypeError, match=r"query: expected a torch\.Tensor, got ndarray"):
+        hullkit.select(pool, query.numpy(), 9)
+    with pytest.raises(
+        TypeError,
+        match=r"direction: expected an array of pool's kind, numpy\.ndarray, got torch\.Tensor",
+    ):
+        hullkit.lmo(pool.numpy(), query)
+    with pytest.raises(
+        TypeError,
+        match=r"query: expected an array of pool's kind, \w+\.Exported, got numpy\.ndarray",
+    ):
+        hullkit.frank_wolfe(Exported(pool.numpy()), query=query.numpy())
+    result = hullkit.frank_wolfe(pool, query)
+    with pytest.raises(TypeError, match=r"result\.indices: expected an array of pool's kind, num"):
+        hullkit.round_multiplicities(pool.numpy(), query.numpy(), result, 9)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 2), dtype=">f4"), r"numpy\.ndarray of dtype >f4 \(.*byte order"),
+        (np.array([["a"]]), r"numpy\.ndarray of dtype <U1 \(can't convert"),
+        (np.array([[None]]), r"numpy\.ndarray of dtype object \(can't convert"),
+        (Exported(np.array([["a"]])), r"\w+\.Exported of dtype unknown \("),
+    ],
+)
+def test_unreadable_arrays(array: Any, message: str) -> None:
+    with pytest.raises(
+        TypeError, match=rf"pool: expected an array that torch can read in place, got {message}"
+    ):
+        hullkit.lmo(array, array)
+
+
+def test_readable_arrays_are_checked_as_tensors_are() -> None:
+    pool, query = (tensor.numpy() for tensor in problem())
+    with pytest.raises(TypeError, match=r"pool: expected dtype float64, .*got torch\.int64"):
+        hullkit.lmo(pool.astype(np.int64), query)
+    with pytest.raises(ValueError, match=r"query: expected d = 6 coordinates"):
+        hullkit.knn(pool, query[:5], 3)
+    with pytest.raises(TypeError, match=r"pool: expected a torch\.Tensor, got list"):
+        hullkit.lmo(pool.tolist(), query.tolist())
+
+
+class NoWayBack:
+    """Exports memory, but its library takes none."""
+
+    def __init__(self, owner: Any) -> None:
+        self.__dlpack__ = owner.__dlpack__
+        self.__dlpack_device__ = owner.__dlpack_device__
+
+
+def test_library_without_from_dlpack() -> None:
+    pool, query = (NoWayBack(tensor.numpy()) for tensor in problem())
+    with pytest.raises(TypeError, match=r"pool: expected an array whose library can take the res"):
+        hullkit.lmo(pool, query)
+
+
+def test_a_library_named_by_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without __array_namespace__, from_dlpack is looked for where the class comes from."""
+    package = sys.modules[__name__.partition(".")[0]]
+    monkeypatch.setattr(package, "from_dlpack", Exported.from_dlpack, raising=False)
+    pool, query = problem()
+    ours = hullkit.lmo(NoWayBack(pool.numpy()), NoWayBack(query.numpy()))
+    same(ours, hullkit.lmo(pool, query), from_exported)
