@@ -11,6 +11,7 @@ import hullkit
 import numpy as np
 import torch
 from hullkit import reference
+from hullkit.interop import hullft
 from problems import KINDS, Selection
 
 TOTAL = 50  # updates, and the limit of the support
@@ -141,6 +142,42 @@ def selection_cases(kind: str, n: int, d: int) -> Iterator[Case]:
     )
 
 
+def hullft_case(kind: str, n: int, d: int) -> Case:
+    """The selection of one query in HullFT-shaped code: NumPy in, a NumPy array of updates out."""
+    problem, pool, query = _single(kind, n, d)
+    embeddings, embedding = pool.numpy(), query.numpy()
+
+    def calling_code(select: Callable[..., Any], integerize: Callable[..., Any]) -> Any:
+        indices, weights = select(embeddings, embedding, TOTAL)
+        support, target = embeddings.astype("float64")[indices], embedding.astype("float64")
+        expanded, _ = integerize(indices, weights, support, target, TOTAL)
+        return expanded
+
+    def naive_select(embeddings: Any, embedding: Any, n_points: int) -> Any:
+        pool, query = embeddings.astype("float64"), embedding.astype("float64")
+        return reference.frank_wolfe(pool, query, n_points)[:2]
+
+    def naive_integerize(indices: Any, weights: Any, support: Any, target: Any, total: int) -> Any:
+        counts = reference.round_multiplicities(support, target, weights, total)
+        return np.repeat(indices, counts), np.full(total, 1 / total)
+
+    def gate(answers: dict[str, Any]) -> None:
+        counted = {name: np.unique(answer, return_counts=True) for name, answer in answers.items()}
+        _gate_losses(problem, TOTAL)(counted)
+
+    selector = hullft.FWSelector(max_iter=250, tol=1e-5)
+    return Case(
+        "interop.hullft",
+        f"{kind} n={n} d={d} total={TOTAL}",
+        "float32",
+        {
+            "numpy": lambda: calling_code(naive_select, naive_integerize),
+            "hullkit": lambda: calling_code(selector.select, hullft.integerize_by_geometry),
+        },
+        gate,
+    )
+
+
 def scan_cases(n: int, d: int) -> Iterator[Case]:
     """One pass over a pool: lmo and knn."""
     problem, pool, query = _single("neighbours", n, d)
@@ -214,6 +251,7 @@ def cases() -> Iterator[Case]:
     for kind in KINDS:
         for d in (384, 1024):
             yield from selection_cases(kind, 200, d)
+            yield hullft_case(kind, 200, d)
     for n in (200, 20_000):
         yield from scan_cases(n, 384)
     yield apportion_case(TOTAL)

@@ -25,6 +25,8 @@ from rows import HERE, append, commit, processor
 BARS = (
     ("select", "gaussian n=200 d=1024", "hullkit", "numpy", 120),
     ("select", "gaussian n=200 d=384", "hullkit", "numpy", 150),
+    ("interop.hullft", "gaussian n=200 d=1024", "hullkit", "numpy", 60),
+    ("interop.hullft", "neighbours n=200 d=1024", "hullkit", "numpy", 60),
     ("select", "neighbours B=64 n=200 d=384", "hullkit 2 threads", "hullkit 1 thread", 1.8),
     ("select", "neighbours B=64 n=200 d=1024", "hullkit 2 threads", "hullkit 1 thread", 1.8),
 )

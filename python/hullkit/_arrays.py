@@ -37,14 +37,13 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
         library = _library(names[0], first)
 
         def convert(name: str, value: Any) -> Any:
-            if all(hasattr(value, field) for field in ("indices", "weights")):
+            if not is_array(value):
+                if not hasattr(value, "indices"):
+                    return value
                 # A result of frank_wolfe, or what its caller made in its place.
                 indices = convert(f"{name}.indices", value.indices)
-                return SimpleNamespace(
-                    indices=indices, weights=convert(f"{name}.weights", value.weights)
-                )
-            if not is_array(value):
-                return value
+                weights = convert(f"{name}.weights", value.weights)
+                return SimpleNamespace(indices=indices, weights=weights)
             if isinstance(value, Tensor) or _library(name, value) is not library:
                 raise TypeError(
                     f"{name}: expected an array of {names[0]}'s kind, {_kind(first)}, "
@@ -80,10 +79,12 @@ def tensor_of(name: str, array: Any) -> Tensor:
 
 
 def _from_numpy(array: Any) -> Tensor:
-    if array.dtype.name == "bfloat16":  # ml_dtypes', unknown to torch.from_numpy
-        return _from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+    if not array.flags.c_contiguous and any(
+        stride < 0 or stride % array.itemsize for stride in array.strides
+    ):
         array = array.copy()
+    if array.dtype.kind == "V" and array.dtype.name == "bfloat16":  # ml_dtypes', unknown to torch
+        return _from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     if not array.flags.writeable:  # torch.from_numpy warns, and a copy would cost a pass
         array = np.asarray(_Writable(array))
     return torch.from_numpy(array)

@@ -1,0 +1,1 @@
+"""Adapters: hullkit behind the interfaces of other test-time-finetuning code, one module each."""

@@ -1,0 +1,122 @@
+"""The finetuning functions of HullFT-shaped code, see hullkit.interop.hullft."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .._checks import check_choice
+from ..metrics import forward_parameters
+from ..optim import Adam
+from ..schedule import reuse_schedule
+
+METHODS = ("standard", "gradient_refresh", "sift_global_refresh", "sift_consecutive_refresh")
+
+
+def finetune_with_approach(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    approach_config: Mapping[str, Any] | None,
+    batch_size: int = 1,
+    max_length: int = 1024,
+    lr: float = 5e-5,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Finetune a Hugging Face model in place, one Adam update (betas .9, .999) for each text.
+
+    approach_config["method"]: "standard" (the default): a pass and an update for every batch_size
+    texts. "gradient_refresh", "sift_global_refresh": equal texts grouped, in the order first seen;
+    "sift_consecutive_refresh": runs of equal texts grouped. A group makes a pass every
+    approach_config["refresh_interval"] (2) updates, see :func:`hullkit.reuse_schedule`.
+
+    The model is left adapted, in eval mode and on `device` (None: CUDA if there is any): restoring
+    it is the caller's part, as in the published code. Texts are cut to max_length tokens.
+
+    Returns a dict of finetune_steps, finetune_seconds (device work included), finetune_approach,
+    finetune_unique_texts (groups) and finetune_total_texts.
+    Raises ValueError for another method, or a text of less than two tokens.
+    """
+    config = approach_config or {}
+    method = config.get("method", "standard")
+    check_choice("approach_config['method']", method, METHODS)
+    interval = max(1, int(config.get("refresh_interval", 2)))
+    groups: list[tuple[list[str], int]]  # texts of a batch, updates to make with it
+    if method == "standard":
+        size = operator.index(batch_size)
+        groups = [(list(texts[i : i + size]), 1) for i in range(0, len(texts), size)]
+        unique = len(set(texts))
+    else:
+        runs = method == "sift_consecutive_refresh"
+        counted = (
+            [(text, len(list(run))) for text, run in itertools.groupby(texts)]
+            if runs
+            else Counter(texts).items()
+        )
+        groups = [([text], count) for text, count in counted]
+        unique = len(groups)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device).eval()
+    start = time.perf_counter()
+    _finetune_in_place(model, tokenizer, groups, interval, int(max_length), float(lr), device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return {
+        "finetune_steps": sum(count for _, count in groups),
+        "finetune_seconds": time.perf_counter() - start,
+        "finetune_approach": method,
+        "finetune_unique_texts": unique,
+        "finetune_total_texts": len(texts),
+    }
+
+
+def finetune_on_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    batch_size: int = 1,
+    max_length: int = 1024,
+    lr: float = 5e-5,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """The method "standard" of :func:`finetune_with_approach`; returns steps and seconds."""
+    report = finetune_with_approach(
+        model, tokenizer, texts, None, batch_size, max_length, lr, device
+    )
+    return {key: report[key] for key in ("finetune_steps", "finetune_seconds")}
+
+
+def _finetune_in_place(
+    model: Any,
+    tokenizer: Any,
+    groups: list[tuple[list[str], int]],
+    interval: int,
+    max_length: int,
+    lr: float,
+    device: torch.device,
+) -> None:
+    # Checked before any weight is touched. One text needs no padding, a batch that of its longest.
+    batches = [
+        tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        for texts, _ in groups
+    ]
+    for (texts, _), batch in zip(groups, batches, strict=True):
+        for text, mask in zip(texts, batch["attention_mask"], strict=True):
+            if mask.sum() < 2:
+                raise ValueError(f"texts: expected at least 2 tokens each, got {text!r}")
+    cache = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
+    optimizer = Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizer.zero_grad()
+    for (_, count), batch in zip(groups, batches, strict=True):
+        inputs = {key: tensor.to(device) for key, tensor in batch.items()}
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        for _, num_steps in reuse_schedule([count], interval):
+            model(**inputs, labels=labels, **cache).loss.backward()
+            optimizer.step(num_steps=num_steps)
+            optimizer.zero_grad()
