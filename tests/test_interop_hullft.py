@@ -12,6 +12,7 @@ import _models
 import numpy as np
 import pytest
 import torch
+from hullkit import reference
 from hullkit.interop import hullft
 from transformers import (
     GPT2Config,
@@ -100,6 +101,24 @@ def test_embeddings_of_other_types() -> None:
         ours = selector.select(array, query, 9)
         wanted = selector.select(wide, query.astype(wide.dtype), 9)
         assert all(map(np.array_equal, ours, wanted))
+
+
+def test_exchange_passes() -> None:
+    """Over half of these change in the first pass, and some in the second."""
+    passes = [-1, 0, 1, 2]
+    found: dict[int, list[list[int]]] = {number: [] for number in passes}
+    for seed in range(20):
+        pool, query = problem(seed, n=12, d=8)
+        weights = np.random.default_rng(seed).dirichlet(np.ones(12))
+        for number in passes:
+            ours, _ = hullft.integerize_by_geometry(np.arange(12), weights, pool, query, 30, number)
+            counts = np.bincount(ours, minlength=12).tolist()
+            wanted = reference.round_multiplicities(pool, query, weights, 30, max(0, number))
+            assert counts == wanted.tolist()
+            found[number].append(counts)
+    assert found[-1] == found[0]
+    assert sum(a != b for a, b in zip(found[0], found[1], strict=True)) > 10
+    assert found[1] != found[2]
 
 
 def test_filling_at_the_edges() -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import re
 import shutil
+import site
 import subprocess
 import sys
+import tarfile
+import venv
 from pathlib import Path
 
 import hullkit
@@ -219,3 +223,62 @@ def test_source_tree_without_a_build_says_what_to_do() -> None:
     )
     assert failed.returncode != 0
     assert "pip install ." in failed.stderr
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Python of a fresh environment with hullkit installed from its sdist, and the sdist unpacked.
+
+    All other packages are those of the environment that runs the tests.
+    """
+    folder = tmp_path_factory.mktemp("stranger")
+    build = "import sys, scikit_build_core.build as b; print(b.build_sdist(sys.argv[1]))"
+    environment = os.environ | {"HULLKIT_CUDA": "OFF"}
+
+    def run(*command: str, cwd: Path) -> None:
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run(sys.executable, "-c", build, str(folder), cwd=ROOT)
+    (sdist,) = folder.glob("hullkit-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    venv.create(folder / "venv", with_pip=False)
+    python = folder / "venv" / "bin" / "python"
+    # A line of a .pth that imports is run: a folder added so has its own .pth read as well.
+    others = "".join(f"import site; site.addsitedir({p!r})\n" for p in site.getsitepackages())
+    (home,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    (home / "others.pth").write_text(others)
+    pip = (sys.executable, "-m", "pip", "--python", str(python))
+    # The build's requirements in Python are the test extra's: with CMake here, nothing is fetched.
+    isolation = ("--no-build-isolation",) if shutil.which("cmake") else ()
+    run(*pip, "install", "--no-deps", "--ignore-installed", *isolation, str(sdist), cwd=folder)
+    return python, sdist.with_name(sdist.name.removesuffix(".tar.gz"))
+
+
+def test_a_strangers_path(stranger: tuple[Path, Path]) -> None:
+    """From the sdist alone: each snippet of the README and each example."""
+    python, source = stranger
+    script = """
+import pathlib, re, runpy, sys, torch
+import hullkit
+assert pathlib.Path(hullkit.__file__).is_relative_to(sys.prefix), hullkit.__file__
+torch.set_num_threads(1)
+snippets = re.findall(r"^```python\\n(.*?)^```", open("README.md").read(), re.DOTALL | re.MULTILINE)
+for number, snippet in enumerate(snippets):
+    exec(compile(snippet, f"README.md, snippet {number}", "exec"), {})
+sys.path.insert(0, "examples")
+examples = sorted(pathlib.Path("examples").glob("[0-9]*.py"))
+for example in examples:
+    runpy.run_path(str(example), run_name="__main__")
+print("ran", len(snippets), len(examples))
+"""
+    done = subprocess.run(
+        [str(python), "-c", script], cwd=source, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    examples = list((ROOT / "examples").glob("[0-9]*.py"))
+    snippets = (ROOT / "README.md").read_text().count("\n```python\n")
+    assert done.stdout.splitlines()[-1] == f"ran {snippets} {len(examples)}"
