@@ -66,7 +66,7 @@ def test_selections(package: Any, fill: str | None, dtype: Any) -> None:
         pool, query = pool.astype(dtype), query.astype(dtype)
         pool.flags.writeable = False
         for n_select in (1, 2, 7, 50):
-            options = {} if seed % 2 else {"max_iter": 250, "tol": 1e-5}
+            options = [{}, {"max_iter": 250, "tol": 1e-5}, {"tol": 0.5}][seed % 3]
             cases.append((pool, query, n_select, fill, options))
     naive = [run(*case, **options) for *case, options in cases]
     hullft.patch(package)
@@ -138,6 +138,7 @@ def test_filling_at_the_edges() -> None:
     assert (cut.tolist(), kept.tolist(), cut.dtype) == ([4, 2], [0.5, 0.3], np.int32)
     cut[0] = 0
     assert indices[0] == 4
+    assert pad(indices, np.array([0.5, -0.5, 0.5]), 6)[0].tolist() == [4, 4, 4, 9, 9, 9]
     assert pad(indices, np.zeros(3), 6)[0].tolist() == [4, 4, 2, 2, 9, 9]
     padded, their_weights = pad(indices, 2 * weights, 10)
     assert padded.tolist() == [4] * 5 + [2] * 3 + [9] * 2
@@ -232,15 +233,33 @@ def test_batches_and_truncation(tokenizer: Any) -> None:
 
 
 def test_only_what_requires_a_gradient(tokenizer: Any) -> None:
-    model = _model("llama")
-    model.model.embed_tokens.weight.requires_grad_(False)
-    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)  # of the caller: not ours
-    before = _models.state(model)
-    hullft.finetune_with_approach(model, tokenizer, TEXTS[:1], None, lr=1e-2, device="cpu")
-    change = {name: (model.state_dict()[name] - before[name]).abs().max() for name in before}
-    assert change["model.embed_tokens.weight"] == 0
-    assert change["lm_head.weight"] > 5e-3
-    assert all(p.grad is None for p in model.parameters())
+    """Frozen parameters stay, gradients left behind by the caller do not count."""
+    adapted = []
+    for left_behind in (False, True):
+        model = _model("llama")
+        model.model.embed_tokens.weight.requires_grad_(False)
+        if left_behind:
+            model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+        before = _models.state(model)
+        hullft.finetune_with_approach(model, tokenizer, TEXTS[:1], None, lr=1e-2, device="cpu")
+        assert all(p.grad is None for p in model.parameters())
+        adapted.append(model.state_dict())
+        moved = {name for name in before if not torch.equal(adapted[-1][name], before[name])}
+        assert moved == before.keys() - {"model.embed_tokens.weight"}
+    assert all(torch.equal(adapted[0][name], adapted[1][name]) for name in adapted[0])
+
+
+def test_no_dropout(tokenizer: Any) -> None:
+    adapted = []
+    for p in (0.0, 0.5):
+        model = _model("gpt2").train()
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = p
+        hullft.finetune_with_approach(model, tokenizer, TEXTS[:2], None, lr=1e-2, device="cpu")
+        assert not any(part.training for part in model.modules())
+        adapted.append(model.state_dict())
+    assert all(torch.equal(adapted[0][name], adapted[1][name]) for name in adapted[0])
 
 
 def test_finetuning_refusals(tokenizer: Any) -> None:
@@ -293,6 +312,14 @@ def test_patching(package: Any) -> None:
     assert all(restored[place] is before[place] for place in before)
 
 
+def test_names_of_the_package_itself(package: Any) -> None:
+    original = package.Chosen = module("selector").FWSelector
+    hullft.patch(package)
+    assert package.Chosen is hullft.FWSelector
+    hullft.unpatch()
+    assert package.Chosen is original
+
+
 def test_modules_imported_while_patched(package: Any) -> None:
     hullft.patch(PACKAGE)
     assert module("runner").integerize_by_geometry is hullft.integerize_by_geometry
@@ -304,11 +331,12 @@ def test_modules_imported_while_patched(package: Any) -> None:
 def test_what_others_bound_stays(package: Any) -> None:
     """Bindings to ours from before, and bindings made over ours since."""
     module("evaluation").integerize_by_geometry = hullft.integerize_by_geometry
+    runner = module("runner")
     hullft.patch(package)
-    module("runner").pad_by_weights_deterministic = None
+    runner.pad_by_weights_deterministic = None
     hullft.unpatch()
     assert module("evaluation").integerize_by_geometry is hullft.integerize_by_geometry
-    assert module("runner").pad_by_weights_deterministic is None
+    assert runner.pad_by_weights_deterministic is None
 
 
 def test_patching_refusals(package: Any) -> None:

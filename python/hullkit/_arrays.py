@@ -44,7 +44,7 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
                 indices = convert(f"{name}.indices", value.indices)
                 weights = convert(f"{name}.weights", value.weights)
                 return SimpleNamespace(indices=indices, weights=weights)
-            if isinstance(value, Tensor) or _library(name, value) is not library:
+            if _library(name, value) is not library:
                 raise TypeError(
                     f"{name}: expected an array of {names[0]}'s kind, {_kind(first)}, "
                     f"got {_kind(value)}"

@@ -111,7 +111,7 @@ def _finetune_in_place(
             if mask.sum() < 2:
                 raise ValueError(f"texts: expected at least 2 tokens each, got {text!r}")
     cache = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
-    optimizer = Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizer = Adam(model.parameters(), lr=lr)
     optimizer.zero_grad()
     for (_, count), batch in zip(groups, batches, strict=True):
         inputs = {key: tensor.to(device) for key, tensor in batch.items()}
