@@ -262,6 +262,22 @@ def test_no_dropout(tokenizer: Any) -> None:
     assert all(torch.equal(adapted[0][name], adapted[1][name]) for name in adapted[0])
 
 
+@pytest.mark.gpu
+def test_on_a_device(tokenizer: Any) -> None:
+    """device=None goes to the GPU, and stays there."""
+    approach, adapted = {"method": "gradient_refresh"}, []
+    for device in ("cpu", None):
+        model = _model("llama")
+        report = hullft.finetune_with_approach(
+            model, tokenizer, TEXTS, approach, lr=1e-3, device=device
+        )
+        assert report["finetune_steps"] == 7
+        assert {p.device.type for p in model.parameters()} == {device or "cuda"}
+        adapted.append(model.cpu().state_dict())
+    for name, tensor in adapted[0].items():
+        torch.testing.assert_close(adapted[1][name], tensor, rtol=0, atol=1e-9)
+
+
 def test_finetuning_refusals(tokenizer: Any) -> None:
     model = _model("llama")
     before = _models.state(model)

@@ -67,8 +67,10 @@ def is_array(value: Any) -> bool:
 
 
 def tensor_of(name: str, array: Any) -> Tensor:
-    """A tensor on the memory of `array`, or TypeError. NumPy views that torch cannot stride are
-    copied."""
+    """A tensor on the memory of `array`, or TypeError.
+
+    Copied are only NumPy views that go backwards or step by parts of an element.
+    """
     try:
         return _from_numpy(array) if isinstance(array, np.ndarray) else dlpack.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
