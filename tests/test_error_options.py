@@ -79,8 +79,8 @@ OTHERS: dict[str, tuple[type[Exception], tuple[str, ...], Callable[..., Any]]] =
     ),
     "variant": (
         ValueError,
-        ("variant", "'vanilla'", "'away'"),
-        lambda **o: _fw(variant="away", **o),
+        ("variant", "'fully_corrective'", "'forward'"),
+        lambda **o: _fw(variant="forward", **o),
     ),
     "max_support 0": (
         ValueError,

@@ -55,13 +55,15 @@ def _arguments(name: str) -> list[tuple[Any, ...]]:
         elif name == "knn":
             calls.append((*problem, *_outputs(b, width)))
         elif name == "frank_wolfe":
-            calls.append((*problem, width, 20, 1e-5, *_outputs(b, width), *scalars))
+            calls.append((*problem, width, 20, 1e-5, -1.0, 0, 1.0, *_outputs(b, width), *scalars))
         elif name == "select":
-            calls.append((*problem, width, 20, 1e-5, 7, 2, *_outputs(b, width), *scalars, counts))
+            options = (width, 20, 1e-5, -1.0, 0, 1.0, 7, 2, 7)
+            norm = torch.zeros(b, dtype=torch.float64)
+            calls.append((*problem, *options, *_outputs(b, width), *scalars, counts, norm))
         elif name == "round_multiplicities":
             indices = torch.tensor([[0, 1, -1], [1, 0, -1], [0, -1, -1]])
             weights = torch.tensor([[0.7, 0.3, 0.0]] * b, dtype=torch.float64)
-            calls.append((*problem[:2], indices, weights, problem[3], 7, 2, counts))
+            calls.append((*problem[:2], indices, weights, problem[3], 7, 2, 7, counts))
         elif name == "apportion":
             weights = torch.rand(b, 5, dtype=torch.float64)
             calls.append((weights, 7, _outputs(b, 5)[0]))

@@ -51,6 +51,8 @@ SHAPES = _shapes()
 def _leaves(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
+    if result is None:  # what a method has nothing to say of
+        return []
     return [leaf for part in result for leaf in _leaves(part)]
 
 

@@ -33,6 +33,9 @@ def frank_wolfe_cpu(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     /,
     *outputs_and_num_threads: _View | int,
 ) -> None: ...
@@ -44,8 +47,12 @@ def select_cpu(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     /,
     *outputs_and_num_threads: _View | int,
 ) -> None: ...
@@ -57,6 +64,7 @@ def round_multiplicities_cpu(
     candidates: _View,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     counts: _View,
     num_threads: int,
     /,
@@ -94,6 +102,9 @@ def frank_wolfe_cuda(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     /,
     *outputs_workspace_and_stream: _View | int,
 ) -> None: ...
@@ -105,8 +116,12 @@ def select_cuda(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     /,
     *outputs_workspace_and_stream: _View | int,
 ) -> None: ...
@@ -118,6 +133,7 @@ def round_multiplicities_cuda(
     candidates: _View,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     counts: _View,
     workspace: int,
     stream: int,
@@ -129,6 +145,7 @@ def apportion_cuda(
 def lmo_workspace_bytes(batch: int, positions: int, /) -> int: ...
 def knn_workspace_bytes(batch: int, positions: int, k: int, /) -> int: ...
 def gram_workspace_bytes(batch: int, positions: int, /) -> int: ...
+def active_set_workspace_bytes(batch: int, positions: int, width: int, /) -> int: ...
 def corpus_workspace_bytes(batch: int, positions: int, dim: int, width: int, /) -> int: ...
 def build_info() -> dict[str, Any]: ...
 def same_objects(dicts: list[dict[Any, Any]], known: list[Any], /) -> bool: ...

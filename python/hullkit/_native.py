@@ -115,21 +115,34 @@ def _frank_wolfe_bytes(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     indices: Tensor,
     *_: Any,
 ) -> int:
     batch, size = _sizes(pool, query, candidates)
+    plain = variant == 0 and max_weight >= 1.0 and gap_tol < 0.0
+    if size > MAX_ON_DEVICE and not plain:
+        raise NotImplementedError(
+            f"pool: expected at most {MAX_ON_DEVICE} candidates on a CUDA device for a variant "
+            f"other than 'vanilla', gap_tol, max_weight or max_multiplicity, got {size}. Pass "
+            "candidates (of hullkit.knn, for instance), or move the inputs with .cpu()"
+        )
+    if not plain:
+        return _core.active_set_workspace_bytes(batch, size, indices.shape[-1])
     if size > MAX_ON_DEVICE:
         return _core.corpus_workspace_bytes(batch, size, pool.shape[-1], indices.shape[-1])
     return _core.gram_workspace_bytes(batch, size)
 
 
 def _select_bytes(*arguments: Any) -> int:
-    """As frank_wolfe without `total` and `exchange_passes`; a support may be rounded after it."""
+    """As frank_wolfe without the options of rounding; a support may be rounded after it."""
     pool, query, _, candidates = arguments[:4]
-    size = _frank_wolfe_bytes(*arguments[:7], *arguments[9:])
+    indices = arguments[13]
+    size = _frank_wolfe_bytes(*arguments[:10], indices)
     if _sizes(pool, query, candidates)[1] > MAX_ON_DEVICE:
-        size = max(size, _rounding_bytes(pool, query, arguments[9]))
+        size = max(size, _rounding_bytes(pool, query, indices))
     return size
 
 

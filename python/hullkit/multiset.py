@@ -11,6 +11,7 @@ from . import _ops
 from ._arrays import takes_arrays
 from ._checks import check_choice, check_device, check_int, check_pool_query, check_total
 from .reference import batched
+from .rounding import multiplicity_limit
 from .selection import FrankWolfeResult, KNNResult, frank_wolfe_options, knn
 
 
@@ -21,6 +22,9 @@ class Multiset(NamedTuple):
     counts: Tensor  # [B, S] int64, sum = total, 0 = padding
     rows: Tensor  # [B, S] int64 rows of the pool: indices, looked up in candidates if there are any
     result: FrankWolfeResult | KNNResult  # what the counts were made from, with its certificates
+    # [B] float64 ||query - sum_j counts[j] / total * rows[j]||, to be compared with
+    # result.residual_norm: what rounding cost. None for methods that do not round.
+    residual_norm: Tensor | None = None
 
 
 @takes_arrays
@@ -33,7 +37,10 @@ def select(
     max_support: int | None = None,
     max_iters: int = 250,
     tol: float = 1e-5,
+    variant: str | None = None,
+    gap_tol: float | None = None,
     exchange_passes: int = 2,
+    max_multiplicity: int | None = None,
     lengths: Tensor | None = None,
     candidates: Tensor | None = None,
     backend: str | None = None,
@@ -42,39 +49,60 @@ def select(
 
     method="hull": :func:`frank_wolfe`, then :func:`hullkit.round_multiplicities` (HullFT), to the
     same bits; the Gram matrix of the support is not computed a second time where the Gram matrix of
-    the pool is at hand (CPU; CUDA with n <= 4096).
-    method="knn": the `total` nearest, one update each; max_support, max_iters, tol and
-    exchange_passes do not apply and must be left alone.
+    the pool is at hand (CPU; CUDA with n <= 4096). With `max_multiplicity=u` no example gets more
+    than u updates: frank_wolfe runs with `max_weight = u / total`, rounding with the same u.
+    method="knn": the `total` nearest, one update each; the options of the hull do not apply and
+    must be left alone.
 
     Args:
         pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
         total: updates to spend, 1 <= total; at most the number of valid candidates for "knn".
-        max_support: None for `total`: more examples than updates cannot all be visited.
-        max_iters, tol: as in :func:`frank_wolfe`; exchange_passes: as in round_multiplicities.
+        max_support: None for `total`: more examples than updates cannot all be visited; if
+            max_multiplicity is less than that, for `2 * total`: some of the total / max_multiplicity
+            nearest, where such a run starts, leave again.
+        max_iters, tol, gap_tol: as in :func:`frank_wolfe`; exchange_passes: as in
+            round_multiplicities.
+        variant: as in frank_wolfe; None for "vanilla", or "fully_corrective", which is faster and
+            exact there, if max_multiplicity is less than total.
+        max_multiplicity: largest count, >= 1 and at least total / (number of valid candidates);
+            None for no limit. With reuse_schedule(refresh_interval=u) an example costs one pass.
     Returns:
-        Multiset(indices, counts, rows, result): `rows[b, j]` is the pool row to train on
-        `counts[b, j]` times, in this order; without the leading B for an unbatched call.
+        Multiset(indices, counts, rows, result, residual_norm): `rows[b, j]` is the pool row to
+        train on `counts[b, j]` times, in this order; `residual_norm[b]` is what the counts leave of
+        the query, the result's what the weights do; without the leading B for an unbatched call.
+        residual_norm is computed from products: where it is nearly 0, it is right to 1e-8 ||query||
+        on CUDA, for half types there to 1e-3 ||query||.
     Raises:
-        As the functions it calls: on CUDA NotImplementedError for n > 4096 with S > 4096.
+        As the functions it calls: on CUDA NotImplementedError for n > 4096 with S > 4096. Entries
+        with too few candidates for max_multiplicity: ValueError, on CUDA status BROKEN.
     """
     check_choice("method", method, ("hull", "knn"))
     check_total(total)
     result: FrankWolfeResult | KNNResult
+    residual_norm = None
     if method == "hull":
         problem = check_pool_query(pool, query, lengths, candidates)
         check_device("select", problem.pool, backend)
         check_int("exchange_passes", exchange_passes, 0)
+        limit = multiplicity_limit(max_multiplicity, total, problem.positions, "candidates")
+        capped = limit < total
+        if max_support is None:
+            max_support = 2 * total if capped else total
+        if variant is None:
+            variant = "fully_corrective" if capped else "vanilla"
         options, result = frank_wolfe_options(
-            problem, total if max_support is None else max_support, max_iters, tol
+            problem, max_support, max_iters, tol, gap_tol, variant, limit / total
         )
         counts = torch.empty_like(result.indices)
+        residual_norm = torch.empty_like(result.residual_norm)
         run = _ops.select if backend is None else batched.select
-        run(*problem, *options, total, exchange_passes, *result, counts)
+        run(*problem, *options, total, exchange_passes, limit, *result, counts, residual_norm)
     else:
-        if (max_support, max_iters, tol, exchange_passes) != (None, 250, 1e-5, 2):
+        options_of_hull = (max_support, max_iters, tol, variant, gap_tol, exchange_passes)
+        if options_of_hull != (None, 250, 1e-5, None, None, 2) or max_multiplicity is not None:
             raise ValueError(
-                "method: expected 'hull' for max_support, max_iters, tol or exchange_passes, "
-                "got 'knn'"
+                "method: expected 'hull' for max_support, max_iters, tol, variant, gap_tol, "
+                "exchange_passes or max_multiplicity, got 'knn'"
             )
         result = _nearest(pool, query, total, lengths, candidates, backend)
         counts = torch.ones_like(result.indices)
@@ -82,7 +110,7 @@ def select(
     if candidates is not None:
         looked_up = candidates.to(torch.int64).gather(-1, rows.clamp_min(0))
         rows = torch.where(rows < 0, rows, looked_up)
-    return Multiset(result.indices, counts, rows, result)
+    return Multiset(result.indices, counts, rows, result, residual_norm)
 
 
 def _nearest(

@@ -6,14 +6,24 @@
 
 namespace hullkit {
 
-// counts [B, S] int64, aligned with result.indices; total and exchange_passes as in round_multiplicities.h.
-void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params, int64_t total,
-                int64_t exchange_passes, const FrankWolfeResult& result, const TensorView& counts, int num_threads);
+// As in round_multiplicities.h; params.max_weight is what max_count leaves of it: at most max_count / total.
+struct RoundingParams {
+  int64_t total;
+  int64_t exchange_passes;
+  int64_t max_count;
+};
+
+// counts [B, S] int64, aligned with result.indices; residual_norm [B] float64, ||query - sum_i (c_i / total) s_i||: of
+// the counts, as that of the result is of the weights. It is the root of a difference of products; where that may be
+// rounding, the CPU starts from the rows, while a GPU is right to 1e-8 ||query||, for half types to 1e-3.
+void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                const RoundingParams& rounding, const FrankWolfeResult& result, const TensorView& counts,
+                const TensorView& residual_norm, int num_threads);
 
 // The same on a GPU; see frank_wolfe.h. More than 4096 candidates: workspace for frank_wolfe_corpus_cuda and for
 // round_multiplicities_cuda of the support, one after the other.
-void select_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params, int64_t total,
-                 int64_t exchange_passes, const FrankWolfeResult& result, const TensorView& counts, void* workspace,
-                 void* stream);
+void select_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                 const RoundingParams& rounding, const FrankWolfeResult& result, const TensorView& counts,
+                 const TensorView& residual_norm, void* workspace, void* stream);
 
 }  // namespace hullkit

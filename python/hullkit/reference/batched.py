@@ -21,7 +21,8 @@ from . import lmo as _lmo
 from . import round_multiplicities as _round_multiplicities
 from .lmo import Array
 
-_STATUS_CODES = {"CONVERGED": 0, "MAX_SUPPORT": 1, "MAX_ITERS": 2, "STALLED": 3}
+_STATUS_CODES = {"CONVERGED": 0, "MAX_SUPPORT": 1, "MAX_ITERS": 2, "STALLED": 3, "GAP_TOL": 5}
+_VARIANTS = ("vanilla", "away", "pairwise", "fully_corrective")
 
 
 class _Problem(NamedTuple):
@@ -119,6 +120,9 @@ def frank_wolfe(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     indices: Tensor,
     weights: Tensor,
     support_size: Tensor,
@@ -130,7 +134,21 @@ def frank_wolfe(
     indices, weights = _entries(indices, weights, rank=1)
     scalars = _entries(support_size, residual_norm, dual_gap, num_iters, status, rank=0)
     for b, problem in _problems(pool, query, lengths, candidates):
-        outcome = _frank_wolfe(problem.pool, problem.query, max_support, max_iters, tol)
+        if len(problem.pool) * max_weight < 1 - 1e-12:
+            raise ValueError(
+                f"max_weight: expected at least 1 / {len(problem.pool)} for the "
+                f"{len(problem.pool)} candidates of entry {b}, got {max_weight}"
+            )
+        outcome = _frank_wolfe(
+            problem.pool,
+            problem.query,
+            max_support,
+            max_iters,
+            tol,
+            gap_tol=None if gap_tol < 0 else gap_tol,
+            variant=_VARIANTS[variant],
+            max_weight=max_weight,
+        )
         _fill(indices[b], problem.positions[outcome.indices], -1)
         _fill(weights[b], outcome.weights, 0)
         certificates = (
@@ -152,16 +170,36 @@ def select(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     indices: Tensor,
     weights: Tensor,
     *certificates_and_counts: Tensor,
 ) -> None:
-    *certificates, counts = certificates_and_counts
+    *certificates, counts, counts_residual_norm = certificates_and_counts
     inputs = (pool, query, lengths, candidates)
-    frank_wolfe(*inputs, max_support, max_iters, tol, indices, weights, *certificates)
-    round_multiplicities(pool, query, indices, weights, candidates, total, exchange_passes, counts)
+    for b, problem in _problems(*inputs):
+        if max_multiplicity * len(problem.pool) < total:
+            raise ValueError(
+                f"max_multiplicity: expected at least {-(-total // len(problem.pool))} for a total "
+                f"of {total} over the {len(problem.pool)} candidates of entry {b}, "
+                f"got {max_multiplicity}"
+            )
+    options = (max_support, max_iters, tol, gap_tol, variant, max_weight)
+    frank_wolfe(*inputs, *options, indices, weights, *certificates)
+    rounding = (total, exchange_passes, max_multiplicity)
+    round_multiplicities(pool, query, indices, weights, candidates, *rounding, counts)
+    indices, counts = _entries(indices, counts, rank=1)
+    (norms,) = _entries(counts_residual_norm, rank=0)
+    for b, problem in _problems(*inputs):
+        used = indices[b] >= 0
+        support = np.searchsorted(problem.positions, indices[b, used].cpu().numpy())
+        shares = counts[b, used].cpu().numpy() / total
+        norms[b] = float(np.linalg.norm(problem.query - shares @ problem.pool[support]))
 
 
 def _support(problem: _Problem, indices: NDArray[np.int64], n: int, b: int) -> NDArray[np.int64]:
@@ -199,18 +237,26 @@ def round_multiplicities(
     candidates: Tensor | None,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     counts: Tensor,
 ) -> None:
     indices, weights, counts = _entries(indices, weights, counts, rank=1)
     for b, problem in _problems(pool, query, None, candidates):
         n = pool.shape[-2] if candidates is None else candidates.shape[-1]
         support = _support(problem, indices[b].cpu().numpy(), n, b)
+        if max_multiplicity * len(support) < total:
+            raise ValueError(
+                f"max_multiplicity: expected at least {-(-total // len(support))} for a total of "
+                f"{total} over the {len(support)} support points of entry {b}, "
+                f"got {max_multiplicity}"
+            )
         result = _round_multiplicities(
             problem.pool[support],
             problem.query,
             _weights(weights[b, : len(support)]),
             total,
             exchange_passes,
+            max_multiplicity,
         )
         _fill(counts[b], result, 0)
 
