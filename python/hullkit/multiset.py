@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,9 +58,9 @@ def select(
     Args:
         pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
         total: updates to spend, 1 <= total; at most the number of valid candidates for "knn".
-        max_support: None for `total`: more examples than updates cannot all be visited; if
-            max_multiplicity is less than that, for `2 * total`: some of the total / max_multiplicity
-            nearest, where such a run starts, leave again.
+        max_support: None for `total`: more examples than updates cannot all be visited. If
+            max_multiplicity is less than total, None for `2 * total`: such a run starts from the
+            total / max_multiplicity nearest, and some of them leave again.
         max_iters, tol, gap_tol: as in :func:`frank_wolfe`; exchange_passes: as in
             round_multiplicities.
         variant: as in frank_wolfe; None for "vanilla", or "fully_corrective", which is faster and
@@ -95,7 +96,7 @@ def select(
         )
         counts = torch.empty_like(result.indices)
         residual_norm = torch.empty_like(result.residual_norm)
-        run = _ops.select if backend is None else batched.select
+        run: Callable[..., None] = _ops.select if backend is None else batched.select
         run(*problem, *options, total, exchange_passes, limit, *result, counts, residual_norm)
     else:
         options_of_hull = (max_support, max_iters, tol, variant, gap_tol, exchange_passes)

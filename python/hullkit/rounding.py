@@ -42,8 +42,8 @@ def round_multiplicities(
     of the quotas `total * w_i / sum w`, then greedy completion (lowest index on a tie), then up to
     `exchange_passes` passes that move single units where that lowers L by more than 1e-14. The
     donors of a pass are the positive counts it starts with, and a donor gives only while it has
-    something to give. No count exceeds `max_multiplicity`: floors are cut to it, and nothing is added
-    to a count that has it.
+    something to give. No count exceeds `max_multiplicity`: floors are cut to it, and nothing is
+    added to a count that has it.
     Equivalent to: `hullkit.reference.round_multiplicities`, for every query.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -178,10 +179,10 @@ def frank_wolfe(
 
     Args:
         pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
-        max_support: stop once this many distinct rows were touched, or before a step of k rows would
-            touch more; >= k, None for no limit. 1 returns the nearest vertex. A row is touched when
-            its weight first may become positive. If it is dropped since it still counts (its weight
-            is 0), and to take it up again counts nothing.
+        max_support: stop once this many distinct rows were touched, or before a step of k rows
+            would touch more; >= k, None for no limit. 1 returns the nearest vertex. A row is
+            touched when its weight first may become positive. If it is dropped since it still
+            counts (its weight is 0), and to take it up again counts nothing.
         max_iters: >= 0 steps at most.
         tol: stop when `||query - iterate|| < tol`, in the units of the input; >= 0.
         variant: see above.
@@ -212,15 +213,15 @@ def frank_wolfe(
     On CUDA with n <= 4096 the whole Gram matrix is computed, on tensor cores, and certificates come
     from it and the weights (the residual_norm of half types, and where it is below 1e-3 ||query||,
     from the input); workspace: 8 (n + 1)^2 bytes a query, in pieces of at most 512 MiB (or one
-    query), and 4 S^2 for the fully corrective variant. With more candidates, up to a whole corpus, nothing grows with B n: every iteration is
-    one pass over the pool, for up to 16 queries that share it without lengths or candidates, else
-    for one; `num_iters + 2` passes in all (of the query with the most; one more if it stalled), and
-    `max_iters + 2` launches of them, which end at once where no query needs them. Workspace: about
-    16 (d + S) bytes a query, and at most 16 KiB more. There float32 rows meet the residual in
-    float64, so float32 input follows the float64 oracle's path on the same values; halves meet it
-    rounded to 22 (float16) or 24 bits (bfloat16) and sum in float32, so a vertex is the best to
-    within about 2^-21 ||residual|| max ||pool_i||, and so is the dual gap. Steps and norms are
-    float64.
+    query), and 4 S^2 for the fully corrective variant. With more candidates, up to a whole corpus,
+    nothing grows with B n: every iteration is one pass over the pool, for up to 16 queries that
+    share it without lengths or candidates, else for one; `num_iters + 2` passes in all (of the
+    query with the most; one more if it stalled), and `max_iters + 2` launches of them, which end at
+    once where no query needs them. Workspace: about 16 (d + S) bytes a query, and at most 16 KiB
+    more. There float32 rows meet the residual in float64, so float32 input follows the float64
+    oracle's path on the same values; halves meet it rounded to 22 (float16) or 24 bits (bfloat16)
+    and sum in float32, so a vertex is the best to within about 2^-21 ||residual|| max ||pool_i||,
+    and so is the dual gap. Steps and norms are float64.
     Source: Jaggi 2013; HullFT, arXiv 2605.30337; Lacoste-Julien and Jaggi 2015; Wolfe 1976.
     """
     problem = check_pool_query(pool, query, lengths, candidates)
@@ -229,7 +230,7 @@ def frank_wolfe(
     options, out = frank_wolfe_options(
         problem, max_support, max_iters, tol, gap_tol, variant, float(max_weight)
     )
-    run = _ops.frank_wolfe if backend is None else batched.frank_wolfe
+    run: Callable[..., None] = _ops.frank_wolfe if backend is None else batched.frank_wolfe
     run(*problem, *options, *out)
     return out
 

@@ -70,9 +70,7 @@ def active_set(
         if moved is None:
             status = "STALLED"
             break
-        reached = touched | set(
-            np.flatnonzero(vertex).tolist() if variant == "vanilla" else moved[1]
-        )
+        reached = touched | set(moved[1])
         if len(reached) > limit:
             status = "MAX_SUPPORT"
             break
@@ -98,8 +96,9 @@ def _toward(s: _State) -> _Moved | None:
     length_squared = direction @ direction
     if length_squared < 1e-12 or slope <= s.gain:
         return None
-    step = min(slope / length_squared, 1.0)
-    return np.minimum((1 - step) * s.weights + step * s.vertex, s.cap), []
+    step = min(float(slope / length_squared), 1.0)
+    weights = np.minimum((1 - step) * s.weights + step * s.vertex, s.cap)
+    return weights, np.flatnonzero(s.vertex).tolist()
 
 
 def _worst(s: _State) -> int:
@@ -114,9 +113,9 @@ def _away(s: _State) -> _Moved | None:
     forward = s.scores[best] - level >= level - s.scores[worst]
     i = best if forward else worst
     direction = s.pool[i] - s.iterate
-    longest = 1.0 if forward else s.weights[i] / (1 - s.weights[i])
-    step = min(abs(s.scores[i] - level) / max(direction @ direction, 1e-300), longest)
-    share = step if forward else -step
+    longest = 1.0 if forward else float(s.weights[i] / (1 - s.weights[i]))
+    step: float = min(float(abs(s.scores[i] - level) / max(direction @ direction, 1e-300)), longest)
+    share: float = step if forward else -step
     weights = (1 - share) * s.weights
     weights[i] = 0.0 if not forward and step == longest else max(weights[i] + share, 0.0)
     return weights, [i]

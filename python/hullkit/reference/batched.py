@@ -189,8 +189,18 @@ def select(
                 f"of {total} over the {len(problem.pool)} candidates of entry {b}, "
                 f"got {max_multiplicity}"
             )
-    options = (max_support, max_iters, tol, gap_tol, variant, max_weight)
-    frank_wolfe(*inputs, *options, indices, weights, *certificates)
+    frank_wolfe(
+        *inputs,
+        max_support,
+        max_iters,
+        tol,
+        gap_tol,
+        variant,
+        max_weight,
+        indices,
+        weights,
+        *certificates,
+    )
     rounding = (total, exchange_passes, max_multiplicity)
     round_multiplicities(pool, query, indices, weights, candidates, *rounding, counts)
     indices, counts = _entries(indices, counts, rank=1)
