@@ -61,8 +61,8 @@ void bind_rounding(py::module_& module) {
                const TensorView indices_view = problem.vectors(indices), weights_view = problem.vectors(weights),
                                 counts_view = problem.vectors(counts);
                const py::gil_scoped_release release;
-               round_multiplicities_cpu(problem.pool, problem.query, indices_view, weights_view, total, exchange_passes,
-                                        max_multiplicity, counts_view, num_threads);
+               round_multiplicities_cpu(problem.pool, problem.query, indices_view, weights_view,
+                                        {total, exchange_passes, max_multiplicity}, counts_view, num_threads);
              });
   module.def("apportion_cpu", [](Handle weights, int64_t total, Handle counts, int num_threads) {
     const TensorView weights_view = batched(view(weights), 1, 1), counts_view = batched(view(counts), 1, 1);

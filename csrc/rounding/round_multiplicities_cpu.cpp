@@ -12,7 +12,8 @@ namespace {
 
 template <typename T>
 void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const int64_t* indices, int64_t width,
-               const double* weights, int64_t total, int64_t exchange_passes, int64_t max_count, int64_t* counts) {
+               const double* weights, const RoundingParams& params, int64_t* counts) {
+  const auto [total, exchange_passes, max_count] = params;
   const QueryVector<T> query_vector(query, b, "query");
   const PoolRows<T> rows(pool, b, indices, width);
   const int64_t m = rows.size();
@@ -49,13 +50,13 @@ void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const i
 }  // namespace
 
 void round_multiplicities_cpu(const PoolSpec& pool, const TensorView& query, const TensorView& indices,
-                              const TensorView& weights, int64_t total, int64_t exchange_passes, int64_t max_count,
-                              const TensorView& counts, int num_threads) {
+                              const TensorView& weights, const RoundingParams& rounding, const TensorView& counts,
+                              int num_threads) {
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_for(pool.batch(), num_threads, [&](int64_t b) {
-      round_one<T>(pool, query, b, indices.at<int64_t>(b), indices.shape[1], weights.at<double>(b), total,
-                   exchange_passes, max_count, counts.at<int64_t>(b));
+      round_one<T>(pool, query, b, indices.at<int64_t>(b), indices.shape[1], weights.at<double>(b), rounding,
+                   counts.at<int64_t>(b));
     });
   });
 }

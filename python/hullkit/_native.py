@@ -130,7 +130,8 @@ def _frank_wolfe_bytes(
             "candidates (of hullkit.knn, for instance), or move the inputs with .cpu()"
         )
     if not plain:
-        return _core.active_set_workspace_bytes(batch, size, indices.shape[-1])
+        solved = indices.shape[-1] if variant == 3 else 0  # only this one has a Cholesky factor
+        return _core.active_set_workspace_bytes(batch, size, solved)
     if size > MAX_ON_DEVICE:
         return _core.corpus_workspace_bytes(batch, size, pool.shape[-1], indices.shape[-1])
     return _core.gram_workspace_bytes(batch, size)

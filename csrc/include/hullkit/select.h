@@ -3,19 +3,14 @@
 #pragma once
 
 #include "hullkit/frank_wolfe.h"
+#include "hullkit/round_multiplicities.h"
 
 namespace hullkit {
 
-// As in round_multiplicities.h; params.max_weight is what max_count leaves of it: at most max_count / total.
-struct RoundingParams {
-  int64_t total;
-  int64_t exchange_passes;
-  int64_t max_count;
-};
-
-// counts [B, S] int64, aligned with result.indices; residual_norm [B] float64, ||query - sum_i (c_i / total) s_i||: of
-// the counts, as that of the result is of the weights. It is the root of a difference of products; where that may be
-// rounding, the CPU starts from the rows, while a GPU is right to 1e-8 ||query||, for half types to 1e-3.
+// params.max_weight is rounding.max_count / rounding.total. counts [B, S] int64, aligned with result.indices;
+// residual_norm [B] float64, ||query - sum_i (c_i / total) s_i||: of the counts, as that of the result is of the
+// weights. It is the root of a difference of products; where that may be rounding, the CPU starts from the rows, while
+// a GPU is right to 1e-8 ||query||, for half types to 1e-3.
 void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                 const RoundingParams& rounding, const FrankWolfeResult& result, const TensorView& counts,
                 const TensorView& residual_norm, int num_threads);
