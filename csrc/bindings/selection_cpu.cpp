@@ -1,5 +1,6 @@
 #include "bindings/arguments.h"
 #include "hullkit/apportion.h"
+#include "hullkit/duplicates.h"
 #include "hullkit/knn.h"
 #include "hullkit/lmo.h"
 #include "hullkit/round_multiplicities.h"
@@ -25,6 +26,13 @@ void bind_choice(py::module_& module) {
     const py::gil_scoped_release release;
     knn_cpu(problem.pool, problem.query, indices_view, values_view, num_threads);
   });
+  module.def("duplicates_cpu",
+             [](Handle pool, Handle lengths, Handle candidates, double eps, Handle representatives, int num_threads) {
+               const TensorView out = batched(view(representatives), 1, 1);
+               const PoolSpec spec = pool_of(pool, lengths, candidates, out.shape[0]);
+               const py::gil_scoped_release release;
+               duplicates_cpu(spec, eps, out, num_threads);
+             });
   module.def("frank_wolfe_cpu", [](Handle pool, Handle query, Handle lengths, Handle candidates, int64_t max_support,
                                    int64_t max_iters, double tol, double gap_tol, int64_t variant, double max_weight,
                                    Handle indices, Handle weights, Handle support_size, Handle residual_norm,

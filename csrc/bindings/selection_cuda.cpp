@@ -1,6 +1,7 @@
 #include "bindings/arguments.h"
 #include "cuda/prompt.cuh"
 #include "hullkit/apportion.h"
+#include "hullkit/duplicates.h"
 #include "hullkit/knn.h"
 #include "hullkit/lmo.h"
 #include "hullkit/round_multiplicities.h"
@@ -33,6 +34,11 @@ void bind_selection_cuda(py::module_& module) {
     const Problem problem(pool, query, lengths, candidates);
     knn_cuda(problem.pool, problem.query, problem.vectors(indices), problem.vectors(values), pointer(workspace),
              pointer(stream));
+  });
+  module.def("duplicates_cuda", [](Handle pool, Handle lengths, Handle candidates, double eps, Handle representatives,
+                                   int64_t workspace, int64_t stream) {
+    const TensorView out = batched(view(representatives), 1, 1);
+    duplicates_cuda(pool_of(pool, lengths, candidates, out.shape[0]), eps, out, pointer(workspace), pointer(stream));
   });
   module.def(
       "frank_wolfe_cuda", [](Handle pool, Handle query, Handle lengths, Handle candidates, int64_t max_support,

@@ -59,6 +59,7 @@ class ActiveSetRun {
   // What a step must gain by the unit to be more than rounding, and what is left of a squared norm that is not.
   static constexpr double kGain = Problem::kRough ? 1e-7 : 1e-14;
   static constexpr double kPivot = Problem::kRough ? 1e-6 : 2e-14;
+  static constexpr double kAtBound = 1e-14;
   static constexpr double kTrusted = Problem::kRough ? 1e-5 : 1e-10;
 
   HULLKIT_DEVICE bool support_full() const { return num_touched_ >= params_.max_support; }
@@ -329,8 +330,10 @@ class ActiveSetRun {
       p_.sync();
       p_.each(0, size, [&](int r) {
         double& weight = m_.weights[m_.free[r]];
-        const double there = weight + step * (m_.direction[r] - level * m_.ones[r]);
-        weight = r == blocking ? (to_cap ? simplex_.cap : 0.0) : larger(0.0, smaller(there, simplex_.cap));
+        double there = weight + step * (m_.direction[r] - level * m_.ones[r]);
+        if (there < kAtBound) there = 0.0;  // one that is left of weights at their bounds may have met its own
+        if (simplex_.cap - there < kAtBound) there = simplex_.cap;
+        weight = r == blocking ? (to_cap ? simplex_.cap : 0.0) : there;
         m_.free_scores[r] = (1.0 - step) * m_.free_scores[r] + step * level;
       });
       if (blocking < 0) break;

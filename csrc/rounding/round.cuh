@@ -105,10 +105,12 @@ class DeviceRounding {
   __device__ bool start(int64_t total) {
     const Quotas quotas(weights_, size_, total);
     bool broken = quotas.broken || max_count_ < (total + size_ - 1) / size_;
+    const double slack = max_count_ < total ? 1.0 + 1e-13 : 1.0;  // as in rounding.h
     for (int i = threadIdx.x; i < size_; i += blockDim.x) {
       diagonal_[i] = product(i, i);
       slope_[i] = -total_ * gram_[query_at_ * stride_ + place_[i]];
-      counts_[i] = broken ? 0 : static_cast<int64_t>(fmin(floor(quotas[i]), static_cast<double>(max_count_)));
+      const double whole = fmin(floor(quotas[i] * slack), static_cast<double>(max_count_));
+      counts_[i] = broken ? 0 : static_cast<int64_t>(whole);
       broken |= !isfinite(diagonal_[i]) || !isfinite(slope_[i]);
     }
     if (__syncthreads_or(broken)) return false;

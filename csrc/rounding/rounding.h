@@ -16,6 +16,9 @@ namespace hullkit {
 
 inline constexpr double kMinImprovement = 1e-14;
 
+// Weights at a cap are quotas of max_count but for rounding, which must not take a unit from them.
+inline double slack(int64_t max_count, int64_t total) { return max_count < total ? 1.0 + 1e-13 : 1.0; }
+
 class Rounding {
  public:
   // gram [m, m], products [m] = <s_i, q>, weights [m]; m * max_count >= total
@@ -35,7 +38,7 @@ class Rounding {
     for (double& h : slope_) h *= -total_;
     remaining_ = total;
     for (int64_t i = 0; i < size_; ++i) {
-      const double whole = std::min(std::floor(quota[i]), static_cast<double>(max_count));
+      const double whole = std::min(std::floor(quota[i] * slack(max_count, total)), static_cast<double>(max_count));
       counts_[i] = static_cast<int64_t>(whole);
       remaining_ -= counts_[i];
       if (whole > 0.0) add_to_slope(i, whole);

@@ -25,6 +25,15 @@ def knn_cpu(
     num_threads: int,
     /,
 ) -> None: ...
+def duplicates_cpu(
+    pool: _View,
+    lengths: _View,
+    candidates: _View,
+    eps: float,
+    representatives: _View,
+    num_threads: int,
+    /,
+) -> None: ...
 def frank_wolfe_cpu(
     pool: _View,
     query: _View,
@@ -90,6 +99,16 @@ def knn_cuda(
     candidates: _View,
     indices: _View,
     values: _View,
+    workspace: int,
+    stream: int,
+    /,
+) -> None: ...
+def duplicates_cuda(
+    pool: _View,
+    lengths: _View,
+    candidates: _View,
+    eps: float,
+    representatives: _View,
     workspace: int,
     stream: int,
     /,

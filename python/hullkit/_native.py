@@ -46,6 +46,7 @@ def _native_argument(argument: Any) -> Any:
 
 lmo_cpu = _kernel(_core.lmo_cpu)
 knn_cpu = _kernel(_core.knn_cpu)
+duplicates_cpu = _kernel(_core.duplicates_cpu)
 frank_wolfe_cpu = _kernel(_core.frank_wolfe_cpu)
 select_cpu = _kernel(_core.select_cpu)
 round_multiplicities_cpu = _kernel(_core.round_multiplicities_cpu)
@@ -107,6 +108,22 @@ def _knn_bytes(
     return _core.knn_workspace_bytes(batch, size, k)
 
 
+def _duplicates_bytes(
+    pool: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    eps: float,
+    representatives: Tensor,
+) -> int:
+    batch, size = _sizes(pool, representatives, candidates)
+    if size > MAX_ON_DEVICE:
+        raise NotImplementedError(
+            f"pool: expected at most {MAX_ON_DEVICE} candidates on a CUDA device, got {size}. Move "
+            "the inputs with .cpu(), or pass candidates"
+        )
+    return _core.gram_workspace_bytes(batch, size)
+
+
 def _frank_wolfe_bytes(
     pool: Tensor,
     query: Tensor,
@@ -159,6 +176,7 @@ def _rounding_bytes(pool: Tensor, query: Tensor, indices: Tensor, *_: Any) -> in
 
 lmo_cuda = _cuda_kernel("lmo_cuda", _lmo_bytes)
 knn_cuda = _cuda_kernel("knn_cuda", _knn_bytes)
+duplicates_cuda = _cuda_kernel("duplicates_cuda", _duplicates_bytes)
 frank_wolfe_cuda = _cuda_kernel("frank_wolfe_cuda", _frank_wolfe_bytes)
 select_cuda = _cuda_kernel("select_cuda", _select_bytes)
 round_multiplicities_cuda = _cuda_kernel("round_multiplicities_cuda", _rounding_bytes)

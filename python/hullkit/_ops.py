@@ -49,6 +49,13 @@ knn = _operator(
     _native.knn_cuda,
 )
 
+duplicates = _operator(
+    "duplicates(Tensor pool, Tensor? lengths, Tensor? candidates, float eps,"
+    " Tensor(a!) representatives) -> ()",
+    _native.duplicates_cpu,
+    _native.duplicates_cuda,
+)
+
 frank_wolfe = _operator(
     "frank_wolfe(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates,"
     " int max_support, int max_iters, float tol, float gap_tol, int variant, float max_weight,"

@@ -13,7 +13,7 @@ from ._arrays import takes_arrays
 from ._checks import check_choice, check_device, check_int, check_pool_query, check_total
 from .reference import batched
 from .rounding import multiplicity_limit
-from .selection import FrankWolfeResult, KNNResult, frank_wolfe_options, knn
+from .selection import FrankWolfeResult, KNNResult, duplicates, frank_wolfe_options, knn
 
 
 class Multiset(NamedTuple):
@@ -26,6 +26,8 @@ class Multiset(NamedTuple):
     # [B] float64 ||query - sum_j counts[j] / total * rows[j]||, to be compared with
     # result.residual_norm: what rounding cost. None for methods that do not round.
     residual_norm: Tensor | None = None
+    # [B, n] int64 as of hullkit.duplicates, if they were merged: whom a candidate stands behind
+    representatives: Tensor | None = None
 
 
 @takes_arrays
@@ -42,6 +44,7 @@ def select(
     gap_tol: float | None = None,
     exchange_passes: int = 2,
     max_multiplicity: int | None = None,
+    merge_duplicates: float | None = None,
     lengths: Tensor | None = None,
     candidates: Tensor | None = None,
     backend: str | None = None,
@@ -67,12 +70,15 @@ def select(
             exact there, if max_multiplicity is less than total.
         max_multiplicity: largest count, >= 1 and at least total / (number of valid candidates);
             None for no limit. With reuse_schedule(refresh_interval=u) an example costs one pass.
+        merge_duplicates: eps of :func:`hullkit.duplicates`: of candidates nearly the same only the
+            first takes part, and what any of them would get is its; None for all to take part. A
+            pool `(B, n, d)` whose rows are not evenly spaced in memory is copied for it.
     Returns:
-        Multiset(indices, counts, rows, result, residual_norm): `rows[b, j]` is the pool row to
-        train on `counts[b, j]` times, in this order; `residual_norm[b]` is what the counts leave of
-        the query, the result's what the weights do; without the leading B for an unbatched call.
-        residual_norm is computed from products: where it is nearly 0, it is right to 1e-8 ||query||
-        on CUDA, for half types there to 1e-3 ||query||.
+        Multiset(indices, counts, rows, result, residual_norm, representatives): `rows[b, j]` is the
+        pool row to train on `counts[b, j]` times, in this order; `residual_norm[b]` is what the
+        counts leave of the query, the result's what the weights do; without the leading B for an
+        unbatched call. Where it is nearly 0, residual_norm is right to 1e-8 ||query|| on CUDA, for
+        half types there to 1e-3 ||query||: it is made of products, not of rows.
     Raises:
         As the functions it calls: on CUDA NotImplementedError for n > 4096 with S > 4096. Entries
         with too few candidates for max_multiplicity: ValueError, on CUDA status BROKEN.
@@ -80,7 +86,14 @@ def select(
     check_choice("method", method, ("hull", "knn"))
     check_total(total)
     result: FrankWolfeResult | KNNResult
-    residual_norm = None
+    residual_norm = representatives = None
+    listed = candidates
+    if merge_duplicates is not None:
+        check_pool_query(pool, query, lengths, candidates)
+        representatives = duplicates(
+            pool, eps=merge_duplicates, lengths=lengths, candidates=candidates, backend=backend
+        )
+        pool, candidates = _without_copies(pool, query, candidates, representatives)
     if method == "hull":
         problem = check_pool_query(pool, query, lengths, candidates)
         check_device("select", problem.pool, backend)
@@ -108,10 +121,23 @@ def select(
         result = _nearest(pool, query, total, lengths, candidates, backend)
         counts = torch.ones_like(result.indices)
     rows = result.indices
-    if candidates is not None:
-        looked_up = candidates.to(torch.int64).gather(-1, rows.clamp_min(0))
+    if listed is not None:
+        looked_up = listed.to(torch.int64).gather(-1, rows.clamp_min(0))
         rows = torch.where(rows < 0, rows, looked_up)
-    return Multiset(result.indices, counts, rows, result, residual_norm)
+    return Multiset(result.indices, counts, rows, result, residual_norm, representatives)
+
+
+def _without_copies(
+    pool: Tensor, query: Tensor, candidates: Tensor | None, representatives: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A shared pool, and candidates for it at the same positions: -1 where one is a copy."""
+    own = representatives == torch.arange(representatives.shape[-1], device=pool.device)
+    if candidates is None:
+        candidates = torch.arange(pool.shape[:-1].numel(), device=pool.device)
+        candidates = candidates.view(pool.shape[:-1])
+        pool = pool.flatten(0, -2)
+    merged = torch.where(own, candidates.to(torch.int64), -1)
+    return pool, merged.expand(*query.shape[:-1], merged.shape[-1])
 
 
 def _nearest(

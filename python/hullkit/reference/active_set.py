@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .lmo import Array, row_dots
 
 _GAIN = 1e-14  # what a step must gain by the unit, of the largest squared norm: more than rounding
+_AT_BOUND = 1e-14  # a weight so close to a bound has met it
 
 
 class _State(NamedTuple):
@@ -168,7 +169,10 @@ def _corrective(s: _State) -> _Moved | None:
         step = min(float(steps[blocking]), 1.0)
         moved |= step > 0 and bool(change.any())
         residual_scores = residual_scores - step * gram[free] @ change
-        weights[free] = np.clip(weights[free] + step * change, 0.0, s.cap)
+        there = weights[free] + step * change
+        there[there < _AT_BOUND] = 0.0
+        there[s.cap - there < _AT_BOUND] = s.cap
+        weights[free] = there
         if step >= 1.0:
             break
         weights[free[blocking]] = s.cap if change[blocking] > 0 else 0.0

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import apportion as _apportion
+from . import duplicates as _duplicates
 from . import frank_wolfe as _frank_wolfe
 from . import knn as _knn
 from . import lmo as _lmo
@@ -110,6 +111,23 @@ def knn(
         nearest, products = _knn(problem.pool, problem.query, indices.shape[1])
         _fill(indices[b], problem.positions[nearest], -1)
         _fill(values[b], products, -np.inf)
+
+
+def duplicates(
+    pool: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    eps: float,
+    representatives: Tensor,
+) -> None:
+    any_row = pool.new_zeros(*representatives.shape[:-1], pool.shape[-1])
+    (representatives,) = _entries(representatives, rank=1)
+    representatives.fill_(-1)
+    for b, problem in _problems(pool, any_row, lengths, candidates):
+        found = problem.positions[_duplicates(problem.pool, eps)]
+        representatives[b, torch.from_numpy(problem.positions).to(pool.device)] = torch.from_numpy(
+            found
+        ).to(pool.device)
 
 
 def frank_wolfe(

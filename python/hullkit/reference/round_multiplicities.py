@@ -37,7 +37,10 @@ def round_multiplicities(
         return counts
 
     size = len(support)
-    counts = np.minimum(np.floor(quotas(weights, total)).astype(np.int64), most)
+    slack = (
+        1 + 1e-13 if most < total else 1.0
+    )  # weights at a cap are whole quotas, but for rounding
+    counts = np.minimum(np.floor(quotas(weights, total) * slack).astype(np.int64), most)
     for _ in range(total - counts.sum()):
         losses = [loss(moved(counts, None, i)) if counts[i] < most else np.inf for i in range(size)]
         counts = moved(counts, None, int(np.argmin(losses)))
