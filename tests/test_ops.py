@@ -56,14 +56,22 @@ def _arguments(name: str) -> list[tuple[Any, ...]]:
             calls.append((*problem, *_outputs(b, width)))
         elif name == "frank_wolfe":
             calls.append((*problem, width, 20, 1e-5, -1.0, 0, 1.0, *_outputs(b, width), *scalars))
+            if problem[2] is None:  # as many candidates as the cap needs
+                capped = (width, 20, 1e-5, 0.1, 3, 0.5)
+                calls.append((*problem, *capped, *_outputs(b, width), *scalars))
         elif name == "select":
             options = (width, 20, 1e-5, -1.0, 0, 1.0, 7, 2, 7)
             norm = torch.zeros(b, dtype=torch.float64)
             calls.append((*problem, *options, *_outputs(b, width), *scalars, counts, norm))
+            if problem[2] is None:
+                limited = (width, 20, 1e-5, -1.0, 3, 4 / 7, 7, 2, 4)
+                calls.append((*problem, *limited, *_outputs(b, width), *scalars, counts, norm))
         elif name == "round_multiplicities":
             indices = torch.tensor([[0, 1, -1], [1, 0, -1], [0, -1, -1]])
             weights = torch.tensor([[0.7, 0.3, 0.0]] * b, dtype=torch.float64)
             calls.append((*problem[:2], indices, weights, problem[3], 7, 2, 7, counts))
+        elif name == "duplicates":
+            calls.append((problem[0], *problem[2:], 0.1, _outputs(b, 9)[0]))
         elif name == "apportion":
             weights = torch.rand(b, 5, dtype=torch.float64)
             calls.append((weights, 7, _outputs(b, 5)[0]))
@@ -81,7 +89,7 @@ def test_opcheck(name: str) -> None:
 
 
 def test_every_operator_is_here() -> None:
-    selections = {"frank_wolfe", "knn", "lmo", "round_multiplicities", "select"}
+    selections = {"duplicates", "frank_wolfe", "knn", "lmo", "round_multiplicities", "select"}
     assert {"apportion", *selections} <= set(_overloads())
 
 
@@ -96,6 +104,13 @@ def _functions() -> dict[str, Callable[..., Any]]:
         "frank_wolfe": lambda pool, query: hullkit.frank_wolfe(pool, query, max_support=7),
         "round_multiplicities": rounded,
         "select": lambda pool, query: tuple(hullkit.select(pool, query, 20)[:3]),
+        "select with a limit": lambda pool, query: tuple(
+            hullkit.select(pool, query, 20, max_multiplicity=4, merge_duplicates=1e-3)[:3]
+        ),
+        "fully corrective": lambda pool, query: hullkit.frank_wolfe(
+            pool, query, variant="fully_corrective", gap_tol=1e-3
+        ),
+        "duplicates": lambda pool, query: hullkit.duplicates(pool, eps=0.5),
         "select knn": lambda pool, query: tuple(hullkit.select(pool, query, 5, method="knn")[:3]),
         "apportion": lambda pool, query: hullkit.apportion((pool @ query[0]).softmax(-1), 20),
         "around": lambda pool, query: hullkit.lmo(2 * pool, -query).value.sum(),

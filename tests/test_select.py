@@ -152,7 +152,16 @@ def test_gradients_are_no_obstacle() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"max_support": 3}, {"max_iters": 5}, {"tol": 1e-2}, {"exchange_passes": 0}]
+    "option",
+    [
+        {"max_support": 3},
+        {"max_iters": 5},
+        {"tol": 1e-2},
+        {"exchange_passes": 0},
+        {"variant": "pairwise"},
+        {"gap_tol": 1e-3},
+        {"max_multiplicity": 3},
+    ],
 )
 def test_neighbours_take_no_option_of_the_hull(option: dict[str, Any]) -> None:
     pool, query = batch(torch.float32)

@@ -181,7 +181,7 @@ def duplicates(
     Cost: O(n r d) for r representatives; on CUDA the Gram matrix, workspace as in frank_wolfe.
     """
     pool = check_floating("pool", pool)
-    any_row = pool if pool.ndim < 2 or 0 in pool.shape else pool[..., 0, :]
+    any_row = pool if pool.ndim < 2 or pool.shape[-2] == 0 else pool[..., 0, :]
     for per_entry, rank in ((candidates, 2), (lengths, 1)):  # these make a batch of a shared pool
         if isinstance(per_entry, Tensor) and per_entry.ndim == rank and any_row.ndim == 1:
             any_row = any_row.expand(per_entry.shape[0], -1)
