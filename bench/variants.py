@@ -142,24 +142,34 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Residual against passes, a panel for each subset."""
+    """A column for each subset: what is left of the query against distinct examples, and how far
+    from the optimum a run may have ended against its time."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(row["subset"] for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.2), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        own = [row for row in rows if row["subset"] == name]
-        for row in own:
-            axis.scatter(row["passes"], row["residual"], s=36, label=row["method"], alpha=0.8)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel(f"passes, {rows[0]['limit']} updates a gradient")
+    figure, axes = plt.subplots(2, len(names), figsize=(3.2 * len(names), 5.4), squeeze=False)
+    markers = dict(zip(dict.fromkeys(row["method"] for row in rows), "sov^DPX*", strict=False))
+    for (above, below), name in zip(axes.T, names, strict=True):
+        for row in (row for row in rows if row["subset"] == name):
+            style = {"marker": markers[row["method"]], "s": 44, "alpha": 0.7}
+            above.scatter(row["distinct"], row["residual"], label=row["method"], **style)
+            if "dual_gap" in row:
+                below.scatter(row["ms_in_batch"], row["dual_gap"], **style)
+            else:
+                below.scatter([], [])  # keeps the colours in step
+        above.set_title(name, fontsize=10)
+        above.set_xlabel("distinct examples")
+        below.set_xlabel("ms a query, in a batch")
+        below.set_yscale("log")
+        below.set_xlim(left=0.0)
     axes[0][0].set_ylabel(f"residual of {rows[0]['total']} updates")
+    axes[1][0].set_ylabel("dual gap")
     axes[0][-1].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -183,7 +193,7 @@ def main() -> None:
         "device": processor() if device == "cpu" else torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "commit": commit(),
-        "command": "bench/variants.py " + " ".join(sys.argv[2:]),  # the folder is the machine's own
+        "command": "bench/variants.py " + " ".join(sys.argv[2:]),  # without the folder
     }
     rows = []
     for subset in subsets(arguments.folder, device, getattr(torch, arguments.dtype)):
