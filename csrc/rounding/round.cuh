@@ -11,8 +11,8 @@
 
 namespace hullkit {
 
-// The products of a support as large as this are copied into shared memory: 64 KiB.
-inline constexpr int64_t kMaxCopied = 90;
+// The products of a support as large as this are copied into shared memory: 78 KiB (capped: twice a total of 50).
+inline constexpr int64_t kMaxCopied = 100;
 inline constexpr int kRoundThreads = 256;
 
 // Point k * blockDim.x + threadIdx.x is this thread's k-th: it alone writes what belongs to the point.
