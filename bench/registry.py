@@ -290,9 +290,9 @@ def cases() -> Iterator[Case]:
     for kind in KINDS:
         for d in (384, 1024):
             yield from selection_cases(kind, 200, d)
+            yield hullft_case(kind, 200, d)
     for d in (384, 1024):
         yield from variant_cases(200, d)
-            yield hullft_case(kind, 200, d)
     for n in (200, 20_000):
         yield from scan_cases(n, 384)
     yield apportion_case(TOTAL)
