@@ -256,7 +256,9 @@ def frank_wolfe(
         NotImplementedError on CUDA for n > 4096 with another variant, gap_tol or max_weight.
 
     Numerics: inner products as in :func:`lmo`, everything after them in float64; residual_norm and
-    dual_gap are recomputed from the input at the end. float64 input follows the oracle's path.
+    dual_gap are recomputed from the input at the end. float64 input follows the oracle's path, but
+    for ties that rounding decides: a pairwise step makes the scores of its two vertices equal, and
+    where nothing gains more than rounding, any may be next. Certificates hold on every path.
     Cost: O(n d) for each vertex touched (a column of the pool's Gram matrix, computed once), O(n)
     for each iteration; O(n m + m^2) for a fully corrective one with m vertices in use, O(n k) for a
     capped vanilla one. Memory: at most 4 n S values for each query in flight (one a thread), and

@@ -10,7 +10,7 @@ namespace hullkit {
 // params.max_weight is rounding.max_count / rounding.total. counts [B, S] int64, aligned with result.indices;
 // residual_norm [B] float64, ||query - sum_i (c_i / total) s_i||: of the counts, as that of the result is of the
 // weights. It is the root of a difference of products; where that may be rounding, the CPU starts from the rows, while
-// a GPU is right to 1e-8 ||query||, for half types to 1e-3.
+// a GPU is right to 1e-8 of the norms involved, for half types to 1e-3.
 void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                 const RoundingParams& rounding, const FrankWolfeResult& result, const TensorView& counts,
                 const TensorView& residual_norm, int num_threads);
