@@ -77,8 +77,8 @@ def select(
         Multiset(indices, counts, rows, result, residual_norm, representatives): `rows[b, j]` is the
         pool row to train on `counts[b, j]` times, in this order; `residual_norm[b]` is what the
         counts leave of the query, the result's what the weights do; without the leading B for an
-        unbatched call. Where it is nearly 0, residual_norm is right to 1e-8 of the norms involved on
-        CUDA, for half types there to 1e-3: it is made of products, not of rows.
+        unbatched call. Where it is nearly 0, residual_norm is right to 1e-8 of the norms involved
+        on CUDA, for half types there to 1e-3: it is made of products, not of rows.
     Raises:
         As the functions it calls: on CUDA NotImplementedError for n > 4096 with S > 4096. Entries
         with too few candidates for max_multiplicity: ValueError, on CUDA status BROKEN.
