@@ -86,15 +86,18 @@ def test_limited_counts_equal_the_oracles(spec: Any, limit: int, own: bool) -> N
 
 
 def test_weights_at_the_cap_are_whole_quotas() -> None:
-    """u / total, summed with others, is not u / total any more in the last bit: no unit is lost."""
-    pool, query = clustered(np.random.default_rng(5), 63, 129)
-    for total in (7, 25, 49, 50):
-        for limit in (1, 2, 3):
-            outcome = kernel_outcome(
-                pool, query, variant="fully_corrective", max_weight=limit / total
-            )
-            counts = _round(pool, query, outcome, total, max_multiplicity=limit, exchange_passes=0)
-            assert (counts[outcome.weights == limit / total] == limit).all()
+    """1 / total, divided by the sum of all, is less in some totals: no unit is lost by that, not
+    even to a point that is the query itself."""
+    short = 0
+    for total in range(2, 60):
+        pool, query = clustered(np.random.default_rng(total), total, 17)
+        weights = np.append(np.full(total, 1 / total), 0.0)
+        outcome = SimpleNamespace(indices=np.arange(total + 1), weights=weights)
+        points = np.concatenate([pool, query[None]])
+        counts = _round(points, query, outcome, total, max_multiplicity=1, exchange_passes=0)
+        assert counts.tolist() == [1] * total + [0]
+        short += bool((reference.quotas(weights, total)[:total] < 1).any())
+    assert short >= 5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
