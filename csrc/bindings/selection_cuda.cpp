@@ -5,6 +5,7 @@
 #include "hullkit/lmo.h"
 #include "hullkit/round_multiplicities.h"
 #include "hullkit/select.h"
+#include "hullkit/sift.h"
 
 namespace hullkit {
 namespace {
@@ -52,6 +53,14 @@ void bind_selection_cuda(py::module_& module) {
         problem.frank_wolfe(indices, weights, support_size, residual_norm, dual_gap, num_iters, status);
     select_cuda(problem.pool, problem.query, {max_support, max_iters, tol}, total, exchange_passes, result,
                 problem.vectors(counts), pointer(workspace), pointer(stream));
+  });
+  module.def("sift_workspace_bytes", &sift_workspace_bytes);
+  module.def("sift_cuda", [](Handle pool, Handle query, Handle lengths, Handle candidates, int64_t total, double noise,
+                             double alpha, int64_t max_multiplicity, Handle order, Handle variance, Handle indices,
+                             Handle counts, Handle num_steps, int64_t workspace, int64_t stream) {
+    const Problem problem(pool, query, lengths, candidates);
+    sift_cuda(problem.pool, problem.query, {total, noise, alpha, max_multiplicity},
+              problem.sift(order, variance, indices, counts, num_steps), pointer(workspace), pointer(stream));
   });
   module.def("round_multiplicities_cuda", [](Handle pool, Handle query, Handle indices, Handle weights,
                                              Handle candidates, int64_t total, int64_t exchange_passes, Handle counts,
