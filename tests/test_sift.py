@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import hullkit
 import numpy as np
 import pytest
 import torch
 from _cases import FAMILIES, LOW_PRECISION, TIED, Spec, batch, clustered, fixed, specs
+from _certificates import EPS, gains_after, variance_after
 from hullkit import reference
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float64]
-EPS = float(np.finfo(np.float64).eps)
 
 
 class Options(NamedTuple):
@@ -58,24 +58,6 @@ def kernel_choice(pool: Array, query: Array, chosen: Options) -> hullkit.SIFTRes
         max_multiplicity=chosen.max_multiplicity,
     )
     return result if vectors.ndim == 1 else hullkit.SIFTResult(*(field[0] for field in result))
-
-
-def gains_after(pool: Array, query: Array, order: Any, noise: float) -> Any:
-    """What each row would take off the variance after `order`, in extended precision."""
-    points = np.concatenate([pool, np.atleast_2d(query)]).astype(np.longdouble)
-    kernel = points @ points.T
-    for i in order:
-        kernel = kernel - np.outer(kernel[:, i], kernel[:, i]) / (kernel[i, i] + noise)
-    n = len(pool)
-    return (kernel[n:, :n] ** 2).sum(0) / (kernel.diagonal()[:n] + noise)
-
-
-def variance_after(pool: Array, query: Array, order: Array, noise: float) -> float:
-    """The posterior variance in one go, from the kernel of all observations, repeats included."""
-    rows, vectors = pool[order], np.atleast_2d(query)
-    across = rows @ vectors.T
-    observed = rows @ rows.T + noise * np.eye(len(rows))
-    return float((vectors**2).sum() - (across * np.linalg.solve(observed, across)).sum())
 
 
 def assert_is_what_order_says(result: hullkit.SIFTResult, total: int) -> int:
