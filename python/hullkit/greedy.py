@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from ._arrays import takes_arrays
 from ._checks import (
     check_cap,
     check_device,
@@ -26,6 +27,7 @@ class SIFTResult(NamedTuple):
     num_steps: Tensor  # [B] int64
 
 
+@takes_arrays
 def sift(
     pool: Tensor,
     query: Tensor,
