@@ -147,3 +147,18 @@ def test_current_stream() -> None:
         actual = hullkit.sift(*inputs, 20)
     stream.synchronize()
     assert equal_bits(actual, expected)
+
+
+def test_retriever_chooses_on_the_device() -> None:
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed")
+    from hullkit.interop.activeft import Retriever
+
+    pool, query = problem(1, 500, 32, torch.float32)
+    index = faiss.IndexFlatIP(32)
+    index.add(pool[0].numpy())
+    prompts = torch.stack([query, -query], 1).numpy()
+    expected = Retriever(index, device="cpu").batch_search(prompts, 12, 100)
+    actual = Retriever(index, device="cuda").batch_search(prompts, 12, 100)
+    assert (actual[1] == expected[1]).all()
+    assert (actual[2] == expected[2]).all()
+    assert abs(actual[0] - expected[0]).max() < 1e-5

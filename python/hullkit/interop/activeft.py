@@ -100,20 +100,19 @@ class Retriever:
         if queries.ndim != 3 or queries.shape[2] != self.index.d:
             raise ValueError(f"queries: expected shape (B, m, {self.index.d}), got {queries.shape}")
         means = queries.mean(axis=1)
-        k = K or self.index.ntotal
         start = time.perf_counter()
         faiss.omp_set_num_threads(threads)
-        products, indices, pool = self._candidates(means, k, faiss.METRIC_INNER_PRODUCT)
+        products, indices, pool, rows = self._candidates(means, K or self.index.ntotal, faiss)
         found = time.perf_counter()
         if self.only_faiss:
             seconds = RetrievalTime(found - start, 0.0)
-            return products[:, :N], indices[:, :N], pool[:, :N], seconds
+            return products[:, :N], indices[:, :N], pool[rows[:, :N]], seconds
         result = sift(
             torch.from_numpy(pool).to(self.device),
             torch.from_numpy(means if mean_pooling else queries).to(self.device),
             N,
             noise=self.llambda,
-            lengths=torch.from_numpy((indices >= 0).sum(axis=1)).to(self.device),
+            candidates=torch.from_numpy(rows).to(self.device),
         )
         order, variance = result.order.cpu().numpy(), result.variance.cpu().numpy()
         values = -variance
@@ -121,28 +120,47 @@ class Retriever:
             vectors = (means[:, None] if mean_pooling else queries).astype(np.float64)
             prior = (vectors**2).sum(axis=(1, 2))
             values = -np.diff(variance, prepend=prior[:, None], axis=1)
-        rows = np.arange(len(order))[:, None]
-        chosen = (indices[rows, order], pool[rows, order])
+        embeddings = pool[np.take_along_axis(rows, order, axis=1)]
+        indices = np.take_along_axis(indices, order, axis=1)
         seconds = RetrievalTime(found - start, time.perf_counter() - found)
-        return values.astype(np.float32), *chosen, seconds
+        return values.astype(np.float32), indices, embeddings, seconds
 
-    def _candidates(self, means: Array, k: int, inner_product: int) -> tuple[Array, Indices, Array]:
-        """Products (distances), positions in the index and vectors of k candidates of each mean."""
-        found: tuple[Array, Indices, Array] = self.index.search_and_reconstruct(means, k)
-        if not self.also_query_opposite:
-            return found
-        if self.index.metric_type != inner_product:
-            raise ValueError(
-                "also_query_opposite: expected False for an index that is not of inner products, "
-                "got True"
+    def _candidates(
+        self, means: Array, k: int, faiss: Any
+    ) -> tuple[Array, Indices, Array, Indices]:
+        """Of k candidates of each mean: products (distances), positions in the index, and rows of a
+        pool of vectors, -1 where faiss found no more; the pool is the index's own memory if it can
+        be."""
+        if self.also_query_opposite:
+            if self.index.metric_type != faiss.METRIC_INNER_PRODUCT:
+                raise ValueError(
+                    "also_query_opposite: expected False for an index that is not of inner "
+                    "products, got True"
+                )
+            means = np.concatenate([means, -means])  # one search: faiss is faster on more at once
+        stored = _stored_vectors(self.index, faiss) if self.device.type == "cpu" else None
+        if stored is None:
+            products, indices, vectors = self.index.search_and_reconstruct(means, k)
+            pool = vectors.reshape(-1, self.index.d)
+            rows = np.where(indices < 0, -1, np.arange(len(pool)).reshape(indices.shape))
+        else:
+            products, indices = self.index.search(means, k)
+            pool, rows = stored, indices
+        if self.also_query_opposite:
+            products, indices, rows = (
+                np.concatenate(np.split(part, 2), axis=1) for part in (products, indices, rows)
             )
-        opposite: tuple[Array, Indices, Array] = self.index.search_and_reconstruct(-means, k)
-        both = np.concatenate([found[0], opposite[0]], axis=1)
-        nearest = np.argsort(-both, axis=1)[:, :k]
-        rows = np.arange(len(means))[:, None]
-        places = (rows, nearest % k)
-        products, indices, pool = found[0][places], found[1][places], found[2][places]
-        far = np.nonzero(nearest >= k)
-        near = (far[0], nearest[far] - k)
-        products[far], indices[far], pool[far] = (part[near] for part in opposite)
-        return products, indices, pool
+            nearest = np.argsort(-products, axis=1)[:, :k]
+            products, indices, rows = (
+                np.take_along_axis(part, nearest, axis=1) for part in (products, indices, rows)
+            )
+        return products, indices, pool, rows
+
+
+def _stored_vectors(index: Any, faiss: Any) -> Array | None:
+    """The vectors of a flat index (n, d), where they lie."""
+    flat = faiss.downcast_index(index)
+    if not isinstance(flat, faiss.IndexFlat):
+        return None
+    values: Array = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d)
+    return values.reshape(flat.ntotal, flat.d)
