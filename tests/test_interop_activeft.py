@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import runpy
-from pathlib import Path
 from typing import Any
 
 import hullkit
@@ -173,6 +171,9 @@ def test_other_indices() -> None:
     expected = hullkit.sift(
         torch.from_numpy(rows[found[found >= 0]]), torch.from_numpy(query[0]), 30
     )
+    nearest = Retriever(cells, also_query_opposite=False, only_faiss=True).search(query, 300, 300)
+    np.testing.assert_array_equal(nearest[1], found)
+    assert np.isnan(nearest[2][found < 0]).all()
     near = Retriever(cells, also_query_opposite=False, device="cpu").search(query, 30, 300)
     np.testing.assert_array_equal(near[1], found[expected.order.numpy()])
 
@@ -222,9 +223,3 @@ def test_what_it_does_not_take(index: Any) -> None:
     for wrong in (np.zeros((3, DIM)), np.zeros((2, 1, DIM + 1))):
         with pytest.raises(ValueError, match=r"queries: expected shape \(B, m, 96\), got"):
             retriever.batch_search(wrong, 5, 20)
-
-
-def test_example(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = Path(__file__).resolve().parents[1] / "examples"
-    runpy.run_path(str(folder / "04_drop_into_activeft_style_code.py"), run_name="__main__")
-    assert "times as long a prompt" in capsys.readouterr().out

@@ -30,7 +30,7 @@ struct SiftResult {
 // Numerics: inner products accumulate in float32 (float64 for float64 input) in an order that depends on d alone;
 // everything after them is float64, so variances are right to within the rounding of ||query||^2.
 // Cost: O(n d) for each candidate chosen (a column of the pool's Gram matrix, computed once), O(n (m + min(t, n))) for
-// step t, O(n m) where it repeats the one before. Memory: at most n min(total, n) float64 a query, twice where
+// step t, O(n m) where it repeats the one before. Memory, besides: at most n min(total, n) float64 a query, twice where
 // total > n.
 void sift_cpu(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
               int num_threads);

@@ -26,19 +26,18 @@ class RetrievalTime(NamedTuple):
 class Retriever:
     """Preselects candidates by a faiss index and chooses among them by :func:`hullkit.sift`.
 
-    Equivalent to: `activeft.sift.Retriever`, where its float32 gains decide: it conditions the
-    posterior kernel of all candidates in float32, so candidates whose gains are within its rounding
-    may come in another order. A batch's answers come in the order of its queries (there they come
-    as workers finish), and more than 1000 candidates are chosen from together.
+    Equivalent to: `activeft.sift.Retriever`, but for choices that the rounding of its float32
+    kernel decides. A batch's answers come in the order of its queries (there as workers finish),
+    and more than 1000 candidates are chosen from together.
 
     Args:
         index: any faiss index that can reconstruct its vectors.
         acquisition_function: must be None, there for its place among the arguments.
         llambda: `noise` of :func:`hullkit.sift`.
-        fast: values are then gains (what each choice takes off the variance), as SIFT-Fast returns
-            them; the choices are the exact ones in any case.
-        also_query_opposite: search for the opposite of the mean query, too, and keep the candidates
-            of largest absolute inner product. Inner-product indices only.
+        fast: values are gains (what each choice takes off the variance), as SIFT-Fast's are; the
+            choices are the exact ones in any case.
+        also_query_opposite: candidates are those of largest absolute inner product, found by a
+            search for the opposite of the mean query, too. Inner-product indices only.
         only_faiss: return the N nearest of the index.
         device: where to choose; None for CUDA if there is any, else the CPU.
     """
@@ -105,8 +104,9 @@ class Retriever:
         products, indices, pool, rows = self._candidates(means, K or self.index.ntotal, faiss)
         found = time.perf_counter()
         if self.only_faiss:
-            seconds = RetrievalTime(found - start, 0.0)
-            return products[:, :N], indices[:, :N], pool[rows[:, :N]], seconds
+            embeddings = pool[rows[:, :N]]
+            embeddings[rows[:, :N] < 0] = np.nan
+            return products[:, :N], indices[:, :N], embeddings, RetrievalTime(found - start, 0.0)
         result = sift(
             torch.from_numpy(pool).to(self.device),
             torch.from_numpy(means if mean_pooling else queries).to(self.device),
@@ -128,9 +128,8 @@ class Retriever:
     def _candidates(
         self, means: Array, k: int, faiss: Any
     ) -> tuple[Array, Indices, Array, Indices]:
-        """Of k candidates of each mean: products (distances), positions in the index, and rows of a
-        pool of vectors, -1 where faiss found no more; the pool is the index's own memory if it can
-        be."""
+        """Of k candidates of each mean: products (distances), positions in the index and, around a
+        pool, rows of it; -1 where faiss found no more."""
         if self.also_query_opposite:
             if self.index.metric_type != faiss.METRIC_INNER_PRODUCT:
                 raise ValueError(
