@@ -24,6 +24,7 @@ bench-finetune: $(VENV)/.test
 
 bench-gpu: $(VENV)/.test
 	$(BIN)/python bench/selection_gpu.py $(ARGS)
+	$(BIN)/python bench/sift_gpu.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

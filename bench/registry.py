@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -217,6 +220,50 @@ def hullft_case(kind: str, n: int, d: int) -> Case:
     )
 
 
+def _posterior_variance(problem: Selection, order: Any, noise: float) -> float:
+    rows = problem.pool[np.asarray(order)]
+    across = rows @ problem.query
+    observed = rows @ rows.T + noise * np.eye(len(rows))
+    return float(problem.query @ problem.query - across @ np.linalg.solve(observed, across))
+
+
+def _activeft(pool: torch.Tensor, query: torch.Tensor) -> Callable[[], Any]:
+    """Its Retriever as its users call it: over a faiss index, all defaults."""
+    import faiss
+    from activeft.sift import Retriever
+
+    index = faiss.IndexFlatIP(pool.shape[1])
+    index.add(pool.numpy())
+    retriever = Retriever(index)
+
+    def run() -> Any:
+        with warnings.catch_warnings():  # it turns tensors into arrays in a deprecated way
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return retriever.search(query[None].numpy(), TOTAL, None)[1]
+
+    return run
+
+
+def sift_case(kind: str, n: int, d: int) -> Case:
+    """One prompt, float32: activeft on one thread and on all that its torch would take."""
+    problem, pool, query = _single(kind, n, d)
+    providers: dict[str, Callable[[], Any]] = {
+        "numpy": lambda: reference.sift(problem.pool, problem.query, TOTAL).order,
+        "hullkit": lambda: hullkit.sift(pool, query, TOTAL).order,
+    }
+    if importlib.util.find_spec("activeft") is not None:
+        call, threads = _activeft(pool, query), os.cpu_count() or 1
+        providers["activeft"] = call
+        providers[f"activeft {threads} threads"] = _with_threads(threads, call)
+
+    def gate(answers: dict[str, Any]) -> None:
+        least = _posterior_variance(problem, answers["numpy"], 0.01)
+        for provider, order in answers.items():
+            assert abs(_posterior_variance(problem, order, 0.01) - least) <= 1e-4, provider
+
+    return Case("sift", f"{kind} n={n} d={d} total={TOTAL}", "float32", providers, gate)
+
+
 def scan_cases(n: int, d: int) -> Iterator[Case]:
     """One pass over a pool: lmo and knn."""
     problem, pool, query = _single("neighbours", n, d)
@@ -291,6 +338,7 @@ def cases() -> Iterator[Case]:
         for d in (384, 1024):
             yield from selection_cases(kind, 200, d)
             yield hullft_case(kind, 200, d)
+            yield sift_case(kind, 200, d)
     for d in (384, 1024):
         yield from variant_cases(200, d)
     for n in (200, 20_000):

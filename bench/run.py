@@ -23,6 +23,8 @@ from rows import HERE, append, commit, processor
 
 # (op, start of the shape, provider, rival, least ratio of their medians)
 BARS = (
+    ("sift", "gaussian n=200 d=1024", "hullkit", "activeft 2 threads", 300),
+    ("sift", "neighbours n=200 d=1024", "hullkit", "activeft 2 threads", 300),
     ("select", "gaussian n=200 d=1024", "hullkit", "numpy", 120),
     ("select", "gaussian n=200 d=384", "hullkit", "numpy", 150),
     ("interop.hullft", "gaussian n=200 d=1024", "hullkit", "numpy", 60),

@@ -45,17 +45,17 @@ class Subset(NamedTuple):
 def methods(total: int, limit: int) -> dict[str, Select]:
     """What is compared. Another rule needs a line here, and nothing else."""
     hull = partial(hullkit.select, total=total)
-    rules: dict[str, Select] = {
+    return {
         "knn": partial(hull, method="knn"),
         "vanilla": hull,
         "away": partial(hull, variant="away"),
         "pairwise": partial(hull, variant="pairwise"),
         "fully_corrective": partial(hull, variant="fully_corrective"),
+        "sift": partial(hull, method="sift"),
         f"capped at {limit}": partial(hull, max_multiplicity=limit),
+        f"knn capped at {limit}": partial(hull, method="knn", max_multiplicity=limit),
+        f"sift capped at {limit}": partial(hull, method="sift", max_multiplicity=limit),
     }
-    if hasattr(hullkit, "sift"):
-        rules["sift"] = partial(hull, method="sift")
-    return rules
 
 
 def subsets(folder: Path, device: str, dtype: torch.dtype) -> list[Subset]:
@@ -151,7 +151,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     names = list(dict.fromkeys(row["subset"] for row in rows))
     figure, axes = plt.subplots(2, len(names), figsize=(3.2 * len(names), 5.4), squeeze=False)
-    markers = dict(zip(dict.fromkeys(row["method"] for row in rows), "sov^DPX*", strict=False))
+    markers = dict(zip(dict.fromkeys(row["method"] for row in rows), "sov^DPX*p", strict=False))
     for (above, below), name in zip(axes.T, names, strict=True):
         for row in (row for row in rows if row["subset"] == name):
             style = {"marker": markers[row["method"]], "s": 44, "alpha": 0.7}
@@ -199,7 +199,7 @@ def main() -> None:
     for subset in subsets(arguments.folder, device, getattr(torch, arguments.dtype)):
         for name, select in methods(total, limit).items():
             row = measure(subset, select, total, limit, device)
-            if name.startswith("capped"):
+            if "capped" in name:
                 assert row["largest_count"] <= limit
             rows.append(common | row | {"method": name})
     show(rows, Console(width=170))

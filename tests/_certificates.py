@@ -241,3 +241,21 @@ def assert_simplex(weights: torch.Tensor) -> None:
     torch.testing.assert_close(
         weights.sum(-1), torch.ones(weights.shape[:-1], dtype=weights.dtype), rtol=0, atol=1e-12
     )
+
+
+def gains_after(pool: Array, query: Array, order: Any, noise: float) -> Any:
+    """What each row would take off the variance after `order`, in extended precision."""
+    points = np.concatenate([pool, np.atleast_2d(query)]).astype(np.longdouble)
+    kernel = points @ points.T
+    for i in order:
+        kernel = kernel - np.outer(kernel[:, i], kernel[:, i]) / (kernel[i, i] + noise)
+    n = len(pool)
+    return (kernel[n:, :n] ** 2).sum(0) / (kernel.diagonal()[:n] + noise)
+
+
+def variance_after(pool: Array, query: Array, order: Array, noise: float) -> float:
+    """The posterior variance in one go, from the kernel of all observations, repeats included."""
+    rows, vectors = pool[order], np.atleast_2d(query)
+    across = rows @ vectors.T
+    observed = rows @ rows.T + noise * np.eye(len(rows))
+    return float((vectors**2).sum() - (across * np.linalg.solve(observed, across)).sum())

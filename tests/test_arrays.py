@@ -104,6 +104,7 @@ def test_every_function(library: str) -> None:
     same(hullkit.apportion(result.weights, 9), hullkit.apportion(wanted.weights, 9), out)
     options = {"max_multiplicity": 2, "merge_duplicates": 0.1}
     same(hullkit.select(*arrays, 9, **options), hullkit.select(pool, query, 9, **options), out)
+    same(hullkit.sift(*arrays, 9), hullkit.sift(pool, query, 9), out)
     same(hullkit.select(*arrays, 9), hullkit.select(pool, query, 9), out)
     same(
         hullkit.select(*arrays, 9, method="knn"), hullkit.select(pool, query, 9, method="knn"), out

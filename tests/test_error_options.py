@@ -148,7 +148,7 @@ OTHERS: dict[str, tuple[type[Exception], tuple[str, ...], Callable[..., Any]]] =
     "tol True": (TypeError, ("tol", "number", "bool"), lambda **o: _fw(tol=True, **o)),
     "method": (
         ValueError,
-        ("method", "'hull', 'knn'", "'svm'"),
+        ("method", "'hull', 'knn', 'sift'", "'svm'"),
         lambda **o: _select(method="svm", **o),
     ),
     "knn total beyond n": (
@@ -160,6 +160,21 @@ OTHERS: dict[str, tuple[type[Exception], tuple[str, ...], Callable[..., Any]]] =
         ValueError,
         ("total", "valid candidates", "got 5", "[1, 2]"),
         lambda **o: _select(5, method="knn", lengths=INTS, **o),
+    ),
+    "knn max_multiplicity beyond n": (
+        ValueError,
+        ("max_multiplicity", "total / 9", "got 2"),
+        lambda **o: _select(19, method="knn", max_multiplicity=2, **o),
+    ),
+    "knn max_multiplicity beyond lengths": (
+        ValueError,
+        ("total", "at most 2", "valid candidates", "got 5", "[2]"),
+        lambda **o: _select(5, method="knn", max_multiplicity=2, lengths=INTS, **o),
+    ),
+    "sift max_multiplicity beyond lengths": (
+        ValueError,
+        ("max_multiplicity", "1 candidates", "got 2"),
+        lambda **o: _select(5, method="sift", max_multiplicity=2, lengths=INTS, **o),
     ),
     "exchange_passes -1": (
         ValueError,
@@ -287,6 +302,7 @@ OTHERS: dict[str, tuple[type[Exception], tuple[str, ...], Callable[..., Any]]] =
 TOTALS_OF: dict[str, Callable[..., Any]] = {
     "select": _select,
     "knn": lambda total, **o: _select(total, method="knn", **o),
+    "sift": lambda total, **o: hullkit.sift(_pool(), _query(), total, **o),
     "round_multiplicities": _round,
     "apportion": lambda total, **o: hullkit.apportion(torch.ones(3), total, **o),
 }

@@ -62,9 +62,11 @@ SHAPES: dict[str, Bad] = {
     "pool of rank 4": Bad(
         ValueError, ("pool", "(n, d) or (B, n, d)", "(1, 3, 9, 5)"), _pool()[None], _query()
     ),
-    "query of rank 0": Bad(ValueError, ("{q}", "(d,) or (B, d)", "()"), _pool()[0], _query()[0, 0]),
-    "query of rank 3": Bad(
-        ValueError, ("{q}", "(d,) or (B, d)", "(1, 3, 5)"), _pool(), _query()[None]
+    "query of rank 0": Bad(
+        ValueError, ("{q}", "(d,)", "(B, d)", "got ()"), _pool()[0], _query()[0, 0]
+    ),
+    "query of rank 4": Bad(
+        ValueError, ("{q}", "(d,)", "(B, d)", "(1, 1, 3, 5)"), _pool(), _query()[None, None]
     ),
     "batched pool, one query": Bad(
         ValueError, ("{q}", "(3, 5)", "(3, 9, 5)", "got (5,)"), _pool(), _query()[0]
@@ -194,8 +196,10 @@ CALLS: dict[str, tuple[str, Callable[..., Any]]] = {
     "lmo": ("direction", hullkit.lmo),
     "knn": ("query", lambda p, q, **o: hullkit.knn(p, q, 1, **o)),
     "frank_wolfe": ("query", hullkit.frank_wolfe),
+    "sift": ("query", lambda p, q, **o: hullkit.sift(p, q, 2, **o)),
     "select": ("query", lambda p, q, **o: hullkit.select(p, q, 2, **o)),
     "select knn": ("query", lambda p, q, **o: hullkit.select(p, q, 1, method="knn", **o)),
+    "select sift": ("query", lambda p, q, **o: hullkit.select(p, q, 2, method="sift", **o)),
 }
 # The oracle says less about where a value lies; what it says is held to the same standard.
 _WHERE = re.compile(r"^(nan|inf|lengths\[\d\])$")

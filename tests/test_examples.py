@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 EXAMPLES = sorted(path.name for path in FOLDER.glob("[0-9]*.py"))
-NEEDS = {"05": "faiss", "06": "peft"}
+NEEDS = {"04": "faiss", "05": "faiss", "06": "peft"}
 
 
 def test_numbering() -> None:
@@ -21,6 +21,8 @@ def test_numbering() -> None:
 
 
 # PEFT asks transformers by a name that transformers has since deprecated.
+# activeft turns tensors into arrays by a way that NumPy has since deprecated.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(

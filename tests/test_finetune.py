@@ -154,3 +154,40 @@ def test_moments_are_freed_while_the_error_is_held(monkeypatch: pytest.MonkeyPat
     assert held.traceback
     assert len(alive) > 0
     assert all(ref() is None for ref in alive)
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_in_place(build: Callable[[], nn.Module]) -> None:
+    """The same weights as in the block, and everything else as before."""
+    model, other = build(), build()
+    tuner = TestTimeFinetuner(model, lr=1e-3)
+    with tuner.adapted(texts(), COUNTS):
+        wanted = state(model)
+    before = Before(model)
+    report = tuner.adapt_(texts(), COUNTS)
+    assert (report.num_updates, report.num_passes) == (8, 5)
+    assert all(torch.equal(wanted[name], tensor) for name, tensor in model.state_dict().items())
+    assert before.look() == before.facts
+    TestTimeFinetuner(other, lr=1e-3).adapt_(texts(), COUNTS)
+    with TestTimeFinetuner(other, lr=1e-3).adapted(texts(), [0, 2, 1, 0]):
+        wanted = state(other)
+    with tuner.adapted(texts(), [0, 2, 1, 0]):  # from there, with fresh moments
+        assert all(torch.equal(wanted[name], tensor) for name, tensor in state(model).items())
+
+
+def test_in_place_is_undone_if_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plain()
+    before = Before(model)
+    original, calls = Adam.step, 0
+
+    def step(self: Adam, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("injected")
+        return original(self, **options)
+
+    monkeypatch.setattr(Adam, "step", step)
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        TestTimeFinetuner(model, lr=1e-2).adapt_(texts(), COUNTS)
+    before.check()

@@ -275,6 +275,20 @@ def test_failure_in_each_phase(
             before.check()
 
 
+def test_in_place() -> None:
+    model, other = on_device(llama), on_device(llama)
+    captured = TestTimeFinetuner(model, lr=1e-3, capture=True)
+    eager = TestTimeFinetuner(other, lr=1e-3, capture=False)
+    for counts in (COUNTS, [0, 2, 1, 0]):  # fresh moments for the second, from where the first left
+        assert captured.adapt_(texts(), counts).path == "captured"
+        eager.adapt_(texts(), counts)
+        assert distance(state(model), state(other)) <= 1e-5
+    before = BeforeOnDevice(model)
+    with captured.adapted(texts(), COUNTS):
+        pass
+    before.check()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite(value: float) -> None:
     model = on_device(plain)

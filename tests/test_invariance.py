@@ -34,6 +34,7 @@ def _all(pool: Tensor, query: Tensor, **problem: Any) -> list[Tensor]:
         *hullkit.lmo(pool, query, **problem),
         *hullkit.knn(pool, query, 1, **problem),
         hullkit.select(pool, query, 11, **problem).counts,
+        *hullkit.sift(pool, query, 7, **problem),
     ]
 
 
@@ -48,7 +49,7 @@ def _assert_same(one: list[Tensor], other: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "operator", ["lmo", "knn", "frank_wolfe", "round_multiplicities", "select"]
+    "operator", ["lmo", "knn", "frank_wolfe", "round_multiplicities", "select", "sift"]
 )
 def test_outputs_come_poisoned(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the functions allocate, conftest.py has poisoned what the operators must fill."""
@@ -325,11 +326,14 @@ _SIMD = """
 import sys, torch, hullkit
 from _cases import FAMILIES, Spec
 from _certificates import assert_exact
+from hullkit import reference
 assert hullkit.build_info()["simd"] == "portable", hullkit.build_info()
 for family in ("gaussian", "clustered", "duplicates", "query_inside", "mixed_norms"):
     for n, d in ((1, 1), (2, 17), (63, 63), (129, 384), (151, 129)):
         pool, query = Spec(family, n, d, n + d, 1.0, {}, 1, 0).build()
         assert_exact(pool, query, max_support=20)
+        order = hullkit.sift(torch.from_numpy(pool), torch.from_numpy(query), 20).order
+        assert order.tolist() == reference.sift(pool, query, 20).order.tolist(), (family, n, d)
 pool, query = torch.load(sys.argv[1])
 torch.save(list(hullkit.select(pool, query, 20)[:3]), sys.argv[2])
 """

@@ -49,7 +49,7 @@ def _arguments(name: str) -> list[tuple[Any, ...]]:
         integers = [torch.zeros(b, dtype=torch.int64) for _ in range(3)]
         floats = [torch.zeros(b, dtype=torch.float64) for _ in range(2)]
         scalars = (integers[0], *floats, *integers[1:])
-        counts = _outputs(b, width)[0]
+        counts = _outputs(b, 7 if name == "sift" else width)[0]
         if name == "lmo":
             calls.append((*problem, integers[0], floats[0]))
         elif name == "knn":
@@ -66,6 +66,12 @@ def _arguments(name: str) -> list[tuple[Any, ...]]:
             if problem[2] is None:
                 limited = (width, 20, 1e-5, -1.0, 3, 4 / 7, 7, 2, 4)
                 calls.append((*problem, *limited, *_outputs(b, width), *scalars, counts, norm))
+        elif name == "sift":
+            order, variance = _outputs(b, 7)
+            for vectors in (problem[1], problem[1][:, None].repeat(1, 2, 1)):
+                inputs = (problem[0], vectors, *problem[2:])
+                outputs = (order, variance, *_outputs(b, 7)[:1], counts, integers[0])
+                calls.append((*inputs, 7, 0.2, 0.3, 7, *outputs))
         elif name == "round_multiplicities":
             indices = torch.tensor([[0, 1, -1], [1, 0, -1], [0, -1, -1]])
             weights = torch.tensor([[0.7, 0.3, 0.0]] * b, dtype=torch.float64)
@@ -90,6 +96,7 @@ def test_opcheck(name: str) -> None:
 
 def test_every_operator_is_here() -> None:
     selections = {"duplicates", "frank_wolfe", "knn", "lmo", "round_multiplicities", "select"}
+    selections.add("sift")
     assert {"apportion", *selections} <= set(_overloads())
 
 
@@ -112,6 +119,8 @@ def _functions() -> dict[str, Callable[..., Any]]:
         ),
         "duplicates": lambda pool, query: hullkit.duplicates(pool, eps=0.5),
         "select knn": lambda pool, query: tuple(hullkit.select(pool, query, 5, method="knn")[:3]),
+        "sift": lambda pool, query: hullkit.sift(pool, query, 7, alpha=0.3),
+        "select sift": lambda pool, query: tuple(hullkit.select(pool, query, 5, method="sift")[:3]),
         "apportion": lambda pool, query: hullkit.apportion((pool @ query[0]).softmax(-1), 20),
         "around": lambda pool, query: hullkit.lmo(2 * pool, -query).value.sum(),
     }

@@ -84,6 +84,8 @@ def test_reference_backend_equals_the_kernels(shape: str) -> None:
     both(hullkit.apportion, result.weights, 20)
     both(hullkit.select, pool, query, 20, **problem)
     both(hullkit.select, pool, query, 2, method="knn", **problem)
+    both(hullkit.select, pool, query, 3, method="knn", max_multiplicity=2, **problem)
+    both(hullkit.select, pool, query, 6, method="sift", noise=0.2, max_multiplicity=3, **problem)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -151,19 +153,54 @@ def test_gradients_are_no_obstacle() -> None:
     assert not chosen.result.weights.requires_grad
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
+@pytest.mark.parametrize("cap", [1, 2, 3, 7, 9])
+def test_knn_takes_each_neighbour_up_to_the_cap(cap: int) -> None:
+    pool, query = batch(torch.float32)
+    chosen = hullkit.select(pool, query, 7, method="knn", max_multiplicity=cap)
+    nearest = -(-7 // cap)
+    assert torch.equal(chosen.rows, hullkit.knn(pool, query, nearest).indices)
+    assert (chosen.counts[:, :-1] == cap).all()
+    assert_counts(chosen.counts, 7)
+
+
+@pytest.mark.parametrize("options", [{}, {"noise": 1.0, "alpha": 0.3}, {"max_multiplicity": 1}])
+def test_sift_as_a_multiset(options: dict[str, Any]) -> None:
+    pool, query = batch(torch.float32)
+    chosen = hullkit.select(pool, query, 20, method="sift", **options)
+    result = hullkit.sift(pool, query, 20, **options)
+    for one, other in zip(_leaves(chosen.result), result, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(chosen.indices, result.indices)
+    assert torch.equal(chosen.rows, result.indices)
+    assert torch.equal(chosen.counts, result.counts)
+    assert torch.equal(chosen.counts.sum(1), result.num_steps)
+    several = hullkit.select(pool, torch.stack([query, -query], 1), 20, method="sift")
+    assert torch.equal(
+        several.counts, hullkit.sift(pool, torch.stack([query, -query], 1), 20).counts
+    )
+
+
+OWN_OPTIONS = {
+    "hull": (
         {"max_support": 3},
         {"max_iters": 5},
         {"tol": 1e-2},
         {"exchange_passes": 0},
         {"variant": "pairwise"},
         {"gap_tol": 1e-3},
-        {"max_multiplicity": 3},
-    ],
-)
-def test_neighbours_take_no_option_of_the_hull(option: dict[str, Any]) -> None:
+    ),
+    "sift": ({"noise": 0.2}, {"alpha": 0.1}),
+    "hull, knn, sift": ({"max_multiplicity": 2}, {"merge_duplicates": 0.1}),
+}
+
+
+@pytest.mark.parametrize("method", ["hull", "knn", "sift"])
+@pytest.mark.parametrize("owner", OWN_OPTIONS)
+def test_options_of_other_methods_are_refused(owner: str, method: str) -> None:
     pool, query = batch(torch.float32)
-    with pytest.raises(ValueError, match=r"method: expected 'hull' .* got 'knn'"):
-        hullkit.select(pool, query, 3, method="knn", **option)
+    for option in OWN_OPTIONS[owner]:
+        if method in owner:
+            hullkit.select(pool, query, 3, method=method, **option)
+            continue
+        with pytest.raises(ValueError, match=rf"method: expected '{owner}' .* got '{method}'"):
+            hullkit.select(pool, query, 3, method=method, **option)

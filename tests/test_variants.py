@@ -258,6 +258,25 @@ def test_near_copies_of_every_row(spread: float) -> None:
             assert outcome.status == "STALLED"
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_resolve_to_the_first(dtype: torch.dtype, variant: str) -> None:
+    """Equal rows have equal scores wherever they stand, at the ends of vectors too."""
+    seed = 0
+    for n in 10 * [63, 65, 70, 129]:
+        rng = np.random.default_rng(seed := seed + 1)
+        distinct, query = clustered(rng, n // 3, 64)
+        choice = rng.integers(len(distinct), size=n)
+        result = hullkit.frank_wolfe(
+            torch.from_numpy(distinct[choice]).to(dtype),
+            torch.from_numpy(query).to(dtype),
+            variant=variant,
+            max_iters=40,
+        )
+        for index in result.indices[: int(result.support_size)].tolist():
+            assert index == int(np.flatnonzero(choice == choice[index])[0])
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("max_weight", [1.0, 0.04])
 def test_lower_precision_certifies_itself(dtype: torch.dtype, max_weight: float) -> None:

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "hullkit/frank_wolfe.h"
+#include "hullkit/sift.h"
 
 namespace hullkit {
 
@@ -69,7 +70,12 @@ struct Problem {
             scalars(dual_gap), scalars(num_iters), scalars(status)};
   }
 
-  TensorView query;
+  SiftResult sift(py::handle order, py::handle variance, py::handle indices, py::handle counts,
+                  py::handle num_steps) const {
+    return {vectors(order), vectors(variance), vectors(indices), vectors(counts), scalars(num_steps)};
+  }
+
+  TensorView query;  // [B, d], or [B, m, d] where an operation takes several vectors a prompt
   int64_t batch;
   PoolSpec pool;
 };

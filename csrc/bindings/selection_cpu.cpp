@@ -5,6 +5,7 @@
 #include "hullkit/lmo.h"
 #include "hullkit/round_multiplicities.h"
 #include "hullkit/select.h"
+#include "hullkit/sift.h"
 
 namespace hullkit {
 namespace {
@@ -61,6 +62,17 @@ void bind_choice(py::module_& module) {
       });
 }
 
+void bind_sift(py::module_& module) {
+  module.def("sift_cpu", [](Handle pool, Handle query, Handle lengths, Handle candidates, int64_t total, double noise,
+                            double alpha, int64_t max_multiplicity, Handle order, Handle variance, Handle indices,
+                            Handle counts, Handle num_steps, int num_threads) {
+    const Problem problem(pool, query, lengths, candidates);
+    const SiftResult result = problem.sift(order, variance, indices, counts, num_steps);
+    const py::gil_scoped_release release;
+    sift_cpu(problem.pool, problem.query, {total, noise, alpha, max_multiplicity}, result, num_threads);
+  });
+}
+
 void bind_rounding(py::module_& module) {
   module.def("round_multiplicities_cpu",
              [](Handle pool, Handle query, Handle indices, Handle weights, Handle candidates, int64_t total,
@@ -83,6 +95,7 @@ void bind_rounding(py::module_& module) {
 
 void bind_selection_cpu(py::module_& module) {
   bind_choice(module);
+  bind_sift(module);
   bind_rounding(module);
 }
 

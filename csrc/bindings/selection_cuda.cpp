@@ -6,6 +6,7 @@
 #include "hullkit/lmo.h"
 #include "hullkit/round_multiplicities.h"
 #include "hullkit/select.h"
+#include "hullkit/sift.h"
 
 namespace hullkit {
 namespace {
@@ -64,6 +65,14 @@ void bind_selection_cuda(py::module_& module) {
     const FrankWolfeParams params{max_support, max_iters, tol, gap_tol, static_cast<Variant>(variant), max_weight};
     select_cuda(problem.pool, problem.query, params, {total, exchange_passes, max_multiplicity}, result,
                 problem.vectors(counts), problem.scalars(counts_residual_norm), pointer(workspace), pointer(stream));
+  });
+  module.def("sift_workspace_bytes", &sift_workspace_bytes);
+  module.def("sift_cuda", [](Handle pool, Handle query, Handle lengths, Handle candidates, int64_t total, double noise,
+                             double alpha, int64_t max_multiplicity, Handle order, Handle variance, Handle indices,
+                             Handle counts, Handle num_steps, int64_t workspace, int64_t stream) {
+    const Problem problem(pool, query, lengths, candidates);
+    sift_cuda(problem.pool, problem.query, {total, noise, alpha, max_multiplicity},
+              problem.sift(order, variance, indices, counts, num_steps), pointer(workspace), pointer(stream));
   });
   module.def("round_multiplicities_cuda",
              [](Handle pool, Handle query, Handle indices, Handle weights, Handle candidates, int64_t total,

@@ -44,7 +44,7 @@ struct DevicePool {
   static constexpr int64_t kNone = -1;    // not a candidate
   static constexpr int64_t kBroken = -2;  // lengths or candidates out of range
 
-  // `support` [B, S]: only the positions it names are rows, -1 none.
+  // query [B, d] or [B, m, d]. `support` [B, S]: only the positions it names are rows, -1 none.
   DevicePool(const PoolSpec& pool, const TensorView& query_view, const TensorView& support_view = {})
       : rows(static_cast<const E*>(pool.rows.data)),
         query(static_cast<const E*>(query_view.data)),
@@ -54,6 +54,8 @@ struct DevicePool {
         batch_stride(pool.rows.stride[0]),
         row_stride(pool.rows.stride[1]),
         query_stride(query_view.stride[0]),
+        vector_stride(query_view.rank == 3 ? query_view.stride[1] : 0),
+        vectors(query_view.rank == 3 ? query_view.shape[1] : 1),
         length_stride(pool.lengths.stride[0]),
         candidates_stride(pool.candidates.stride[0]),
         candidate_stride(pool.candidates.stride[1]),
@@ -63,7 +65,7 @@ struct DevicePool {
         size(support_view.defined() ? support_view.shape[1] : pool.positions()),
         dim(pool.dim()),
         aligned((reinterpret_cast<uintptr_t>(rows) | reinterpret_cast<uintptr_t>(query) |
-                 (batch_stride | row_stride | query_stride) * sizeof(E)) %
+                 (batch_stride | row_stride | query_stride | vector_stride) * sizeof(E)) %
                     16 ==
                 0) {}
 
@@ -86,14 +88,17 @@ struct DevicePool {
   }
 
   __device__ const E* row_at(int64_t b, int64_t row) const { return rows + b * batch_stride + row * row_stride; }
-  __device__ const E* query_at(int64_t b) const { return query + b * query_stride; }
+  __device__ const E* query_at(int64_t b, int64_t vector = 0) const {
+    return query + b * query_stride + vector * vector_stride;
+  }
 
   const E* rows;
   const E* query;
   const int64_t* lengths;
   const int64_t* candidates;
   const int64_t* support;
-  int64_t batch_stride, row_stride, query_stride, length_stride, candidates_stride, candidate_stride, support_stride;
+  int64_t batch_stride, row_stride, query_stride, vector_stride, vectors, length_stride, candidates_stride,
+      candidate_stride, support_stride;
   int64_t num_rows, positions, size, dim;
   bool aligned;  // all rows and queries, to 16 bytes
 };

@@ -45,13 +45,14 @@ __global__ void __launch_bounds__(GramTile<E, kOwn>::kThreads, 2)
   const int tile_at = static_cast<int>(blockIdx.x % plan.tiles);
   const int row_begin = tile_at / plan.groups * 2, offset_begin = tile_at % plan.groups * kOffsets;
   const int64_t b = first + entry;
-  const int n = static_cast<int>(pool.size) + 1;
+  const int candidates = static_cast<int>(pool.size), n = candidates + static_cast<int>(pool.vectors);
 
   for (int t = threadIdx.x; t < kCount; t += T::kThreads) {
     const int block = t / kBlock < kOwn ? row_begin + t / kBlock : row_begin + offset_begin + t / kBlock - kOwn;
     const int i = block % plan.rows * kBlock + t % kBlock;
-    const int64_t row = i < n - 1 ? pool.row(b, i) : DevicePool<E>::kNone;
-    sources[t] = i == n - 1 ? pool.query_at(b) : row >= 0 ? pool.row_at(b, row) : nullptr;
+    const int64_t row = i < candidates ? pool.row(b, i) : DevicePool<E>::kNone;
+    const bool query = i >= candidates && i < n;
+    sources[t] = query ? pool.query_at(b, i - candidates) : row >= 0 ? pool.row_at(b, row) : nullptr;
   }
   __syncthreads();
 
@@ -95,14 +96,15 @@ int64_t gram_workspace_bytes(int64_t batch, int64_t positions) {
 
 void gram_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& support, int64_t first, int64_t count,
                double* gram, void* stream) {
-  const GramPlan plan((support.defined() ? support.shape[1] : pool.positions()) + 1);  // and the query
+  const int64_t vectors = query.rank == 3 ? query.shape[1] : 1;
+  const GramPlan plan((support.defined() ? support.shape[1] : pool.positions()) + vectors);
   with_element(pool.rows.dtype, [&](auto element) {
     using E = decltype(element);
     const DevicePool<E> device_pool(pool, query, support);
     const auto run = [&](auto kernel, int threads, int stages) {
       constexpr int kProductBytes = kWarps * kBlock * (kBlock + 1) * static_cast<int>(sizeof(double));
       launch(kernel, plan.tiles * count, threads, std::max(stages, kProductBytes), stream, device_pool, plan, first,
-             gram, gram_stride(device_pool.size));
+             gram, gram_stride(device_pool.size + device_pool.vectors - 1));
     };
     if (plan.groups == 1) {
       using T = GramTile<E, 0>;

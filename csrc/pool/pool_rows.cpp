@@ -142,46 +142,52 @@ const T* PoolRows<T>::row(int64_t i, T* buffer) const {
 }
 
 template <typename T>
-void PoolRows<T>::dots_block(const void* const* sources, int64_t count, const T* packed, int num_vectors,
-                             T* const* out) const {
-  const SimdOps<T>& ops = simd().ops<T>();
-  const auto product = [&](const T* const* rows, int64_t n, int64_t first) {
-    T* shifted[kMaxDotVectors];
-    for (int k = 0; k < num_vectors; ++k) shifted[k] = out[k] + first;
-    ops.dots(rows, n, packed, num_vectors, dim_, shifted);
-  };
+template <typename Visit>
+void PoolRows<T>::visit_part(const void* const* sources, int64_t begin, int64_t end, Visit&& visit) const {
   if constexpr (std::is_same_v<T, float>) {
     if (!in_place()) {
       std::vector<float> block(kRowsPerBlock * dim_);
       const float* rows[kRowsPerBlock];
-      for (int64_t first = 0; first < count; first += kRowsPerBlock) {
-        const int64_t n = std::min(kRowsPerBlock, count - first);
+      for (int64_t first = begin; first < end; first += kRowsPerBlock) {
+        const int64_t n = std::min(kRowsPerBlock, end - first);
         for (int64_t i = 0; i < n; ++i) {
           widen(sources[first + i], block.data() + i * dim_);
           rows[i] = block.data() + i * dim_;
         }
-        product(rows, n, first);
+        visit(rows, n, first);
       }
       return;
     }
   }
-  product(reinterpret_cast<const T* const*>(sources), count, 0);
+  visit(reinterpret_cast<const T* const*>(sources + begin), end - begin, begin);
+}
+
+template <typename T>
+template <typename Visit>
+void PoolRows<T>::visit(const void* const* sources, int64_t count, int num_threads, Visit&& visit) const {
+  if (num_threads < 2 || count * dim_ < kMinParallelWork) {
+    visit_part(sources, 0, count, visit);
+    return;
+  }
+  const int64_t chunk = std::max<int64_t>(kRowsPerBlock, (count + 4 * num_threads - 1) / (4 * num_threads));
+  parallel_for((count + chunk - 1) / chunk, num_threads,
+               [&](int64_t i) { visit_part(sources, i * chunk, std::min(count, (i + 1) * chunk), visit); });
 }
 
 template <typename T>
 void PoolRows<T>::dots(const void* const* sources, int64_t count, const T* packed, int num_vectors, T* const* out,
                        int num_threads) const {
-  if (num_threads < 2 || count * dim_ < kMinParallelWork) {
-    dots_block(sources, count, packed, num_vectors, out);
-    return;
-  }
-  const int64_t chunk = std::max<int64_t>(kRowsPerBlock, (count + 4 * num_threads - 1) / (4 * num_threads));
-  parallel_for((count + chunk - 1) / chunk, num_threads, [&](int64_t i) {
-    const int64_t first = i * chunk;
+  visit(sources, count, num_threads, [&](const T* const* rows, int64_t n, int64_t first) {
     T* shifted[kMaxDotVectors];
     for (int k = 0; k < num_vectors; ++k) shifted[k] = out[k] + first;
-    dots_block(sources + first, std::min(chunk, count - first), packed, num_vectors, shifted);
+    simd().ops<T>().dots(rows, n, packed, num_vectors, dim_, shifted);
   });
+}
+
+template <typename T>
+void PoolRows<T>::squares(T* out, int num_threads) const {
+  visit(sources_.data(), size(), num_threads,
+        [&](const T* const* rows, int64_t n, int64_t first) { simd().ops<T>().squares(rows, n, dim_, out + first); });
 }
 
 template <typename T>

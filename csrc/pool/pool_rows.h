@@ -73,6 +73,8 @@ class PoolRows {
   // out[k][t] = <row of sources[t], vector k> for t < count: a pass over some rows.
   void dots(const void* const* sources, int64_t count, const PackedRows<T>& vectors, T* const* out,
             int num_threads) const;
+  // out[i] = <row i, row i>, with the bits that dots has for it.
+  void squares(T* out, int num_threads) const;
   // Where the rows lie, in their own dtype; entries may be dropped or reordered in a copy handed to dots.
   const std::vector<const void*>& sources() const { return sources_; }
   // Row i in the arithmetic type; `buffer` [d] is used if the row must be widened: never if rows are in place.
@@ -85,7 +87,12 @@ class PoolRows {
   void add(const PoolSpec& spec, int64_t position, int64_t row);
   void dots(const void* const* sources, int64_t count, const T* packed, int num_vectors, T* const* out,
             int num_threads) const;
-  void dots_block(const void* const* sources, int64_t count, const T* packed, int num_vectors, T* const* out) const;
+  // visit(rows, how many, position of the first) for all rows of `sources`, in blocks where they must be widened,
+  // shared among threads where the pool is large enough to pay for that.
+  template <typename Visit>
+  void visit(const void* const* sources, int64_t count, int num_threads, Visit&& visit) const;
+  template <typename Visit>
+  void visit_part(const void* const* sources, int64_t begin, int64_t end, Visit&& visit) const;
   void widen(const void* source, float* out) const;
   void keep_widened();
 

@@ -28,6 +28,10 @@ struct SgdUpdate {
 // vectors and their twelve sums fill the sixteen registers of AVX2.
 inline constexpr int kMaxDotVectors = 3;
 
+// Arrays of `condition` and add_scaled in whole vectors of every instruction set: an element at an edge would meet
+// another arithmetic, and equal candidates would not tie.
+inline constexpr int64_t kGainBlock = 8;
+
 // Every dot product is summed in an order that depends on d alone: the same two vectors give the same bits
 // whatever stands beside them, and <x, y> == <y, x>.
 template <typename T>
@@ -37,6 +41,8 @@ struct SimdOps {
   void (*pack)(const T* const* vectors, int num_vectors, int64_t d, T* packed);
   // out[k][i] = <rows[i], vectors[k]> for i < n and k < num_vectors <= kMaxDotVectors, in one pass over the rows.
   void (*dots)(const T* const* rows, int64_t n, const T* packed, int num_vectors, int64_t d, T* const* out);
+  // out[i] = <rows[i], rows[i]>, with the bits that dots has for it.
+  void (*squares)(const T* const* rows, int64_t n, int64_t d, T* out);
   // out[j] += weights[t] * rows[t][j], for t = 0 .. count - 1 in this order.
   void (*add_scaled)(double* out, const T* const* rows, const double* weights, int64_t count, int64_t d);
   // difference = vector - x, *along = <vector - x, x>; returns ||vector - x||^2.
@@ -56,6 +62,13 @@ struct Simd {
   // Returns the position of the largest score, the lowest on a tie.
   int64_t (*advance)(double* scores, const double* target, double step, int64_t n);
   void (*scale)(double* values, double factor, int64_t n);
+  // Conditions on one observation and scores the next, element by element, in one pass:
+  //   products[k][i] -= moves[k] * column[i],  variances[i] -= shrink * column[i]^2,
+  //   gains[i] = sum_k products[k][i]^2 / (max(variances[i], 0) + noise) + bars[i].
+  // products [num_vectors, n]; n is a multiple of kGainBlock. Returns the position of the largest gain, the lowest on a
+  // tie.
+  int64_t (*condition)(double* products, int64_t num_vectors, double* variances, const double* column,
+                       const double* moves, double shrink, double noise, const double* bars, double* gains, int64_t n);
   void (*widen_f16)(const uint16_t* in, float* out, int64_t count);
   void (*widen_bf16)(const uint16_t* in, float* out, int64_t count);
   void (*narrow_f16)(const float* in, uint16_t* out, int64_t count);

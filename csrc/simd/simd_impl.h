@@ -189,6 +189,35 @@ void dots(const T* const* rows, int64_t n, const T* packed, int num_vectors, int
   }
 }
 
+template <typename T, int R>
+inline void square_block(const T* const* rows, int64_t d, T* out) {
+  using V = Wide<T>;
+  constexpr int kLanes = kBytes / sizeof(T);
+  V sums[R] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= d; j += kLanes) {
+    for (int r = 0; r < R; ++r) {
+      const V row = load_once<V>(rows[r] + j);
+      sums[r] = multiply_add(row, row, sums[r]);
+    }
+  }
+  if constexpr (R == 4) {
+    store_four(out, sums[0], sums[1], sums[2], sums[3]);
+  } else {
+    for (int r = 0; r < R; ++r) out[r] = sum_lanes(sums[r]);
+  }
+  if (j < d) {
+    for (int r = 0; r < R; ++r) out[r] = add_tail(out[r], rows[r] + j, rows[r] + j, d - j);
+  }
+}
+
+template <typename T>
+void squares(const T* const* rows, int64_t n, int64_t d, T* out) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) square_block<T, 4>(rows + i, d, out + i);
+  for (; i < n; ++i) square_block<T, 1>(rows + i, d, out + i);
+}
+
 inline Wide<double> load_widened(const double* from) { return load<Wide<double>>(from); }
 inline Wide<double> load_widened(const float* from) {
 #if defined(__AVX512F__)
@@ -260,6 +289,35 @@ int64_t advance(double* scores, const double* target, double step, int64_t n) {
   return i;
 }
 
+int64_t condition(double* products, int64_t num_vectors, double* variances, const double* column, const double* moves,
+                  double shrink, double noise, const double* bars, double* gains, int64_t n) {
+  using V = Wide<double>;
+  constexpr int kLanes = kBytes / sizeof(double);
+  const V shrinks = splat(-shrink), noises = splat(noise), zero = {};
+  V best_lanes = splat(-__builtin_inf());
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const V change = load<V>(column + i);
+    const V variance = multiply_add(shrinks * change, change, load<V>(variances + i));
+    store(variances + i, variance);
+    V reduction = zero;
+    for (int64_t k = 0; k < num_vectors; ++k) {
+      double* const at = products + k * n + i;
+      const V product = multiply_add(splat(-moves[k]), change, load<V>(at));
+      store(at, product);
+      reduction = multiply_add(product, product, reduction);
+    }
+    const V gain = reduction / (larger(variance, zero) + noises) + load<V>(bars + i);
+    store(gains + i, gain);
+    best_lanes = larger(best_lanes, gain);
+  }
+  const V best = splat(largest_lane(best_lanes));
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int at = first_equal(load<V>(gains + i), best);
+    if (at >= 0) return i + at;
+  }
+  return 0;  // NaN only
+}
+
 void scale(double* values, double factor, int64_t n) {
   using V = Wide<double>;
   constexpr int kLanes = kBytes / sizeof(double);
@@ -282,6 +340,11 @@ void add_scaled(double* out, const T* const* rows, const double* weights, int64_
       for (int u = 0; u < kUnroll; ++u) sums[u] = multiply_add(weight, load_widened(rows[t] + j + u * kLanes), sums[u]);
     }
     for (int u = 0; u < kUnroll; ++u) store(out + j + u * kLanes, sums[u]);
+  }
+  for (; j + kLanes <= d; j += kLanes) {
+    V sum = load<V>(out + j);
+    for (int64_t t = 0; t < count; ++t) sum = multiply_add(splat(weights[t]), load_widened(rows[t] + j), sum);
+    store(out + j, sum);
   }
   for (; j < d; ++j) {
     for (int64_t t = 0; t < count; ++t) out[j] += weights[t] * static_cast<double>(rows[t][j]);
@@ -354,16 +417,18 @@ namespace hullkit {
 namespace {
 
 constexpr Simd make_simd(const char* name) {
-  return Simd{
-      name,
-      {pack<float>, dots<float>, add_scaled<float>, subtract<float>, adam<float>, sgd<float>, accumulate<float>},
-      {pack<double>, dots<double>, add_scaled<double>, subtract<double>, adam<double>, sgd<double>, accumulate<double>},
-      advance,
-      scale,
-      widen_f16,
-      widen_bf16,
-      narrow_f16,
-      narrow_bf16};
+  return Simd{name,
+              {pack<float>, dots<float>, squares<float>, add_scaled<float>, subtract<float>, adam<float>, sgd<float>,
+               accumulate<float>},
+              {pack<double>, dots<double>, squares<double>, add_scaled<double>, subtract<double>, adam<double>,
+               sgd<double>, accumulate<double>},
+              advance,
+              scale,
+              condition,
+              widen_f16,
+              widen_bf16,
+              narrow_f16,
+              narrow_bf16};
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ Method: HullFT, arXiv 2605.30337.
 from . import optim
 from ._native import __version__, build_info
 from .finetune import AdaptReport, TestTimeFinetuner
+from .greedy import SIFTResult, sift
 from .metrics import bits_per_byte
 from .multiset import Multiset, select
 from .rounding import apportion, round_multiplicities
@@ -30,6 +31,7 @@ __all__ = [
     "LMOResult",
     "Multiset",
     "Reuse",
+    "SIFTResult",
     "Status",
     "TestTimeFinetuner",
     "__version__",
@@ -44,4 +46,5 @@ __all__ = [
     "reuse_schedule",
     "round_multiplicities",
     "select",
+    "sift",
 ]

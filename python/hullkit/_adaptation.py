@@ -60,6 +60,13 @@ class Adaptation:
     def __exit__(self, *exc_info: object) -> None:
         self._finish()
 
+    def keep(self) -> None:
+        """Enter, and stay adapted: trained weights and buffers are left as the passes left them."""
+        self.__enter__()
+        assert self._snapshot is not None
+        self._snapshot.forget_values()
+        self._finish()
+
     def _run(self) -> None:
         tuner = self._tuner
         self._claim_model()
@@ -205,6 +212,10 @@ class Snapshot:
         for buffer, copy in self._buffers:
             _written(buffer).copy_(copy)
 
+    def forget_values(self) -> None:
+        """From now on `restore` puts back flags and gradients, but no values."""
+        self._tensors, self._buffers, self._weights = [], [], None
+
     def restore(self) -> None:
         failure: Exception | None = None
         for module, training, parameters, buffers in self._modules:
@@ -239,7 +250,12 @@ _ADAPTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _LOCK = threading.Lock()
 _INTERRUPTIBLE = tuple(f.__code__ for f in (Adaptation._intercept_sigint, Adaptation._run))
 # Claiming too: an interrupt just as `with _LOCK` is left could keep it locked for ever.
-_ENTRY_AND_EXIT = (Adaptation.__enter__, Adaptation._claim_model, Adaptation.__exit__)
+_ENTRY_AND_EXIT = (
+    Adaptation.__enter__,
+    Adaptation._claim_model,
+    Adaptation.__exit__,
+    Adaptation.keep,
+)
 _SHIELDED = tuple(f.__code__ for f in _ENTRY_AND_EXIT)
 
 

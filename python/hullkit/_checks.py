@@ -21,7 +21,7 @@ class Problem(NamedTuple):
     """Checked inputs of a selection, as the operators take them: batched or not."""
 
     pool: Tensor  # [n, d] or [B, n, d], unit stride along d
-    query: Tensor  # [d] or [B, d], unit stride along d
+    query: Tensor  # [d] or [B, d] or, where several are allowed, [B, m, d]; unit stride along d
     lengths: Tensor | None  # [] or [B] int64
     candidates: Tensor | None  # [n] or [B, n] int64
 
@@ -32,7 +32,7 @@ class Problem(NamedTuple):
 
     def empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Uninitialised output, `shape` behind the batch dimension if there is one."""
-        if self.query.ndim == 2:
+        if self.query.ndim > 1:
             shape = (self.query.shape[0], *shape)
         # Single sizes: reading a tuple takes torch half as long again, a torch.Size twice as long.
         return self.query.new_empty(*(shape or ((),)), dtype=dtype)
@@ -75,6 +75,26 @@ def check_number(name: str, value: Any, minimum: float) -> float:
     if not value >= minimum:  # also refuses NaN
         raise ValueError(f"{name}: expected a number >= {minimum}, got {value}")
     return float(value)
+
+
+def check_positive(name: str, value: Any) -> float:
+    number = check_number(name, value, 0.0)
+    if not 0.0 < number < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return number
+
+
+def check_cap(max_multiplicity: Any, positions: int, total: int, of: str = "candidates") -> Any:
+    """How often one of `positions` candidates may be taken, so that `total` can be reached."""
+    if max_multiplicity is None:
+        return total
+    check_int("max_multiplicity", max_multiplicity, 1)
+    if max_multiplicity * positions < total:
+        raise ValueError(
+            f"max_multiplicity: expected at least total / {positions} for total = {total} and "
+            f"{positions} {of}, got {max_multiplicity}"
+        )
+    return min(max_multiplicity, total)
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -123,11 +143,13 @@ def check_pool_query(
     candidates: Any = None,
     *,
     query_name: str = "query",
+    several: bool = False,
 ) -> Problem:
     """Checks the inputs that every selection shares.
 
     pool (n, d) with query (d,): one problem. pool (n, d) with query (B, d): one pool for all.
     pool (B, n, d) with query (B, d): a pool each. candidates needs a shared pool.
+    several: query (B, m, d) is a batch of prompts of m vectors each.
     """
     pool = check_floating("pool", pool)
     query = check_floating(query_name, query)
@@ -137,8 +159,9 @@ def check_pool_query(
     rows, row = pool.shape, query.shape  # read once: every look at a tensor takes time
     if len(rows) not in (2, 3):
         raise ValueError(f"pool: expected shape (n, d) or (B, n, d), got {tuple(rows)}")
-    if len(row) not in (1, 2):
-        raise ValueError(f"{query_name}: expected shape (d,) or (B, d), got {tuple(row)}")
+    if len(row) not in (1, 2) and not (several and len(row) == 3 and row[1] > 0):
+        shapes = "(d,), (B, d) or (B, m, d) with m >= 1" if several else "(d,) or (B, d)"
+        raise ValueError(f"{query_name}: expected shape {shapes}, got {tuple(row)}")
     if len(rows) == 3 and (len(row) == 1 or row[0] != rows[0]):
         raise ValueError(
             f"{query_name}: expected shape ({rows[0]}, {rows[2]}) for a pool of shape "
@@ -154,7 +177,7 @@ def check_pool_query(
         )
     if lengths is None and candidates is None:
         return Problem(_readable(pool), _readable(query), None, None)
-    leading = tuple(row[:-1])  # () or (B,)
+    leading = tuple(row[: min(len(row) - 1, 1)])  # () or (B,)
     if lengths is not None:
         lengths = check_integers("lengths", lengths, leading, pool)
     if candidates is not None:
@@ -164,7 +187,7 @@ def check_pool_query(
                 "candidates: expected a shared pool of shape (M, d), "
                 f"got a pool of shape {tuple(rows)}"
             )
-        if candidates.ndim != len(row) or candidates.shape[-1] == 0:
+        if candidates.ndim != len(leading) + 1 or candidates.shape[-1] == 0:
             raise ValueError(
                 f"candidates: expected shape {(*leading, 'n')} with n >= 1, "
                 f"got {tuple(candidates.shape)}"

@@ -65,6 +65,18 @@ def select_cpu(
     /,
     *outputs_and_num_threads: _View | int,
 ) -> None: ...
+def sift_cpu(
+    pool: _View,
+    query: _View,
+    lengths: _View,
+    candidates: _View,
+    total: int,
+    noise: float,
+    alpha: float,
+    max_multiplicity: int,
+    /,
+    *outputs_and_num_threads: _View | int,
+) -> None: ...
 def round_multiplicities_cpu(
     pool: _View,
     query: _View,
@@ -144,6 +156,18 @@ def select_cuda(
     /,
     *outputs_workspace_and_stream: _View | int,
 ) -> None: ...
+def sift_cuda(
+    pool: _View,
+    query: _View,
+    lengths: _View,
+    candidates: _View,
+    total: int,
+    noise: float,
+    alpha: float,
+    max_multiplicity: int,
+    /,
+    *outputs_workspace_and_stream: _View | int,
+) -> None: ...
 def round_multiplicities_cuda(
     pool: _View,
     query: _View,
@@ -165,6 +189,7 @@ def lmo_workspace_bytes(batch: int, positions: int, /) -> int: ...
 def knn_workspace_bytes(batch: int, positions: int, k: int, /) -> int: ...
 def gram_workspace_bytes(batch: int, positions: int, /) -> int: ...
 def active_set_workspace_bytes(batch: int, positions: int, width: int, /) -> int: ...
+def sift_workspace_bytes(batch: int, positions: int, vectors: int, total: int, /) -> int: ...
 def corpus_workspace_bytes(batch: int, positions: int, dim: int, width: int, /) -> int: ...
 def build_info() -> dict[str, Any]: ...
 def same_objects(dicts: list[dict[Any, Any]], known: list[Any], /) -> bool: ...

@@ -49,6 +49,7 @@ knn_cpu = _kernel(_core.knn_cpu)
 duplicates_cpu = _kernel(_core.duplicates_cpu)
 frank_wolfe_cpu = _kernel(_core.frank_wolfe_cpu)
 select_cpu = _kernel(_core.select_cpu)
+sift_cpu = _kernel(_core.sift_cpu)
 round_multiplicities_cpu = _kernel(_core.round_multiplicities_cpu)
 apportion_cpu = _kernel(_core.apportion_cpu)
 
@@ -80,7 +81,7 @@ def _cuda_kernel(name: str, workspace_bytes: Callable[..., int]) -> Callable[...
 
 def _sizes(pool: Tensor, query: Tensor, candidates: Tensor | None) -> tuple[int, int]:
     """B and n."""
-    batch = query.shape[0] if query.ndim == 2 else 1
+    batch = 1 if query.ndim == 1 else query.shape[0]
     return batch, pool.shape[-2] if candidates is None else candidates.shape[-1]
 
 
@@ -164,6 +165,24 @@ def _select_bytes(*arguments: Any) -> int:
     return size
 
 
+def _sift_bytes(
+    pool: Tensor,
+    query: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    total: int,
+    *_: Any,
+) -> int:
+    batch, size = _sizes(pool, query, candidates)
+    vectors = query.shape[1] if query.ndim == 3 else 1
+    if size + vectors - 1 > MAX_ON_DEVICE:
+        raise NotImplementedError(
+            f"sift: expected at most {MAX_ON_DEVICE} candidates of a prompt (with its vectors but "
+            f"one) on a CUDA device, got {size + vectors - 1}. Take the nearest first: hullkit.knn"
+        )
+    return _core.sift_workspace_bytes(batch, size, vectors, total)
+
+
 def _rounding_bytes(pool: Tensor, query: Tensor, indices: Tensor, *_: Any) -> int:
     size = indices.shape[-1]
     if size > MAX_ON_DEVICE:
@@ -179,6 +198,7 @@ knn_cuda = _cuda_kernel("knn_cuda", _knn_bytes)
 duplicates_cuda = _cuda_kernel("duplicates_cuda", _duplicates_bytes)
 frank_wolfe_cuda = _cuda_kernel("frank_wolfe_cuda", _frank_wolfe_bytes)
 select_cuda = _cuda_kernel("select_cuda", _select_bytes)
+sift_cuda = _cuda_kernel("sift_cuda", _sift_bytes)
 round_multiplicities_cuda = _cuda_kernel("round_multiplicities_cuda", _rounding_bytes)
 apportion_cuda = _cuda_kernel("apportion_cuda", lambda *_: 0)
 

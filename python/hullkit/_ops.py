@@ -76,6 +76,15 @@ select = _operator(
     _native.select_cuda,
 )
 
+# query [d], [B, d] or [B, m, d]
+sift = _operator(
+    "sift(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates, int total, float noise,"
+    " float alpha, int max_multiplicity, Tensor(a!) order, Tensor(b!) variance, Tensor(c!) indices,"
+    " Tensor(d!) counts, Tensor(e!) num_steps) -> ()",
+    _native.sift_cpu,
+    _native.sift_cuda,
+)
+
 round_multiplicities = _operator(
     "round_multiplicities(Tensor pool, Tensor query, Tensor indices, Tensor weights,"
     " Tensor? candidates, int total, int exchange_passes, int max_multiplicity,"

@@ -58,6 +58,8 @@ class Weights:
         steps = torch.zeros(len(parameters), dtype=torch.float32, device=device)
         self.steps = dict(zip(parameters, steps.unbind(), strict=True))
         self._data = [p.data for p in parameters]
+        self._fresh = True  # whether moments and step counters are 0
+        self._all_steps = steps
         base = dict(zip(parameters, self.base, strict=True))
         self._restoring = []
         for dtype, own in by_dtype(parameters).items():
@@ -76,6 +78,10 @@ class Weights:
         return TensorTable(rows, self.device, triton=True)
 
     def save(self) -> None:
+        if not self._fresh:  # the latest query was not taken back
+            torch._foreach_zero_([moment for pair in self.moments.values() for moment in pair])
+            self._all_steps.zero_()
+        self._fresh = False
         with torch.no_grad():
             torch._foreach_copy_(self.base, self._data)
 
@@ -83,6 +89,7 @@ class Weights:
         """May be cut short and begun again."""
         for table, record, dtype in self._restoring:
             _multi_tensor.restore_(table, record, dtype)
+        self._fresh = True
         torch.autograd.graph.increment_version(self.parameters)
 
 

@@ -6,7 +6,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -142,7 +141,7 @@ class TestTimeFinetuner:
 
     def adapted(
         self, examples: Any, counts: Any, *, select_seconds: float | None = None
-    ) -> AbstractContextManager[nn.Module]:
+    ) -> Adaptation:
         """A with-block in which the model is finetuned on `examples`; it yields the model.
 
         Everything is checked by this call, before any weight is touched; finetuning happens on
@@ -176,6 +175,18 @@ class TestTimeFinetuner:
         vocabulary = vocabulary_size(self.model)
         inputs = [self._inputs(f"examples[{i}]", e, vocabulary) for i, e in enumerate(examples)]
         return Adaptation(self, inputs, schedule, select_seconds)
+
+    def adapt_(
+        self, examples: Any, counts: Any, *, select_seconds: float | None = None
+    ) -> AdaptReport:
+        """Finetune the model in place, for code that puts weights back itself.
+
+        As entering :meth:`adapted` and never leaving it, but for gradients and flags, which are as
+        before; so are weights and buffers if it fails. The next query starts with fresh moments.
+        """
+        self.adapted(examples, counts, select_seconds=select_seconds).keep()
+        assert self.last_report is not None
+        return self.last_report
 
     def _inputs(self, name: str, example: Any, vocabulary: int | None) -> dict[str, Tensor]:
         """The checked keyword inputs of one example, `input_ids` and `labels` among them."""

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from . import _ops
 from ._arrays import takes_arrays
-from ._checks import check_choice, check_device, check_int, check_pool_query, check_total
+from ._checks import check_cap, check_choice, check_device, check_int, check_pool_query, check_total
+from .greedy import SIFTResult, sift
 from .reference import batched
-from .rounding import multiplicity_limit
 from .selection import FrankWolfeResult, KNNResult, duplicates, frank_wolfe_options, knn
 
 
 class Multiset(NamedTuple):
     """A selection to finetune on: example `rows[j]` gets `counts[j]` updates, in this order."""
 
-    indices: Tensor  # [B, S] int64 positions, heaviest or nearest first, -1 = padding
-    counts: Tensor  # [B, S] int64, sum = total, 0 = padding
+    indices: Tensor  # [B, S] int64 positions; heaviest, nearest or chosen first; -1 = padding
+    counts: Tensor  # [B, S] int64, sum = total (or steps taken until alpha stopped), 0 = padding
     rows: Tensor  # [B, S] int64 rows of the pool: indices, looked up in candidates if there are any
-    result: FrankWolfeResult | KNNResult  # what the counts were made from, with its certificates
+    result: FrankWolfeResult | KNNResult | SIFTResult  # what counts were made from; certificates
     # [B] float64 ||query - sum_j counts[j] / total * rows[j]||, to be compared with
     # result.residual_norm: what rounding cost. None for methods that do not round.
     residual_norm: Tensor | None = None
@@ -43,6 +43,8 @@ def select(
     variant: str | None = None,
     gap_tol: float | None = None,
     exchange_passes: int = 2,
+    noise: float = 0.01,
+    alpha: float | None = None,
     max_multiplicity: int | None = None,
     merge_duplicates: float | None = None,
     lengths: Tensor | None = None,
@@ -55,8 +57,11 @@ def select(
     same bits; the Gram matrix of the support is not computed a second time where the Gram matrix of
     the pool is at hand (CPU; CUDA with n <= 4096). With `max_multiplicity=u` no example gets more
     than u updates: frank_wolfe runs with `max_weight = u / total`, rounding with the same u.
-    method="knn": the `total` nearest, one update each; the options of the hull do not apply and
-    must be left alone.
+    method="knn": the `total` nearest, one update each; with max_multiplicity = u the nearest
+    ceil(total / u), u updates each, the last one what remains.
+    method="sift": :func:`sift`, the distinct rows in order of their first choice.
+
+    Options of another method must be left alone.
 
     Args:
         pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
@@ -68,28 +73,35 @@ def select(
             round_multiplicities.
         variant: as in frank_wolfe; None for "vanilla", or "fully_corrective", which is faster and
             exact there, if max_multiplicity is less than total.
-        max_multiplicity: largest count, >= 1 and at least total / (number of valid candidates);
-            None for no limit. With reuse_schedule(refresh_interval=u) an example costs one pass.
+        noise, alpha: as in :func:`sift`, which also takes queries `(B, m, d)`.
+        max_multiplicity: updates of one row at most; None for 1 ("knn") or no limit. ValueError if
+            `total` needs more. With reuse_schedule(refresh_interval=u) an example costs one pass.
         merge_duplicates: eps of :func:`hullkit.duplicates`: of candidates nearly the same only the
             first takes part, and what any of them would get is its; None for all to take part. A
             pool `(B, n, d)` whose rows are not evenly spaced in memory is copied for it.
     Returns:
         Multiset(indices, counts, rows, result, residual_norm, representatives): `rows[b, j]` is the
         pool row to train on `counts[b, j]` times, in this order; `residual_norm[b]` is what the
-        counts leave of the query, the result's what the weights do; without the leading B for an
-        unbatched call. Where it is nearly 0, residual_norm is right to 1e-8 of the norms involved
-        on CUDA, for half types there to 1e-3: it is made of products, not of rows.
+        counts of "hull" leave of the query, the result's what the weights do; without the leading B
+        for an unbatched call. Where it is nearly 0, residual_norm is right to 1e-8 of the norms
+        involved on CUDA, for half types there to 1e-3: it is made of products, not of rows.
     Raises:
         As the functions it calls: on CUDA NotImplementedError for n > 4096 with S > 4096. Entries
-        with too few candidates for max_multiplicity: ValueError, on CUDA status BROKEN.
+        of "hull" with too few candidates for max_multiplicity: ValueError, on CUDA status BROKEN.
     """
-    check_choice("method", method, ("hull", "knn"))
+    check_choice("method", method, ("hull", "knn", "sift"))
     check_total(total)
-    result: FrankWolfeResult | KNNResult
+    _check_options(
+        method,
+        hull=(max_support, max_iters, tol, variant, gap_tol, exchange_passes)
+        != (None, 250, 1e-5, None, None, 2),
+        sift=(noise, alpha) != (0.01, None),
+    )
+    result: FrankWolfeResult | KNNResult | SIFTResult
     residual_norm = representatives = None
     listed = candidates
     if merge_duplicates is not None:
-        check_pool_query(pool, query, lengths, candidates)
+        check_pool_query(pool, query, lengths, candidates, several=method == "sift")
         representatives = duplicates(
             pool, eps=merge_duplicates, lengths=lengths, candidates=candidates, backend=backend
         )
@@ -98,33 +110,50 @@ def select(
         problem = check_pool_query(pool, query, lengths, candidates)
         check_device("select", problem.pool, backend)
         check_int("exchange_passes", exchange_passes, 0)
-        limit = multiplicity_limit(max_multiplicity, total, problem.positions, "candidates")
-        capped = limit < total
+        cap = check_cap(max_multiplicity, problem.positions, total)
         if max_support is None:
-            max_support = 2 * total if capped else total
+            max_support = 2 * total if cap < total else total
         if variant is None:
-            variant = "fully_corrective" if capped else "vanilla"
+            variant = "fully_corrective" if cap < total else "vanilla"
         options, result = frank_wolfe_options(
-            problem, max_support, max_iters, tol, gap_tol, variant, limit / total
+            problem, max_support, max_iters, tol, gap_tol, variant, cap / total
         )
         counts = torch.empty_like(result.indices)
         residual_norm = torch.empty_like(result.residual_norm)
         run: Callable[..., None] = _ops.select if backend is None else batched.select
-        run(*problem, *options, total, exchange_passes, limit, *result, counts, residual_norm)
+        run(*problem, *options, total, exchange_passes, cap, *result, counts, residual_norm)
+    elif method == "knn":
+        result, counts = _nearest(
+            pool, query, total, max_multiplicity, lengths, candidates, backend
+        )
     else:
-        options_of_hull = (max_support, max_iters, tol, variant, gap_tol, exchange_passes)
-        if options_of_hull != (None, 250, 1e-5, None, None, 2) or max_multiplicity is not None:
-            raise ValueError(
-                "method: expected 'hull' for max_support, max_iters, tol, variant, gap_tol, "
-                "exchange_passes or max_multiplicity, got 'knn'"
-            )
-        result = _nearest(pool, query, total, lengths, candidates, backend)
-        counts = torch.ones_like(result.indices)
+        result = sift(
+            pool,
+            query,
+            total,
+            noise=noise,
+            alpha=alpha,
+            max_multiplicity=max_multiplicity,
+            lengths=lengths,
+            candidates=candidates,
+            backend=backend,
+        )
+        counts = result.counts
     rows = result.indices
     if listed is not None:
         looked_up = listed.to(torch.int64).gather(-1, rows.clamp_min(0))
         rows = torch.where(rows < 0, rows, looked_up)
     return Multiset(result.indices, counts, rows, result, residual_norm, representatives)
+
+
+def _check_options(method: str, *, hull: bool, sift: bool) -> None:
+    """Which options were set, by whose they are: another method would silently not heed them."""
+    for given, names, owner in (
+        (hull, "max_support, max_iters, tol, variant, gap_tol or exchange_passes", "hull"),
+        (sift, "noise or alpha", "sift"),
+    ):
+        if given and method != owner:
+            raise ValueError(f"method: expected {owner!r} for {names}, got {method!r}")
 
 
 def _without_copies(
@@ -137,24 +166,33 @@ def _without_copies(
         candidates = candidates.view(pool.shape[:-1])
         pool = pool.flatten(0, -2)
     merged = torch.where(own, candidates.to(torch.int64), -1)
-    return pool, merged.expand(*query.shape[:-1], merged.shape[-1])
+    return pool, merged.expand(*query.shape[: min(query.ndim - 1, 1)], merged.shape[-1])
 
 
 def _nearest(
     pool: Tensor,
     query: Tensor,
     total: int,
+    max_multiplicity: int | None,
     lengths: Tensor | None,
     candidates: Tensor | None,
     backend: str | None,
-) -> KNNResult:
-    result = knn(pool, query, total, lengths=lengths, candidates=candidates, backend=backend)
+) -> tuple[KNNResult, Tensor]:
+    cap = 1
+    if max_multiplicity is not None:
+        cap = check_cap(
+            max_multiplicity, check_pool_query(pool, query, lengths, candidates).positions, total
+        )
+    k = -(-total // cap)
+    result = knn(pool, query, k, lengths=lengths, candidates=candidates, backend=backend)
+    counts = torch.full_like(result.indices, cap)
+    counts[..., -1] = total - cap * (k - 1)
     if lengths is None and candidates is None:
-        return result  # knn has checked that there are enough
+        return result, counts  # knn has checked that there are enough
     short = (result.indices < 0).any(-1)
     if bool(short.any()):
         raise ValueError(
-            f"total: expected at most the number of valid candidates for method='knn', got {total} "
-            f"for entries {short.nonzero().flatten().tolist()} with fewer"
+            f"total: expected at most {cap} for each of the valid candidates for "
+            f"method='knn', got {total} for entries {short.nonzero().flatten().tolist()} with fewer"
         )
-    return result
+    return result, counts

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _ops
 from ._arrays import takes_arrays
 from ._checks import (
+    check_cap,
     check_device,
     check_floating,
     check_int,
@@ -81,7 +82,7 @@ def round_multiplicities(
         raise ValueError(
             f"result.weights: expected the pool's device {pool.device}, got {weights.device}"
         )
-    limit = multiplicity_limit(max_multiplicity, total, shape[-1], "support points")
+    cap = check_cap(max_multiplicity, shape[-1], total, "support points")
     counts = problem.empty(torch.int64, shape[-1])
     run = _ops.round_multiplicities if backend is None else batched.round_multiplicities
     run(
@@ -92,23 +93,10 @@ def round_multiplicities(
         problem.candidates,
         total,
         exchange_passes,
-        limit,
+        cap,
         counts,
     )
     return counts
-
-
-def multiplicity_limit(max_multiplicity: int | None, total: int, positions: int, of: str) -> int:
-    """The largest count as the operators take it: the total is no limit."""
-    if max_multiplicity is None:
-        return total
-    check_int("max_multiplicity", max_multiplicity, 1)
-    if max_multiplicity * positions < total:
-        raise ValueError(
-            f"max_multiplicity: expected at least {-(-total // positions)} for a total of {total} "
-            f"over {positions} {of}, got {max_multiplicity}"
-        )
-    return min(max_multiplicity, total)
 
 
 @takes_arrays

@@ -279,7 +279,7 @@ def frank_wolfe(
     """
     problem = check_pool_query(pool, query, lengths, candidates)
     check_device("frank_wolfe", problem.pool, backend)
-    check_cap("max_weight", max_weight, problem.positions)
+    check_max_weight(max_weight, problem.positions)
     options, out = frank_wolfe_options(
         problem, max_support, max_iters, tol, gap_tol, variant, float(max_weight)
     )
@@ -288,13 +288,13 @@ def frank_wolfe(
     return out
 
 
-def check_cap(name: str, max_weight: float, positions: int) -> None:
-    check_number(name, max_weight, 0.0)
+def check_max_weight(max_weight: float, positions: int) -> None:
+    check_number("max_weight", max_weight, 0.0)
     if not 0.0 < max_weight <= 1.0:
-        raise ValueError(f"{name}: expected a number in (0, 1], got {max_weight}")
-    if max_weight < 1.0 and max_weight * positions < 1.0 - 1e-12:
+        raise ValueError(f"max_weight: expected a number in (0, 1], got {max_weight}")
+    if max_weight * positions < 1.0 - 1e-12:
         raise ValueError(
-            f"{name}: expected at least 1 / {positions} for {positions} candidates, "
+            f"max_weight: expected at least 1 / {positions} for {positions} candidates, "
             f"got {max_weight}"
         )
 

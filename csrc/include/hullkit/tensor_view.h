@@ -44,6 +44,18 @@ struct TensorView {
     return part;
   }
 
+  // Entry i of a batch: a dimension less.
+  TensorView entry(int64_t i) const {
+    TensorView part = *this;
+    part.data = static_cast<char*>(data) + i * stride[0] * element_bytes(dtype);
+    part.rank = rank - 1;
+    for (int axis = 0; axis < part.rank; ++axis) {
+      part.shape[axis] = shape[axis + 1];
+      part.stride[axis] = stride[axis + 1];
+    }
+    return part;
+  }
+
   template <typename T>
   T* at(int64_t i) const {
     return static_cast<T*>(data) + i * stride[0];

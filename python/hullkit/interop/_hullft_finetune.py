@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from .._checks import check_choice
-from ..metrics import forward_parameters
+from ..finetune import TestTimeFinetuner
+from ..metrics import IGNORED, forward_parameters
 from ..optim import Adam
-from ..schedule import reuse_schedule
 
 METHODS = ("standard", "gradient_refresh", "sift_global_refresh", "sift_consecutive_refresh")
 
@@ -37,7 +37,9 @@ def finetune_with_approach(
     approach_config["refresh_interval"] (2) updates, see :func:`hullkit.reuse_schedule`.
 
     The model is left adapted, in eval mode and on `device` (None: CUDA if there is any): restoring
-    it is the caller's part, as in the published code. Texts are cut to max_length tokens.
+    it is the caller's part, as in the published code. Texts are cut to max_length tokens. On a CUDA
+    device passes are captured, see :class:`hullkit.TestTimeFinetuner`; what is recorded is kept for
+    the next call with this model, until another one comes or :func:`release` is called.
 
     Returns a dict of finetune_steps, finetune_seconds (device work included), finetune_approach,
     finetune_unique_texts (groups) and finetune_total_texts.
@@ -110,13 +112,36 @@ def _finetune_in_place(
         for text, mask in zip(texts, batch["attention_mask"], strict=True):
             if mask.sum() < 2:
                 raise ValueError(f"texts: expected at least 2 tokens each, got {text!r}")
+    model.zero_grad()
+    if not groups:
+        return
+    if all(len(texts) == 1 for texts, _ in groups):
+        examples = [batch["input_ids"] for batch in batches]
+        _tuner_of(model, lr, interval).adapt_(examples, [count for _, count in groups])
+        return
+    # Batches of several texts, which a tuner does not take; each makes one update.
     cache = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
     optimizer = Adam(model.parameters(), lr=lr)
-    optimizer.zero_grad()
-    for (_, count), batch in zip(groups, batches, strict=True):
+    for batch in batches:
         inputs = {key: tensor.to(device) for key, tensor in batch.items()}
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        for _, num_steps in reuse_schedule([count], interval):
-            model(**inputs, labels=labels, **cache).loss.backward()
-            optimizer.step(num_steps=num_steps)
-            optimizer.zero_grad()
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
+        model(**inputs, labels=labels, **cache).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+_latest: TestTimeFinetuner | None = None  # its graphs serve the next call for the same model
+
+
+def _tuner_of(model: Any, lr: float, interval: int) -> TestTimeFinetuner:
+    global _latest
+    if _latest is None or _latest.model is not model or _latest.refresh_interval != interval:
+        _latest = TestTimeFinetuner(model, refresh_interval=interval)
+    _latest.lr = lr
+    return _latest
+
+
+def release() -> None:
+    """Let go of the model finetuned last, and of what was recorded for it on a CUDA device."""
+    global _latest
+    _latest = None

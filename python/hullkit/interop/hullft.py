@@ -23,7 +23,7 @@ from torch import Tensor
 from .._arrays import tensor_of
 from ..rounding import apportion, round_multiplicities
 from ..selection import frank_wolfe
-from ._hullft_finetune import finetune_on_texts, finetune_with_approach
+from ._hullft_finetune import finetune_on_texts, finetune_with_approach, release
 from ._patching import PackagePatch
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "integerize_by_geometry",
     "pad_by_weights_deterministic",
     "patch",
+    "release",
     "unpatch",
 ]
 

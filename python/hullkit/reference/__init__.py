@@ -12,9 +12,11 @@ from .knn import knn
 from .lmo import lmo, row_dots
 from .optim import accumulate, adam, global_norm, sgd
 from .round_multiplicities import round_multiplicities
+from .sift import SIFTOutcome, sift
 
 __all__ = [
     "FrankWolfeOutcome",
+    "SIFTOutcome",
     "accumulate",
     "adam",
     "apportion",
@@ -28,4 +30,5 @@ __all__ = [
     "round_multiplicities",
     "row_dots",
     "sgd",
+    "sift",
 ]

@@ -20,6 +20,7 @@ from . import frank_wolfe as _frank_wolfe
 from . import knn as _knn
 from . import lmo as _lmo
 from . import round_multiplicities as _round_multiplicities
+from . import sift as _sift
 from .lmo import Array
 
 _STATUS_CODES = {"CONVERGED": 0, "MAX_SUPPORT": 1, "MAX_ITERS": 2, "STALLED": 3, "GAP_TOL": 5}
@@ -228,6 +229,34 @@ def select(
         support = np.searchsorted(problem.positions, indices[b, used].cpu().numpy())
         shares = counts[b, used].cpu().numpy() / total
         norms[b] = float(np.linalg.norm(problem.query - shares @ problem.pool[support]))
+
+
+def sift(
+    pool: Tensor,
+    query: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    total: int,
+    noise: float,
+    alpha: float,
+    max_multiplicity: int,
+    order: Tensor,
+    variance: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    num_steps: Tensor,
+) -> None:
+    order, variance, indices, counts = _entries(order, variance, indices, counts, rank=1)
+    (num_steps,) = _entries(num_steps, rank=0)
+    for b, problem in _problems(pool, query, lengths, candidates):
+        outcome = _sift(problem.pool, problem.query, total, noise, alpha or None, max_multiplicity)
+        distinct, first, often = np.unique(outcome.order, return_index=True, return_counts=True)
+        by_first = np.argsort(first)
+        _fill(order[b], problem.positions[outcome.order], -1)
+        _fill(variance[b], outcome.variance, outcome.variance[-1])
+        _fill(indices[b], problem.positions[distinct[by_first]], -1)
+        _fill(counts[b], often[by_first], 0)
+        num_steps[b] = len(outcome.order)
 
 
 def _support(problem: _Problem, indices: NDArray[np.int64], n: int, b: int) -> NDArray[np.int64]:

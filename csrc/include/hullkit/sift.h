@@ -1,0 +1,45 @@
+// SIFT: greedy choice of the candidates that most reduce the posterior variance of a prompt under a Gaussian process
+// with a linear kernel, k(x, y) = <x, y>, and observation noise (Huebotter et al., arXiv 2410.08020). Step by step,
+// with k_S the kernel conditioned on the multiset S chosen so far,
+//   choose i maximising  sum_j k_S(query_j, pool_i)^2 / (k_S(pool_i, pool_i) + noise),  lowest index on a tie;
+// that sum is by how much the variance sum_j k_S(query_j, query_j) falls. A candidate may be chosen again.
+#pragma once
+
+#include "hullkit/pool_spec.h"
+
+namespace hullkit {
+
+struct SiftParams {
+  int64_t total;             // steps, >= 1
+  double noise;              // variance of an observation, > 0, in the squared units of the input
+  double alpha;              // stop after step t if sqrt(variance) > 1 / (alpha t); 0: never
+  int64_t max_multiplicity;  // a candidate is chosen at most so often, >= 1
+};
+
+// S >= min(total, number of valid candidates): every chosen candidate has a place.
+struct SiftResult {
+  TensorView order;      // [B, total] int64, in order of choice, repeats included; -1 from where it stopped
+  TensorView variance;   // [B, total] float64, of the prompt after each step; stays as it is from where it stopped
+  TensorView indices;    // [B, S] int64, distinct choices in order of their first; -1 = padding
+  TensorView counts;     // [B, S] int64, how often each was chosen; 0 = padding
+  TensorView num_steps;  // [B] int64
+};
+
+// query [B, d], or [B, m, d]: prompts of m vectors, whose variances add up.
+// Fewer than total / max_multiplicity valid candidates are a ValueError.
+// Numerics: inner products accumulate in float32 (float64 for float64 input) in an order that depends on d alone;
+// everything after them is float64, so variances are right to within the rounding of ||query||^2.
+// Cost: O(n d) for each candidate chosen (a column of the pool's Gram matrix, computed once), O(n (m + min(t, n))) for
+// step t, O(n m) where it repeats the one before. Memory, besides: at most n min(total, n) float64 a query, twice where
+// total > n.
+void sift_cpu(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
+              int num_threads);
+
+// The same on a GPU, for up to 4096 candidates: the Gram matrices of all prompts in one launch on tensor cores, their
+// steps in a second, a block for each. What the CPU refuses gets order and indices -1, counts and num_steps 0 and
+// variance NaN. workspace: sift_workspace_bytes; the output is contiguous.
+void sift_cuda(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
+               void* workspace, void* stream);
+int64_t sift_workspace_bytes(int64_t batch, int64_t positions, int64_t vectors, int64_t total);
+
+}  // namespace hullkit

@@ -1,0 +1,165 @@
+"""activeft's `Retriever` over a faiss index: its interface, hullkit's kernels, one call a batch.
+
+Needs faiss, which brings the index, and nothing of activeft.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..greedy import sift
+
+Array = NDArray[np.float32]
+Indices = NDArray[np.int64]
+
+
+class RetrievalTime(NamedTuple):
+    faiss: float  # seconds in the index
+    sift: float  # seconds of choice after that
+
+
+class Retriever:
+    """Preselects candidates by a faiss index and chooses among them by :func:`hullkit.sift`.
+
+    Equivalent to: `activeft.sift.Retriever`, but for choices that the rounding of its float32
+    kernel decides. A batch's answers come in the order of its queries (there as workers finish),
+    and more than 1000 candidates are chosen from together.
+
+    Args:
+        index: any faiss index that can reconstruct its vectors.
+        acquisition_function: must be None, there for its place among the arguments.
+        llambda: `noise` of :func:`hullkit.sift`.
+        fast: values are gains (what each choice takes off the variance), as SIFT-Fast's are; the
+            choices are the exact ones in any case.
+        also_query_opposite: candidates are those of largest absolute inner product, found by a
+            search for the opposite of the mean query, too. Inner-product indices only.
+        only_faiss: return the N nearest of the index.
+        device: where to choose; None for CUDA if there is any, else the CPU.
+    """
+
+    def __init__(
+        self,
+        index: Any,
+        acquisition_function: None = None,
+        llambda: float = 0.01,
+        fast: bool = False,
+        also_query_opposite: bool = True,
+        only_faiss: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if acquisition_function is not None:
+            raise NotImplementedError(
+                "acquisition_function: expected None, which is SIFT, "
+                f"got {type(acquisition_function).__name__}"
+            )
+        self.index = index
+        self.llambda = llambda
+        self.fast = fast
+        self.also_query_opposite = also_query_opposite
+        self.only_faiss = only_faiss
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def search(
+        self, query: Any, N: int, K: int | None = None, mean_pooling: bool = False, threads: int = 1
+    ) -> tuple[Array, Indices, Array, RetrievalTime]:
+        """:meth:`batch_search` for one prompt: query `(m, d)`; results without the leading B."""
+        values, indices, embeddings, seconds = self.batch_search(
+            np.asarray(query)[None], N, K, mean_pooling, threads
+        )
+        return values[0], indices[0], embeddings[0], seconds
+
+    def batch_search(
+        self,
+        queries: Any,
+        N: int,
+        K: int | None = None,
+        mean_pooling: bool = False,
+        threads: int = 1,
+    ) -> tuple[Array, Indices, Array, RetrievalTime]:
+        """N choices, repeats included, for each prompt.
+
+        Args:
+            queries: `(B, m, d)`, prompts of m embeddings each, whose variances are summed.
+            N: choices of a prompt. K: candidates of a prompt, the nearest of the mean query; None
+                for the whole index.
+            mean_pooling: choose for the mean of a prompt's embeddings.
+            threads: faiss's; hullkit runs on `torch.get_num_threads()`.
+        Returns:
+            values `(B, N)` float32, minus the variance after each choice; indices `(B, N)` int64 in
+            the index; embeddings `(B, N, d)` float32; seconds spent in faiss and on the choice.
+        """
+        import faiss
+
+        queries = np.asarray(queries, dtype=np.float32)
+        if queries.ndim != 3 or queries.shape[2] != self.index.d:
+            raise ValueError(f"queries: expected shape (B, m, {self.index.d}), got {queries.shape}")
+        means = queries.mean(axis=1)
+        start = time.perf_counter()
+        faiss.omp_set_num_threads(threads)
+        products, indices, pool, rows = self._candidates(means, K or self.index.ntotal, faiss)
+        found = time.perf_counter()
+        if self.only_faiss:
+            embeddings = pool[rows[:, :N]]
+            embeddings[rows[:, :N] < 0] = np.nan
+            return products[:, :N], indices[:, :N], embeddings, RetrievalTime(found - start, 0.0)
+        result = sift(
+            torch.from_numpy(pool).to(self.device),
+            torch.from_numpy(means if mean_pooling else queries).to(self.device),
+            N,
+            noise=self.llambda,
+            candidates=torch.from_numpy(rows).to(self.device),
+        )
+        order, variance = result.order.cpu().numpy(), result.variance.cpu().numpy()
+        values = -variance
+        if self.fast:
+            vectors = (means[:, None] if mean_pooling else queries).astype(np.float64)
+            prior = (vectors**2).sum(axis=(1, 2))
+            values = -np.diff(variance, prepend=prior[:, None], axis=1)
+        embeddings = pool[np.take_along_axis(rows, order, axis=1)]
+        indices = np.take_along_axis(indices, order, axis=1)
+        seconds = RetrievalTime(found - start, time.perf_counter() - found)
+        return values.astype(np.float32), indices, embeddings, seconds
+
+    def _candidates(
+        self, means: Array, k: int, faiss: Any
+    ) -> tuple[Array, Indices, Array, Indices]:
+        """Of k candidates of each mean: products (distances), positions in the index and, around a
+        pool, rows of it; -1 where faiss found no more."""
+        if self.also_query_opposite:
+            if self.index.metric_type != faiss.METRIC_INNER_PRODUCT:
+                raise ValueError(
+                    "also_query_opposite: expected False for an index that is not of inner "
+                    "products, got True"
+                )
+            means = np.concatenate([means, -means])  # one search: faiss is faster on more at once
+        stored = _stored_vectors(self.index, faiss) if self.device.type == "cpu" else None
+        if stored is None:
+            products, indices, vectors = self.index.search_and_reconstruct(means, k)
+            pool = vectors.reshape(-1, self.index.d)
+            rows = np.where(indices < 0, -1, np.arange(len(pool)).reshape(indices.shape))
+        else:
+            products, indices = self.index.search(means, k)
+            pool, rows = stored, indices
+        if self.also_query_opposite:
+            products, indices, rows = (
+                np.concatenate(np.split(part, 2), axis=1) for part in (products, indices, rows)
+            )
+            nearest = np.argsort(-products, axis=1)[:, :k]
+            products, indices, rows = (
+                np.take_along_axis(part, nearest, axis=1) for part in (products, indices, rows)
+            )
+        return products, indices, pool, rows
+
+
+def _stored_vectors(index: Any, faiss: Any) -> Array | None:
+    """The vectors of a flat index (n, d), where they lie."""
+    flat = faiss.downcast_index(index)
+    if not isinstance(flat, faiss.IndexFlat):
+        return None
+    values: Array = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d)
+    return values.reshape(flat.ntotal, flat.d)
