@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import eager_torch
@@ -143,6 +144,44 @@ def selection_cases(kind: str, n: int, d: int) -> Iterator[Case]:
         },
         _gate_losses(problem, TOTAL),
     )
+
+
+def variant_cases(n: int, d: int) -> Iterator[Case]:
+    """The variants with an active set, with and without a cap; and duplicates."""
+    problem, pool, query = _single("neighbours", n, d)
+    for options in (
+        {"variant": "away"},
+        {"variant": "pairwise"},
+        {"variant": "fully_corrective"},
+        {"variant": "fully_corrective", "max_weight": 2 / TOTAL},
+    ):
+        name = options["variant"] + (" capped" if "max_weight" in options else "")
+        yield Case(
+            "frank_wolfe",
+            f"neighbours n={n} d={d} {name}",
+            "float32",
+            {
+                "numpy": partial(_indices_and_weights, reference.frank_wolfe, *problem, **options),
+                "hullkit": partial(
+                    _indices_and_weights, hullkit.frank_wolfe, pool, query, **options
+                ),
+            },
+            _gate_losses(problem, None),
+        )
+    yield Case(
+        "duplicates",
+        f"neighbours n={n} d={d}",
+        "float32",
+        {
+            "numpy": lambda: reference.duplicates(problem.pool, 1e-3),
+            "hullkit": lambda: hullkit.duplicates(pool, eps=1e-3),
+        },
+        _gate_equal,
+    )
+
+
+def _indices_and_weights(run: Callable[..., Any], *problem: Any, **options: Any) -> Any:
+    return run(*problem, **options)[:2]
 
 
 def hullft_case(kind: str, n: int, d: int) -> Case:
@@ -300,6 +339,8 @@ def cases() -> Iterator[Case]:
             yield from selection_cases(kind, 200, d)
             yield hullft_case(kind, 200, d)
             yield sift_case(kind, 200, d)
+    for d in (384, 1024):
+        yield from variant_cases(200, d)
     for n in (200, 20_000):
         yield from scan_cases(n, 384)
     yield apportion_case(TOTAL)

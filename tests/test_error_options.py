@@ -79,8 +79,48 @@ OTHERS: dict[str, tuple[type[Exception], tuple[str, ...], Callable[..., Any]]] =
     ),
     "variant": (
         ValueError,
-        ("variant", "'vanilla'", "'away'"),
-        lambda **o: _fw(variant="away", **o),
+        ("variant", "'fully_corrective'", "'forward'"),
+        lambda **o: _fw(variant="forward", **o),
+    ),
+    "away with a cap": (
+        ValueError,
+        ("variant", "'fully_corrective'", "cap", "'away'"),
+        lambda **o: _fw(variant="away", max_weight=0.5, **o),
+    ),
+    "gap_tol negative": (
+        ValueError,
+        ("gap_tol", ">= 0", "-0.1"),
+        lambda **o: _fw(gap_tol=-0.1, **o),
+    ),
+    "gap_tol text": (TypeError, ("gap_tol", "number", "str"), lambda **o: _fw(gap_tol="0", **o)),
+    "max_weight 0": (ValueError, ("max_weight", "(0, 1]", "0"), lambda **o: _fw(max_weight=0, **o)),
+    "max_weight 2": (ValueError, ("max_weight", "(0, 1]", "2"), lambda **o: _fw(max_weight=2, **o)),
+    "max_weight NaN": (ValueError, ("max_weight", "nan"), lambda **o: _fw(max_weight=NAN, **o)),
+    "max_weight True": (TypeError, ("max_weight", "bool"), lambda **o: _fw(max_weight=True, **o)),
+    "max_weight for 9": (
+        ValueError,
+        ("max_weight", "1 / 9", "0.1"),
+        lambda **o: _fw(max_weight=0.1, **o),
+    ),
+    "max_support below 1 / max_weight": (
+        ValueError,
+        ("max_support", ">= 4", "got 3"),
+        lambda **o: _fw(max_weight=0.3, max_support=3, **o),
+    ),
+    "max_multiplicity 0": (
+        ValueError,
+        ("max_multiplicity", ">= 1", "got 0"),
+        lambda **o: _select(max_multiplicity=0, **o),
+    ),
+    "max_multiplicity 1.5": (
+        TypeError,
+        ("max_multiplicity", "int", "float"),
+        lambda **o: _round(max_multiplicity=1.5, **o),
+    ),
+    "merge_duplicates 0": (
+        ValueError,
+        ("eps", "(0, 2]", "0"),
+        lambda **o: _select(merge_duplicates=0, **o),
     ),
     "max_support 0": (
         ValueError,

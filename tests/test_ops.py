@@ -55,9 +55,17 @@ def _arguments(name: str) -> list[tuple[Any, ...]]:
         elif name == "knn":
             calls.append((*problem, *_outputs(b, width)))
         elif name == "frank_wolfe":
-            calls.append((*problem, width, 20, 1e-5, *_outputs(b, width), *scalars))
+            calls.append((*problem, width, 20, 1e-5, -1.0, 0, 1.0, *_outputs(b, width), *scalars))
+            if problem[2] is None:  # as many candidates as the cap needs
+                capped = (width, 20, 1e-5, 0.1, 3, 0.5)
+                calls.append((*problem, *capped, *_outputs(b, width), *scalars))
         elif name == "select":
-            calls.append((*problem, width, 20, 1e-5, 7, 2, *_outputs(b, width), *scalars, counts))
+            options = (width, 20, 1e-5, -1.0, 0, 1.0, 7, 2, 7)
+            norm = torch.zeros(b, dtype=torch.float64)
+            calls.append((*problem, *options, *_outputs(b, width), *scalars, counts, norm))
+            if problem[2] is None:
+                limited = (width, 20, 1e-5, -1.0, 3, 4 / 7, 7, 2, 4)
+                calls.append((*problem, *limited, *_outputs(b, width), *scalars, counts, norm))
         elif name == "sift":
             order, variance = _outputs(b, 7)
             for vectors in (problem[1], problem[1][:, None].repeat(1, 2, 1)):
@@ -67,7 +75,9 @@ def _arguments(name: str) -> list[tuple[Any, ...]]:
         elif name == "round_multiplicities":
             indices = torch.tensor([[0, 1, -1], [1, 0, -1], [0, -1, -1]])
             weights = torch.tensor([[0.7, 0.3, 0.0]] * b, dtype=torch.float64)
-            calls.append((*problem[:2], indices, weights, problem[3], 7, 2, counts))
+            calls.append((*problem[:2], indices, weights, problem[3], 7, 2, 7, counts))
+        elif name == "duplicates":
+            calls.append((problem[0], *problem[2:], 0.1, _outputs(b, 9)[0]))
         elif name == "apportion":
             weights = torch.rand(b, 5, dtype=torch.float64)
             calls.append((weights, 7, _outputs(b, 5)[0]))
@@ -85,7 +95,8 @@ def test_opcheck(name: str) -> None:
 
 
 def test_every_operator_is_here() -> None:
-    selections = {"frank_wolfe", "knn", "lmo", "round_multiplicities", "select", "sift"}
+    selections = {"duplicates", "frank_wolfe", "knn", "lmo", "round_multiplicities", "select"}
+    selections.add("sift")
     assert {"apportion", *selections} <= set(_overloads())
 
 
@@ -100,6 +111,13 @@ def _functions() -> dict[str, Callable[..., Any]]:
         "frank_wolfe": lambda pool, query: hullkit.frank_wolfe(pool, query, max_support=7),
         "round_multiplicities": rounded,
         "select": lambda pool, query: tuple(hullkit.select(pool, query, 20)[:3]),
+        "select with a limit": lambda pool, query: tuple(
+            hullkit.select(pool, query, 20, max_multiplicity=4, merge_duplicates=1e-3)[:3]
+        ),
+        "fully corrective": lambda pool, query: hullkit.frank_wolfe(
+            pool, query, variant="fully_corrective", gap_tol=1e-3
+        ),
+        "duplicates": lambda pool, query: hullkit.duplicates(pool, eps=0.5),
         "select knn": lambda pool, query: tuple(hullkit.select(pool, query, 5, method="knn")[:3]),
         "sift": lambda pool, query: hullkit.sift(pool, query, 7, alpha=0.3),
         "select sift": lambda pool, query: tuple(hullkit.select(pool, query, 5, method="sift")[:3]),

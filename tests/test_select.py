@@ -51,6 +51,8 @@ SHAPES = _shapes()
 def _leaves(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
+    if result is None:  # what a method has nothing to say of
+        return []
     return [leaf for part in result for leaf in _leaves(part)]
 
 
@@ -179,9 +181,16 @@ def test_sift_as_a_multiset(options: dict[str, Any]) -> None:
 
 
 OWN_OPTIONS = {
-    "hull": ({"max_support": 3}, {"max_iters": 5}, {"tol": 1e-2}, {"exchange_passes": 0}),
+    "hull": (
+        {"max_support": 3},
+        {"max_iters": 5},
+        {"tol": 1e-2},
+        {"exchange_passes": 0},
+        {"variant": "pairwise"},
+        {"gap_tol": 1e-3},
+    ),
     "sift": ({"noise": 0.2}, {"alpha": 0.1}),
-    "knn' or 'sift": ({"max_multiplicity": 2},),
+    "hull, knn, sift": ({"max_multiplicity": 2}, {"merge_duplicates": 0.1}),
 }
 
 

@@ -49,12 +49,16 @@ inline TensorView batched(TensorView tensor, int rank, int64_t batch) {
   return tensor;
 }
 
+inline PoolSpec pool_of(py::handle rows, py::handle lengths, py::handle candidates, int64_t batch) {
+  return {batched(view(rows), 2, batch), batched(view(lengths), 0, batch), batched(view(candidates), 1, batch)};
+}
+
 // The arguments every selection shares, and its outputs, with a batch dimension.
 struct Problem {
   Problem(py::handle rows, py::handle query_tensor, py::handle lengths, py::handle candidates)
       : query(batched(view(query_tensor), 1, 1)),
         batch(query.shape[0]),
-        pool{batched(view(rows), 2, batch), batched(view(lengths), 0, batch), batched(view(candidates), 1, batch)} {}
+        pool(pool_of(rows, lengths, candidates, batch)) {}
 
   TensorView scalars(py::handle tensor) const { return batched(view(tensor), 0, batch); }
   TensorView vectors(py::handle tensor) const { return batched(view(tensor), 1, batch); }

@@ -3,6 +3,7 @@
 
 #include "cuda/group.cuh"
 #include "cuda/tile.cuh"
+#include "frank_wolfe/capped_simplex.h"
 #include "frank_wolfe/output.cuh"
 
 namespace hullkit {
@@ -62,12 +63,29 @@ size_t certify_bytes(int64_t n, int64_t width) {
   return 2 * n * sizeof(double) + SupportState<E>::bytes(width);
 }
 
+// max <scores, w> over the capped simplex, from scores [n] of which at least its size are not -inf; sorted [n] is room.
+__device__ inline double best_mean(const double* scores, int n, const CappedSimplex& simplex, double* sorted) {
+  __syncthreads();
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    const double score = scores[i];
+    if (score == -INFINITY) continue;
+    int rank = 0;
+    for (int j = 0; j < n; ++j) rank += scores[j] != score ? scores[j] > score : j < i;
+    if (rank < simplex.size) sorted[rank] = score;
+  }
+  __syncthreads();
+  double sum = 0.0;
+  for (int64_t r = 0; r < simplex.size; ++r) sum += (r + 1 < simplex.size ? simplex.cap : simplex.last) * sorted[r];
+  return sum;
+}
+
 // residual_norm and dual_gap of entry first + entry, with r the residual at the iterate x: its scores <r, x_i> come
 // anew from the Gram matrix, and so does ||r||^2 = <r, query> - <r, x>, unless it is so small (or the products so
 // rough: half types) that their rounding would show; then from the rows.
 template <typename E>
 __device__ void certify(const DevicePool<E>& pool, int64_t first, int64_t entry, const double* grams, int64_t stride,
-                        const FrankWolfeOutput& out, void* shared, Contest::Places* places) {
+                        const CappedSimplex& simplex, const FrankWolfeOutput& out, void* shared,
+                        Contest::Places* places) {
   constexpr double kTrusted = 1e-6;  // of the squared norms that ||r||^2 is a difference of
   constexpr bool kRough = sizeof(typename Operand<E>::Sum) == sizeof(float);
   const int64_t b = first + entry;
@@ -88,7 +106,10 @@ __device__ void certify(const DevicePool<E>& pool, int64_t first, int64_t entry,
   __syncthreads();
   Best best = no_best();
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    if (pool.row(b, i) < 0) continue;
+    if (pool.row(b, i) < 0) {
+      scores[i] = -INFINITY;
+      continue;
+    }
     double product_iterate = 0.0;
 #pragma unroll 16
     for (int s = 0; s < support_size; ++s) {
@@ -113,9 +134,10 @@ __device__ void certify(const DevicePool<E>& pool, int64_t first, int64_t entry,
   if (kRough || squared <= kTrusted * query_squared) {
     squared = iterate_distance_squared(pool.dim, pool.query_at(b), support, support_size);
   }
+  const double vertex_score = simplex.size == 1 ? -value_of(best.key) : best_mean(scores, n, simplex, bases);
   if (threadIdx.x != 0) return;
   out.residual_norm[b] = sqrt(squared);
-  out.dual_gap[b] = -value_of(best.key) - residual_iterate;
+  out.dual_gap[b] = vertex_score - residual_iterate;
 }
 
 }  // namespace hullkit

@@ -1,4 +1,4 @@
-#include "frank_wolfe/frank_wolfe_run.h"
+#include "frank_wolfe/active_set_cpu.h"
 #include "hullkit/frank_wolfe.h"
 #include "hullkit/parallel.h"
 
@@ -11,9 +11,8 @@ void frank_wolfe_cpu(const PoolSpec& pool, const TensorView& query, const FrankW
     for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
       const QueryVector<T> query_vector(query, b, "query");
       const PoolRows<T> rows(pool, b, /*reuse=*/true);
-      FrankWolfeRun<T> run(rows, query_vector.data(), params, threads);
-      const Status status = run.run();
-      run.write(result, b, status);
+      run_frank_wolfe<T>(rows, query_vector.data(), params, b, threads,
+                         [&](const auto& run, Status status) { run.write(result, b, status); });
     });
   });
 }

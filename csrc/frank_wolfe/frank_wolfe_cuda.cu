@@ -240,16 +240,6 @@ struct Run {
   }
 };
 
-__device__ void write_broken(const FrankWolfeOutput& out, int64_t b) {
-  for (int64_t s = threadIdx.x; s < out.width; s += blockDim.x) {
-    out.indices[b * out.width + s] = -1;
-    out.weights[b * out.width + s] = 0.0;
-  }
-  if (threadIdx.x != 0) return;
-  out.support_size[b] = out.num_iters[b] = 0;
-  out.status[b] = static_cast<int64_t>(Status::kBroken);
-}
-
 template <typename E, int kPerThread>
 __global__ void __launch_bounds__(max_threads(kPerThread), 1)
     frank_wolfe_kernel(const DevicePool<E> pool, const FrankWolfeParams params, int64_t first, const double* gram,
@@ -279,17 +269,19 @@ __global__ void __launch_bounds__(max_threads(kPerThread), 1)
 template <typename E>
 __global__ void __launch_bounds__(kCertifyThreads)
     certify_kernel(const DevicePool<E> pool, int64_t first, const double* gram, int64_t stride,
-                   const FrankWolfeOutput out) {
+                   const CappedSimplex simplex, const FrankWolfeOutput out) {
   extern __shared__ __align__(16) char shared[];
   __shared__ Contest::Places places;
-  certify(pool, first, blockIdx.x, gram, stride, out, shared, &places);
+  certify(pool, first, blockIdx.x, gram, stride, simplex, out, shared, &places);
 }
 
 }  // namespace
 
 void frank_wolfe_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
-                         const FrankWolfeResult& result, int64_t first, int64_t count, const double* gram,
-                         void* stream) {
+                         const FrankWolfeResult& result, int64_t first, int64_t count, double* gram, void* stream) {
+  if (!params.plain() || params.gap_tol >= 0.0) {
+    return active_set_on_gram(pool, query, params, result, first, count, gram, stream);
+  }
   with_element(pool.rows.dtype, [&](auto element) {
     using E = decltype(element);
     const DevicePool<E> device_pool(pool, query);
@@ -303,13 +295,14 @@ void frank_wolfe_on_gram(const PoolSpec& pool, const TensorView& query, const Fr
   });
 }
 
-void certify_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeResult& result, int64_t first,
-                     int64_t count, const double* gram, void* stream) {
+void certify_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                     const FrankWolfeResult& result, int64_t first, int64_t count, const double* gram, void* stream) {
   with_element(pool.rows.dtype, [&](auto element) {
     using E = decltype(element);
     const DevicePool<E> device_pool(pool, query);
     launch(certify_kernel<E>, count, kCertifyThreads, certify_bytes<E>(device_pool.size, result.indices.shape[1]),
-           stream, device_pool, first, gram, gram_stride(device_pool.size), FrankWolfeOutput(result));
+           stream, device_pool, first, gram, gram_stride(device_pool.size), CappedSimplex(params.max_weight),
+           FrankWolfeOutput(result));
   });
 }
 
@@ -321,7 +314,7 @@ void frank_wolfe_cuda(const PoolSpec& pool, const TensorView& query, const Frank
     const int64_t count = step < batch - first ? step : batch - first;
     gram_cuda(pool, query, {}, first, count, gram, stream);
     frank_wolfe_on_gram(pool, query, params, result, first, count, gram, stream);
-    certify_on_gram(pool, query, result, first, count, gram, stream);
+    certify_on_gram(pool, query, params, result, first, count, gram, stream);
   }
 }
 

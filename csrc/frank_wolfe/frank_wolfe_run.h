@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "frank_wolfe/gram_columns.h"
+#include "frank_wolfe/support.h"
 #include "hullkit/frank_wolfe.h"
 #include "pool/pool_rows.h"
 #include "simd/simd.h"
@@ -26,6 +27,7 @@ class FrankWolfeRun {
         params_(params),
         num_threads_(num_threads),
         gram_(rows, num_threads),
+        support_(rows, query),
         base_(rows.size()),
         scores_(rows.size()),
         slot_(rows.size(), -1) {}
@@ -36,50 +38,23 @@ class FrankWolfeRun {
     if (support_full()) return Status::kMaxSupport;
     while (num_iters_ < params_.max_iters) {
       const double residual = refined(query_squared_ - 2.0 * query_iterate_ + iterate_squared_,
-                                      [this] { return minus_iterate(query_).squared; });
+                                      [this] { return support_.minus_iterate(query_).squared; });
       if (std::sqrt(std::max(residual, 0.0)) < params_.tol) return Status::kConverged;
-      if (!step()) return Status::kStalled;
+      const Status status = step();
+      if (status != Status::kMaxIters) return status;
       if (support_full()) return Status::kMaxSupport;
     }
     return Status::kMaxIters;
   }
 
-  // What rounding needs, for the support in the order of the result: products with the query, the Gram matrix
-  // row by row, and weights. All known by now, with the bits they would have if computed anew.
-  void support(std::vector<double>* products, std::vector<double>* gram, std::vector<double>* weights) {
-    const std::vector<int64_t> order = by_weight();
-    const size_t m = order.size();
-    products->resize(m);
-    gram->resize(m * m);
-    weights->resize(m);
-    for (size_t s = 0; s < m; ++s) {
-      const int64_t i = touched_[order[s]];
-      (*products)[s] = base_[i];
-      (*weights)[s] = weights_[order[s]];
-      for (size_t t = 0; t <= s; ++t) {
-        const int64_t j = touched_[order[t]];
-        (*gram)[s * m + t] = (*gram)[t * m + s] = product(i, j);
-      }
-    }
+  // See Support.
+  void support(std::vector<double>* products, std::vector<double>* gram, std::vector<double>* weights) const {
+    support_.products(base_, gram_, products, gram, weights);
   }
-
-  // Fills entry b of the result; the certificates are recomputed from the input.
-  void write(const FrankWolfeResult& result, int64_t b, Status status) {
-    const std::vector<int64_t> order = by_weight();
-    for (int64_t t = 0; t < result.indices.shape[1]; ++t) {
-      const bool used = t < static_cast<int64_t>(order.size());
-      *result.indices.at<int64_t>(b, t) = used ? rows_.position(touched_[order[t]]) : -1;
-      *result.weights.at<double>(b, t) = used ? weights_[order[t]] : 0.0;
-    }
-    *result.support_size.at<int64_t>(b) = static_cast<int64_t>(touched_.size());
-    const Difference residual = minus_iterate(query_);
-    std::vector<T> scores(rows_.size());
-    rows_.dots(residual.vector.data(), scores.data(), num_threads_);
-    *result.residual_norm.at<double>(b) = std::sqrt(residual.squared);
-    *result.dual_gap.at<double>(b) =
-        static_cast<double>(*std::max_element(scores.begin(), scores.end())) - residual.iterate;
-    *result.num_iters.at<int64_t>(b) = num_iters_;
-    *result.status.at<int64_t>(b) = static_cast<int64_t>(status);
+  double query_squared() const { return query_squared_; }
+  double residual_norm(const std::vector<double>& weights) const { return support_.residual_norm(weights); }
+  void write(const FrankWolfeResult& result, int64_t b, Status status) const {
+    support_.write(result, b, num_iters_, status, CappedSimplex(1.0), num_threads_);
   }
 
  private:
@@ -90,22 +65,6 @@ class FrankWolfeRun {
   };
   static constexpr int64_t kTargetsPerBlock = 8;  // memory is taken for so many at a time
 
-  // Places in touched_ by falling weight, lowest index on a tie.
-  std::vector<int64_t> by_weight() const {
-    std::vector<int64_t> order(touched_.size());
-    std::iota(order.begin(), order.end(), int64_t{0});
-    std::sort(order.begin(), order.end(), [this](int64_t i, int64_t j) {
-      return weights_[i] != weights_[j] ? weights_[i] > weights_[j] : touched_[i] < touched_[j];
-    });
-    return order;
-  }
-
-  // <x_i, x_j> of two touched vertices; the last one touched may be without a column.
-  double product(int64_t i, int64_t j) const {
-    if (gram_.known(i)) return gram_.known_column(i)[j];
-    return i == j ? own_product(i) : gram_.known_column(j)[i];
-  }
-
   void start() {
     const int64_t n = rows_.size();
     std::vector<T> products(n);
@@ -114,12 +73,12 @@ class FrankWolfeRun {
     if (broken < n) rows_.explain_not_finite(broken, "query");
     std::copy(products.begin(), products.end(), base_.begin());
     best_ = std::max_element(base_.begin(), base_.end()) - base_.begin();
-    query_squared_ = squared_norm(query_);
+    query_squared_ = support_.squared_norm(query_);
     scale_squared_ = query_squared_;
     // A support of one takes no step, so nothing is asked of its vertex.
     const Vertex nearest = params_.max_support > 1 ? examine(best_, base_.data()) : Vertex{0.0, nullptr};
     touch(best_, nearest);
-    weights_.back() = 1.0;
+    support_.weights.back() = 1.0;
     query_iterate_ = base_[best_];
     if (support_full()) return;
     iterate_squared_ = nearest.squared;
@@ -127,31 +86,32 @@ class FrankWolfeRun {
     best_ = simd().advance(scores_.data(), nearest.target, 1.0, n);
   }
 
-  // One LMO answer (already in best_), line search and move. False if the iterate is that vertex already.
-  bool step() {
+  // One LMO answer (already in best_), line search and move; kMaxIters if it may go on.
+  Status step() {
     const int64_t vertex = best_;
+    const double slope = scores_[vertex] - (query_iterate_ - iterate_squared_);  // the dual gap
+    if (slope <= params_.gap_tol) return Status::kGapTol;
     const bool fresh = slot_[vertex] < 0;
     const Vertex known = fresh ? examine(vertex, scores_.data()) : vertices_[slot_[vertex]];
     scale_squared_ = std::max(scale_squared_, known.squared);
     const double vertex_iterate = base_[vertex] - scores_[vertex];
     const double length_squared = refined(known.squared - 2.0 * vertex_iterate + iterate_squared_, [&] {
       std::vector<T> buffer(rows_.dim());
-      return minus_iterate(rows_.row(vertex, buffer.data())).squared;
+      return support_.minus_iterate(rows_.row(vertex, buffer.data())).squared;
     });
-    if (length_squared < kStalledSquaredNorm) return false;
-    const double slope = scores_[vertex] - (query_iterate_ - iterate_squared_);
+    if (length_squared < kStalledSquaredNorm) return Status::kStalled;
     const double step = std::min(std::max(slope / length_squared, 0.0), 1.0);
 
     const double keep = 1.0 - step;
     if (fresh) touch(vertex, known);
-    simd().scale(weights_.data(), keep, static_cast<int64_t>(weights_.size()));
-    weights_[slot_[vertex]] += step;
+    simd().scale(support_.weights.data(), keep, static_cast<int64_t>(support_.weights.size()));
+    support_.weights[slot_[vertex]] += step;
     query_iterate_ = keep * query_iterate_ + step * base_[vertex];
     iterate_squared_ =
         keep * keep * iterate_squared_ + 2.0 * step * keep * vertex_iterate + step * step * known.squared;
     if (!support_full()) best_ = simd().advance(scores_.data(), known.target, step, rows_.size());
     ++num_iters_;
-    return true;
+    return Status::kMaxIters;
   }
 
   // A squared length from the recurrences carries an error of about eps times the largest squared norm that
@@ -162,61 +122,15 @@ class FrankWolfeRun {
     return squared <= kTrusted * scale_squared_ ? exact() : squared;
   }
 
-  // iterate [d] in float64.
-  std::vector<double> iterate() const {
-    const SimdOps<T>& ops = simd().ops<T>();
-    std::vector<double> sum(rows_.dim());
-    if (rows_.in_place()) {
-      std::vector<const T*> vertices;
-      for (const int64_t i : touched_) vertices.push_back(rows_.row(i, nullptr));
-      ops.add_scaled(sum.data(), vertices.data(), weights_.data(), static_cast<int64_t>(vertices.size()), rows_.dim());
-    } else {
-      std::vector<T> buffer(rows_.dim());
-      for (size_t t = 0; t < touched_.size(); ++t) {
-        const T* const vertex = rows_.row(touched_[t], buffer.data());
-        ops.add_scaled(sum.data(), &vertex, &weights_[t], 1, rows_.dim());
-      }
-    }
-    return sum;
-  }
-
-  // A vector minus the iterate, from the vectors themselves.
-  struct Difference {
-    std::vector<T> vector;
-    double squared;  // its norm
-    double iterate;  // its product with the iterate
-  };
-
-  Difference minus_iterate(const T* vector) const {
-    Difference difference{std::vector<T>(rows_.dim()), 0.0, 0.0};
-    difference.squared =
-        simd().ops<T>().subtract(vector, iterate().data(), rows_.dim(), difference.vector.data(), &difference.iterate);
-    return difference;
-  }
-
-  double squared_norm(const T* vector) const {
-    T product;
-    T* const out = &product;
-    simd().ops<T>().dots(&vector, 1, vector, 1, rows_.dim(), &out);
-    return product;
-  }
-
-  double own_product(int64_t i) const {
-    std::vector<T> buffer(rows_.dim());
-    const double product = squared_norm(rows_.row(i, buffer.data()));
-    if (!std::isfinite(product)) rows_.explain_not_finite(i, "itself");
-    return product;
-  }
-
   // What the loop needs of a vertex that was not touched before. scores [n] rank the others by how soon they may be.
   Vertex examine(int64_t i, const double* scores) {
-    const int64_t n = rows_.size(), untouched = params_.max_support - static_cast<int64_t>(touched_.size());
+    const int64_t n = rows_.size(), untouched = params_.max_support - static_cast<int64_t>(support_.touched.size());
     // The last vertex needs no column: nothing is scored after it.
-    if (untouched == 1 && !gram_.known(i)) return {own_product(i), nullptr};
+    if (untouched == 1 && !gram_.known(i)) return {support_.own_product(i), nullptr};
     const T* const column = gram_.column(i, scores, untouched - 2);
     const int64_t broken = first_not_finite(column, n);
     if (broken < n) rows_.explain_not_finite(broken, "candidate " + std::to_string(rows_.position(i)));
-    const int64_t place = static_cast<int64_t>(touched_.size()) % kTargetsPerBlock;
+    const int64_t place = static_cast<int64_t>(support_.touched.size()) % kTargetsPerBlock;
     if (place == 0) targets_.emplace_back(new double[kTargetsPerBlock * n]);
     double* const target = targets_.back().get() + place * n;
     for (int64_t j = 0; j < n; ++j) target[j] = base_[j] - static_cast<double>(column[j]);
@@ -224,24 +138,23 @@ class FrankWolfeRun {
   }
 
   void touch(int64_t i, const Vertex& vertex) {
-    slot_[i] = static_cast<int64_t>(touched_.size());
-    touched_.push_back(i);
-    weights_.push_back(0.0);
+    slot_[i] = static_cast<int64_t>(support_.touched.size());
+    support_.touched.push_back(i);
+    support_.weights.push_back(0.0);
     vertices_.push_back(vertex);
   }
 
-  bool support_full() const { return static_cast<int64_t>(touched_.size()) >= params_.max_support; }
+  bool support_full() const { return static_cast<int64_t>(support_.touched.size()) >= params_.max_support; }
 
   const PoolRows<T>& rows_;
   const T* query_;
   const FrankWolfeParams params_;
   const int num_threads_;
   GramColumns<T> gram_;
+  Support<T> support_;          // vertices_ is aligned with it
   std::vector<double> base_;    // [n] X query
   std::vector<double> scores_;  // [n] X residual
-  std::vector<int64_t> slot_;   // [n] place in touched_, -1 if untouched
-  std::vector<int64_t> touched_;
-  std::vector<double> weights_;  // aligned with touched_, as vertices_ is
+  std::vector<int64_t> slot_;   // [n] place in support_.touched, -1 if untouched
   std::vector<Vertex> vertices_;
   std::vector<std::unique_ptr<double[]>> targets_;  // [kTargetsPerBlock, n] each
   int64_t best_ = 0;                                // the LMO's answer at the current iterate

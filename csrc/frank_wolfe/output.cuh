@@ -23,4 +23,15 @@ struct FrankWolfeOutput {
   int64_t width;
 };
 
+// What an entry gets that cannot be solved; the certificates are left to certify.cuh.
+__device__ inline void write_broken(const FrankWolfeOutput& out, int64_t b) {
+  for (int64_t s = threadIdx.x; s < out.width; s += blockDim.x) {
+    out.indices[b * out.width + s] = -1;
+    out.weights[b * out.width + s] = 0.0;
+  }
+  if (threadIdx.x != 0) return;
+  out.support_size[b] = out.num_iters[b] = 0;
+  out.status[b] = static_cast<int64_t>(Status::kBroken);
+}
+
 }  // namespace hullkit

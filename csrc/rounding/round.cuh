@@ -11,8 +11,8 @@
 
 namespace hullkit {
 
-// The products of a support as large as this are copied into shared memory: 64 KiB.
-inline constexpr int64_t kMaxCopied = 90;
+// The products of a support as large as this are copied into shared memory: 78 KiB (capped: twice a total of 50).
+inline constexpr int64_t kMaxCopied = 100;
 inline constexpr int kRoundThreads = 256;
 
 // Point k * blockDim.x + threadIdx.x is this thread's k-th: it alone writes what belongs to the point.
@@ -28,6 +28,7 @@ class DeviceRounding {
       : gram_(supports.gram + entry * (supports.n + 1) * supports.stride),
         stride_(supports.stride),
         query_at_(supports.n),
+        max_count_(supports.max_count),
         total_(static_cast<double>(supports.total)),
         weights_(static_cast<double*>(memory)),
         slope_(weights_ + supports.width),
@@ -49,9 +50,24 @@ class DeviceRounding {
     for (int i = threadIdx.x; i < supports.width; i += blockDim.x) {
       out[i] = i >= size_ ? 0 : broken ? -1 : counts_[i];
     }
+    if (supports.residual_norm == nullptr) return;
+    const double norm = broken || size_ == 0 ? NAN : residual_norm();
+    if (threadIdx.x == 0) supports.residual_norm[b] = norm;
   }
 
  private:
+  // Of the counts; see Rounding::loss.
+  __device__ double residual_norm() {
+    __syncthreads();
+    double change = 0.0;
+    for (int i = 0; i < size_; ++i) {
+      const double product = gram_[query_at_ * stride_ + place_[i]];
+      change += static_cast<double>(counts_[i]) * (slope_[i] - total_ * product);
+    }
+    const double loss = gram_[query_at_ * stride_ + query_at_] + change / (total_ * total_);
+    return sqrt(fmax(loss, 0.0));
+  }
+
   __device__ double product(int i, int j) const {
     return kCopied ? products_[i * size_ + j] : gram_[place_[i] * stride_ + place_[j]];
   }
@@ -88,11 +104,13 @@ class DeviceRounding {
   // Floors of the quotas. False if a product or a weight is not finite.
   __device__ bool start(int64_t total) {
     const Quotas quotas(weights_, size_, total);
-    bool broken = quotas.broken;
+    bool broken = quotas.broken || max_count_ < (total + size_ - 1) / size_;
+    const double slack = max_count_ < total ? 1.0 + 1e-13 : 1.0;  // as in rounding.h
     for (int i = threadIdx.x; i < size_; i += blockDim.x) {
       diagonal_[i] = product(i, i);
       slope_[i] = -total_ * gram_[query_at_ * stride_ + place_[i]];
-      counts_[i] = broken ? 0 : static_cast<int64_t>(floor(quotas[i]));
+      const double whole = fmin(floor(quotas[i] * slack), static_cast<double>(max_count_));
+      counts_[i] = broken ? 0 : static_cast<int64_t>(whole);
       broken |= !isfinite(diagonal_[i]) || !isfinite(slope_[i]);
     }
     if (__syncthreads_or(broken)) return false;
@@ -118,6 +136,7 @@ class DeviceRounding {
     for (; remaining_ > 0; --remaining_) {
       Best best = no_best();
       for (int i = threadIdx.x; i < size_; i += blockDim.x) {
+        if (counts_[i] >= max_count_) continue;
         const Best here{key_of(2.0 * slope_[i] + diagonal_[i]), static_cast<uint32_t>(i), 0};
         if (precedes(here, best)) best = here;
       }
@@ -176,8 +195,10 @@ class DeviceRounding {
           const double own = diagonal_[i] - 2.0 * slope_[i];
           const double change = 2.0 * slope_[j] + diagonal_[j] - 2.0 * product(i, j) + own;
           const uint32_t here = position(i, j);
-          // A donor has units at the start of the pass, and one left.
-          if (change < threshold && here >= from && j != i && counts_[i] > 0) first = min(first, here);
+          // A donor has units at the start of the pass, and one left; a receiver has room.
+          if (change < threshold && here >= from && j != i && counts_[i] > 0 && counts_[j] < max_count_) {
+            first = min(first, here);
+          }
         }
         d += down;
         j += right;
@@ -197,7 +218,7 @@ class DeviceRounding {
   static constexpr uint32_t kNowhere = ~0u;
 
   const double* gram_;  // of the entry, [n + 1, stride]
-  int64_t stride_, query_at_;
+  int64_t stride_, query_at_, max_count_;
   double total_;
   double* weights_;
   double* slope_;  // h = G c - N b

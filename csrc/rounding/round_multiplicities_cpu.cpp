@@ -12,10 +12,13 @@ namespace {
 
 template <typename T>
 void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const int64_t* indices, int64_t width,
-               const double* weights, int64_t total, int64_t exchange_passes, int64_t* counts) {
+               const double* weights, const RoundingParams& params, int64_t* counts) {
+  const auto [total, exchange_passes, max_count] = params;
   const QueryVector<T> query_vector(query, b, "query");
   const PoolRows<T> rows(pool, b, indices, width);
   const int64_t m = rows.size();
+  HULLKIT_CHECK(max_count >= (total + m - 1) / m, "max_multiplicity: expected at least ", (total + m - 1) / m,
+                " for a total of ", total, " over the ", m, " support points of entry ", b, ", got ", max_count);
   std::vector<double> products(m);
   std::vector<T> column(m), next_column(m);
   rows.dots(query_vector.data(), column.data(), 1);
@@ -40,20 +43,20 @@ void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const i
     }
   }
 
-  Rounding rounding(std::move(gram), std::move(products), weights, total);
+  Rounding rounding(std::move(gram), std::move(products), weights, total, max_count);
   rounding.run(exchange_passes, counts, width);
 }
 
 }  // namespace
 
 void round_multiplicities_cpu(const PoolSpec& pool, const TensorView& query, const TensorView& indices,
-                              const TensorView& weights, int64_t total, int64_t exchange_passes,
-                              const TensorView& counts, int num_threads) {
+                              const TensorView& weights, const RoundingParams& rounding, const TensorView& counts,
+                              int num_threads) {
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_for(pool.batch(), num_threads, [&](int64_t b) {
-      round_one<T>(pool, query, b, indices.at<int64_t>(b), indices.shape[1], weights.at<double>(b), total,
-                   exchange_passes, counts.at<int64_t>(b));
+      round_one<T>(pool, query, b, indices.at<int64_t>(b), indices.shape[1], weights.at<double>(b), rounding,
+                   counts.at<int64_t>(b));
     });
   });
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -15,14 +16,20 @@ namespace hullkit {
 
 inline constexpr double kMinImprovement = 1e-14;
 
+// Weights at a cap are quotas of max_count but for rounding, which must not take a unit from them.
+inline double slack(int64_t max_count, int64_t total) { return max_count < total ? 1.0 + 1e-13 : 1.0; }
+
 class Rounding {
  public:
-  // gram [m, m], products [m] = <s_i, q>, weights [m]
-  Rounding(std::vector<double> gram, std::vector<double> products, const double* weights, int64_t total)
+  // gram [m, m], products [m] = <s_i, q>, weights [m]; m * max_count >= total
+  Rounding(std::vector<double> gram, std::vector<double> products, const double* weights, int64_t total,
+           int64_t max_count)
       : size_(static_cast<int64_t>(products.size())),
         total_(static_cast<double>(total)),
+        max_count_(max_count),
         gram_(std::move(gram)),
-        slope_(std::move(products)),
+        products_(std::move(products)),
+        slope_(products_),
         diagonal_(size_),
         counts_(size_) {
     for (int64_t i = 0; i < size_; ++i) diagonal_[i] = gram_[i * (size_ + 1)];
@@ -31,7 +38,7 @@ class Rounding {
     for (double& h : slope_) h *= -total_;
     remaining_ = total;
     for (int64_t i = 0; i < size_; ++i) {
-      const double whole = std::floor(quota[i]);
+      const double whole = std::min(std::floor(quota[i] * slack(max_count, total)), static_cast<double>(max_count));
       counts_[i] = static_cast<int64_t>(whole);
       remaining_ -= counts_[i];
       if (whole > 0.0) add_to_slope(i, whole);
@@ -46,14 +53,35 @@ class Rounding {
     for (int64_t i = 0; i < width; ++i) counts[i] = i < size_ ? counts_[i] : 0;
   }
 
+  // L of the counts as a difference of products: y^2 - 2 <y, q> + q^2.
+  double loss(double query_squared) const {
+    double change = 0.0;
+    for (int64_t i = 0; i < size_; ++i) {
+      change += static_cast<double>(counts_[i]) * (slope_[i] - total_ * products_[i]);
+    }
+    return query_squared + change / (total_ * total_);
+  }
+
+  // Whether L is so small that it may be rounding of the products (relative to `rounding`) that it is made of.
+  bool doubtful(double loss, double query_squared, double rounding) const {
+    return loss <= rounding * std::max(query_squared, *std::max_element(diagonal_.begin(), diagonal_.end()));
+  }
+
+  // [m] counts / total
+  std::vector<double> shares() const {
+    std::vector<double> shares(counts_.begin(), counts_.end());
+    for (double& share : shares) share /= total_;
+    return shares;
+  }
+
  private:
   void complete() {
     for (; remaining_ > 0; --remaining_) {
       int64_t best = 0;
-      double best_change = 2.0 * slope_[0] + diagonal_[0];
-      for (int64_t i = 1; i < size_; ++i) {
+      double best_change = std::numeric_limits<double>::infinity();
+      for (int64_t i = 0; i < size_; ++i) {
         const double change = 2.0 * slope_[i] + diagonal_[i];
-        if (change < best_change) {
+        if (change < best_change && counts_[i] < max_count_) {
           best = i;
           best_change = change;
         }
@@ -101,7 +129,7 @@ class Rounding {
       }
       const int64_t end = std::min(j + kBlock, size_);
       for (; j < end; ++j) {
-        if (j != i && change(j) < threshold) return j;
+        if (j != i && change(j) < threshold && counts_[j] < max_count_) return j;
       }
     }
     return size_;
@@ -114,7 +142,9 @@ class Rounding {
 
   int64_t size_;
   double total_;
+  int64_t max_count_;
   std::vector<double> gram_;      // [m, m]
+  std::vector<double> products_;  // [m] b
   std::vector<double> slope_;     // [m] h = G c - N b
   std::vector<double> diagonal_;  // [m] G_ii
   std::vector<int64_t> counts_;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/gram.h"
-#include "hullkit/pool_spec.h"
+#include "hullkit/round_multiplicities.h"
 
 namespace hullkit {
 
@@ -11,7 +11,8 @@ namespace hullkit {
 // `positions`.
 struct Supports {
   Supports(const double* gram, int64_t n, bool by_position, int64_t positions, const TensorView& indices,
-           const TensorView& weights, int64_t total, int64_t exchange_passes, const TensorView& counts)
+           const TensorView& weights, const RoundingParams& rounding, const TensorView& counts,
+           const TensorView& residual_norm)
       : gram(gram),
         n(n),
         stride(gram_stride(n)),
@@ -20,9 +21,11 @@ struct Supports {
         indices(static_cast<const int64_t*>(indices.data)),
         weights(static_cast<const double*>(weights.data)),
         width(indices.shape[1]),
-        total(total),
-        exchange_passes(exchange_passes),
-        counts(static_cast<int64_t*>(counts.data)) {}
+        total(rounding.total),
+        exchange_passes(rounding.exchange_passes),
+        max_count(rounding.max_count),
+        counts(static_cast<int64_t*>(counts.data)),
+        residual_norm(static_cast<double*>(residual_norm.data)) {}
 
   const double* gram;
   int64_t n, stride;
@@ -30,9 +33,15 @@ struct Supports {
   int64_t positions;
   const int64_t* indices;  // [B, width]
   const double* weights;   // [B, width]
-  int64_t width, total, exchange_passes;
-  int64_t* counts;  // [B, width]
+  int64_t width, total, exchange_passes, max_count;
+  int64_t* counts;        // [B, width]
+  double* residual_norm;  // [B], of the counts; may be null
 };
+
+// round_multiplicities_cuda, which also says what the counts leave of the query.
+void round_supports(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& weights,
+                    const RoundingParams& rounding, const TensorView& counts, const TensorView& residual_norm,
+                    void* workspace, void* stream);
 
 void round_on_gram(const Supports& supports, int64_t first, int64_t count, void* stream);
 

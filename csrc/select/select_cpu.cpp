@@ -1,27 +1,37 @@
 #include <utility>
 #include <vector>
 
-#include "frank_wolfe/frank_wolfe_run.h"
+#include "frank_wolfe/active_set_cpu.h"
 #include "hullkit/parallel.h"
 #include "hullkit/select.h"
 #include "rounding/rounding.h"
 
 namespace hullkit {
 
-void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params, int64_t total,
-                int64_t exchange_passes, const FrankWolfeResult& result, const TensorView& counts, int num_threads) {
+void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                const RoundingParams& rounding_params, const FrankWolfeResult& result, const TensorView& counts,
+                const TensorView& residual_norm, int num_threads) {
+  const auto [total, exchange_passes, max_count] = rounding_params;
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
+    constexpr double kRounding = std::is_same_v<T, double> ? 1e-10 : 1e-5;
     for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
       const QueryVector<T> query_vector(query, b, "query");
       const PoolRows<T> rows(pool, b, /*reuse=*/true);
-      FrankWolfeRun<T> run(rows, query_vector.data(), params, threads);
-      const Status status = run.run();
-      run.write(result, b, status);
-      std::vector<double> products, gram, weights;
-      run.support(&products, &gram, &weights);
-      Rounding rounding(std::move(gram), std::move(products), weights.data(), total);
-      rounding.run(exchange_passes, counts.at<int64_t>(b), counts.shape[1]);
+      HULLKIT_CHECK(max_count >= (total + rows.size() - 1) / rows.size(), "max_multiplicity: expected at least ",
+                    (total + rows.size() - 1) / rows.size(), " for a total of ", total, " over the ", rows.size(),
+                    " candidates of entry ", b, ", got ", max_count);
+      run_frank_wolfe<T>(rows, query_vector.data(), params, b, threads, [&](const auto& run, Status status) {
+        run.write(result, b, status);
+        std::vector<double> products, gram, weights;
+        run.support(&products, &gram, &weights);
+        Rounding rounding(std::move(gram), std::move(products), weights.data(), total, max_count);
+        rounding.run(exchange_passes, counts.at<int64_t>(b), counts.shape[1]);
+        const double loss = rounding.loss(run.query_squared());
+        *residual_norm.at<double>(b) = rounding.doubtful(loss, run.query_squared(), kRounding)
+                                           ? run.residual_norm(rounding.shares())
+                                           : std::sqrt(loss);
+      });
     });
   });
 }

@@ -84,7 +84,7 @@ def check_positive(name: str, value: Any) -> float:
     return number
 
 
-def check_cap(max_multiplicity: Any, positions: int, total: int) -> Any:
+def check_cap(max_multiplicity: Any, positions: int, total: int, of: str = "candidates") -> Any:
     """How often one of `positions` candidates may be taken, so that `total` can be reached."""
     if max_multiplicity is None:
         return total
@@ -92,7 +92,7 @@ def check_cap(max_multiplicity: Any, positions: int, total: int) -> Any:
     if max_multiplicity * positions < total:
         raise ValueError(
             f"max_multiplicity: expected at least total / {positions} for total = {total} and "
-            f"{positions} candidates, got {max_multiplicity}"
+            f"{positions} {of}, got {max_multiplicity}"
         )
     return min(max_multiplicity, total)
 

@@ -25,6 +25,15 @@ def knn_cpu(
     num_threads: int,
     /,
 ) -> None: ...
+def duplicates_cpu(
+    pool: _View,
+    lengths: _View,
+    candidates: _View,
+    eps: float,
+    representatives: _View,
+    num_threads: int,
+    /,
+) -> None: ...
 def frank_wolfe_cpu(
     pool: _View,
     query: _View,
@@ -33,6 +42,9 @@ def frank_wolfe_cpu(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     /,
     *outputs_and_num_threads: _View | int,
 ) -> None: ...
@@ -44,8 +56,12 @@ def select_cpu(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     /,
     *outputs_and_num_threads: _View | int,
 ) -> None: ...
@@ -69,6 +85,7 @@ def round_multiplicities_cpu(
     candidates: _View,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     counts: _View,
     num_threads: int,
     /,
@@ -98,6 +115,16 @@ def knn_cuda(
     stream: int,
     /,
 ) -> None: ...
+def duplicates_cuda(
+    pool: _View,
+    lengths: _View,
+    candidates: _View,
+    eps: float,
+    representatives: _View,
+    workspace: int,
+    stream: int,
+    /,
+) -> None: ...
 def frank_wolfe_cuda(
     pool: _View,
     query: _View,
@@ -106,6 +133,9 @@ def frank_wolfe_cuda(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     /,
     *outputs_workspace_and_stream: _View | int,
 ) -> None: ...
@@ -117,8 +147,12 @@ def select_cuda(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     /,
     *outputs_workspace_and_stream: _View | int,
 ) -> None: ...
@@ -142,6 +176,7 @@ def round_multiplicities_cuda(
     candidates: _View,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     counts: _View,
     workspace: int,
     stream: int,
@@ -153,6 +188,7 @@ def apportion_cuda(
 def lmo_workspace_bytes(batch: int, positions: int, /) -> int: ...
 def knn_workspace_bytes(batch: int, positions: int, k: int, /) -> int: ...
 def gram_workspace_bytes(batch: int, positions: int, /) -> int: ...
+def active_set_workspace_bytes(batch: int, positions: int, width: int, /) -> int: ...
 def sift_workspace_bytes(batch: int, positions: int, vectors: int, total: int, /) -> int: ...
 def corpus_workspace_bytes(batch: int, positions: int, dim: int, width: int, /) -> int: ...
 def build_info() -> dict[str, Any]: ...

@@ -46,6 +46,7 @@ def _native_argument(argument: Any) -> Any:
 
 lmo_cpu = _kernel(_core.lmo_cpu)
 knn_cpu = _kernel(_core.knn_cpu)
+duplicates_cpu = _kernel(_core.duplicates_cpu)
 frank_wolfe_cpu = _kernel(_core.frank_wolfe_cpu)
 select_cpu = _kernel(_core.select_cpu)
 sift_cpu = _kernel(_core.sift_cpu)
@@ -108,6 +109,22 @@ def _knn_bytes(
     return _core.knn_workspace_bytes(batch, size, k)
 
 
+def _duplicates_bytes(
+    pool: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    eps: float,
+    representatives: Tensor,
+) -> int:
+    batch, size = _sizes(pool, representatives, candidates)
+    if size > MAX_ON_DEVICE:
+        raise NotImplementedError(
+            f"pool: expected at most {MAX_ON_DEVICE} candidates on a CUDA device, got {size}. Move "
+            "the inputs with .cpu(), or pass candidates"
+        )
+    return _core.gram_workspace_bytes(batch, size)
+
+
 def _frank_wolfe_bytes(
     pool: Tensor,
     query: Tensor,
@@ -116,21 +133,35 @@ def _frank_wolfe_bytes(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     indices: Tensor,
     *_: Any,
 ) -> int:
     batch, size = _sizes(pool, query, candidates)
+    plain = variant == 0 and max_weight >= 1.0 and gap_tol < 0.0
+    if size > MAX_ON_DEVICE and not plain:
+        raise NotImplementedError(
+            f"pool: expected at most {MAX_ON_DEVICE} candidates on a CUDA device for a variant "
+            f"other than 'vanilla', gap_tol, max_weight or max_multiplicity, got {size}. Pass "
+            "candidates (of hullkit.knn, for instance), or move the inputs with .cpu()"
+        )
+    if not plain:
+        solved = indices.shape[-1] if variant == 3 else 0  # only this one has a Cholesky factor
+        return _core.active_set_workspace_bytes(batch, size, solved)
     if size > MAX_ON_DEVICE:
         return _core.corpus_workspace_bytes(batch, size, pool.shape[-1], indices.shape[-1])
     return _core.gram_workspace_bytes(batch, size)
 
 
 def _select_bytes(*arguments: Any) -> int:
-    """As frank_wolfe without `total` and `exchange_passes`; a support may be rounded after it."""
+    """As frank_wolfe without the options of rounding; a support may be rounded after it."""
     pool, query, _, candidates = arguments[:4]
-    size = _frank_wolfe_bytes(*arguments[:7], *arguments[9:])
+    indices = arguments[13]
+    size = _frank_wolfe_bytes(*arguments[:10], indices)
     if _sizes(pool, query, candidates)[1] > MAX_ON_DEVICE:
-        size = max(size, _rounding_bytes(pool, query, arguments[9]))
+        size = max(size, _rounding_bytes(pool, query, indices))
     return size
 
 
@@ -164,6 +195,7 @@ def _rounding_bytes(pool: Tensor, query: Tensor, indices: Tensor, *_: Any) -> in
 
 lmo_cuda = _cuda_kernel("lmo_cuda", _lmo_bytes)
 knn_cuda = _cuda_kernel("knn_cuda", _knn_bytes)
+duplicates_cuda = _cuda_kernel("duplicates_cuda", _duplicates_bytes)
 frank_wolfe_cuda = _cuda_kernel("frank_wolfe_cuda", _frank_wolfe_bytes)
 select_cuda = _cuda_kernel("select_cuda", _select_bytes)
 sift_cuda = _cuda_kernel("sift_cuda", _sift_bytes)

@@ -49,20 +49,29 @@ knn = _operator(
     _native.knn_cuda,
 )
 
+duplicates = _operator(
+    "duplicates(Tensor pool, Tensor? lengths, Tensor? candidates, float eps,"
+    " Tensor(a!) representatives) -> ()",
+    _native.duplicates_cpu,
+    _native.duplicates_cuda,
+)
+
 frank_wolfe = _operator(
     "frank_wolfe(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates,"
-    " int max_support, int max_iters, float tol, Tensor(a!) indices, Tensor(b!) weights,"
-    " Tensor(c!) support_size, Tensor(d!) residual_norm, Tensor(e!) dual_gap,"
-    " Tensor(f!) num_iters, Tensor(g!) status) -> ()",
+    " int max_support, int max_iters, float tol, float gap_tol, int variant, float max_weight,"
+    " Tensor(a!) indices, Tensor(b!) weights, Tensor(c!) support_size, Tensor(d!) residual_norm,"
+    " Tensor(e!) dual_gap, Tensor(f!) num_iters, Tensor(g!) status) -> ()",
     _native.frank_wolfe_cpu,
     _native.frank_wolfe_cuda,
 )
 
 select = _operator(
     "select(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates,"
-    " int max_support, int max_iters, float tol, int total, int exchange_passes,"
+    " int max_support, int max_iters, float tol, float gap_tol, int variant, float max_weight,"
+    " int total, int exchange_passes, int max_multiplicity,"
     " Tensor(a!) indices, Tensor(b!) weights, Tensor(c!) support_size, Tensor(d!) residual_norm,"
-    " Tensor(e!) dual_gap, Tensor(f!) num_iters, Tensor(g!) status, Tensor(h!) counts) -> ()",
+    " Tensor(e!) dual_gap, Tensor(f!) num_iters, Tensor(g!) status,"
+    " Tensor(h!) counts, Tensor(i!) counts_residual_norm) -> ()",
     _native.select_cpu,
     _native.select_cuda,
 )
@@ -78,7 +87,8 @@ sift = _operator(
 
 round_multiplicities = _operator(
     "round_multiplicities(Tensor pool, Tensor query, Tensor indices, Tensor weights,"
-    " Tensor? candidates, int total, int exchange_passes, Tensor(a!) counts) -> ()",
+    " Tensor? candidates, int total, int exchange_passes, int max_multiplicity,"
+    " Tensor(a!) counts) -> ()",
     _native.round_multiplicities_cpu,
     _native.round_multiplicities_cuda,
 )

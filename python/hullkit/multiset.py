@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from ._arrays import takes_arrays
 from ._checks import check_cap, check_choice, check_device, check_int, check_pool_query, check_total
 from .greedy import SIFTResult, sift
 from .reference import batched
-from .selection import FrankWolfeResult, KNNResult, frank_wolfe_options, knn
+from .selection import FrankWolfeResult, KNNResult, duplicates, frank_wolfe_options, knn
 
 
 class Multiset(NamedTuple):
@@ -22,6 +23,11 @@ class Multiset(NamedTuple):
     counts: Tensor  # [B, S] int64, sum = total (or steps taken until alpha stopped), 0 = padding
     rows: Tensor  # [B, S] int64 rows of the pool: indices, looked up in candidates if there are any
     result: FrankWolfeResult | KNNResult | SIFTResult  # what counts were made from; certificates
+    # [B] float64 ||query - sum_j counts[j] / total * rows[j]||, to be compared with
+    # result.residual_norm: what rounding cost. None for methods that do not round.
+    residual_norm: Tensor | None = None
+    # [B, n] int64 as of hullkit.duplicates, if they were merged: whom a candidate stands behind
+    representatives: Tensor | None = None
 
 
 @takes_arrays
@@ -34,10 +40,13 @@ def select(
     max_support: int | None = None,
     max_iters: int = 250,
     tol: float = 1e-5,
+    variant: str | None = None,
+    gap_tol: float | None = None,
     exchange_passes: int = 2,
     noise: float = 0.01,
     alpha: float | None = None,
     max_multiplicity: int | None = None,
+    merge_duplicates: float | None = None,
     lengths: Tensor | None = None,
     candidates: Tensor | None = None,
     backend: str | None = None,
@@ -46,7 +55,8 @@ def select(
 
     method="hull": :func:`frank_wolfe`, then :func:`hullkit.round_multiplicities` (HullFT), to the
     same bits; the Gram matrix of the support is not computed a second time where the Gram matrix of
-    the pool is at hand (CPU; CUDA with n <= 4096).
+    the pool is at hand (CPU; CUDA with n <= 4096). With `max_multiplicity=u` no example gets more
+    than u updates: frank_wolfe runs with `max_weight = u / total`, rounding with the same u.
     method="knn": the `total` nearest, one update each; with max_multiplicity = u the nearest
     ceil(total / u), u updates each, the last one what remains.
     method="sift": :func:`sift`, the distinct rows in order of their first choice.
@@ -56,36 +66,62 @@ def select(
     Args:
         pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
         total: updates to spend, 1 <= total; at most the number of valid candidates for "knn".
-        max_support: None for `total`: more examples than updates cannot all be visited.
-        max_iters, tol: as in :func:`frank_wolfe`; exchange_passes: as in round_multiplicities.
+        max_support: None for `total`: more examples than updates cannot all be visited. If
+            max_multiplicity is less than total, None for `2 * total`: such a run starts from the
+            total / max_multiplicity nearest, and some of them leave again.
+        max_iters, tol, gap_tol: as in :func:`frank_wolfe`; exchange_passes: as in
+            round_multiplicities.
+        variant: as in frank_wolfe; None for "vanilla", or "fully_corrective", which is faster and
+            exact there, if max_multiplicity is less than total.
         noise, alpha: as in :func:`sift`, which also takes queries `(B, m, d)`.
-        max_multiplicity: updates of one row at most, for "knn" and "sift"; None for 1 ("knn") or no
-            limit ("sift"). ValueError if `total` needs more.
+        max_multiplicity: updates of one row at most; None for 1 ("knn") or no limit. ValueError if
+            `total` needs more. With reuse_schedule(refresh_interval=u) an example costs one pass.
+        merge_duplicates: eps of :func:`hullkit.duplicates`: of candidates nearly the same only the
+            first takes part, and what any of them would get is its; None for all to take part. A
+            pool `(B, n, d)` whose rows are not evenly spaced in memory is copied for it.
     Returns:
-        Multiset(indices, counts, rows, result): `rows[b, j]` is the pool row to train on
-        `counts[b, j]` times, in this order; without the leading B for an unbatched call.
+        Multiset(indices, counts, rows, result, residual_norm, representatives): `rows[b, j]` is the
+        pool row to train on `counts[b, j]` times, in this order; `residual_norm[b]` is what the
+        counts of "hull" leave of the query, the result's what the weights do; without the leading B
+        for an unbatched call. Where it is nearly 0, residual_norm is right to 1e-8 of the norms
+        involved on CUDA, for half types there to 1e-3: it is made of products, not of rows.
     Raises:
-        As the functions it calls: on CUDA NotImplementedError for n > 4096 with S > 4096.
+        As the functions it calls: on CUDA NotImplementedError for n > 4096 with S > 4096. Entries
+        of "hull" with too few candidates for max_multiplicity: ValueError, on CUDA status BROKEN.
     """
     check_choice("method", method, ("hull", "knn", "sift"))
     check_total(total)
     _check_options(
         method,
-        hull=(max_support, max_iters, tol, exchange_passes) != (None, 250, 1e-5, 2),
+        hull=(max_support, max_iters, tol, variant, gap_tol, exchange_passes)
+        != (None, 250, 1e-5, None, None, 2),
         sift=(noise, alpha) != (0.01, None),
-        capped=max_multiplicity is not None,
     )
     result: FrankWolfeResult | KNNResult | SIFTResult
+    residual_norm = representatives = None
+    listed = candidates
+    if merge_duplicates is not None:
+        check_pool_query(pool, query, lengths, candidates, several=method == "sift")
+        representatives = duplicates(
+            pool, eps=merge_duplicates, lengths=lengths, candidates=candidates, backend=backend
+        )
+        pool, candidates = _without_copies(pool, query, candidates, representatives)
     if method == "hull":
         problem = check_pool_query(pool, query, lengths, candidates)
         check_device("select", problem.pool, backend)
         check_int("exchange_passes", exchange_passes, 0)
+        cap = check_cap(max_multiplicity, problem.positions, total)
+        if max_support is None:
+            max_support = 2 * total if cap < total else total
+        if variant is None:
+            variant = "fully_corrective" if cap < total else "vanilla"
         options, result = frank_wolfe_options(
-            problem, total if max_support is None else max_support, max_iters, tol
+            problem, max_support, max_iters, tol, gap_tol, variant, cap / total
         )
         counts = torch.empty_like(result.indices)
-        run = _ops.select if backend is None else batched.select
-        run(*problem, *options, total, exchange_passes, *result, counts)
+        residual_norm = torch.empty_like(result.residual_norm)
+        run: Callable[..., None] = _ops.select if backend is None else batched.select
+        run(*problem, *options, total, exchange_passes, cap, *result, counts, residual_norm)
     elif method == "knn":
         result, counts = _nearest(
             pool, query, total, max_multiplicity, lengths, candidates, backend
@@ -104,22 +140,33 @@ def select(
         )
         counts = result.counts
     rows = result.indices
-    if candidates is not None:
-        looked_up = candidates.to(torch.int64).gather(-1, rows.clamp_min(0))
+    if listed is not None:
+        looked_up = listed.to(torch.int64).gather(-1, rows.clamp_min(0))
         rows = torch.where(rows < 0, rows, looked_up)
-    return Multiset(result.indices, counts, rows, result)
+    return Multiset(result.indices, counts, rows, result, residual_norm, representatives)
 
 
-def _check_options(method: str, *, hull: bool, sift: bool, capped: bool) -> None:
+def _check_options(method: str, *, hull: bool, sift: bool) -> None:
     """Which options were set, by whose they are: another method would silently not heed them."""
-    for given, names, methods in (
-        (hull, "max_support, max_iters, tol or exchange_passes", ("hull",)),
-        (sift, "noise or alpha", ("sift",)),
-        (capped, "max_multiplicity", ("knn", "sift")),
+    for given, names, owner in (
+        (hull, "max_support, max_iters, tol, variant, gap_tol or exchange_passes", "hull"),
+        (sift, "noise or alpha", "sift"),
     ):
-        if given and method not in methods:
-            expected = " or ".join(repr(name) for name in methods)
-            raise ValueError(f"method: expected {expected} for {names}, got {method!r}")
+        if given and method != owner:
+            raise ValueError(f"method: expected {owner!r} for {names}, got {method!r}")
+
+
+def _without_copies(
+    pool: Tensor, query: Tensor, candidates: Tensor | None, representatives: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A shared pool, and candidates for it at the same positions: -1 where one is a copy."""
+    own = representatives == torch.arange(representatives.shape[-1], device=pool.device)
+    if candidates is None:
+        candidates = torch.arange(pool.shape[:-1].numel(), device=pool.device)
+        candidates = candidates.view(pool.shape[:-1])
+        pool = pool.flatten(0, -2)
+    merged = torch.where(own, candidates.to(torch.int64), -1)
+    return pool, merged.expand(*query.shape[: min(query.ndim - 1, 1)], merged.shape[-1])
 
 
 def _nearest(

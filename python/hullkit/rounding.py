@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _ops
 from ._arrays import takes_arrays
 from ._checks import (
+    check_cap,
     check_device,
     check_floating,
     check_int,
@@ -31,6 +32,7 @@ def round_multiplicities(
     total: int,
     *,
     exchange_passes: int = 2,
+    max_multiplicity: int | None = None,
     candidates: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -41,7 +43,8 @@ def round_multiplicities(
     of the quotas `total * w_i / sum w`, then greedy completion (lowest index on a tie), then up to
     `exchange_passes` passes that move single units where that lowers L by more than 1e-14. The
     donors of a pass are the positive counts it starts with, and a donor gives only while it has
-    something to give.
+    something to give. No count exceeds `max_multiplicity`: floors are cut to it, and nothing is
+    added to a count that has it.
     Equivalent to: `hullkit.reference.round_multiplicities`, for every query.
 
     Args:
@@ -50,11 +53,13 @@ def round_multiplicities(
             `weights (B, S)`; negative weights count as 0, all zero as uniform.
         total: multiset size, 1 <= total <= 2**40.
         exchange_passes: >= 0.
+        max_multiplicity: largest count, >= 1 and at least total / (number of support points); None
+            for no limit.
     Returns:
         counts `(B, S)` int64, aligned with `result.indices`, 0 for padding; `(S,)` unbatched.
     Raises:
-        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf. On a CUDA
-            device an entry with such values gets counts of -1 instead.
+        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf, and for too
+            few support points. On a CUDA device such an entry gets counts of -1 instead.
         NotImplementedError: tensors on a device without kernels; on CUDA for S > 4096.
 
     Numerics: the support's Gram matrix as in :func:`hullkit.lmo`, everything after it in float64.
@@ -77,6 +82,7 @@ def round_multiplicities(
         raise ValueError(
             f"result.weights: expected the pool's device {pool.device}, got {weights.device}"
         )
+    cap = check_cap(max_multiplicity, shape[-1], total, "support points")
     counts = problem.empty(torch.int64, shape[-1])
     run = _ops.round_multiplicities if backend is None else batched.round_multiplicities
     run(
@@ -87,6 +93,7 @@ def round_multiplicities(
         problem.candidates,
         total,
         exchange_passes,
+        cap,
         counts,
     )
     return counts

@@ -1,6 +1,8 @@
 // Frank-Wolfe for the sparse convex reconstruction of a query:
-//   minimise f(w) = 1/2 ||query - sum_i w_i pool_i||^2 over the probability simplex, exact line search.
-// See Jaggi 2013 for the method; HullFT (arXiv 2605.30337) for its use here.
+//   minimise f(w) = 1/2 ||query - sum_i w_i pool_i||^2 over the probability simplex, exact line search,
+// or over the capped simplex {0 <= w_i <= max_weight, sum w = 1}.
+// See Jaggi 2013 for the method; HullFT (arXiv 2605.30337) for its use here; Lacoste-Julien and Jaggi 2015 for the
+// variants that keep an active set; Wolfe 1976 for the fully corrective one, the minimum-norm point.
 #pragma once
 
 #include "hullkit/pool_spec.h"
@@ -11,25 +13,44 @@ enum class Status : int64_t {
   kConverged = 0,   // ||query - iterate|| < tol
   kMaxSupport = 1,  // max_support distinct vertices touched
   kMaxIters = 2,    // max_iters steps taken
-  kStalled = 3,     // the LMO answered the iterate itself: ||vertex - iterate||^2 < 1e-12
-  kBroken = 4,      // CUDA only, where nobody can raise: NaN or Inf, no candidate, lengths or candidates out of range
+  kStalled = 3,  // no step improves the iterate: the LMO answered the iterate itself (||vertex - iterate||^2 < 1e-12)
+                 // or, for the variants with an active set, nothing gains more than rounding
+  kBroken = 4,   // CUDA only, where nobody can raise: NaN or Inf, no candidate or fewer than 1 / max_weight, lengths
+                 // or candidates out of range
+  kGapTol = 5,   // dual gap <= gap_tol
+};
+
+enum class Variant : int64_t {
+  kVanilla = 0,          // towards the LMO's answer
+  kAway = 1,             // that, or away from the worst vertex of the active set; no cap
+  kPairwise = 2,         // weight from the worst vertex of the active set to the best one below its cap
+  kFullyCorrective = 3,  // the best vertex joins the active set, which is then solved exactly
 };
 
 inline constexpr double kStalledSquaredNorm = 1e-12;
 
+// A vertex is touched when its weight first may become positive, and stays so if it is dropped: max_support counts it
+// once, the result lists it with weight 0, and to take it up again costs nothing.
 struct FrankWolfeParams {
-  int64_t max_support;  // >= 1; 1 returns the nearest vertex
+  int64_t max_support;  // >= 1, >= 1 / max_weight; 1 returns the nearest vertex
   int64_t max_iters;    // >= 0
   double tol;           // on ||query - iterate||, in the units of the input
+  double gap_tol;       // on the dual gap, in the input's units squared; negative: off
+  Variant variant;
+  double max_weight;  // > 0; >= 1: no cap
+
+  // Whether frank_wolfe_run.h, or its like on a GPU, does it; if not, active_set.h.
+  bool plain() const { return variant == Variant::kVanilla && max_weight >= 1.0; }
 };
 
-// S >= min(max_support, max_iters + 1, number of valid candidates): every touched vertex has a place.
+// S >= min(max_support, number of valid candidates, 1 + max_iters): every touched vertex has a place. With a cap,
+// k = ceil(1 / max_weight) are touched at the start, and a vanilla step may touch k more, for 1 and 1.
 struct FrankWolfeResult {
   TensorView indices;        // [B, S] int64, by falling weight (lowest index on a tie), -1 = padding
   TensorView weights;        // [B, S] float64, 0 = padding
   TensorView support_size;   // [B] int64, vertices touched, weight 0 included
   TensorView residual_norm;  // [B] float64, ||query - iterate||
-  TensorView dual_gap;       // [B] float64, max_i <gradient, iterate - pool_i> >= f(w) - f*
+  TensorView dual_gap;       // [B] float64, max <gradient, iterate - x> over all x that weights allow, >= f(w) - f*
   TensorView num_iters;      // [B] int64, steps taken
   TensorView status;         // [B] int64
 };
@@ -37,7 +58,10 @@ struct FrankWolfeResult {
 // Numerics: inner products accumulate in float32 (float64 for float64 input) in an order that depends on
 // d alone; everything after them (weights, step sizes, scores) is float64. Residual and gap are recomputed
 // from the input at the end, so they certify the weights returned, not the recurrence that led there.
-// Cost: O(n d) for each vertex touched, O(n) for each iteration. Memory: at most 4 n S values a query.
+// Cost: O(n d) for each vertex touched, O(n) for each iteration, O(n k) with a cap, O(n m + m^2) for one that solves an
+// active set of m vertices exactly. Memory: at most 4 n S values a query.
+// A float64 Cholesky factor of the active set's Gram matrix is updated as vertices come and go. Vertices that nearly
+// depend on each other (float64: to 2e-14 of their squared norms, else 1e-6) take more than one iteration.
 void frank_wolfe_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                      const FrankWolfeResult& result, int num_threads);
 
@@ -48,6 +72,8 @@ void frank_wolfe_cpu(const PoolSpec& pool, const TensorView& query, const FrankW
 void frank_wolfe_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                       const FrankWolfeResult& result, void* workspace, void* stream);
 int64_t gram_workspace_bytes(int64_t batch, int64_t positions);  // (n + 1)^2 float64 an entry, at most 512 MiB or one
+// Behind it for Variant::kFullyCorrective: S (S + 1) / 2 float64 for each entry of a piece.
+int64_t active_set_workspace_bytes(int64_t batch, int64_t positions, int64_t width);
 
 // The same on a GPU for any number of candidates, without a Gram matrix: every iteration is one pass over the pool for
 // up to 16 prompts that share it, without lengths or candidates, or for one prompt; max_iters + 2 passes are launched,

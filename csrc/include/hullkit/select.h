@@ -3,17 +3,22 @@
 #pragma once
 
 #include "hullkit/frank_wolfe.h"
+#include "hullkit/round_multiplicities.h"
 
 namespace hullkit {
 
-// counts [B, S] int64, aligned with result.indices; total and exchange_passes as in round_multiplicities.h.
-void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params, int64_t total,
-                int64_t exchange_passes, const FrankWolfeResult& result, const TensorView& counts, int num_threads);
+// params.max_weight is rounding.max_count / rounding.total. counts [B, S] int64, aligned with result.indices;
+// residual_norm [B] float64, ||query - sum_i (c_i / total) s_i||: of the counts, as that of the result is of the
+// weights. It is the root of a difference of products; where that may be rounding, the CPU starts from the rows, while
+// a GPU is right to 1e-8 of the norms involved, for half types to 1e-3.
+void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                const RoundingParams& rounding, const FrankWolfeResult& result, const TensorView& counts,
+                const TensorView& residual_norm, int num_threads);
 
 // The same on a GPU; see frank_wolfe.h. More than 4096 candidates: workspace for frank_wolfe_corpus_cuda and for
 // round_multiplicities_cuda of the support, one after the other.
-void select_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params, int64_t total,
-                 int64_t exchange_passes, const FrankWolfeResult& result, const TensorView& counts, void* workspace,
-                 void* stream);
+void select_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                 const RoundingParams& rounding, const FrankWolfeResult& result, const TensorView& counts,
+                 const TensorView& residual_norm, void* workspace, void* stream);
 
 }  // namespace hullkit

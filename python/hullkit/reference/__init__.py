@@ -5,6 +5,7 @@ benchmarks compare with. Readable first; slow.
 """
 
 from .apportion import apportion, quotas
+from .duplicates import duplicates
 from .finetune import finetune
 from .frank_wolfe import FrankWolfeOutcome, frank_wolfe
 from .knn import knn
@@ -19,6 +20,7 @@ __all__ = [
     "accumulate",
     "adam",
     "apportion",
+    "duplicates",
     "finetune",
     "frank_wolfe",
     "global_norm",

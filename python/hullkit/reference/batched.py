@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import apportion as _apportion
+from . import duplicates as _duplicates
 from . import frank_wolfe as _frank_wolfe
 from . import knn as _knn
 from . import lmo as _lmo
@@ -22,7 +23,8 @@ from . import round_multiplicities as _round_multiplicities
 from . import sift as _sift
 from .lmo import Array
 
-_STATUS_CODES = {"CONVERGED": 0, "MAX_SUPPORT": 1, "MAX_ITERS": 2, "STALLED": 3}
+_STATUS_CODES = {"CONVERGED": 0, "MAX_SUPPORT": 1, "MAX_ITERS": 2, "STALLED": 3, "GAP_TOL": 5}
+_VARIANTS = ("vanilla", "away", "pairwise", "fully_corrective")
 
 
 class _Problem(NamedTuple):
@@ -112,6 +114,23 @@ def knn(
         _fill(values[b], products, -np.inf)
 
 
+def duplicates(
+    pool: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    eps: float,
+    representatives: Tensor,
+) -> None:
+    any_row = pool.new_zeros(*representatives.shape[:-1], pool.shape[-1])
+    (representatives,) = _entries(representatives, rank=1)
+    representatives.fill_(-1)
+    for b, problem in _problems(pool, any_row, lengths, candidates):
+        found = problem.positions[_duplicates(problem.pool, eps)]
+        representatives[b, torch.from_numpy(problem.positions).to(pool.device)] = torch.from_numpy(
+            found
+        ).to(pool.device)
+
+
 def frank_wolfe(
     pool: Tensor,
     query: Tensor,
@@ -120,6 +139,9 @@ def frank_wolfe(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     indices: Tensor,
     weights: Tensor,
     support_size: Tensor,
@@ -131,7 +153,21 @@ def frank_wolfe(
     indices, weights = _entries(indices, weights, rank=1)
     scalars = _entries(support_size, residual_norm, dual_gap, num_iters, status, rank=0)
     for b, problem in _problems(pool, query, lengths, candidates):
-        outcome = _frank_wolfe(problem.pool, problem.query, max_support, max_iters, tol)
+        if len(problem.pool) * max_weight < 1 - 1e-12:
+            raise ValueError(
+                f"max_weight: expected at least 1 / {len(problem.pool)} for the "
+                f"{len(problem.pool)} candidates of entry {b}, got {max_weight}"
+            )
+        outcome = _frank_wolfe(
+            problem.pool,
+            problem.query,
+            max_support,
+            max_iters,
+            tol,
+            gap_tol=None if gap_tol < 0 else gap_tol,
+            variant=_VARIANTS[variant],
+            max_weight=max_weight,
+        )
         _fill(indices[b], problem.positions[outcome.indices], -1)
         _fill(weights[b], outcome.weights, 0)
         certificates = (
@@ -153,16 +189,46 @@ def select(
     max_support: int,
     max_iters: int,
     tol: float,
+    gap_tol: float,
+    variant: int,
+    max_weight: float,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     indices: Tensor,
     weights: Tensor,
     *certificates_and_counts: Tensor,
 ) -> None:
-    *certificates, counts = certificates_and_counts
+    *certificates, counts, counts_residual_norm = certificates_and_counts
     inputs = (pool, query, lengths, candidates)
-    frank_wolfe(*inputs, max_support, max_iters, tol, indices, weights, *certificates)
-    round_multiplicities(pool, query, indices, weights, candidates, total, exchange_passes, counts)
+    for b, problem in _problems(*inputs):
+        if max_multiplicity * len(problem.pool) < total:
+            raise ValueError(
+                f"max_multiplicity: expected at least {-(-total // len(problem.pool))} for a total "
+                f"of {total} over the {len(problem.pool)} candidates of entry {b}, "
+                f"got {max_multiplicity}"
+            )
+    frank_wolfe(
+        *inputs,
+        max_support,
+        max_iters,
+        tol,
+        gap_tol,
+        variant,
+        max_weight,
+        indices,
+        weights,
+        *certificates,
+    )
+    rounding = (total, exchange_passes, max_multiplicity)
+    round_multiplicities(pool, query, indices, weights, candidates, *rounding, counts)
+    indices, counts = _entries(indices, counts, rank=1)
+    (norms,) = _entries(counts_residual_norm, rank=0)
+    for b, problem in _problems(*inputs):
+        used = indices[b] >= 0
+        support = np.searchsorted(problem.positions, indices[b, used].cpu().numpy())
+        shares = counts[b, used].cpu().numpy() / total
+        norms[b] = float(np.linalg.norm(problem.query - shares @ problem.pool[support]))
 
 
 def sift(
@@ -228,18 +294,26 @@ def round_multiplicities(
     candidates: Tensor | None,
     total: int,
     exchange_passes: int,
+    max_multiplicity: int,
     counts: Tensor,
 ) -> None:
     indices, weights, counts = _entries(indices, weights, counts, rank=1)
     for b, problem in _problems(pool, query, None, candidates):
         n = pool.shape[-2] if candidates is None else candidates.shape[-1]
         support = _support(problem, indices[b].cpu().numpy(), n, b)
+        if max_multiplicity * len(support) < total:
+            raise ValueError(
+                f"max_multiplicity: expected at least {-(-total // len(support))} for a total of "
+                f"{total} over the {len(support)} support points of entry {b}, "
+                f"got {max_multiplicity}"
+            )
         result = _round_multiplicities(
             problem.pool[support],
             problem.query,
             _weights(weights[b, : len(support)]),
             total,
             exchange_passes,
+            max_multiplicity,
         )
         _fill(counts[b], result, 0)
 

@@ -1,4 +1,4 @@
-"""Vanilla Frank-Wolfe over the hull of a pool, all products formed anew each iteration."""
+"""Frank-Wolfe over the hull of a pool, all products formed anew each iteration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .active_set import active_set
 from .lmo import Array, lmo, row_dots
 
 
@@ -25,12 +26,19 @@ def frank_wolfe(
     max_support: int | None = None,
     max_iters: int = 250,
     tol: float = 1e-5,
+    gap_tol: float | None = None,
+    variant: str = "vanilla",
+    max_weight: float = 1.0,
 ) -> FrankWolfeOutcome:
     """Minimises 1/2 ||query - w @ pool||^2 over the simplex with exact line search.
 
     Stops when the residual norm falls below tol, when max_support distinct vertices were touched,
-    after max_iters steps, or when the LMO answers the iterate itself.
+    after max_iters steps, when the dual gap is at most gap_tol, or when the LMO answers the iterate
+    itself. The other variants, and weights of at most max_weight, are active_set's.
     """
+    options = (max_support, max_iters, tol, -1.0 if gap_tol is None else gap_tol)
+    if variant != "vanilla" or max_weight < 1.0:
+        return FrankWolfeOutcome(*active_set(pool, query, *options, variant, max_weight))
     first, _ = lmo(pool, -query)
     weights = np.zeros(len(pool))
     weights[first] = 1.0
@@ -45,6 +53,9 @@ def frank_wolfe(
             break
         vertex, _ = lmo(pool, -residual)
         direction = pool[vertex] - iterate
+        if residual @ direction <= options[-1]:
+            status = "GAP_TOL"
+            break
         length_squared = direction @ direction
         if length_squared < 1e-12:
             status = "STALLED"

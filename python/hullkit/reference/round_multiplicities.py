@@ -10,13 +10,20 @@ from .lmo import Array
 
 
 def round_multiplicities(
-    support: Array, query: Array, weights: Array, total: int, exchange_passes: int = 2
+    support: Array,
+    query: Array,
+    weights: Array,
+    total: int,
+    exchange_passes: int = 2,
+    max_multiplicity: int | None = None,
 ) -> NDArray[np.int64]:
     """Counts c >= 0 with sum c = total and small L(c) = ||query - (c / total) @ support||^2.
 
     Floors of the quotas; then units where L becomes smallest (lowest index on a tie); then passes
-    that move a unit from i to j, in index order, if that lowers L by more than 1e-14.
+    that move a unit from i to j, in index order, if that lowers L by more than 1e-14. No count
+    exceeds max_multiplicity; max_multiplicity * len(support) >= total.
     """
+    most = total if max_multiplicity is None else max_multiplicity
 
     def loss(counts: NDArray[np.int64]) -> float:
         difference = query - (counts / total) @ support
@@ -30,9 +37,12 @@ def round_multiplicities(
         return counts
 
     size = len(support)
-    counts = np.floor(quotas(weights, total)).astype(np.int64)
+    slack = (
+        1 + 1e-13 if most < total else 1.0
+    )  # weights at a cap are whole quotas, but for rounding
+    counts = np.minimum(np.floor(quotas(weights, total) * slack).astype(np.int64), most)
     for _ in range(total - counts.sum()):
-        losses = [loss(moved(counts, None, i)) for i in range(size)]
+        losses = [loss(moved(counts, None, i)) if counts[i] < most else np.inf for i in range(size)]
         counts = moved(counts, None, int(np.argmin(losses)))
     for _ in range(exchange_passes):
         current = loss(counts)
@@ -40,7 +50,7 @@ def round_multiplicities(
         for i in np.flatnonzero(counts > 0).tolist():
             for j in range(size):
                 # The published procedure does not ask for counts[i] > 0 here, and can go negative.
-                if j == i or counts[i] == 0:
+                if j == i or counts[i] == 0 or counts[j] == most:
                     continue
                 candidate = moved(counts, i, j)
                 candidate_loss = loss(candidate)

@@ -1,0 +1,62 @@
+#include "cuda/device_pool.cuh"
+#include "cuda/gram.h"
+#include "cuda/launch.cuh"
+#include "hullkit/duplicates.h"
+
+namespace hullkit {
+namespace {
+
+constexpr int kThreads = 256;
+
+// A block for each entry. Candidate i is its own representative until one before it takes it.
+template <typename E>
+__global__ void __launch_bounds__(kThreads) duplicates_kernel(const DevicePool<E> pool, double eps, int64_t first,
+                                                              const double* gram, int64_t stride, int64_t* out) {
+  extern __shared__ __align__(16) char shared[];
+  const int n = static_cast<int>(pool.size);
+  const int64_t b = first + blockIdx.x;
+  double* const squares = reinterpret_cast<double*>(shared);
+  int* const representative = reinterpret_cast<int*>(squares + n);
+  gram += int64_t{blockIdx.x} * (n + 1) * stride;
+  bool broken = false;
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    const int64_t row = pool.row(b, i);
+    representative[i] = row >= 0 ? i : -1;
+    squares[i] = row >= 0 ? gram[i * stride + i] : 0.0;
+    broken |= row == DevicePool<E>::kBroken || !isfinite(squares[i]);
+  }
+  broken = __syncthreads_or(broken);
+  for (int r = 0; r < n && !broken; ++r) {
+    if (representative[r] != r) continue;
+    for (int i = r + 1 + static_cast<int>(threadIdx.x); i < n; i += kThreads) {
+      if (representative[i] != i) continue;
+      if (gram[r * stride + i] > (1.0 - eps) * sqrt(squares[r] * squares[i])) representative[i] = r;
+    }
+    __syncthreads();
+  }
+  for (int i = threadIdx.x; i < n; i += kThreads) out[b * n + i] = broken ? -1 : representative[i];
+}
+
+}  // namespace
+
+void duplicates_cuda(const PoolSpec& pool, double eps, const TensorView& representatives, void* workspace,
+                     void* stream) {
+  double* const gram = static_cast<double*>(workspace);
+  const int64_t batch = pool.batch(), n = pool.positions(), step = gram_batch(batch, n);
+  TensorView any_row = pool.rows;  // Gram matrices have a query, here one that nobody asks for
+  any_row.rank = 2;
+  any_row.shape[1] = pool.rows.shape[2];
+  any_row.stride[1] = pool.rows.stride[2];
+  for (int64_t first = 0; first < batch; first += step) {
+    const int64_t count = step < batch - first ? step : batch - first;
+    gram_cuda(pool, any_row, {}, first, count, gram, stream);
+    with_element(pool.rows.dtype, [&](auto element) {
+      using E = decltype(element);
+      launch(duplicates_kernel<E>, count, kThreads, n * (sizeof(double) + sizeof(int)), stream,
+             DevicePool<E>(pool, any_row), eps, first, static_cast<const double*>(gram), gram_stride(n),
+             static_cast<int64_t*>(representatives.data));
+    });
+  }
+}
+
+}  // namespace hullkit

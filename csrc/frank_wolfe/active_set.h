@@ -1,0 +1,361 @@
+// The variants of Frank-Wolfe that keep an active set, and those with a cap: one text for a CPU's thread and for a
+// GPU's block of threads. All state is weights and scores of the candidates; sums are over touched vertices, in order.
+#pragma once
+
+#include "frank_wolfe/capped_simplex.h"
+#include "frank_wolfe/cholesky.h"
+
+namespace hullkit {
+
+// What the threads share, for n candidates of which at most `touched` are touched.
+struct ActiveSetMemory {
+  double* weights;      // [n]
+  double* scores;       // [n] <residual, x_i>
+  double* free_scores;  // [touched] and so on
+  double* direction;    // also [n]: the LMO's answer of a capped step, as products with the candidates
+  double* ones;
+  double* factor;          // [touched (touched + 1) / 2]
+  int* slot;               // [n] place among the touched, -1 if untouched
+  int* touched;            // [touched] candidates in order of touching
+  int* free;               // [touched] the free ones: weights between the bounds, in the order of the factor
+  int* vertex;             // [1 / max_weight] the LMO's answer, best first
+  unsigned char* is_free;  // [n]
+};
+
+// Problem: a Team (cholesky.h) that knows the candidates.
+//   size(), base(i) = <x_i, query>, query_squared(), kRough (products are float32 sums)
+//   touch(i, scores): its column is wanted, those of the best scores may be next; column(i)[j] = <x_i, x_j> of a
+//   touched i; squared(i) best(f): the largest f(i) and where (lowest index on a tie); -inf: not a candidate
+//   rank(scores, k, out): the k best candidates, best first
+//   subtract_iterate(touched, weights, count, scores): scores = base - X iterate
+//   residual_squared(touched, weights, count): from the rows themselves
+template <typename Problem>
+class ActiveSetRun {
+ public:
+  HULLKIT_DEVICE ActiveSetRun(Problem& problem, const FrankWolfeParams& params, const CappedSimplex& simplex,
+                              const ActiveSetMemory& memory)
+      : p_(problem), params_(params), simplex_(simplex), m_(memory), factor_(problem, memory.factor) {}
+
+  HULLKIT_DEVICE Status run() {
+    start();
+    while (!support_full() && num_iters_ < params_.max_iters) {
+      measure();
+      if (converged()) return Status::kConverged;
+      if (params_.gap_tol >= 0.0 || params_.variant == Variant::kVanilla || params_.variant == Variant::kAway) {
+        find_vertex();
+        if (vertex_score_ - residual_iterate_ <= params_.gap_tol) return Status::kGapTol;
+      }
+      const Status status = step();
+      if (status != Status::kMaxIters) return status;
+      ++num_iters_;
+    }
+    return support_full() ? Status::kMaxSupport : Status::kMaxIters;
+  }
+
+  HULLKIT_DEVICE int num_touched() const { return num_touched_; }
+  HULLKIT_DEVICE int64_t num_iters() const { return num_iters_; }
+
+ private:
+  // What a step must gain by the unit to be more than rounding, and what is left of a squared norm that is not.
+  static constexpr double kGain = Problem::kRough ? 1e-7 : 1e-14;
+  static constexpr double kPivot = Problem::kRough ? 1e-6 : 2e-14;
+  static constexpr double kAtBound = 1e-14;
+  static constexpr double kTrusted = Problem::kRough ? 1e-5 : 1e-10;
+
+  HULLKIT_DEVICE bool support_full() const { return num_touched_ >= params_.max_support; }
+  HULLKIT_DEVICE double gain() const { return kGain * scale_squared_; }
+
+  HULLKIT_DEVICE void touch(int i) {
+    if (m_.slot[i] >= 0) return;
+    p_.touch(i, m_.scores);
+    scale_squared_ = larger(scale_squared_, p_.squared(i));
+    p_.sync();
+    p_.each(0, 1, [&](int) {
+      m_.slot[i] = num_touched_;
+      m_.touched[num_touched_] = i;
+    });
+    ++num_touched_;
+  }
+
+  HULLKIT_DEVICE static double larger(double a, double b) { return a > b ? a : b; }
+  HULLKIT_DEVICE static double smaller(double a, double b) { return a < b ? a : b; }
+
+  // The vertex of the capped simplex with the largest product with the query.
+  HULLKIT_DEVICE void start() {
+    const int n = p_.size(), k = static_cast<int>(simplex_.size);
+    scale_squared_ = p_.query_squared();
+    p_.each(0, n, [&](int i) {
+      m_.weights[i] = 0.0;
+      m_.scores[i] = p_.base(i);
+      m_.slot[i] = -1;
+      m_.is_free[i] = 0;
+    });
+    find_vertex();
+    for (int r = 0; r < k; ++r) touch(m_.vertex[r]);
+    p_.each(0, k, [&](int r) { m_.weights[m_.vertex[r]] = vertex_weight(r); });
+    if (support_full()) return;
+    p_.subtract_iterate(m_.touched, m_.weights, num_touched_, m_.scores);
+    if (params_.variant != Variant::kFullyCorrective) return;
+    lift_ = p_.squared(m_.vertex[0]) > 0.0 ? p_.squared(m_.vertex[0]) : 1.0;
+    if (simplex_.last < simplex_.cap) join(m_.vertex[k - 1]);
+  }
+
+  HULLKIT_DEVICE double vertex_weight(int rank) const {
+    return rank + 1 < simplex_.size ? simplex_.cap : simplex_.last;
+  }
+
+  // The LMO over the capped simplex at the current scores.
+  HULLKIT_DEVICE void find_vertex() {
+    if (simplex_.size == 1) {
+      const auto best = p_.best([&](int i) { return m_.scores[i]; });
+      p_.each(0, 1, [&](int) { m_.vertex[0] = best.index; });
+      vertex_score_ = best.value;
+      return;
+    }
+    p_.rank(m_.scores, static_cast<int>(simplex_.size), m_.vertex);
+    vertex_score_ = 0.0;
+    for (int r = 0; r < simplex_.size; ++r) vertex_score_ += vertex_weight(r) * m_.scores[m_.vertex[r]];
+  }
+
+  HULLKIT_DEVICE void measure() {
+    query_iterate_ = residual_iterate_ = 0.0;
+    for (int t = 0; t < num_touched_; ++t) {
+      const int i = m_.touched[t];
+      query_iterate_ += m_.weights[i] * p_.base(i);
+      residual_iterate_ += m_.weights[i] * m_.scores[i];
+    }
+  }
+
+  HULLKIT_DEVICE bool converged() {
+    double squared = p_.query_squared() - query_iterate_ - residual_iterate_;
+    if (squared <= kTrusted * scale_squared_) squared = p_.residual_squared(m_.touched, m_.weights, num_touched_);
+    return std::sqrt(larger(squared, 0.0)) < params_.tol;
+  }
+
+  // One iteration; kMaxIters if it may go on.
+  HULLKIT_DEVICE Status step() {
+    switch (params_.variant) {
+      case Variant::kVanilla:
+        return capped_step();
+      case Variant::kAway:
+        return away_step();
+      case Variant::kPairwise:
+        return pairwise_step();
+      default:
+        return corrective_step();
+    }
+  }
+
+  // Towards the LMO's answer, a mean of k candidates.
+  HULLKIT_DEVICE Status capped_step() {
+    const int n = p_.size(), k = static_cast<int>(simplex_.size);
+    int fresh = 0;
+    for (int r = 0; r < k; ++r) fresh += m_.slot[m_.vertex[r]] < 0;
+    if (num_touched_ + fresh > params_.max_support) return Status::kMaxSupport;
+    for (int r = 0; r < k; ++r) touch(m_.vertex[r]);
+    double* const products = m_.direction;
+    p_.each(0, n, [&](int j) { products[j] = 0.0; });
+    for (int r = 0; r < k; ++r) {
+      const auto* const column = p_.column(m_.vertex[r]);
+      const double weight = vertex_weight(r);
+      p_.each(0, n, [&](int j) { products[j] += weight * static_cast<double>(column[j]); });
+    }
+    double vertex_squared = 0.0, vertex_iterate = 0.0;
+    for (int r = 0; r < k; ++r) {
+      const int i = m_.vertex[r];
+      vertex_squared += vertex_weight(r) * products[i];
+      vertex_iterate += vertex_weight(r) * (p_.base(i) - m_.scores[i]);
+    }
+    const double iterate_squared = query_iterate_ - residual_iterate_;
+    const double length_squared = vertex_squared - 2.0 * vertex_iterate + iterate_squared;
+    const double slope = vertex_score_ - residual_iterate_;
+    if (length_squared < kStalledSquaredNorm || slope <= gain()) return Status::kStalled;
+    const double step = smaller(slope / length_squared, 1.0);
+    p_.sync();
+    p_.each(0, n, [&](int j) {
+      m_.weights[j] *= 1.0 - step;
+      m_.scores[j] = (1.0 - step) * m_.scores[j] + step * (p_.base(j) - products[j]);
+    });
+    p_.each(0, k, [&](int r) {
+      double& weight = m_.weights[m_.vertex[r]];
+      weight = smaller(weight + step * vertex_weight(r), simplex_.cap);
+    });
+    return Status::kMaxIters;
+  }
+
+  // The touched vertex with the least score among those with weight.
+  HULLKIT_DEVICE int worst() const {
+    int worst = -1;
+    for (int t = 0; t < num_touched_; ++t) {
+      const int i = m_.touched[t];
+      if (!(m_.weights[i] > 0.0)) continue;
+      if (worst < 0 || m_.scores[i] < m_.scores[worst] || (m_.scores[i] == m_.scores[worst] && i < worst)) worst = i;
+    }
+    return worst;
+  }
+
+  HULLKIT_DEVICE Status away_step() {
+    const int best = m_.vertex[0], worst = this->worst();
+    const double toward = vertex_score_ - residual_iterate_, away = residual_iterate_ - m_.scores[worst];
+    if (toward <= gain()) return Status::kStalled;
+    const bool forward = toward >= away;
+    const int i = forward ? best : worst;
+    touch(i);
+    const double own = m_.weights[i], iterate_squared = query_iterate_ - residual_iterate_;
+    const double length_squared =
+        larger(p_.squared(i) - 2.0 * (p_.base(i) - m_.scores[i]) + iterate_squared, kPivot * scale_squared_);
+    const double longest = forward ? 1.0 : own / (1.0 - own);
+    const double step = smaller((forward ? toward : away) / length_squared, longest);
+    const double share = forward ? step : -step;  // of the vertex in the new iterate
+    const bool dropped = !forward && step == longest;
+    const auto* const column = p_.column(i);
+    p_.sync();
+    p_.each(0, p_.size(), [&](int j) {
+      const double moved = (1.0 - share) * m_.weights[j];
+      m_.weights[j] = j != i ? moved : dropped ? 0.0 : larger(moved + share, 0.0);
+      m_.scores[j] = (1.0 - share) * m_.scores[j] + share * (p_.base(j) - static_cast<double>(column[j]));
+    });
+    return Status::kMaxIters;
+  }
+
+  HULLKIT_DEVICE Status pairwise_step() {
+    const auto best = p_.best([&](int i) { return m_.weights[i] < simplex_.cap ? m_.scores[i] : -INFINITY; });
+    const int to = best.index, from = worst();
+    const double slope = best.value - m_.scores[from];
+    if (to < 0 || slope <= gain()) return Status::kStalled;
+    touch(to);
+    const auto* const gained = p_.column(to);
+    const auto* const lost = p_.column(from);
+    const double length_squared =
+        larger(p_.squared(to) + p_.squared(from) - 2.0 * static_cast<double>(gained[from]), kPivot * scale_squared_);
+    const double room = simplex_.cap - m_.weights[to], own = m_.weights[from];
+    const double step = smaller(slope / length_squared, smaller(room, own));
+    p_.sync();
+    p_.each(0, p_.size(),
+            [&](int j) { m_.scores[j] -= step * (static_cast<double>(gained[j]) - static_cast<double>(lost[j])); });
+    p_.each(0, 1, [&](int) {
+      m_.weights[to] = step == room ? simplex_.cap : m_.weights[to] + step;
+      m_.weights[from] = step == own ? 0.0 : own - step;
+    });
+    return Status::kMaxIters;
+  }
+
+  // Frees the candidate that gains most, from 0 or from the cap, and solves for all that are free.
+  HULLKIT_DEVICE Status corrective_step() {
+    if (factor_.size() == 0) {  // all weights are at a bound: the cheapest of them is what another may take from
+      join(worst());
+    }
+    double level = 0.0, least = INFINITY, most = -INFINITY;  // scores of the free ones, all alike at their optimum
+    for (int r = 0; r < factor_.size(); ++r) {
+      const double score = m_.scores[m_.free[r]];
+      level += score / factor_.size();
+      least = smaller(least, score);
+      most = larger(most, score);
+    }
+    const auto up = p_.best([&](int i) { return m_.weights[i] == 0.0 && !m_.is_free[i] ? m_.scores[i] : -INFINITY; });
+    const auto down = p_.best([&](int i) { return at_cap(i) ? -m_.scores[i] : -INFINITY; });
+    const double rise = up.value - level, fall = down.value + level;
+    int entering = -1;
+    if (larger(rise, fall) > gain()) {
+      entering = rise >= fall ? up.index : down.index;
+      join(entering);
+    } else if (most - least <= gain()) {
+      return Status::kStalled;
+    }
+    const bool moved = correct();
+    p_.subtract_iterate(m_.touched, m_.weights, num_touched_, m_.scores);
+    // Another's bound may have kept it from moving, but that one has left.
+    return moved || (entering >= 0 && m_.is_free[entering]) ? Status::kMaxIters : Status::kStalled;
+  }
+
+  HULLKIT_DEVICE bool at_cap(int i) const { return m_.weights[i] >= simplex_.cap && !m_.is_free[i]; }
+
+  // Makes candidate i free. The factor is that of the free ones' products plus a number, as if they had one more,
+  // equal, coordinate: so it exists wherever they are affinely independent, and directions whose sum is 0 see no
+  // difference.
+  HULLKIT_DEVICE void join(int i) {
+    touch(i);
+    const int size = factor_.size();
+    const auto* const column = p_.column(i);
+    p_.each(0, size, [&](int r) { m_.direction[r] = static_cast<double>(column[m_.free[r]]) + lift_; });
+    const double own = p_.squared(i) + lift_;
+    factor_.append(m_.direction, own, kPivot * own);
+    p_.each(0, 1, [&](int) {
+      m_.free[size] = i;
+      m_.is_free[i] = 1;
+    });
+  }
+
+  HULLKIT_DEVICE void leave(int place) {
+    factor_.remove(place);
+    p_.each(0, 1, [&](int) {
+      m_.is_free[m_.free[place]] = 0;
+      for (int r = place; r < factor_.size(); ++r) m_.free[r] = m_.free[r + 1];
+    });
+  }
+
+  // Moves the free weights to the minimum over their affine hull; whoever meets a bound on the way stays there and is
+  // free no more (Wolfe). False if nothing moved.
+  HULLKIT_DEVICE bool correct() {
+    p_.each(0, factor_.size(), [&](int r) { m_.free_scores[r] = m_.scores[m_.free[r]]; });
+    bool moved = false;
+    while (factor_.size() > 1) {
+      const int size = factor_.size();
+      p_.each(0, size, [&](int r) {
+        m_.direction[r] = m_.free_scores[r];
+        m_.ones[r] = 1.0;
+      });
+      factor_.solve(m_.direction, m_.ones);
+      double sum = 0.0, of_ones = 0.0;
+      for (int r = 0; r < size; ++r) {
+        sum += m_.direction[r];
+        of_ones += m_.ones[r];
+      }
+      const double level = sum / of_ones;  // all scores, once there
+      double step = 1.0;
+      int blocking = -1;
+      bool to_cap = false, changes = false;
+      for (int r = 0; r < size; ++r) {
+        const double change = m_.direction[r] - level * m_.ones[r], weight = m_.weights[m_.free[r]];
+        changes |= change != 0.0;
+        const double room = change < 0.0 ? weight : simplex_.cap - weight;
+        const double speed = change < 0.0 ? -change : change;
+        if (room < step * speed) {
+          step = room / speed;
+          blocking = r;
+          to_cap = change > 0.0;
+        }
+      }
+      moved |= changes && step > 0.0;
+      p_.sync();
+      p_.each(0, size, [&](int r) {
+        double& weight = m_.weights[m_.free[r]];
+        double there = weight + step * (m_.direction[r] - level * m_.ones[r]);
+        if (there < kAtBound) there = 0.0;  // one that is left of weights at their bounds may have met its own
+        if (simplex_.cap - there < kAtBound) there = simplex_.cap;
+        weight = r == blocking ? (to_cap ? simplex_.cap : 0.0) : there;
+        m_.free_scores[r] = (1.0 - step) * m_.free_scores[r] + step * level;
+      });
+      if (blocking < 0) break;
+      leave(blocking);
+      p_.each(0, 1, [&](int) {
+        for (int r = blocking; r < factor_.size(); ++r) m_.free_scores[r] = m_.free_scores[r + 1];
+      });
+    }
+    return moved;
+  }
+
+  Problem& p_;
+  const FrankWolfeParams params_;
+  const CappedSimplex simplex_;
+  const ActiveSetMemory m_;
+  Cholesky<Problem> factor_;
+  double scale_squared_ = 0.0;  // largest squared norm among the query and the touched vertices
+  double lift_ = 0.0;
+  double query_iterate_ = 0.0, residual_iterate_ = 0.0;
+  double vertex_score_ = 0.0;
+  int num_touched_ = 0;
+  int64_t num_iters_ = 0;
+};
+
+}  // namespace hullkit

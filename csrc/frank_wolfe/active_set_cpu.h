@@ -1,0 +1,208 @@
+// active_set.h for one query on one thread, with the face of frank_wolfe_run.h.
+#pragma once
+
+#include <limits>
+#include <numeric>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "frank_wolfe/active_set.h"
+#include "frank_wolfe/frank_wolfe_run.h"
+#include "frank_wolfe/support.h"
+
+namespace hullkit {
+
+// The candidates of one query, and the only thread that works on it: see active_set.h.
+template <typename T>
+class PoolTeam {
+ public:
+  static constexpr bool kRough = std::is_same_v<T, float>;
+
+  PoolTeam(const PoolRows<T>& rows, const T* query, int64_t max_support, int num_threads)
+      : rows_(rows),
+        query_(query),
+        max_support_(max_support),
+        columns_(rows, num_threads),
+        support_(rows, query),
+        base_(rows.size()),
+        order_(rows.size()),
+        iterate_(rows.size()) {
+    std::vector<T> products(rows.size());
+    rows.dots(query, products.data(), num_threads);
+    const int64_t broken = first_not_finite(products.data(), rows.size());
+    if (broken < rows.size()) rows.explain_not_finite(broken, "query");
+    std::copy(products.begin(), products.end(), base_.begin());
+    query_squared_ = support_.squared_norm(query);
+  }
+
+  template <typename Task>
+  void each(int begin, int end, Task&& task) {
+    for (int i = begin; i < end; ++i) task(i);
+  }
+  void sync() {}
+
+  int size() const { return static_cast<int>(rows_.size()); }
+  double base(int i) const { return base_[i]; }
+  double query_squared() const { return query_squared_; }
+  double squared(int i) const { return columns_.known_column(i)[i]; }
+  const T* column(int i) const { return columns_.known_column(i); }
+
+  void touch(int i, const double* scores) {
+    const T* const column = columns_.column(i, scores, max_support_ - ++num_touched_);
+    const int64_t broken = first_not_finite(column, rows_.size());
+    if (broken < rows_.size()) rows_.explain_not_finite(broken, "candidate " + std::to_string(rows_.position(i)));
+  }
+
+  struct Best {
+    int index;
+    double value;
+  };
+  template <typename Value>
+  Best best(Value&& value) const {
+    Best best{-1, -std::numeric_limits<double>::infinity()};
+    for (int i = 0; i < size(); ++i) {
+      const double here = value(i);
+      if (here > best.value) best = {i, here};
+    }
+    return best;
+  }
+
+  void rank(const double* scores, int k, int* out) {
+    std::iota(order_.begin(), order_.end(), 0);
+    const auto precedes = [scores](int i, int j) { return scores[i] != scores[j] ? scores[i] > scores[j] : i < j; };
+    std::partial_sort(order_.begin(), order_.begin() + k, order_.end(), precedes);
+    std::copy(order_.begin(), order_.begin() + k, out);
+  }
+
+  void subtract_iterate(const int* touched, const double* weights, int count, double* scores) {
+    std::vector<const T*> columns;
+    std::vector<double> shares;
+    for (int t = 0; t < count; ++t) {
+      if (weights[touched[t]] == 0.0) continue;
+      columns.push_back(column(touched[t]));
+      shares.push_back(weights[touched[t]]);
+    }
+    // The last candidates go through a full block as well: past the last one, sums are rounded otherwise, and equal
+    // candidates must have equal scores wherever they stand.
+    const int64_t used = static_cast<int64_t>(columns.size()), whole = rows_.size() / kBlock * kBlock;
+    const auto add_scaled = simd().ops<T>().add_scaled;
+    std::fill(iterate_.begin(), iterate_.end(), 0.0);
+    add_scaled(iterate_.data(), columns.data(), shares.data(), used, whole);
+    double last[kBlock] = {};
+    for (int64_t t = 0; t < used; ++t) {
+      T end[kBlock] = {};
+      const T* const block = end;
+      std::copy(columns[t] + whole, columns[t] + rows_.size(), end);
+      add_scaled(last, &block, &shares[t], 1, kBlock);
+    }
+    std::copy(last, last + (rows_.size() - whole), iterate_.begin() + whole);
+    for (int i = 0; i < size(); ++i) scores[i] = base_[i] - iterate_[i];
+  }
+
+  double residual_squared(const int* touched, const double* weights, int count) {
+    take_support(touched, weights, count);
+    return support_.minus_iterate(query_).squared;
+  }
+
+  void take_support(const int* touched, const double* weights, int count) {
+    support_.touched.assign(touched, touched + count);
+    support_.weights.clear();
+    for (int t = 0; t < count; ++t) support_.weights.push_back(weights[touched[t]]);
+  }
+
+  const Support<T>& support() const { return support_; }
+  const std::vector<double>& bases() const { return base_; }
+  const GramColumns<T>& columns() const { return columns_; }
+
+ private:
+  static constexpr int64_t kBlock = 16;  // a multiple of any vector's length
+
+  const PoolRows<T>& rows_;
+  const T* query_;
+  const int64_t max_support_;
+  GramColumns<T> columns_;
+  Support<T> support_;
+  std::vector<double> base_;
+  std::vector<int> order_;
+  std::vector<double> iterate_;  // [n] its products with the rows
+  double query_squared_;
+  int64_t num_touched_ = 0;
+};
+
+template <typename T>
+class ActiveSetCpu {
+ public:
+  ActiveSetCpu(const PoolRows<T>& rows, const T* query, const FrankWolfeParams& params, int64_t b, int num_threads)
+      : params_(params),
+        simplex_(params.max_weight),
+        num_threads_(num_threads),
+        team_(rows, query, params.max_support, num_threads) {
+    HULLKIT_CHECK(simplex_.size <= rows.size(), "max_weight: expected at least 1 / ", rows.size(), " for the ",
+                  rows.size(), " candidates of entry ", b, ", got ", params.max_weight);
+  }
+
+  Status run() {
+    const int64_t n = team_.size();
+    // What is touched: at the start, and by each iteration.
+    const int64_t step = params_.variant == Variant::kVanilla ? simplex_.size : 1;
+    const bool factored = params_.variant == Variant::kFullyCorrective;
+    const int64_t fit = (n - simplex_.size) / step;
+    const int64_t touched =
+        std::min({n, params_.max_support, simplex_.size + std::min(params_.max_iters, fit + 1) * step});
+    std::vector<double> numbers(2 * n + 2 * touched + std::max(n, touched));
+    std::vector<double> factor(factored ? touched * (touched + 1) / 2 : 0);
+    std::vector<int> places(n + 2 * touched + simplex_.size);
+    std::vector<unsigned char> is_free(n);
+    ActiveSetMemory memory;
+    memory.weights = numbers.data();
+    memory.scores = memory.weights + n;
+    memory.free_scores = memory.scores + n;
+    memory.ones = memory.free_scores + touched;
+    memory.direction = memory.ones + touched;
+    memory.factor = factor.data();
+    memory.slot = places.data();
+    memory.touched = memory.slot + n;
+    memory.free = memory.touched + touched;
+    memory.vertex = memory.free + touched;
+    memory.is_free = is_free.data();
+    ActiveSetRun<PoolTeam<T>> run(team_, params_, simplex_, memory);
+    const Status status = run.run();
+    num_iters_ = run.num_iters();
+    team_.take_support(memory.touched, memory.weights, run.num_touched());
+    return status;
+  }
+
+  void support(std::vector<double>* products, std::vector<double>* gram, std::vector<double>* weights) const {
+    team_.support().products(team_.bases(), team_.columns(), products, gram, weights);
+  }
+  double query_squared() const { return team_.query_squared(); }
+  double residual_norm(const std::vector<double>& weights) const { return team_.support().residual_norm(weights); }
+  void write(const FrankWolfeResult& result, int64_t b, Status status) const {
+    team_.support().write(result, b, num_iters_, status, simplex_, num_threads_);
+  }
+
+ private:
+  const FrankWolfeParams params_;
+  const CappedSimplex simplex_;
+  const int num_threads_;
+  PoolTeam<T> team_;
+  int64_t num_iters_ = 0;
+};
+
+// Calls solved(run, status) with the run of one query, whatever does it.
+template <typename T, typename Solved>
+void run_frank_wolfe(const PoolRows<T>& rows, const T* query, const FrankWolfeParams& params, int64_t b,
+                     int num_threads, Solved&& solved) {
+  if (params.plain()) {
+    FrankWolfeRun<T> run(rows, query, params, num_threads);
+    const Status status = run.run();
+    solved(run, status);
+  } else {
+    ActiveSetCpu<T> run(rows, query, params, b, num_threads);
+    const Status status = run.run();
+    solved(run, status);
+  }
+}
+
+}  // namespace hullkit

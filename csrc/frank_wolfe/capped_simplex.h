@@ -1,0 +1,27 @@
+// {w : 0 <= w_i <= cap, sum w = 1}: what Frank-Wolfe's weights range over.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "hullkit/frank_wolfe.h"
+
+namespace hullkit {
+
+// A vertex has `size` weights that are not 0: all of them the cap, but the last, which is what is left of 1. Without a
+// cap, so for max_weight >= 1, that is the simplex, and no weight but one of 1 ever meets its bound.
+struct CappedSimplex {
+  explicit CappedSimplex(double max_weight)
+      // 1 / 49 of 49 candidates is enough, though 49 times that is less than 1 in floating point.
+      : size(max_weight >= 1.0 ? 1 : static_cast<int64_t>(std::ceil((1.0 - 1e-12) / max_weight))),
+        cap(size == 1 ? std::numeric_limits<double>::infinity() : max_weight),
+        last(size == 1 ? 1.0 : std::min(1.0 - static_cast<double>(size - 1) * max_weight, max_weight)) {}
+
+  int64_t size;  // at most as many as there are candidates
+  double cap;
+  double last;
+};
+
+}  // namespace hullkit

@@ -1,0 +1,24 @@
+"""Candidates that are nearly the same vertex."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .lmo import Array, row_dots
+
+
+def duplicates(pool: Array, eps: float) -> NDArray[np.int64]:
+    """representative[i]: the first representative whose cosine with i exceeds 1 - eps, else i."""
+    squares = np.array([row_dots(row[None], row)[0] for row in pool])
+    representatives: list[int] = []
+    out = np.empty(len(pool), np.int64)
+    for i, row in enumerate(pool):
+        products = row_dots(pool[representatives], row) if representatives else np.empty(0)
+        close = products > (1 - eps) * np.sqrt(squares[representatives] * squares[i])
+        if close.any():
+            out[i] = representatives[int(np.argmax(close))]
+        else:
+            representatives.append(i)
+            out[i] = i
+    return out
