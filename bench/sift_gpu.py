@@ -75,8 +75,10 @@ def cases(console: Console) -> tuple[dict[Case, list[float]], list[Bar]]:
             result = hullkit.sift(rows, prompts, TOTAL)
             # The device sums float32 products in float64; the CPU's answer to the same numbers.
             expected = hullkit.sift(rows[:64].cpu().double(), prompts[:64].cpu().double(), TOTAL)
+            # Halves are summed in float32, and 1 / noise times that is left of it.
+            within = 1e-5 if dtype is torch.float32 else 1e-3
             torch.testing.assert_close(
-                result.variance[:64].cpu(), expected.variance, rtol=0.0, atol=1e-5
+                result.variance[:64].cpu(), expected.variance, rtol=0.0, atol=within
             )
             equal = same_orders(result.order[:64], expected.order)
             least = 1.0 if dtype is torch.float32 else 0.8

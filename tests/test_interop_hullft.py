@@ -275,7 +275,8 @@ def test_on_a_device(tokenizer: Any) -> None:
         assert {p.device.type for p in model.parameters()} == {device or "cuda"}
         adapted.append(model.cpu().state_dict())
     for name, tensor in adapted[0].items():
-        torch.testing.assert_close(adapted[1][name], tensor, rtol=0, atol=1e-9)
+        # The model takes its loss in float32, whatever its dtype: rounded otherwise there.
+        torch.testing.assert_close(adapted[1][name], tensor, rtol=0, atol=1e-5)
 
 
 def test_finetuning_refusals(tokenizer: Any) -> None:
