@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -193,7 +192,7 @@ def main() -> None:
         "device": processor() if device == "cpu" else torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "commit": commit(),
-        "command": "bench/variants.py " + " ".join(sys.argv[2:]),  # without the folder
+        "command": f"bench/variants.py FOLDER --device {arguments.device}",
     }
     rows = []
     for subset in subsets(arguments.folder, device, getattr(torch, arguments.dtype)):
