@@ -97,8 +97,8 @@ def cases(console: Console) -> tuple[dict[Case, list[float]], list[Bar]]:
     ours = statistics.median(times["sift", "hullkit", "float32", shape])
     loop = statistics.median(times["sift", "naive batched torch", "float32", shape])
     console.print(f"B=512: {loop / ours:.1f} times naive torch; {1e3 * ours / 512:.3f} us a prompt")
-    if all(map(importlib.util.find_spec, ("activeft", "faiss"))) is None:
-        console.print("activeft is not installed: no row of it")
+    if not all(map(importlib.util.find_spec, ("activeft", "faiss"))):
+        console.print("activeft (or faiss, which it imports) is not installed: no row of it")
         return times, bars
     on_host = (pool[0].cpu(), query[0].cpu())
     assert activeft(*on_host)[:10] == order[0, :10].tolist(), "activeft chooses others"
