@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test bench bench-optim bench-finetune bench-gpu lint format clean
+.PHONY: demo test bench bench-optim bench-finetune bench-gpu bench-retriever lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python bench/demo/run.py $(ARGS)
@@ -25,6 +25,9 @@ bench-finetune: $(VENV)/.test
 bench-gpu: $(VENV)/.test
 	$(BIN)/python bench/selection_gpu.py $(ARGS)
 	$(BIN)/python bench/sift_gpu.py $(ARGS)
+
+bench-retriever: $(VENV)/.test
+	$(BIN)/python bench/retriever.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
