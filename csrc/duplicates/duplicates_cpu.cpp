@@ -11,25 +11,19 @@ namespace hullkit {
 namespace {
 
 template <typename T>
-std::vector<double> squared_norms(const PoolRows<T>& rows) {
-  std::vector<double> squares(rows.size());
-  std::vector<T> buffer(rows.dim());
-  for (int64_t i = 0; i < rows.size(); ++i) {
-    const T* const row = rows.row(i, buffer.data());
-    T product;
-    T* const out = &product;
-    simd().ops<T>().dots(&row, 1, row, 1, rows.dim(), &out);
-    if (!std::isfinite(product)) rows.explain_not_finite(i, "itself");
-    squares[i] = product;
-  }
-  return squares;
+std::vector<double> squared_norms(const PoolRows<T>& rows, int num_threads) {
+  std::vector<T> squares(rows.size());
+  rows.squares(squares.data(), num_threads);
+  const int64_t broken = first_not_finite(squares.data(), rows.size());
+  if (broken < rows.size()) rows.explain_not_finite(broken, "itself");
+  return {squares.begin(), squares.end()};
 }
 
 template <typename T>
 void duplicates_one(const PoolSpec& pool, int64_t b, double eps, int64_t width, int64_t* out, int num_threads) {
   const PoolRows<T> rows(pool, b, /*reuse=*/true);
   const int64_t n = rows.size();
-  const std::vector<double> squares = squared_norms(rows);
+  const std::vector<double> squares = squared_norms(rows, num_threads);
   GramColumns<T> columns(rows, num_threads);
   std::vector<int64_t> representative(n, -1);
   std::vector<double> likely(n);  // the first ones not yet spoken for are asked for next

@@ -83,20 +83,9 @@ class PoolTeam {
       columns.push_back(column(touched[t]));
       shares.push_back(weights[touched[t]]);
     }
-    // The last candidates go through a full block as well: past the last one, sums are rounded otherwise, and equal
-    // candidates must have equal scores wherever they stand.
-    const int64_t used = static_cast<int64_t>(columns.size()), whole = rows_.size() / kBlock * kBlock;
-    const auto add_scaled = simd().ops<T>().add_scaled;
     std::fill(iterate_.begin(), iterate_.end(), 0.0);
-    add_scaled(iterate_.data(), columns.data(), shares.data(), used, whole);
-    double last[kBlock] = {};
-    for (int64_t t = 0; t < used; ++t) {
-      T end[kBlock] = {};
-      const T* const block = end;
-      std::copy(columns[t] + whole, columns[t] + rows_.size(), end);
-      add_scaled(last, &block, &shares[t], 1, kBlock);
-    }
-    std::copy(last, last + (rows_.size() - whole), iterate_.begin() + whole);
+    simd().ops<T>().add_scaled(iterate_.data(), columns.data(), shares.data(), static_cast<int64_t>(columns.size()),
+                               rows_.size());
     for (int i = 0; i < size(); ++i) scores[i] = base_[i] - iterate_[i];
   }
 
@@ -116,8 +105,6 @@ class PoolTeam {
   const GramColumns<T>& columns() const { return columns_; }
 
  private:
-  static constexpr int64_t kBlock = 16;  // a multiple of any vector's length
-
   const PoolRows<T>& rows_;
   const T* query_;
   const int64_t max_support_;

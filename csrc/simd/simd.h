@@ -28,8 +28,7 @@ struct SgdUpdate {
 // vectors and their twelve sums fill the sixteen registers of AVX2.
 inline constexpr int kMaxDotVectors = 3;
 
-// Arrays of `condition` and add_scaled in whole vectors of every instruction set: an element at an edge would meet
-// another arithmetic, and equal candidates would not tie.
+// The arrays of `condition` are whole vectors of every instruction set: it has no loop for what is left of one.
 inline constexpr int64_t kGainBlock = 8;
 
 // Every dot product is summed in an order that depends on d alone: the same two vectors give the same bits
