@@ -11,13 +11,12 @@ import importlib.util
 import statistics
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import hullkit
 import torch
 from rich.console import Console
 from rich.table import Table
-from rows import append, commit
+from rows import append, timings
 from selection_gpu import DIM, TOTAL, Bar, Case, N, clustered, timed
 from torch import Tensor
 
@@ -143,16 +142,7 @@ def main() -> None:
     for what, value, met, bar in (*bars, *check_many(arguments.pools)):
         console.print(f"{'met' if met else 'MISSED'}: {what}: {value:.4f} {bar and f'(bar {bar})'}")
     if arguments.out is not None:
-        rows: list[dict[str, Any]] = []
-        for (op, provider, dtype, where), values in times.items():
-            p20, p50, p80 = (sorted(values)[int(len(values) * share)] for share in (0.2, 0.5, 0.8))
-            rows.append(
-                {"op": op, "provider": provider, "shape": where, "dtype": dtype}
-                | {"p20": round(p20, 5), "p50": round(p50, 5), "p80": round(p80, 5), "unit": "ms"}
-                | {"rounds": len(values), "device": device, "torch": torch.__version__}
-                | {"commit": commit(), "command": "make bench-gpu"}
-            )
-        append(arguments.out, rows)
+        append(arguments.out, timings(times, device, "make bench-gpu"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,20 @@ def problem(batch: int, n: int, d: int, dtype: torch.dtype, seed: int = 0) -> tu
     return unit(pool, dim=-1).to(dtype), unit(query, dim=-1).to(dtype)
 
 
+def behind_a_slow_producer(call: Any, *source: Tensor) -> Any:
+    """call(*inputs) on a stream of its own, where its inputs are written long after the launch."""
+    inputs = [torch.zeros_like(tensor) for tensor in source]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for target, tensor in zip(inputs, source, strict=True):
+            target.copy_(tensor)
+        result = call(*inputs)
+    stream.synchronize()
+    return result
+
+
 def to(value: Any, device: str) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)

@@ -37,7 +37,7 @@ class PlainLM(nn.Module):
         self.calls += 1
         x = self.norm(self.embedding(ids).transpose(1, 2)).transpose(1, 2)
         x = torch.tanh(self.frozen(self.dropout(x))) * self.repeated
-        x = x.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]
+        x = x.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device)[:, None]
         out: Tensor = self.head(x)
         return out
 
@@ -77,6 +77,42 @@ def texts(count: int = 4) -> list[Tensor]:
     return [torch.randint(VOCABULARY, (n,), generator=generator) for n in (17, 9, 2, 25)][:count]
 
 
+class FailingCall:
+    """In the place of `owner.name`: raises `error` at its call number `at`, after it if `late`."""
+
+    def __init__(
+        self, owner: Any, name: str, error: type[BaseException], at: int, late: bool = False
+    ) -> None:
+        self.calls = 0
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == at and not late:
+                raise error("injected")
+            result = original(*args, **kwargs)
+            if self.calls == at:
+                raise error("injected")
+            return result
+
+        self.place = (owner, name, call)  # arguments of monkeypatch.setattr
+
+
+def injected(tuner: Any, error: type[BaseException]) -> bool:
+    """Whether adapting fails with the injected error."""
+    try:
+        with tuner.adapted(texts(), COUNTS):
+            pass
+    except error as raised:
+        return str(raised) == "injected"
+    return False
+
+
+def same_bits(tensor: Tensor, other: Tensor) -> bool:
+    pair = (t.detach().cpu().numpy().tobytes() for t in (tensor, other))
+    return next(pair) == next(pair)
+
+
 class Before:
     """A model made untidy on purpose, and everything about it that must be so again."""
 
@@ -101,9 +137,12 @@ class Before:
         return [
             [(name, id(t), t.data_ptr()) for name, t in self.tensors()],
             [(p.requires_grad, id(p.grad)) for p in self.model.parameters()],
+            [len(p._post_accumulate_grad_hooks or ()) for p in self.model.parameters()],
             [module.training for module in self.model.modules()],
             signal.getsignal(signal.SIGINT),
             [module for module in self.model.modules() if module in _adaptation._ADAPTED],
+            torch.get_float32_matmul_precision(),
+            [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")],
         ]
 
     def check(self) -> None:
@@ -111,7 +150,7 @@ class Before:
         for name, tensor in self.tensors():
             dtype, stride, bits = self.bits[name]
             assert (tensor.dtype, tensor.stride()) == (dtype, stride), name
-            assert tensor.detach().numpy().tobytes() == bits.numpy().tobytes(), name
+            assert same_bits(tensor, bits), name
         for parameter in self.model.parameters():
             assert parameter.grad is None or bool((parameter.grad == 0.25).all())
 

@@ -9,68 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from _models import COUNTS, VOCABULARY, PlainLM, gpt2, llama, plain, state, texts
-from hullkit import _adaptation, _graphs, _weights
+from _models import (
+    COUNTS,
+    VOCABULARY,
+    Before,
+    FailingCall,
+    PlainLM,
+    gpt2,
+    injected,
+    llama,
+    plain,
+    state,
+    texts,
+)
+from hullkit import _graphs, _weights
 from hullkit.finetune import TestTimeFinetuner
 from torch import Tensor, nn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
-
-
-class PlainOnDevice(PlainLM):
-    """PlainLM with its positions on the device of its ids."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        self.calls += 1
-        x = self.norm(self.embedding(ids).transpose(1, 2)).transpose(1, 2)
-        x = torch.tanh(self.frozen(self.dropout(x))) * self.repeated
-        x = x.cumsum(1) / torch.arange(1, ids.shape[1] + 1, device=ids.device)[:, None]
-        out: Tensor = self.head(x)
-        return out
-
-
-def on_device(build: Callable[[], nn.Module]) -> nn.Module:
-    if build is not plain:
-        return build().cuda()
-    torch.manual_seed(0)
-    return PlainOnDevice().cuda()
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.cpu().numpy().tobytes() == b.cpu().numpy().tobytes()
-
-
-class BeforeOnDevice:
-    """Everything about a model that must be so again."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        model.train()
-        list(model.modules())[1].eval()
-        for parameter in list(model.parameters())[::2]:
-            parameter.grad = torch.full_like(parameter, 0.25)
-        self.state = state(model)
-        self.facts = self.look()
-
-    def look(self) -> list[Any]:
-        model = self.model
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        return [
-            [(name, id(t), t.data_ptr()) for name, t in tensors],
-            [(p.requires_grad, id(p.grad)) for p in model.parameters()],
-            [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()],
-            [module.training for module in model.modules()],
-            [module for module in model.modules() if module in _adaptation._ADAPTED],
-            torch.get_float32_matmul_precision(),
-            torch.is_autocast_enabled("cuda"),
-        ]
-
-    def check(self) -> None:
-        torch.cuda.synchronize()
-        assert self.look() == self.facts
-        now = state(self.model)
-        assert all(same_bits(now[name], self.state[name]) for name in now)
-        assert all(p.grad is None or bool((p.grad == 0.25).all()) for p in self.model.parameters())
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +51,8 @@ def distance(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("snapshot", ["device", "host"])
 @pytest.mark.parametrize("build", [plain, llama, gpt2])
 def test_captured_passes_equal_eager_ones(build: Callable[[], nn.Module], snapshot: str) -> None:
-    model = on_device(build)
-    before = BeforeOnDevice(model)
+    model = build().cuda()
+    before = Before(model)
     captured = TestTimeFinetuner(model, lr=1e-3, capture=True, snapshot=snapshot)
     eager = TestTimeFinetuner(model, lr=1e-3, capture=False, snapshot=snapshot)
     for counts in (COUNTS, [1, 3, 0, 9], COUNTS):
@@ -121,7 +77,7 @@ def test_captured_passes_equal_eager_ones(build: Callable[[], nn.Module], snapsh
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_precisions_agree_roughly(precision: str) -> None:
-    model = on_device(gpt2)
+    model = gpt2().cuda()
     exact = adapted_state(TestTimeFinetuner(model, lr=1e-3, capture=False), texts(), COUNTS)
     for capture in (True, False):
         tuner = TestTimeFinetuner(model, lr=1e-3, precision=precision, capture=capture)
@@ -131,7 +87,7 @@ def test_precisions_agree_roughly(precision: str) -> None:
 
 def test_one_graph_for_each_length_and_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_graphs, "MAX_GRAPHS", 2)
-    model = on_device(llama)
+    model = llama().cuda()
     tuner = TestTimeFinetuner(model, capture=True)
     tuner.warmup([5, 20])
     assert tuner._captured is not None
@@ -149,7 +105,7 @@ def test_one_graph_for_each_length_and_a_bound(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_changed_model_is_recorded_again() -> None:
-    model = on_device(gpt2)
+    model = gpt2().cuda()
     tuner = TestTimeFinetuner(model, lr=1e-3, capture=True)
     adapted_state(tuner, texts(), COUNTS)
     first = tuner._captured
@@ -171,20 +127,20 @@ def test_a_changed_model_is_recorded_again() -> None:
     assert all(torch.equal(same[n], base[n]) for n in base)
 
 
-class Deciding(PlainOnDevice):
+class Deciding(PlainLM):
     def forward(self, ids: Tensor) -> Tensor:
         out = super().forward(ids)
         return out * 2.0 if bool(out.sum() > 1e9) else out
 
 
-class Replacing(PlainOnDevice):
+class Replacing(PlainLM):
     def forward(self, ids: Tensor) -> Tensor:
         out = super().forward(ids)
         self.calls = self.calls + 1
         return out
 
 
-class Looking(PlainOnDevice):
+class Looking(PlainLM):
     """Every position sees all: a padded tail would change its loss."""
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -192,10 +148,10 @@ class Looking(PlainOnDevice):
 
 
 @pytest.mark.parametrize(("build", "reason"), [(Deciding, "captur"), (Replacing, "buffer")])
-def test_a_model_that_cannot_be_captured(build: type[PlainOnDevice], reason: str) -> None:
+def test_a_model_that_cannot_be_captured(build: type[PlainLM], reason: str) -> None:
     torch.manual_seed(0)
     model = build().cuda()
-    before = BeforeOnDevice(model)
+    before = Before(model)
     with pytest.raises(RuntimeError, match="expected a model that can be captured, got"):
         TestTimeFinetuner(model, capture=True).adapted(texts(), COUNTS).__enter__()
     before.check()
@@ -234,7 +190,7 @@ def test_padding_that_would_change_the_loss() -> None:
         (_weights.GroupedUpdates, "join"),
         (_weights.GroupedUpdates, "set_gradients"),
         (_weights.GroupedUpdates, "set_num_steps"),
-        (PlainOnDevice, "forward"),
+        (PlainLM, "forward"),
         (torch.Tensor, "backward"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
@@ -242,33 +198,19 @@ def test_padding_that_would_change_the_loss() -> None:
 def test_failure_in_each_phase(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException], owner: type, name: str
 ) -> None:
-    original = getattr(owner, name)
-    model = on_device(plain)
-    before = BeforeOnDevice(model)
+    model = plain().cuda()
+    before = Before(model)
     for failing in (1, 3):
         for warm in (False, True):
             tuner = TestTimeFinetuner(model, lr=1e-2, capture=True)
             if warm:
                 tuner.warmup([20])
-            calls = 0
-
-            def fails(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == failing:  # noqa: B023
-                    raise error("injected")
-                return original(*args, **kwargs)
-
+            call = FailingCall(owner, name, error, failing)
             with monkeypatch.context() as patch:
-                patch.setattr(owner, name, fails)
-                outcome = ""
-                try:
-                    with tuner.adapted(texts(), COUNTS):
-                        pass
-                except error as raised:
-                    outcome = str(raised)
-            assert outcome == ("injected" if calls >= failing else "")
-            assert (tuner.last_report is None) is (calls >= failing)
+                patch.setattr(*call.place)
+                failed = injected(tuner, error)
+            assert failed is (call.calls >= failing)
+            assert (tuner.last_report is None) is failed
             before.check()
             with tuner.adapted(texts(), COUNTS):  # and it works again
                 pass
@@ -276,14 +218,14 @@ def test_failure_in_each_phase(
 
 
 def test_in_place() -> None:
-    model, other = on_device(llama), on_device(llama)
+    model, other = llama().cuda(), llama().cuda()
     captured = TestTimeFinetuner(model, lr=1e-3, capture=True)
     eager = TestTimeFinetuner(other, lr=1e-3, capture=False)
     for counts in (COUNTS, [0, 2, 1, 0]):  # fresh moments for the second, from where the first left
         assert captured.adapt_(texts(), counts).path == "captured"
         eager.adapt_(texts(), counts)
         assert distance(state(model), state(other)) <= 1e-5
-    before = BeforeOnDevice(model)
+    before = Before(model)
     with captured.adapted(texts(), COUNTS):
         pass
     before.check()
@@ -291,11 +233,11 @@ def test_in_place() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite(value: float) -> None:
-    model = on_device(plain)
+    model = plain().cuda()
     model.head.weight = nn.Parameter(torch.randn(VOCABULARY, 12, device="cuda"))
     with torch.no_grad():
         model.embedding.weight[5] = value
-    before = BeforeOnDevice(model)
+    before = Before(model)
     tuner = TestTimeFinetuner(model, capture=True)
     good, bad = torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3])
     with pytest.raises(FloatingPointError, match=r"loss of examples\[2\]: expected a finite"):
@@ -304,9 +246,9 @@ def test_numbers_that_are_not_finite(value: float) -> None:
 
 
 def test_a_gradient_that_is_not_finite() -> None:
-    model = on_device(plain)
+    model = plain().cuda()
     model.norm.bias.register_hook(lambda grad: grad * float("inf"))
-    before = BeforeOnDevice(model)
+    before = Before(model)
     tuner = TestTimeFinetuner(model, capture=True)
     with pytest.raises(FloatingPointError, match=r"gradient entry of examples\[1\]: expected a"):
         tuner.adapted(texts(), [0, 2, 2, 1]).__enter__()
@@ -314,7 +256,7 @@ def test_a_gradient_that_is_not_finite() -> None:
 
 
 def test_extra_inputs_bursts_of_any_length_and_streams() -> None:
-    model = on_device(llama)
+    model = llama().cuda()
     ids = texts(1)[0]
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     captured = TestTimeFinetuner(model, lr=1e-3, capture=True, refresh_interval=100)
@@ -329,7 +271,7 @@ def test_extra_inputs_bursts_of_any_length_and_streams() -> None:
 
 
 def test_mixed_dtypes_and_unused_parameters() -> None:
-    model = on_device(llama)
+    model = llama().cuda()
     model.lm_head.bfloat16()
     model.unused = nn.Parameter(torch.ones(3, device="cuda"))
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].bfloat16(),))

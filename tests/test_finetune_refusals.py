@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from _models import COUNTS, VOCABULARY, Before, llama, plain, state, texts
+from _models import COUNTS, VOCABULARY, Before, gpt2, llama, plain, state, texts
 from hullkit.finetune import TestTimeFinetuner
+from hullkit.metrics import bits_per_byte
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,6 +88,19 @@ def test_gradient_that_is_not_finite(value: float) -> None:
         ({"betas": 0.9}, TypeError, "betas: expected a pair of numbers, got 0.9"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]: expected a number below 1.0, got 1.0"),
         ({"eps": -1e-8}, ValueError, "eps: expected a number >= 0.0, got -1e-08"),
+        ({"precision": "fp8"}, ValueError, "precision: expected one of 'float32', .*, got 'fp8'"),
+        ({"capture": "yes"}, ValueError, "capture: expected one of None, True, False, got 'yes'"),
+        ({"compile": 3}, ValueError, "compile: expected one of True, False, got 3"),
+        (
+            {"snapshot": "disk"},
+            ValueError,
+            "snapshot: expected one of 'device', .*got 'disk'",
+        ),
+        (
+            {"mode": "accumulate", "capture": True},
+            ValueError,
+            "capture: expected None or False for mode='accumulate', got True",
+        ),
         ({"weight_decay": 0.1}, TypeError, "unexpected keyword argument 'weight_decay'"),
     ],
 )
@@ -143,6 +157,36 @@ def test_bad_example(
 def test_bad_multiset(examples: Any, counts: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         TestTimeFinetuner(plain()).adapted(examples, counts)
+
+
+def test_longer_than_a_learned_table_of_positions() -> None:
+    """On a GPU the index would end the process. Computed positions have no such end."""
+    ids = torch.zeros(65, dtype=torch.int64)
+    tuner = TestTimeFinetuner(gpt2())
+    for refused in (
+        lambda: tuner.adapted([ids], [1]),
+        lambda: tuner.warmup([65]),
+        lambda: bits_per_byte(gpt2(), ids, 64),
+    ):
+        with pytest.raises(ValueError, match="expected at most 64 tokens, the model's positions"):
+            refused()
+    tuner.warmup([64])
+    with tuner.adapted([ids[:64]], [1]):
+        pass
+    with TestTimeFinetuner(llama()).adapted([ids], [1]):
+        pass
+
+
+def test_tf32_and_capture_need_a_cuda_device() -> None:
+    model = plain()
+    before = Before(model)
+    for options in ({"precision": "tf32"}, {"capture": True}):
+        tuner = TestTimeFinetuner(model, **options)
+        with pytest.raises(ValueError, match="expected a CUDA device"):
+            tuner.adapted(texts(), COUNTS).__enter__()
+        before.check()
+    with pytest.raises(ValueError, match="select_seconds: expected a number >= 0"):
+        TestTimeFinetuner(model).adapted(texts(), COUNTS, select_seconds=-1.0)
 
 
 def test_frozen_after_construction() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from _models import COUNTS, VOCABULARY, Before, PlainLM, plain, texts
-from hullkit import _adaptation, _loss, _passes, finetune
+from _models import COUNTS, VOCABULARY, Before, FailingCall, PlainLM, injected, plain, texts
+from hullkit import _adaptation, _graphs, _loss, _passes, finetune
 from hullkit.finetune import TestTimeFinetuner
 from hullkit.optim import Adam
 from torch import Tensor, nn
@@ -67,7 +67,6 @@ def test_failure_in_each_phase(
     name: str,
     late: bool,
 ) -> None:
-    original = getattr(owner, name)
     model = plain()
     before = Before(model)
     tuner = TestTimeFinetuner(model, lr=1e-2)
@@ -75,31 +74,15 @@ def test_failure_in_each_phase(
         assert tuner.last_report is not None
     before = Before(model)
     for failing in range(1, 100):
-        calls = 0
-
-        def fails(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == failing and not late:  # noqa: B023
-                raise error("injected")
-            result = original(*args, **kwargs)
-            if calls == failing:  # noqa: B023
-                raise error("injected")
-            return result
-
+        assert failing < 99
+        call = FailingCall(owner, name, error, failing, late)
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, fails)
-            assert failing < 99
-            outcome = ""
-            try:
-                with tuner.adapted(texts(), COUNTS):
-                    pass
-            except error as raised:
-                outcome = str(raised)
+            patch.setattr(*call.place)
+            failed = injected(tuner, error)
         before.check()
-        if calls < failing:  # every call has failed once
+        if call.calls < failing:  # every call has failed once
             break
-        assert outcome == "injected"
+        assert failed
         assert tuner.last_report is None
     assert failing > 1
 
@@ -222,3 +205,29 @@ def test_sigint_handlers_of_others_are_kept() -> None:
         assert calls == ["outside"]
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_a_device_that_is_lost_while_the_restoring_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told once everything is back, the claim of the model and SIGINT's handler too."""
+    model = plain()
+    before = Before(model)
+    for name in ("lap", "seconds"):
+        with pytest.raises(RuntimeError, match="lost"), monkeypatch.context() as patch:  # noqa: PT012, SIM117
+            with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), COUNTS):
+
+                def lost(*_: Any) -> None:
+                    raise RuntimeError("lost")
+
+                patch.setattr(_adaptation.Clock, name, lost)
+        before.check()
+
+
+def test_hooks_are_removed_if_registering_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = list(plain().parameters())
+    call = FailingCall(Tensor, "register_post_accumulate_grad_hook", KeyboardInterrupt, 3)
+    monkeypatch.setattr(*call.place)
+    with pytest.raises(KeyboardInterrupt), _graphs._hooks(parameters, lambda _: None):
+        pytest.fail("the block was entered")
+    assert not any(p._post_accumulate_grad_hooks for p in parameters)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import hullkit
 import pytest
 import torch
-from _gpu import DTYPES, assert_same, equal_bits, problem, to, to_entry
+from _gpu import DTYPES, assert_same, behind_a_slow_producer, equal_bits, problem, to, to_entry
 from hullkit import Status
 from torch import Tensor
 
@@ -160,17 +161,9 @@ def test_no_queries() -> None:
 @pytest.mark.parametrize("n", [100, 5000])  # with a Gram matrix, and without
 def test_current_stream_behind_a_slow_producer(n: int) -> None:
     pool, query = problem(8, n, 64, torch.float32)
-    expected = hullkit.select(pool.cuda(), query.cuda(), 20)
     source = (pool.cuda(), query.cuda())
-    inputs = (torch.zeros_like(source[0]), torch.zeros_like(source[1]))
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for target, tensor in zip(inputs, source, strict=True):
-            target.copy_(tensor)
-        actual = hullkit.select(*inputs, 20)
-    stream.synchronize()
+    expected = hullkit.select(*source, 20)
+    actual = behind_a_slow_producer(partial(hullkit.select, total=20), *source)
     assert equal_bits(actual, expected)
 
 

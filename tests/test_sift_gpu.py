@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import hullkit
 import pytest
 import torch
-from _gpu import DTYPES, assert_same, equal_bits, problem, to, to_entry
+from _gpu import DTYPES, assert_same, behind_a_slow_producer, equal_bits, problem, to, to_entry
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu
@@ -137,15 +138,7 @@ def test_captured_behind_a_slow_producer_and_replayed() -> None:
 def test_current_stream() -> None:
     source = to(problem(8, 100, 64, torch.float32), "cuda")
     expected = hullkit.sift(*source, 20)
-    inputs = tuple(torch.zeros_like(tensor) for tensor in source)
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for target, tensor in zip(inputs, source, strict=True):
-            target.copy_(tensor)
-        actual = hullkit.sift(*inputs, 20)
-    stream.synchronize()
+    actual = behind_a_slow_producer(partial(hullkit.sift, total=20), *source)
     assert equal_bits(actual, expected)
 
 

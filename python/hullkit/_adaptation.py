@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import weakref
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,10 @@ class Adaptation:
     def _finish(self) -> None:
         """Undo all of __enter__, as far as it got."""
         error: BaseException | None = None
-        clock = Clock(_device(self._tuner.model))
+        clock: Clock | None = None
+        if self._tuner.last_report is not None:
+            with suppress(RuntimeError):  # a lost device; restoring tells
+                clock = Clock(_device(self._tuner.model))
         while self._snapshot is not None:
             try:
                 self._snapshot.restore()
@@ -122,14 +126,21 @@ class Adaptation:
                 continue
             self._snapshot = None
         _ADAPTED.difference_update(self._claimed)
-        if error is None and self._tuner.last_report is not None:
-            report = self._tuner.last_report
-            clock.lap("restore")
-            seconds = report.seconds._replace(restore=clock.seconds()["restore"])
-            self._tuner.last_report = report._replace(seconds=seconds)
+        if error is None and clock is not None:
+            try:
+                self._report_restore(clock)
+            except Exception as failure:  # of the device, told only now
+                error = failure
         self._release_sigint()
         if error is not None:
             raise error
+
+    def _report_restore(self, clock: Clock) -> None:
+        report = self._tuner.last_report
+        assert report is not None
+        clock.lap("restore")
+        seconds = report.seconds._replace(restore=clock.seconds()["restore"])
+        self._tuner.last_report = report._replace(seconds=seconds)
 
     def _claim_model(self) -> None:
         # Modules, not only the model: a wrapper or a part of it shares its weights.

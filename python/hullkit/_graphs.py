@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -230,22 +230,17 @@ class _Pass:
         result.copy_(self._result)
 
 
-class _hooks:
+@contextmanager
+def _hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None]) -> Iterator[None]:
     """Inside the block, `ready(parameter)` is called for each as its gradient is complete."""
-
-    def __init__(
-        self, parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None]
-    ) -> None:
-        self._parameters = parameters
-        self._ready: Any = ready
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for parameter in self._parameters:
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._ready))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+    hook: Any = ready
+    handles: list[Any] = []
+    try:  # around registering too: Ctrl-C may come between two of them
+        for parameter in parameters:
+            handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 

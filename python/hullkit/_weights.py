@@ -105,7 +105,6 @@ class GroupedUpdates:
     """
 
     def __init__(self, weights: Weights, order: Sequence[nn.Parameter], capacity: int) -> None:
-        self.capacity = capacity
         self._side = side_stream(weights.device)
         self._parts: list[_Part] = []
         self._group_of: dict[nn.Parameter, _Group] = {}

@@ -20,10 +20,11 @@ from ._report import AdaptReport, Clock
 from ._weights import NotCapturable, adam_options
 from .metrics import (
     IGNORED,
+    TokenLimits,
     check_module,
     check_token_ids,
     forward_parameters,
-    vocabulary_size,
+    token_limits,
 )
 from .optim import Adam
 from .schedule import Reuse, reuse_schedule
@@ -125,6 +126,8 @@ class TestTimeFinetuner:
         self.eps = _finite("eps", eps)
         check_choice("precision", precision, PRECISIONS)
         check_choice("snapshot", snapshot, ("device", "host"))
+        check_choice("capture", capture, (None, True, False))
+        check_choice("compile", compile, (True, False))
         self.precision = precision
         self.capture = capture
         self.compile = compile
@@ -172,8 +175,10 @@ class TestTimeFinetuner:
         schedule = reuse_schedule(counts, interval)
         if len(examples) != len(counts):
             raise ValueError(f"examples: expected {len(counts)}, as counts, got {len(examples)}")
-        vocabulary = vocabulary_size(self.model)
-        inputs = [self._inputs(f"examples[{i}]", e, vocabulary) for i, e in enumerate(examples)]
+        limits = token_limits(self.model)
+        inputs = [self._inputs(f"examples[{i}]", e, limits) for i, e in enumerate(examples)]
+        if select_seconds is not None:
+            select_seconds = check_number("select_seconds", select_seconds, 0.0)
         return Adaptation(self, inputs, schedule, select_seconds)
 
     def adapt_(
@@ -188,10 +193,10 @@ class TestTimeFinetuner:
         assert self.last_report is not None
         return self.last_report
 
-    def _inputs(self, name: str, example: Any, vocabulary: int | None) -> dict[str, Tensor]:
+    def _inputs(self, name: str, example: Any, limits: TokenLimits) -> dict[str, Tensor]:
         """The checked keyword inputs of one example, `input_ids` and `labels` among them."""
         if not isinstance(example, Mapping):
-            ids = check_token_ids(name, example, vocabulary)
+            ids = check_token_ids(name, example, limits)
             return {"input_ids": ids, "labels": ids}
         if "input_ids" not in example:
             raise ValueError(f"{name}: expected the key 'input_ids', got {list(example)}")
@@ -201,7 +206,7 @@ class TestTimeFinetuner:
                 raise ValueError(f"{name}: expected inputs of the model's forward, got {key!r}")
             tensor = check_tensor(f"{name}[{key!r}]", value)
             inputs[key] = tensor[None] if tensor.ndim == 1 else tensor
-        ids = check_token_ids(f"{name}['input_ids']", inputs["input_ids"], vocabulary)
+        ids = check_token_ids(f"{name}['input_ids']", inputs["input_ids"], limits)
         labels = inputs.setdefault("labels", ids)
         if labels.dtype != torch.int64:
             raise TypeError(f"{name}['labels']: expected dtype torch.int64, got {labels.dtype}")
@@ -212,17 +217,19 @@ class TestTimeFinetuner:
         if not scored.any():
             raise ValueError(f"{name}['labels']: expected a scored token, got only {IGNORED}")
         # Labels are indices into the logits: out of range they end a CUDA process, as ids do.
-        check_token_ids(f"{name}['labels']", labels.where(labels != IGNORED, 0), vocabulary)
+        check_token_ids(f"{name}['labels']", labels.where(labels != IGNORED, 0), limits)
         return inputs
 
     def warmup(self, lengths: Iterable[int]) -> None:
         """Record, or compile, the passes of examples of these lengths in tokens, ahead of the first
         query that has them. The model is as before afterwards.
 
-        Raises as `adapted` and its block do; ValueError for a length below 2.
+        Raises as `adapted` and its block do.
         """
-        ids = [torch.zeros(1, check_int("lengths", n, 2), dtype=torch.int64) for n in list(lengths)]
-        with Adaptation(self, [{"input_ids": x, "labels": x} for x in ids], [], None):
+        limits = token_limits(self.model)
+        ids = [torch.zeros(check_int("lengths", n, 2), dtype=torch.int64) for n in lengths]
+        inputs = [self._inputs(f"lengths[{i}]", x, limits) for i, x in enumerate(ids)]
+        with Adaptation(self, inputs, [], None):
             pass
 
     def release(self) -> None:

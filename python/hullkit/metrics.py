@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,8 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
 
     Raises:
         TypeError: an argument of the wrong kind or dtype, or a model output without logits.
-        ValueError: wrong rank, T < 2, ids outside the vocabulary, num_bytes < 1, or logits of
-            another shape than (1, T, V).
+        ValueError: wrong rank, T < 2 or beyond a learned table of positions, ids outside the
+            vocabulary, num_bytes < 1, or logits of another shape than (1, T, V).
         FloatingPointError: the negative log-likelihood is infinite or NaN.
 
     Complexity: one forward pass, plus O(T V) time and at most 64 MiB (or one token's row) for the
@@ -56,7 +56,7 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
     """
     check_module(model)
     check_int("num_bytes", num_bytes, 1)
-    ids = check_token_ids("input_ids", input_ids, vocabulary_size(model))
+    ids = check_token_ids("input_ids", input_ids, token_limits(model))
     ids = ids.to(device_of(model, ids))
     cache = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
     with torch.no_grad(), eval_mode(model):
@@ -77,8 +77,19 @@ def check_module(model: Any) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def check_token_ids(name: str, ids: Any, vocabulary: int | None) -> Tensor:
-    """`ids` as (1, T), after checking type, dtype, rank, T >= 2 and the range of the ids."""
+class TokenLimits(NamedTuple):
+    """What a sequence must keep to: on a GPU an index outside an embedding ends the process."""
+
+    vocabulary: int | None  # token ids; None where that cannot be told, here and below
+    positions: int | None  # rows of a learned table of positions
+
+
+def token_limits(model: nn.Module) -> TokenLimits:
+    return TokenLimits(vocabulary_size(model), _learned_positions(model))
+
+
+def check_token_ids(name: str, ids: Any, limits: TokenLimits) -> Tensor:
+    """`ids` as (1, T), after checking type, dtype, rank, T and the range of the ids."""
     tokens = check_tensor(name, ids)
     if tokens.dtype != torch.int64:
         raise TypeError(f"{name}: expected dtype torch.int64, got {tokens.dtype}")
@@ -86,7 +97,12 @@ def check_token_ids(name: str, ids: Any, vocabulary: int | None) -> Tensor:
         raise ValueError(f"{name}: expected shape (T,) or (1, T), got {tuple(tokens.shape)}")
     if tokens.shape[-1] < 2:
         raise ValueError(f"{name}: expected at least 2 tokens, got {tokens.shape[-1]}")
-    # On a GPU an id outside the embedding is a device-side assert that ends the process.
+    vocabulary, positions = limits
+    if positions is not None and tokens.shape[-1] > positions:
+        raise ValueError(
+            f"{name}: expected at most {positions} tokens, the model's positions, "
+            f"got {tokens.shape[-1]}"
+        )
     low, high = (int(x) for x in torch.aminmax(tokens))
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         wanted = "ids >= 0" if vocabulary is None else f"ids in [0, {vocabulary})"
@@ -96,20 +112,34 @@ def check_token_ids(name: str, ids: Any, vocabulary: int | None) -> Tensor:
 
 def vocabulary_size(model: nn.Module) -> int | None:
     """The number of token ids `model` has rows for, or None where that cannot be told."""
-    find = getattr(model, "get_input_embeddings", None)
-    if callable(find):
-        try:
-            known = getattr(find(), "num_embeddings", None)
-        except NotImplementedError:
-            known = None
-        if isinstance(known, int):
-            return known
+    known = getattr(_input_embeddings(model), "num_embeddings", None)
+    if isinstance(known, int):
+        return known
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if isinstance(size, int):
         return size
     # A plain model: its positions may be an embedding too, so only the largest one bounds the ids.
     rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     return max(rows, default=None)
+
+
+def _learned_positions(model: nn.Module) -> int | None:
+    """Of an embedding, other than the tokens', with as many rows as the configuration has
+    positions. Computed ones (rotary) have none."""
+    configured = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tokens = _input_embeddings(model)
+    if tokens is None or not isinstance(configured, int):
+        return None
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    return configured if any(m.num_embeddings == configured for m in tables) else None
+
+
+def _input_embeddings(model: nn.Module) -> Any:
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        return find() if callable(find) else None
+    except NotImplementedError:
+        return None
 
 
 def device_of(model: nn.Module, default: Tensor) -> torch.device:
