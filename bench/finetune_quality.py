@@ -3,17 +3,13 @@ and after ours, on real text with a real model.
 
     python bench/finetune_quality.py --texts DIR --model DIR [--subsets A B] [--queries 20]
 
-DIR of texts holds for each subset S: S.jsonl.gz and S.queries.jsonl.gz (lines with "text"), and as
-NumPy arrays S.emb.npy [M, d], S.query_emb.npy [Q, d] and S.candidates.npy [Q, n], rows of emb. DIR
-of the model is a folder of transformers, tokenizer included. Each query's examples are the hull's.
-Every provider finetunes on the same tokens; the published procedure runs without dropout.
+What the folders hold: bench/texts.py. Each query's examples are the hull's. Every provider
+finetunes on the same tokens; the published procedure runs without dropout.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,52 +17,32 @@ from pathlib import Path
 from typing import Any
 
 import hullkit
-import numpy as np
 import published
+import texts
 import torch
 from rich.console import Console
 from rich.table import Table
 from rows import append, commit
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE, PUBLISHED = "unadapted", "published"
 BARS = {"hullkit": 1e-3, "hullkit, bf16": 5e-3}
-
-
-def read(path: Path) -> list[str]:
-    with gzip.open(path, "rt") as file:
-        return [json.loads(line)["text"] for line in file]
-
-
-def array(path: Path) -> Tensor:
-    return torch.from_numpy(np.load(path))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
+    texts.add_arguments(parser)
     parser.add_argument("--subsets", nargs="+", default=["python", "sotu"])
-    parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--total", type=int, default=20, help="updates of a query")
-    parser.add_argument("--start", help="token before a text, default: the tokenizer's bos")
-    parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    model.to(device)
+    tokens = texts.Tokens(arguments.model, arguments.start, arguments.max_length)
+    model = texts.language_model(arguments.model, device)
     state = published.base_state(model)
-    start = [tokenizer.convert_tokens_to_ids(arguments.start or tokenizer.bos_token)]
-
-    def tokens(text: str) -> Tensor:
-        ids = start + tokenizer(text, add_special_tokens=False)["input_ids"]
-        return torch.tensor(ids[: arguments.max_length])
 
     @contextmanager
     def by_published(examples: list[Tensor], counts: list[int]) -> Iterator[None]:
@@ -79,19 +55,19 @@ def main() -> None:
     providers["hullkit, bf16"] = hullkit.TestTimeFinetuner(model, precision="bf16").adapted
     found: dict[tuple[str, str], list[float]] = {}
     for subset in arguments.subsets:
-        documents = read(arguments.texts / f"{subset}.jsonl.gz")
-        queries = read(arguments.texts / f"{subset}.queries.jsonl.gz")[: arguments.queries]
-        names = ("emb", "query_emb", "candidates")
-        pool, embedded, candidates = (array(arguments.texts / f"{subset}.{n}.npy") for n in names)
+        documents = texts.documents(arguments.texts, subset)
+        queries = texts.queries(arguments.texts, subset)[: arguments.queries]
+        pool, embedded, candidates = texts.embeddings(
+            arguments.texts, subset, slice(arguments.queries)
+        )
         chosen = hullkit.select(
-            pool.float(), embedded.float()[: len(queries)], arguments.total,
-            candidates=candidates.long()[: len(queries)],
-        )  # fmt: skip
+            pool.float(), embedded.float(), arguments.total, candidates=candidates
+        )
         for query, rows, counts in zip(
             tqdm(queries, desc=subset), chosen.rows, chosen.counts, strict=True
         ):
             ids = tokens(query)
-            scored = len(tokenizer.decode(ids[1:]).encode())
+            scored = tokens.scored_bytes(ids)
             kept = [(int(r), int(c)) for r, c in zip(rows, counts, strict=True) if c > 0]
             examples, updates = [tokens(documents[r]) for r, _ in kept], [c for _, c in kept]
             bits = hullkit.bits_per_byte(model, ids, scored)

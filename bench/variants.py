@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import hullkit
 import numpy as np
+import texts
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -61,10 +62,7 @@ def subsets(folder: Path, device: str, dtype: torch.dtype) -> list[Subset]:
     found = []
     for path in sorted(folder.glob("*.query_emb.npy")):
         name = path.name.removesuffix(".query_emb.npy")
-        pool, query, candidates = (
-            torch.from_numpy(np.load(folder / f"{name}.{part}.npy"))
-            for part in ("emb", "query_emb", "candidates")
-        )
+        pool, query, candidates = texts.embeddings(folder, name)
         found.append(
             Subset(name, pool.to(device, dtype), query.to(device, dtype), candidates.to(device))
         )
