@@ -34,12 +34,12 @@ struct GramPlan {
 // kOwn: rows of blocks beside those of the columns, 0 if all offsets are in one group (the rows are the first columns).
 template <typename E, int kOwn>
 __global__ void __launch_bounds__(GramTile<E, kOwn>::kThreads, 2)
-    gram_kernel(const DevicePool<E> pool, const GramPlan plan, int64_t first, double* gram, int64_t stride) {
+    gram_kernel(const DevicePool pool, const GramPlan plan, int64_t first, double* gram, int64_t stride) {
   using T = GramTile<E, kOwn>;
   static_assert(T::kRows == kBlock && T::kCols == kBlock, "blocks are mirrored");
   extern __shared__ __align__(16) char shared[];
   constexpr int kCount = (kOwn + kSharedBlocks) * kBlock;
-  __shared__ const E* sources[kCount];
+  __shared__ const char* sources[kCount];
 
   const int64_t entry = blockIdx.x / plan.tiles;
   const int tile_at = static_cast<int>(blockIdx.x % plan.tiles);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(GramTile<E, kOwn>::kThreads, 2)
   for (int t = threadIdx.x; t < kCount; t += T::kThreads) {
     const int block = t / kBlock < kOwn ? row_begin + t / kBlock : row_begin + offset_begin + t / kBlock - kOwn;
     const int i = block % plan.rows * kBlock + t % kBlock;
-    const int64_t row = i < candidates ? pool.row(b, i) : DevicePool<E>::kNone;
+    const int64_t row = i < candidates ? pool.row_of_point(b, i) : DevicePool::kNone;
     const bool query = i >= candidates && i < n;
     sources[t] = query ? pool.query_at(b, i - candidates) : row >= 0 ? pool.row_at(b, row) : nullptr;
   }
@@ -98,9 +98,9 @@ void gram_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& 
                double* gram, void* stream) {
   const int64_t vectors = query.rank == 3 ? query.shape[1] : 1;
   const GramPlan plan((support.defined() ? support.shape[1] : pool.positions()) + vectors);
+  const DevicePool device_pool(pool, query, support);
   with_element(pool.rows.dtype, [&](auto element) {
     using E = decltype(element);
-    const DevicePool<E> device_pool(pool, query, support);
     const auto run = [&](auto kernel, int threads, int stages) {
       constexpr int kProductBytes = kWarps * kBlock * (kBlock + 1) * static_cast<int>(sizeof(double));
       launch(kernel, plan.tiles * count, threads, std::max(stages, kProductBytes), stream, device_pool, plan, first,

@@ -5,53 +5,40 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cuda/group.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/scan_pass.cuh"
 #include "cuda/tile.cuh"
 
 namespace hullkit {
 
-// Directions that are multiplied with rows; of an entry `pieces` columns, which add up to it.
-template <typename C>
-struct Directions {
-  const C* data;
-  int64_t stride, piece_stride;
-
-  __device__ const C* at(int64_t b, int piece) const { return data + b * stride + piece * piece_stride; }
-};
-
-// How a pass is laid out: `groups` of up to `group` entries, each with so many blocks, which take its tiles in turn.
-struct ScanPlan {
-  int64_t groups, blocks;
-  int group;
-  bool resident;  // all columns stay in shared memory, else they are loaded anew for every tile
-  size_t shared;
-};
-
-// Copies 16 bytes of elements to shared memory, zeros from the `left`th byte on. `from` is a multiple of `alignment`,
-// one of 2, 4, 8, 16, and is not read if left <= 0.
-template <typename E>
-__device__ void copy_piece(char* to, const char* from, int64_t left, int alignment) {
-  const int bytes = left <= 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
-  if (alignment == 16) {
-    ptx::copy_async_16(to, from, bytes);
-  } else if (sizeof(E) >= 4 || alignment >= 4) {
+// copy_piece below, of what is not aligned to 16 bytes; not inlined, as it is rare.
+__device__ __noinline__ inline void copy_unaligned_piece(char* to, const char* from, int bytes, int alignment) {
+  if (alignment >= 4) {
 #pragma unroll
     for (int at = 0; at < 16; at += 4) ptx::copy_async_4(to + at, from + at, min(max(bytes - at, 0), 4));
   } else {
 #pragma unroll
-    for (int e = 0; e < static_cast<int>(16 / sizeof(E)); ++e) {
-      const bool inside = e * static_cast<int>(sizeof(E)) < bytes;
-      reinterpret_cast<E*>(to)[e] = inside ? reinterpret_cast<const E*>(from)[e] : E{};
+    for (int at = 0; at < 16; at += 2) {
+      *reinterpret_cast<uint16_t*>(to + at) = at < bytes ? *reinterpret_cast<const uint16_t*>(from + at) : 0;
     }
   }
 }
 
+// Copies 16 bytes of elements to shared memory, zeros from `bytes` on. `from` is a multiple of `alignment`, one of 2
+// (of halves only), 4, 8, 16, and is not read if bytes is 0.
+__device__ inline void copy_piece(char* to, const char* from, int bytes, int alignment) {
+  if (alignment == 16) {
+    ptx::copy_async_16(to, from, bytes);
+  } else {
+    copy_unaligned_piece(to, from, bytes, alignment);
+  }
+}
+
+// How much of a piece is among the bytes that are left.
+__device__ inline int bytes_of_piece(int64_t left) { return left <= 0 ? 0 : left < 16 ? static_cast<int>(left) : 16; }
+
 // The power of two, at most 16, that divides an address and all distances from it.
-template <typename E>
-__device__ int alignment_of(const E* data, int64_t stride, int64_t other_stride) {
-  const auto bits =
-      reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>((stride | other_stride) * sizeof(E)) | 16;
+__device__ inline int alignment_of(const char* data, int64_t stride, int64_t other_stride) {
+  const auto bits = reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride | other_stride) | 16;
   return static_cast<int>(bits & (~bits + 1));
 }
 
@@ -89,9 +76,6 @@ __device__ void multiply_chunk(const char* rows, const char* cols, Sum (&sums)[k
   }
 }
 
-// Entries that share a pass: the columns that are too many for a few cost next to nothing beside the rows.
-inline constexpr int kScanGroup = 16;
-
 // Rows of E, columns of C; kScanGroup directions of kPieces columns each. Piece k of direction p is column p % 8
 // of block p / 8 * kPieces + k: a lane has all pieces of its directions.
 template <typename E, typename C, int kPieces>
@@ -118,14 +102,14 @@ struct Scan {
     return size_t{kStages} * kRowBytes + static_cast<size_t>(resident ? chunks(dim) : kStages) * kColBytes;
   }
 
-  const DevicePool<E>& pool;
-  const Directions<C>& directions;
+  const DevicePool& pool;
+  const Directions& directions;
   const int64_t b0;  // the first entry
   const int members;
   const int alignment, direction_alignment;
-  const E* rows[kRowsOfThread];  // of which this thread copies; nullptr: zeros
+  const char* rows[kRowsOfThread];  // of which this thread copies; nullptr: zeros
 
-  __device__ Scan(const DevicePool<E>& pool, const Directions<C>& directions, int64_t b0, int members)
+  __device__ Scan(const DevicePool& pool, const Directions& directions, int64_t b0, int members)
       : pool(pool),
         directions(directions),
         b0(b0),
@@ -135,13 +119,11 @@ struct Scan {
 
   __device__ static int64_t tile_count(int64_t size) { return (size + kRows - 1) / kRows; }
 
-  // The row of position i, as DevicePool::row.
-  __device__ int64_t row(int64_t i) const { return i < pool.size ? pool.row(b0, i) : DevicePool<E>::kNone; }
-
   __device__ void aim(int64_t tile) {
+    const int64_t length = pool.length(b0);
 #pragma unroll
     for (int k = 0; k < kRowsOfThread; ++k) {
-      const int64_t at = row(tile * kRows + copied_row(k));
+      const int64_t at = pool.row(b0, tile * kRows + copied_row(k), length);
       rows[k] = at >= 0 ? pool.row_at(b0, at) : nullptr;
     }
   }
@@ -160,10 +142,9 @@ struct Scan {
       const int col = t / kPiecesOfColumn, piece = t % kPiecesOfColumn * 16;
       const int member = col / 8 / kPieces * 8 + col % 8;
       const int64_t at = int64_t{chunk} * kColChunk + piece;
-      const int64_t left = member < members ? pool.dim * static_cast<int64_t>(sizeof(C)) - at : 0;
-      const C* const column = directions.at(left > 0 ? b0 + member : b0, col / 8 % kPieces);
-      copy_piece<C>(stage + col * kColStride + piece, reinterpret_cast<const char*>(column) + (left > 0 ? at : 0), left,
-                    direction_alignment);
+      const int bytes = member < members ? bytes_of_piece(pool.dim * static_cast<int64_t>(sizeof(C)) - at) : 0;
+      const char* const column = directions.at(bytes > 0 ? b0 + member : b0, col / 8 % kPieces);
+      copy_piece(stage + col * kColStride + piece, column + (bytes > 0 ? at : 0), bytes, direction_alignment);
     }
   }
 
@@ -193,15 +174,17 @@ struct Scan {
     if (plan.resident) {
       for (int chunk = 0; chunk < chunk_count; ++chunk) load_columns(columns + chunk * kColBytes, chunk);
     }
+#pragma unroll 1
     for (int slot = 0; slot < kStages - 1; ++slot) load_next(slot);
+    const int64_t length = pool.length(b0);
     int slot = 0;
     for (int64_t tile = first; tile < tiles; tile += plan.blocks) {
       uint32_t valid = 0, broken = 0;  // of this lane's rows
 #pragma unroll
       for (int r = 0; r < 2 * kRowBlocks; ++r) {
-        const int64_t at = row(tile * kRows + summed_row(warp, lane, r));
+        const int64_t at = pool.row(b0, tile * kRows + summed_row(warp, lane, r), length);
         valid |= static_cast<uint32_t>(at >= 0) << r;
-        broken |= static_cast<uint32_t>(at == DevicePool<E>::kBroken) << r;
+        broken |= static_cast<uint32_t>(at == DevicePool::kBroken) << r;
       }
       Sum sums[kRowBlocks][kColBlocks][4] = {};
       for (int chunk = 0; chunk < chunk_count; ++chunk) {
@@ -236,12 +219,13 @@ struct Scan {
   // Piece threadIdx.x % 8 of the rows aimed at.
   __device__ void copy_rows(char* stage, int chunk, int alignment_of_rows) const {
     const int piece = threadIdx.x % (kChunk / 16) * 16;
-    const int64_t at = int64_t{chunk} * kChunk + piece, left = pool.dim * static_cast<int64_t>(sizeof(E)) - at;
+    const int64_t at = int64_t{chunk} * kChunk + piece;
+    const int bytes = bytes_of_piece(pool.dim * static_cast<int64_t>(sizeof(E)) - at);
 #pragma unroll
     for (int k = 0; k < kRowsOfThread; ++k) {
-      const bool inside = rows[k] != nullptr && left > 0;
-      const char* const from = reinterpret_cast<const char*>(inside ? rows[k] : pool.rows) + (inside ? at : 0);
-      copy_piece<E>(stage + copied_row(k) * kStride + piece, from, inside ? left : 0, alignment_of_rows);
+      const bool inside = rows[k] != nullptr && bytes > 0;
+      copy_piece(stage + copied_row(k) * kStride + piece, inside ? rows[k] + at : pool.rows, inside ? bytes : 0,
+                 alignment_of_rows);
     }
   }
 
@@ -249,54 +233,5 @@ struct Scan {
   __device__ static int copied_row(int k) { return threadIdx.x / (kChunk / 16) + k * (kThreads / (kChunk / 16)); }
   __device__ static int summed_row(int warp, int lane, int r) { return (warp * 2 * kRowBlocks + r) * 8 + lane / 4; }
 };
-
-__device__ inline uint64_t scan_key(double value) {
-  return value == -INFINITY ? kSmallestKey : value == INFINITY ? kLargestKey : key_of(value);
-}
-
-// Entries that share their candidates also share the pass, so many at a time; others take one each.
-inline int scan_group(const PoolSpec& pool) {
-  const bool shared = pool.rows.stride[0] == 0 && !pool.lengths.defined() && !pool.candidates.defined();
-  return shared ? kScanGroup : 1;
-}
-
-inline constexpr int64_t kScanRows = 128;
-inline constexpr int64_t kMaxScanBlocks = 1024;  // of a group
-
-// Blocks of a group at most.
-inline int64_t scan_blocks(int64_t positions) {
-  const int64_t tiles = (positions + kScanRows - 1) / kScanRows;
-  return tiles < kMaxScanBlocks ? tiles : kMaxScanBlocks;
-}
-
-// A plan for `kernel`, which runs T, on the current device: as many blocks as it holds at a time.
-template <typename T, typename Kernel>
-ScanPlan plan_scan(Kernel kernel, const PoolSpec& pool) {
-  static_assert(T::kRows == kScanRows, "");
-  const auto attribute = [](cudaDeviceAttr which) {
-    int device = 0, value = 0;
-    check_cuda(cudaGetDevice(&device), "CUDA device");
-    check_cuda(cudaDeviceGetAttribute(&value, which, device), "CUDA device");
-    return int64_t{value};
-  };
-  ScanPlan plan;
-  plan.group = scan_group(pool);
-  plan.groups = (pool.batch() + plan.group - 1) / plan.group;
-  // Two blocks are to fit, with 2 KiB each for what else a kernel has in shared memory and what the device reserves.
-  const int64_t half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 2048;
-  plan.shared = T::shared_bytes(pool.dim(), true);
-  plan.resident = static_cast<int64_t>(plan.shared) <= half || T::chunks(pool.dim()) <= T::kStages;
-  if (!plan.resident) plan.shared = T::shared_bytes(pool.dim(), false);
-  allow_shared(kernel, plan.shared);
-  int of_processor = 0;
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, kernel, T::kThreads, plan.shared),
-             "CUDA occupancy");
-  const int64_t groups = plan.groups < 1 ? 1 : plan.groups;
-  const int64_t share = of_processor * attribute(cudaDevAttrMultiProcessorCount) / groups;
-  const int64_t most = scan_blocks(pool.positions());
-  plan.blocks = share < 4 ? 4 : share;  // of many groups, parts small enough to fill the last wave
-  if (plan.blocks > most) plan.blocks = most;
-  return plan;
-}
 
 }  // namespace hullkit

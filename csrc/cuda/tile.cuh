@@ -57,7 +57,7 @@ struct Tile {
   // [kCount] points to (nullptr: zeros; aligned: to 16 bytes). row_blocks: how many of its rows of blocks, 0, 1 or all.
   // All threads of the block call this; shared memory is free again when it returns.
   template <int kCount>
-  __device__ void run(char* shared, const E* const* sources, bool aligned, int64_t dim, int row, int col,
+  __device__ void run(char* shared, const char* const* sources, bool aligned, int64_t dim, int row, int col,
                       int row_blocks) {
     const int64_t bytes = dim * static_cast<int64_t>(sizeof(E));
     const int64_t chunks = (bytes + kChunk - 1) / kChunk;
@@ -115,7 +115,7 @@ struct Tile {
   __device__ static int place(int row, int piece) { return row * kChunk + (piece ^ (row % 2 * 4)) * 16; }
 
   template <int kCount>
-  __device__ static void load(char* stage, ptx::Barrier& full, const E* const* sources, bool aligned, int64_t bytes,
+  __device__ static void load(char* stage, ptx::Barrier& full, const char* const* sources, bool aligned, int64_t bytes,
                               int64_t chunk) {
     constexpr int kPieces = kChunk / 16;
     constexpr int kRowsAtOnce = kThreads / kPieces;
@@ -130,7 +130,7 @@ struct Tile {
 #pragma unroll
       for (int row = 0; row < kCount; row += kRowsAtOnce) {
         if (kCount % kRowsAtOnce != 0 && first + row >= kCount) break;
-        const char* const from = reinterpret_cast<const char*>(sources[row]);
+        const char* const from = sources[row];
         ptx::copy_async_16(to + row * kChunk, from + at, from == nullptr ? 0 : size);
       }
       full.arrive_with_copies();
@@ -138,7 +138,7 @@ struct Tile {
     }
 #pragma unroll 1
     for (int row = 0; first + row < kCount; row += kRowsAtOnce) {
-      const E* const from = sources[row];
+      const E* const from = reinterpret_cast<const E*>(sources[row]);
       for (int e = 0; e < static_cast<int>(16 / sizeof(E)); ++e) {
         const bool inside = from != nullptr && e * static_cast<int64_t>(sizeof(E)) < left;
         reinterpret_cast<E*>(to + row * kChunk)[e] = inside ? from[at / static_cast<int64_t>(sizeof(E)) + e] : E{};

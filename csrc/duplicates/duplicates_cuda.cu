@@ -9,8 +9,7 @@ namespace {
 constexpr int kThreads = 256;
 
 // A block for each entry. Candidate i is its own representative until one before it takes it.
-template <typename E>
-__global__ void __launch_bounds__(kThreads) duplicates_kernel(const DevicePool<E> pool, double eps, int64_t first,
+__global__ void __launch_bounds__(kThreads) duplicates_kernel(const DevicePool pool, double eps, int64_t first,
                                                               const double* gram, int64_t stride, int64_t* out) {
   extern __shared__ __align__(16) char shared[];
   const int n = static_cast<int>(pool.size);
@@ -18,22 +17,26 @@ __global__ void __launch_bounds__(kThreads) duplicates_kernel(const DevicePool<E
   double* const squares = reinterpret_cast<double*>(shared);
   int* const representative = reinterpret_cast<int*>(squares + n);
   gram += int64_t{blockIdx.x} * (n + 1) * stride;
+  const int64_t length = pool.length(b);
   bool broken = false;
+#pragma unroll 1
   for (int i = threadIdx.x; i < n; i += kThreads) {
-    const int64_t row = pool.row(b, i);
+    const int64_t row = pool.row(b, i, length);
     representative[i] = row >= 0 ? i : -1;
     squares[i] = row >= 0 ? gram[i * stride + i] : 0.0;
-    broken |= row == DevicePool<E>::kBroken || !isfinite(squares[i]);
+    broken |= row == DevicePool::kBroken || !isfinite(squares[i]);
   }
   broken = __syncthreads_or(broken);
   for (int r = 0; r < n && !broken; ++r) {
     if (representative[r] != r) continue;
+#pragma unroll 1
     for (int i = r + 1 + static_cast<int>(threadIdx.x); i < n; i += kThreads) {
       if (representative[i] != i) continue;
       if (gram[r * stride + i] > (1.0 - eps) * sqrt(squares[r] * squares[i])) representative[i] = r;
     }
     __syncthreads();
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < n; i += kThreads) out[b * n + i] = broken ? -1 : representative[i];
 }
 
@@ -50,12 +53,8 @@ void duplicates_cuda(const PoolSpec& pool, double eps, const TensorView& represe
   for (int64_t first = 0; first < batch; first += step) {
     const int64_t count = step < batch - first ? step : batch - first;
     gram_cuda(pool, any_row, {}, first, count, gram, stream);
-    with_element(pool.rows.dtype, [&](auto element) {
-      using E = decltype(element);
-      launch(duplicates_kernel<E>, count, kThreads, n * (sizeof(double) + sizeof(int)), stream,
-             DevicePool<E>(pool, any_row), eps, first, static_cast<const double*>(gram), gram_stride(n),
-             static_cast<int64_t*>(representatives.data));
-    });
+    launch(duplicates_kernel, count, kThreads, n * (sizeof(double) + sizeof(int)), stream, DevicePool(pool, any_row),
+           eps, first, static_cast<const double*>(gram), gram_stride(n), static_cast<int64_t*>(representatives.data));
   }
 }
 

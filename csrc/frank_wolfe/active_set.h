@@ -23,7 +23,7 @@ struct ActiveSetMemory {
 };
 
 // Problem: a Team (cholesky.h) that knows the candidates.
-//   size(), base(i) = <x_i, query>, query_squared(), kRough (products are float32 sums)
+//   size(), base(i) = <x_i, query>, query_squared(), rough(): products are float32 sums
 //   touch(i, scores): its column is wanted, those of the best scores may be next; column(i)[j] = <x_i, x_j> of a
 //   touched i; squared(i) best(f): the largest f(i) and where (lowest index on a tie); -inf: not a candidate
 //   rank(scores, k, out): the k best candidates, best first
@@ -34,7 +34,12 @@ class ActiveSetRun {
  public:
   HULLKIT_DEVICE ActiveSetRun(Problem& problem, const FrankWolfeParams& params, const CappedSimplex& simplex,
                               const ActiveSetMemory& memory)
-      : p_(problem), params_(params), simplex_(simplex), m_(memory), factor_(problem, memory.factor) {}
+      : p_(problem),
+        params_(params),
+        simplex_(simplex),
+        m_(memory),
+        factor_(problem, memory.factor),
+        rough_(problem.rough()) {}
 
   HULLKIT_DEVICE Status run() {
     start();
@@ -57,13 +62,11 @@ class ActiveSetRun {
 
  private:
   // What a step must gain by the unit to be more than rounding, and what is left of a squared norm that is not.
-  static constexpr double kGain = Problem::kRough ? 1e-7 : 1e-14;
-  static constexpr double kPivot = Problem::kRough ? 1e-6 : 2e-14;
+  HULLKIT_DEVICE double gain() const { return (rough_ ? 1e-7 : 1e-14) * scale_squared_; }
+  HULLKIT_DEVICE double pivot() const { return rough_ ? 1e-6 : 2e-14; }
   static constexpr double kAtBound = 1e-14;
-  static constexpr double kTrusted = Problem::kRough ? 1e-5 : 1e-10;
 
   HULLKIT_DEVICE bool support_full() const { return num_touched_ >= params_.max_support; }
-  HULLKIT_DEVICE double gain() const { return kGain * scale_squared_; }
 
   HULLKIT_DEVICE void touch(int i) {
     if (m_.slot[i] >= 0) return;
@@ -128,7 +131,8 @@ class ActiveSetRun {
 
   HULLKIT_DEVICE bool converged() {
     double squared = p_.query_squared() - query_iterate_ - residual_iterate_;
-    if (squared <= kTrusted * scale_squared_) squared = p_.residual_squared(m_.touched, m_.weights, num_touched_);
+    if (squared <= (rough_ ? 1e-5 : 1e-10) * scale_squared_)
+      squared = p_.residual_squared(m_.touched, m_.weights, num_touched_);
     return std::sqrt(larger(squared, 0.0)) < params_.tol;
   }
 
@@ -203,7 +207,7 @@ class ActiveSetRun {
     touch(i);
     const double own = m_.weights[i], iterate_squared = query_iterate_ - residual_iterate_;
     const double length_squared =
-        larger(p_.squared(i) - 2.0 * (p_.base(i) - m_.scores[i]) + iterate_squared, kPivot * scale_squared_);
+        larger(p_.squared(i) - 2.0 * (p_.base(i) - m_.scores[i]) + iterate_squared, pivot() * scale_squared_);
     const double longest = forward ? 1.0 : own / (1.0 - own);
     const double step = smaller((forward ? toward : away) / length_squared, longest);
     const double share = forward ? step : -step;  // of the vertex in the new iterate
@@ -227,7 +231,7 @@ class ActiveSetRun {
     const auto* const gained = p_.column(to);
     const auto* const lost = p_.column(from);
     const double length_squared =
-        larger(p_.squared(to) + p_.squared(from) - 2.0 * static_cast<double>(gained[from]), kPivot * scale_squared_);
+        larger(p_.squared(to) + p_.squared(from) - 2.0 * static_cast<double>(gained[from]), pivot() * scale_squared_);
     const double room = simplex_.cap - m_.weights[to], own = m_.weights[from];
     const double step = smaller(slope / length_squared, smaller(room, own));
     p_.sync();
@@ -279,7 +283,7 @@ class ActiveSetRun {
     const auto* const column = p_.column(i);
     p_.each(0, size, [&](int r) { m_.direction[r] = static_cast<double>(column[m_.free[r]]) + lift_; });
     const double own = p_.squared(i) + lift_;
-    factor_.append(m_.direction, own, kPivot * own);
+    factor_.append(m_.direction, own, pivot() * own);
     p_.each(0, 1, [&](int) {
       m_.free[size] = i;
       m_.is_free[i] = 1;
@@ -350,6 +354,7 @@ class ActiveSetRun {
   const CappedSimplex simplex_;
   const ActiveSetMemory m_;
   Cholesky<Problem> factor_;
+  const bool rough_;
   double scale_squared_ = 0.0;  // largest squared norm among the query and the touched vertices
   double lift_ = 0.0;
   double query_iterate_ = 0.0, residual_iterate_ = 0.0;

@@ -17,8 +17,6 @@ namespace hullkit {
 template <typename T>
 class PoolTeam {
  public:
-  static constexpr bool kRough = std::is_same_v<T, float>;
-
   PoolTeam(const PoolRows<T>& rows, const T* query, int64_t max_support, int num_threads)
       : rows_(rows),
         query_(query),
@@ -42,6 +40,7 @@ class PoolTeam {
   }
   void sync() {}
 
+  bool rough() const { return std::is_same_v<T, float>; }
   int size() const { return static_cast<int>(rows_.size()); }
   double base(int i) const { return base_[i]; }
   double query_squared() const { return query_squared_; }

@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/device_pool.cuh"
 #include "cuda/gram.h"
 #include "cuda/group.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/prompt.cuh"
-#include "cuda/tile.cuh"
 #include "frank_wolfe/active_set.h"
 #include "frank_wolfe/frank_wolfe_cuda.h"
 #include "frank_wolfe/output.cuh"
@@ -19,12 +19,9 @@ constexpr int kThreads = 256;
 constexpr size_t kFactorInShared = 40 * 1024;  // as many bytes at most
 
 // The candidates of one prompt and the block that works on it: see active_set.h.
-template <typename E>
 class GramTeam {
  public:
-  static constexpr bool kRough = sizeof(typename Operand<E>::Sum) == sizeof(float);
-
-  __device__ GramTeam(const DevicePool<E>& pool, int64_t b, const double* gram, int64_t stride, unsigned char* valid,
+  __device__ GramTeam(const DevicePool& pool, int64_t b, const double* gram, int64_t stride, unsigned char* valid,
                       double* partial, Contest::Places* places)
       : pool_(pool), b_(b), gram_(gram), stride_(stride), valid_(valid), partial_(partial), contest_(places) {}
 
@@ -32,12 +29,14 @@ class GramTeam {
   __device__ int prepare() {
     bool broken = !isfinite(query_squared());
     int count = 0;
+    const int64_t length = pool_.length(b_);
+#pragma unroll 1
     for (int begin = 0; begin < size(); begin += kThreads) {
       const int i = begin + static_cast<int>(threadIdx.x);
       bool valid = false;
       if (i < size()) {
-        const int64_t row = pool_.row(b_, i);
-        broken |= row == DevicePool<E>::kBroken;
+        const int64_t row = pool_.row(b_, i, length);
+        broken |= row == DevicePool::kBroken;
         valid = row >= 0;
         valid_[i] = valid;
         broken |= valid && (!isfinite(base(i)) || !isfinite(squared(i)));
@@ -49,11 +48,13 @@ class GramTeam {
 
   template <typename Task>
   __device__ void each(int begin, int end, Task&& task) {
+#pragma unroll 1
     for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads) task(i);
     __syncthreads();
   }
   __device__ void sync() { __syncthreads(); }
 
+  __device__ bool rough() const { return pool_.rough(); }
   __device__ int size() const { return static_cast<int>(pool_.size); }
   __device__ double base(int i) const { return gram_[size() * stride_ + i]; }
   __device__ double query_squared() const { return gram_[size() * stride_ + size()]; }
@@ -68,6 +69,7 @@ class GramTeam {
   template <typename Value>
   __device__ BestValue best(Value&& value) {
     Best best = no_best();
+#pragma unroll 1
     for (int i = threadIdx.x; i < size(); i += kThreads) {
       if (!valid_[i]) continue;
       const double here = value(i);
@@ -103,16 +105,22 @@ class GramTeam {
   // Summed in an order that depends on d alone.
   __device__ double residual_squared(const int* touched, const double* weights, int count) {
     double sum = 0.0;
-    const E* const query = pool_.query_at(b_);
-    for (int64_t j = threadIdx.x; j < pool_.dim; j += kThreads) {
-      double iterate = 0.0;
-      for (int t = 0; t < count; ++t) {
-        const double weight = weights[touched[t]];
-        if (weight != 0.0) iterate = fma(weight, to_double(pool_.row_at(b_, pool_.row(b_, touched[t]))[j]), iterate);
+    const int64_t length = pool_.length(b_);
+    with_element_on_device(pool_.dtype, [&](auto element) {
+      const auto at = [](const char* row, int64_t j) {
+        return to_double(reinterpret_cast<const decltype(element)*>(row)[j]);
+      };
+      for (int64_t j = threadIdx.x; j < pool_.dim; j += kThreads) {
+        double iterate = 0.0;
+#pragma unroll 1
+        for (int t = 0; t < count; ++t) {
+          const double weight = weights[touched[t]];
+          if (weight != 0.0) iterate = fma(weight, at(pool_.row_at(b_, pool_.row(b_, touched[t], length)), j), iterate);
+        }
+        const double difference = at(pool_.query_at(b_), j) - iterate;
+        sum = fma(difference, difference, sum);
       }
-      const double difference = to_double(query[j]) - iterate;
-      sum = fma(difference, difference, sum);
-    }
+    });
     __syncthreads();
     partial_[threadIdx.x] = sum;
     __syncthreads();
@@ -124,7 +132,7 @@ class GramTeam {
   }
 
  private:
-  const DevicePool<E>& pool_;
+  const DevicePool& pool_;
   const int64_t b_;
   const double* const gram_;  // [n + 1, stride]
   const int64_t stride_;
@@ -172,9 +180,8 @@ struct ActiveSetLayout {
   bool factor_in_shared;
 };
 
-template <typename E>
 __global__ void __launch_bounds__(kThreads)
-    active_set_kernel(const DevicePool<E> pool, const FrankWolfeParams params, const CappedSimplex simplex,
+    active_set_kernel(const DevicePool pool, const FrankWolfeParams params, const CappedSimplex simplex,
                       const ActiveSetLayout layout, int64_t first, const double* gram, int64_t stride, double* factors,
                       const FrankWolfeOutput out) {
   extern __shared__ __align__(16) char shared[];
@@ -182,14 +189,14 @@ __global__ void __launch_bounds__(kThreads)
   double* const partial = reinterpret_cast<double*>(places + 1);
   const int64_t b = first + blockIdx.x;
   const ActiveSetMemory memory = layout.memory(partial + kThreads, factors + int64_t{blockIdx.x} * layout.factor);
-  GramTeam<E> team(pool, b, gram + int64_t{blockIdx.x} * (layout.n + 1) * stride, stride, memory.is_free + layout.n,
-                   partial, places);
+  GramTeam team(pool, b, gram + int64_t{blockIdx.x} * (layout.n + 1) * stride, stride, memory.is_free + layout.n,
+                partial, places);
   const int count = team.prepare();
   if (count < simplex.size) {  // -1: broken
     write_broken(out, b);
     return;
   }
-  ActiveSetRun<GramTeam<E>> run(team, params, simplex, memory);
+  ActiveSetRun<GramTeam> run(team, params, simplex, memory);
   const Status status = run.run();
   const int size = run.num_touched();
   team.sync();
@@ -204,6 +211,7 @@ __global__ void __launch_bounds__(kThreads)
     out.indices[b * out.width + rank] = index;
     out.weights[b * out.width + rank] = weight;
   });
+#pragma unroll 1
   for (int64_t s = size + threadIdx.x; s < out.width; s += kThreads) {
     out.indices[b * out.width + s] = -1;
     out.weights[b * out.width + s] = 0.0;
@@ -223,16 +231,12 @@ int64_t active_set_workspace_bytes(int64_t batch, int64_t positions, int64_t wid
 
 void active_set_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                         const FrankWolfeResult& result, int64_t first, int64_t count, double* gram, void* stream) {
-  with_element(pool.rows.dtype, [&](auto element) {
-    using E = decltype(element);
-    const DevicePool<E> device_pool(pool, query);
-    const int64_t n = device_pool.size;
-    const CappedSimplex simplex(params.max_weight);
-    const ActiveSetLayout layout(n, result.indices.shape[1], params, simplex);
-    double* const factors = gram + gram_batch(pool.batch(), n) * (n + 1) * gram_stride(n);
-    launch(active_set_kernel<E>, count, kThreads, layout.bytes(), stream, device_pool, params, simplex, layout, first,
-           gram, gram_stride(n), factors, FrankWolfeOutput(result));
-  });
+  const int64_t n = pool.positions();
+  const CappedSimplex simplex(params.max_weight);
+  const ActiveSetLayout layout(n, result.indices.shape[1], params, simplex);
+  double* const factors = gram + gram_batch(pool.batch(), n) * (n + 1) * gram_stride(n);
+  launch(active_set_kernel, count, kThreads, layout.bytes(), stream, DevicePool(pool, query), params, simplex, layout,
+         first, gram, gram_stride(n), factors, FrankWolfeOutput(result));
 }
 
 }  // namespace hullkit

@@ -1,8 +1,8 @@
 // Certificates of what Frank-Wolfe returned, from the weights returned: they do not trust the run's recurrences.
 #pragma once
 
+#include "cuda/device_pool.cuh"
 #include "cuda/group.cuh"
-#include "cuda/tile.cuh"
 #include "frank_wolfe/capped_simplex.h"
 #include "frank_wolfe/output.cuh"
 
@@ -11,12 +11,11 @@ namespace hullkit {
 inline constexpr int kNormBuffer = 512;
 
 // A support in shared memory, and room to measure distances from its iterate.
-template <typename E>
 struct SupportState {
   double* buffer;   // [kNormBuffer]
   double* weights;  // [width], and so on
   double* unsorted_weights;
-  const E** rows;
+  const char** rows;
   int* indices;
   int* unsorted_indices;
 
@@ -27,30 +26,34 @@ struct SupportState {
       : buffer(static_cast<double*>(memory)),
         weights(buffer + kNormBuffer),
         unsorted_weights(weights + width),
-        rows(reinterpret_cast<const E**>(unsorted_weights + width)),
+        rows(reinterpret_cast<const char**>(unsorted_weights + width)),
         indices(reinterpret_cast<int*>(rows + width)),
         unsorted_indices(indices + width) {}
 };
 
 // ||vector - iterate||^2 from the rows themselves, summed in an order that depends on d alone. All threads call this
 // and get it; support.rows and weights may have been written just before.
-template <typename E>
-__device__ double iterate_distance_squared(int64_t dim, const E* vector, const SupportState<E>& support,
-                                           int support_size) {
+__device__ inline double iterate_distance_squared(const DevicePool& pool, const char* vector,
+                                                  const SupportState& support, int support_size) {
   double sum = 0.0;  // this lane's
-  for (int64_t begin = 0; begin < dim; begin += kNormBuffer) {
+  for (int64_t begin = 0; begin < pool.dim; begin += kNormBuffer) {
+    const int count = static_cast<int>(pool.dim - begin < kNormBuffer ? pool.dim - begin : kNormBuffer);
     __syncthreads();
-    for (int j = threadIdx.x; j < kNormBuffer && begin + j < dim; j += blockDim.x) {
-      double iterate = 0.0;
+    with_element_on_device(pool.dtype, [&](auto element) {
+      const auto at = [&](const char* row, int j) {
+        return to_double(reinterpret_cast<const decltype(element)*>(row)[begin + j]);
+      };
+      for (int j = threadIdx.x; j < count; j += blockDim.x) {
+        double iterate = 0.0;
 #pragma unroll 8
-      for (int s = 0; s < support_size; ++s) {
-        iterate = fma(support.weights[s], to_double(support.rows[s][begin + j]), iterate);
+        for (int s = 0; s < support_size; ++s) iterate = fma(support.weights[s], at(support.rows[s], j), iterate);
+        const double difference = at(vector, j) - iterate;
+        support.buffer[j] = difference * difference;
       }
-      const double difference = to_double(vector[begin + j]) - iterate;
-      support.buffer[j] = difference * difference;
-    }
+    });
     __syncthreads();
-    for (int j = threadIdx.x % 32; j < kNormBuffer && begin + j < dim; j += 32) sum += support.buffer[j];
+#pragma unroll 4
+    for (int j = threadIdx.x % 32; j < count; j += 32) sum += support.buffer[j];
   }
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
   return sum;
@@ -58,10 +61,7 @@ __device__ double iterate_distance_squared(int64_t dim, const E* vector, const S
 
 inline constexpr int kCertifyThreads = 256;
 
-template <typename E>
-size_t certify_bytes(int64_t n, int64_t width) {
-  return 2 * n * sizeof(double) + SupportState<E>::bytes(width);
-}
+inline size_t certify_bytes(int64_t n, int64_t width) { return 2 * n * sizeof(double) + SupportState::bytes(width); }
 
 // max <scores, w> over the capped simplex, from scores [n] of which at least its size are not -inf; sorted [n] is room.
 __device__ inline double best_mean(const double* scores, int n, const CappedSimplex& simplex, double* sorted) {
@@ -75,19 +75,17 @@ __device__ inline double best_mean(const double* scores, int n, const CappedSimp
   }
   __syncthreads();
   double sum = 0.0;
-  for (int64_t r = 0; r < simplex.size; ++r) sum += (r + 1 < simplex.size ? simplex.cap : simplex.last) * sorted[r];
-  return sum;
+  for (int r = 0; r + 1 < simplex.size; ++r) sum += simplex.cap * sorted[r];
+  return sum + simplex.last * sorted[simplex.size - 1];
 }
 
 // residual_norm and dual_gap of entry first + entry, with r the residual at the iterate x: its scores <r, x_i> come
 // anew from the Gram matrix, and so does ||r||^2 = <r, query> - <r, x>, unless it is so small (or the products so
 // rough: half types) that their rounding would show; then from the rows.
-template <typename E>
-__device__ void certify(const DevicePool<E>& pool, int64_t first, int64_t entry, const double* grams, int64_t stride,
-                        const CappedSimplex& simplex, const FrankWolfeOutput& out, void* shared,
-                        Contest::Places* places) {
+__device__ inline void certify(const DevicePool& pool, int64_t first, int64_t entry, const double* grams,
+                               int64_t stride, const CappedSimplex& simplex, const FrankWolfeOutput& out, void* shared,
+                               Contest::Places* places) {
   constexpr double kTrusted = 1e-6;  // of the squared norms that ||r||^2 is a difference of
-  constexpr bool kRough = sizeof(typename Operand<E>::Sum) == sizeof(float);
   const int64_t b = first + entry;
   const int n = static_cast<int>(pool.size), support_size = static_cast<int>(out.support_size[b]);
   if (support_size == 0) {
@@ -97,16 +95,18 @@ __device__ void certify(const DevicePool<E>& pool, int64_t first, int64_t entry,
   const double* const gram = grams + entry * (n + 1) * stride;
   double* const bases = static_cast<double*>(shared);  // [n]
   double* const scores = bases + n;                    // [n]
-  const SupportState<E> support(scores + n, out.width);
+  const SupportState support(scores + n, out.width);
+  const int64_t length = pool.length(b);
+#pragma unroll 1
   for (int s = threadIdx.x; s < support_size; s += blockDim.x) {
     support.weights[s] = out.weights[b * out.width + s];
     support.indices[s] = static_cast<int>(out.indices[b * out.width + s]);
-    support.rows[s] = pool.row_at(b, pool.row(b, support.indices[s]));
+    support.rows[s] = pool.row_at(b, pool.row(b, support.indices[s], length));
   }
   __syncthreads();
   Best best = no_best();
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    if (pool.row(b, i) < 0) {
+    if (pool.row(b, i, length) < 0) {
       scores[i] = -INFINITY;
       continue;
     }
@@ -131,8 +131,8 @@ __device__ void certify(const DevicePool<E>& pool, int64_t first, int64_t entry,
   const double query_squared = gram[n * (stride + 1)];
   double squared = query_squared - query_iterate - residual_iterate;
   // The iterate's own square is at most what the query's and the residual's add up to, roughly.
-  if (kRough || squared <= kTrusted * query_squared) {
-    squared = iterate_distance_squared(pool.dim, pool.query_at(b), support, support_size);
+  if (pool.rough() || squared <= kTrusted * query_squared) {
+    squared = iterate_distance_squared(pool, pool.query_at(b), support, support_size);
   }
   const double vertex_score = simplex.size == 1 ? -value_of(best.key) : best_mean(scores, n, simplex, bases);
   if (threadIdx.x != 0) return;

@@ -3,39 +3,15 @@
 // are launched as there may be, and those that no prompt of a group needs end at once.
 #include <cmath>
 
-#include "cuda/scan_best.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/residual.cuh"
+#include "cuda/scan_pass.cuh"
 #include "frank_wolfe/output.cuh"
 
 namespace hullkit {
 namespace {
 
 constexpr int kStepThreads = 256;
-
-// How a residual is handed to the pass. Rows of float64 and float32 meet it in float64. Halves can only be multiplied
-// with halves, so it is scaled (its largest coordinate to about 2^kExponent, which keeps a float16 from vanishing and
-// a product from overflowing) and split into pieces of 11 or 8 bits each: 22 and 24 bits in all, as good as the float32
-// sums of these products.
-template <typename E>
-struct Residual {
-  using Column = double;
-  static constexpr int kPieces = 1, kExponent = 0;
-  static constexpr bool kScaled = false;
-  __device__ static double round(double value) { return value; }
-};
-template <>
-struct Residual<Float16> {
-  using Column = Float16;
-  static constexpr int kPieces = 2, kExponent = 14;
-  static constexpr bool kScaled = true;
-  __device__ static Float16 round(double value) { return {ptx::to_f16(static_cast<float>(value))}; }
-};
-template <>
-struct Residual<BFloat16> {
-  using Column = BFloat16;
-  static constexpr int kPieces = 3, kExponent = 0;
-  static constexpr bool kScaled = true;
-  __device__ static BFloat16 round(double value) { return {ptx::to_bf16(static_cast<float>(value))}; }
-};
 
 struct alignas(16) PromptState {
   double residual_iterate;  // <residual, iterate> at the end
@@ -102,7 +78,7 @@ struct Prompt {
   using R = Residual<E>;
   using Column = typename R::Column;
 
-  const DevicePool<E>& pool;
+  const DevicePool& pool;
   const int64_t b, width;
   PromptState& state;
   double* const direction;
@@ -111,7 +87,7 @@ struct Prompt {
   int64_t* const touched;
   int& active;
 
-  __device__ Prompt(const DevicePool<E>& pool, const Workspace& workspace, int64_t width, int64_t b)
+  __device__ Prompt(const DevicePool& pool, const Workspace& workspace, int64_t width, int64_t b)
       : pool(pool),
         b(b),
         width(width),
@@ -122,8 +98,8 @@ struct Prompt {
         touched(workspace.touched + b * width),
         active(workspace.active[b]) {}
 
-  __device__ double query(int64_t j) const { return to_double(pool.query_at(b)[j]); }
-  __device__ const E* vertex(int64_t position) const { return pool.row_at(b, pool.row(b, position)); }
+  __device__ static double element(const char* row, int64_t j) { return to_double(reinterpret_cast<const E*>(row)[j]); }
+  __device__ double query(int64_t j) const { return element(pool.query_at(b), j); }
 
   __device__ static int exponent_of(double value) { return static_cast<int>(__double2hiint(value) >> 20 & 0x7ff); }
 
@@ -171,14 +147,14 @@ struct Prompt {
   // After a pass, which found `best`: line search, move, and the tests of the next iteration.
   __device__ void step(const Best& best, const FrankWolfeParams& params) {
     if (best.key == kSmallestKey || best.key == kLargestKey) return stop(Status::kBroken);
-    const E* const row = vertex(best.index);
+    const char* const row = pool.row_at(b, pool.row(b, best.index));
     const int64_t size = state.support_size, num_iters = state.num_iters;
     const bool first = size == 0;
     double step = 1.0;
     if (!first) {
       double slope = 0.0, length = 0.0;
       for (int64_t j = threadIdx.x; j < pool.dim; j += kStepThreads) {
-        const double at = iterate[j], difference = to_double(row[j]) - at;
+        const double at = iterate[j], difference = element(row, j) - at;
         slope = fma(query(j) - at, difference, slope);
         length = fma(difference, difference, length);
       }
@@ -213,7 +189,7 @@ struct Prompt {
     double squared = 0.0;
     int exponent = 0;
     for (int64_t j = threadIdx.x; j < pool.dim; j += kStepThreads) {
-      const double at = to_double(row[j]);
+      const double at = element(row, j);
       iterate[j] = first ? at : fma(keep, iterate[j], step * at);
       const double residual = query(j) - iterate[j];
       squared = fma(residual, residual, squared);
@@ -233,6 +209,7 @@ struct Prompt {
     const int64_t size = broken ? 0 : state.support_size;
     int64_t* const indices = out.indices + b * width;
     double* const sorted = out.weights + b * width;
+#pragma unroll 1
     for (int64_t s = threadIdx.x; s < width; s += kStepThreads) {
       if (s >= size) {
         indices[s] = -1;
@@ -254,12 +231,15 @@ struct Prompt {
     }
     if (broken) return;
     __syncthreads();
+#pragma unroll 1
+    for (int64_t s = threadIdx.x; s < size; s += kStepThreads) touched[s] = pool.row(b, indices[s]);
+    __syncthreads();
     double squared = 0.0, residual_iterate = 0.0;
     int exponent = 0;
     for (int64_t j = threadIdx.x; j < pool.dim; j += kStepThreads) {
       double at = 0.0;
 #pragma unroll 8
-      for (int64_t s = 0; s < size; ++s) at = fma(sorted[s], to_double(vertex(indices[s])[j]), at);
+      for (int64_t s = 0; s < size; ++s) at = fma(sorted[s], element(pool.row_at(b, touched[s]), j), at);
       iterate[j] = at;
       const double residual = query(j) - at;
       squared = fma(residual, residual, squared);
@@ -274,25 +254,17 @@ struct Prompt {
     }
     aim([this](int64_t j) { return query(j) - iterate[j]; }, exponent);
   }
-
-  // After the last pass, which found `best`.
-  __device__ void certify(const Best& best, const FrankWolfeOutput& out) {
-    if (threadIdx.x != 0) return;
-    const bool broken = active == 0 || best.key == kSmallestKey || best.key == kLargestKey;
-    const double product = broken ? 0.0 : ldexp(-value_of(best.key), -state.shift);
-    out.dual_gap[b] = broken ? __longlong_as_double(0x7ff8000000000000ll) : product - state.residual_iterate;
-  }
 };
 
 template <typename E>
 __global__ void __launch_bounds__(kStepThreads)
-    start_kernel(const DevicePool<E> pool, const Workspace workspace, int64_t width) {
+    start_kernel(const DevicePool pool, const Workspace workspace, int64_t width) {
   Prompt<E>(pool, workspace, width, blockIdx.x).start();
 }
 
 template <typename E>
 __global__ void __launch_bounds__(kStepThreads)
-    step_kernel(const DevicePool<E> pool, const Workspace workspace, int64_t width, int64_t partials,
+    step_kernel(const DevicePool pool, const Workspace workspace, int64_t width, int64_t partials,
                 const FrankWolfeParams params) {
   if (workspace.active[blockIdx.x] == 0) return;
   const Best best = best_of(workspace.partial + blockIdx.x * partials, partials);  // and everyone has read `active`
@@ -301,16 +273,20 @@ __global__ void __launch_bounds__(kStepThreads)
 
 template <typename E>
 __global__ void __launch_bounds__(kStepThreads)
-    finish_kernel(const DevicePool<E> pool, const Workspace workspace, int64_t width, const FrankWolfeOutput out) {
+    finish_kernel(const DevicePool pool, const Workspace workspace, int64_t width, const FrankWolfeOutput out) {
   Prompt<E>(pool, workspace, width, blockIdx.x).finish(out);
 }
 
-template <typename E>
+// After the last pass.
 __global__ void __launch_bounds__(kStepThreads)
-    certify_kernel(const DevicePool<E> pool, const Workspace workspace, int64_t width, int64_t partials,
-                   const FrankWolfeOutput out) {
-  const Best best = best_of(workspace.partial + blockIdx.x * partials, partials);
-  Prompt<E>(pool, workspace, width, blockIdx.x).certify(best, out);
+    certify_kernel(const Workspace workspace, int64_t partials, const FrankWolfeOutput out) {
+  const int64_t b = blockIdx.x;
+  const Best best = best_of(workspace.partial + b * partials, partials);
+  if (threadIdx.x != 0) return;
+  const PromptState& state = workspace.states[b];
+  const bool broken = workspace.active[b] == 0 || best.key == kSmallestKey || best.key == kLargestKey;
+  const double product = broken ? 0.0 : ldexp(-value_of(best.key), -state.shift);
+  out.dual_gap[b] = broken ? __longlong_as_double(0x7ff8000000000000ll) : product - state.residual_iterate;
 }
 
 }  // namespace
@@ -324,15 +300,14 @@ void frank_wolfe_corpus_cuda(const PoolSpec& pool, const TensorView& query, cons
   const int64_t batch = pool.batch(), dim = pool.dim(), width = result.indices.shape[1];
   const Workspace workspace(memory, batch, pool.positions(), dim, width);
   const FrankWolfeOutput out(result);
+  const DevicePool device_pool(pool, query);
   with_element(pool.rows.dtype, [&](auto element) {
     using E = decltype(element);
-    using R = Residual<E>;
-    using Column = typename R::Column;
-    const DevicePool<E> device_pool(pool, query);
     const int64_t stride = padded(dim);
-    const Directions<Column> directions{reinterpret_cast<const Column*>(workspace.directions),
-                                        stride * static_cast<int64_t>(sizeof(double) / sizeof(Column)), stride};
-    const BestScan<E, Column, R::kPieces> pass(pool, device_pool, directions, -1.0, workspace.partial);
+    const Directions directions{reinterpret_cast<const char*>(workspace.directions),
+                                stride * static_cast<int64_t>(sizeof(double)),
+                                stride * static_cast<int64_t>(sizeof(typename Residual<E>::Column)), true};
+    const ScanPass pass(pool, device_pool, directions, -1.0, workspace.partial, Keep::kBest);
     const auto run = [&](auto kernel, auto... arguments) {
       launch(kernel, batch, kStepThreads, 0, stream, device_pool, workspace, width, arguments...);
     };
@@ -344,7 +319,7 @@ void frank_wolfe_corpus_cuda(const PoolSpec& pool, const TensorView& query, cons
     }
     run(finish_kernel<E>, out);
     pass(workspace.active, stream);
-    run(certify_kernel<E>, pass.partials(), out);
+    launch(certify_kernel, batch, kStepThreads, 0, stream, workspace, pass.partials(), out);
   });
 }
 

@@ -9,6 +9,7 @@
 #include "cuda/prompt.cuh"
 #include "frank_wolfe/certify.cuh"
 #include "frank_wolfe/frank_wolfe_cuda.h"
+#include "select/finish.h"
 
 namespace hullkit {
 namespace {
@@ -22,9 +23,9 @@ constexpr int max_threads(int per_thread) {
 }
 
 // By falling weight, lowest index on a tie. Not inlined, like all that is rare: the loop's instructions stay together.
-template <typename E>
-__device__ __noinline__ void sort_support(const SupportState<E> support, int support_size) {
+__device__ __noinline__ void sort_support(const SupportState support, int support_size) {
   __syncthreads();
+#pragma unroll 1
   for (int s = threadIdx.x; s < support_size; s += blockDim.x) {
     const double weight = support.unsorted_weights[s];
     const int index = support.unsorted_indices[s];
@@ -39,27 +40,27 @@ __device__ __noinline__ void sort_support(const SupportState<E> support, int sup
   __syncthreads();
 }
 
-template <typename E>
-__device__ __noinline__ double distance_from_support(const DevicePool<E>& pool, int64_t b, const E* vector,
-                                                     const SupportState<E> support, int support_size) {
+__device__ __noinline__ double distance_from_support(const DevicePool& pool, int64_t b, const char* vector,
+                                                     const SupportState support, int support_size) {
+#pragma unroll 1
   for (int s = threadIdx.x; s < support_size; s += blockDim.x) {
     support.rows[s] = pool.row_at(b, pool.row(b, support.indices[s]));
   }
-  return iterate_distance_squared(pool.dim, vector, support, support_size);
+  return iterate_distance_squared(pool, vector, support, support_size);
 }
 
 // One prompt's run. Candidate k * blockDim.x + threadIdx.x is this thread's k-th, of kPerThread.
-template <typename E, int kPerThread>
+template <int kPerThread>
 struct Run {
-  const DevicePool<E>& pool;
+  const DevicePool& pool;
   const int64_t b;
   const FrankWolfeParams params;
   const double* const gram;  // [n + 1, stride]
   const int64_t stride;
   const int n;
-  const SupportState<E> support;  // shared, like bases and squares
-  double* const bases;            // [n] <x_i, query>
-  double* const squares;          // [n] <x_i, x_i>
+  const SupportState support;  // shared, like bases and squares
+  double* const bases;         // [n] <x_i, query>
+  double* const squares;       // [n] <x_i, x_i>
   Contest contest;
 
   double base[kPerThread], scores[kPerThread], weights[kPerThread];
@@ -79,18 +80,18 @@ struct Run {
 
   // False if the entry is broken: no valid candidate, or one that is not finite.
   __device__ bool prepare() {
-    constexpr double kTrusted = sizeof(typename Operand<E>::Sum) == 8 ? 1e-10 : 1e-5;
     valid = touched = 0;
     bool broken = false;
     double largest = 0.0;
+    const int64_t length = pool.length(b);
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
       base[k] = scores[k] = weights[k] = 0.0;
       const int i = candidate(k);
       columns[k] = reinterpret_cast<const char*>(gram + (i < n ? i : 0));
       if (i >= n) continue;
-      const int64_t row = pool.row(b, i);
-      broken |= row == DevicePool<E>::kBroken;
+      const int64_t row = pool.row(b, i, length);
+      broken |= row == DevicePool::kBroken;
       if (row < 0) continue;
       valid |= 1u << k;
       bases[i] = base[k] = product(n, i);
@@ -102,7 +103,7 @@ struct Run {
     broken |= !isfinite(query_squared);
     if (__syncthreads_or(broken) || !__syncthreads_or(valid != 0)) return false;
     largest = -value_of(contest.least({key_of(-largest), threadIdx.x, 0}).key);
-    doubtful = kTrusted * fmax(query_squared, largest);
+    doubtful = (pool.rough() ? 1e-5 : 1e-10) * fmax(query_squared, largest);
     const auto clipped = [](int64_t value) { return static_cast<int>(value < INT_MAX ? value : INT_MAX); };
     max_support = clipped(params.max_support);
     max_iters = clipped(params.max_iters);
@@ -222,13 +223,14 @@ struct Run {
     sort_support(support, support_size);
   }
 
-  __device__ double distance_squared(const E* vector) {
+  __device__ double distance_squared(const char* vector) {
     gather_support();
     return distance_from_support(pool, b, vector, support, support_size);
   }
 
   __device__ void write(const FrankWolfeOutput& out, Status status) {
     gather_support();
+#pragma unroll 1
     for (int64_t s = threadIdx.x; s < out.width; s += blockDim.x) {
       out.indices[b * out.width + s] = s < support_size ? support.indices[s] : -1;
       out.weights[b * out.width + s] = s < support_size ? support.weights[s] : 0.0;
@@ -240,39 +242,30 @@ struct Run {
   }
 };
 
-template <typename E, int kPerThread>
+template <int kPerThread>
 __global__ void __launch_bounds__(max_threads(kPerThread), 1)
-    frank_wolfe_kernel(const DevicePool<E> pool, const FrankWolfeParams params, int64_t first, const double* gram,
+    frank_wolfe_kernel(const DevicePool pool, const FrankWolfeParams params, int64_t first, const double* gram,
                        int64_t stride, const FrankWolfeOutput out) {
   extern __shared__ __align__(16) char shared[];
   auto* const places = reinterpret_cast<Contest::Places*>(shared);
   const int n = static_cast<int>(pool.size);
   double* const bases = reinterpret_cast<double*>(places + 1);
   const int64_t b = first + blockIdx.x;
-  Run<E, kPerThread> run{pool,
-                         b,
-                         params,
-                         gram + int64_t{blockIdx.x} * (n + 1) * stride,
-                         stride,
-                         n,
-                         SupportState<E>(bases + 2 * n, out.width),
-                         bases,
-                         bases + n,
-                         Contest(places)};
+  Run<kPerThread> run{pool,
+                      b,
+                      params,
+                      gram + int64_t{blockIdx.x} * (n + 1) * stride,
+                      stride,
+                      n,
+                      SupportState(bases + 2 * n, out.width),
+                      bases,
+                      bases + n,
+                      Contest(places)};
   if (run.prepare()) {
     run.write(out, run.run());
   } else {
     write_broken(out, b);
   }
-}
-
-template <typename E>
-__global__ void __launch_bounds__(kCertifyThreads)
-    certify_kernel(const DevicePool<E> pool, int64_t first, const double* gram, int64_t stride,
-                   const CappedSimplex simplex, const FrankWolfeOutput out) {
-  extern __shared__ __align__(16) char shared[];
-  __shared__ Contest::Places places;
-  certify(pool, first, blockIdx.x, gram, stride, simplex, out, shared, &places);
 }
 
 }  // namespace
@@ -282,39 +275,24 @@ void frank_wolfe_on_gram(const PoolSpec& pool, const TensorView& query, const Fr
   if (!params.plain() || params.gap_tol >= 0.0) {
     return active_set_on_gram(pool, query, params, result, first, count, gram, stream);
   }
-  with_element(pool.rows.dtype, [&](auto element) {
-    using E = decltype(element);
-    const DevicePool<E> device_pool(pool, query);
-    const int64_t n = device_pool.size;
-    const bool few = n <= kMaxWithFew;
-    const auto kernel = few ? frank_wolfe_kernel<E, kFew> : frank_wolfe_kernel<E, kMany>;
-    const size_t shared =
-        sizeof(Contest::Places) + 2 * sizeof(double) * n + SupportState<E>::bytes(result.indices.shape[1]);
-    launch(kernel, count, threads_for(n, few ? kFew : kMany), shared, stream, device_pool, params, first, gram,
-           gram_stride(n), FrankWolfeOutput(result));
-  });
-}
-
-void certify_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
-                     const FrankWolfeResult& result, int64_t first, int64_t count, const double* gram, void* stream) {
-  with_element(pool.rows.dtype, [&](auto element) {
-    using E = decltype(element);
-    const DevicePool<E> device_pool(pool, query);
-    launch(certify_kernel<E>, count, kCertifyThreads, certify_bytes<E>(device_pool.size, result.indices.shape[1]),
-           stream, device_pool, first, gram, gram_stride(device_pool.size), CappedSimplex(params.max_weight),
-           FrankWolfeOutput(result));
-  });
+  const int64_t n = pool.positions();
+  const bool few = n <= kMaxWithFew;
+  const auto kernel = few ? frank_wolfe_kernel<kFew> : frank_wolfe_kernel<kMany>;
+  const size_t shared = sizeof(Contest::Places) + 2 * sizeof(double) * n + SupportState::bytes(result.indices.shape[1]);
+  launch(kernel, count, threads_for(n, few ? kFew : kMany), shared, stream, DevicePool(pool, query), params, first,
+         gram, gram_stride(n), FrankWolfeOutput(result));
 }
 
 void frank_wolfe_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                       const FrankWolfeResult& result, void* workspace, void* stream) {
   double* const gram = static_cast<double*>(workspace);
-  const int64_t batch = pool.batch(), step = gram_batch(batch, pool.positions());
+  const int64_t batch = pool.batch(), n = pool.positions(), step = gram_batch(batch, n);
+  const Supports supports(gram, n, true, n, result.indices, result.weights, {}, {}, {});
   for (int64_t first = 0; first < batch; first += step) {
     const int64_t count = step < batch - first ? step : batch - first;
     gram_cuda(pool, query, {}, first, count, gram, stream);
     frank_wolfe_on_gram(pool, query, params, result, first, count, gram, stream);
-    certify_on_gram(pool, query, params, result, first, count, gram, stream);
+    finish_on_gram(pool, query, params.max_weight, result, supports, Finish::kCertify, first, count, stream);
   }
 }
 

@@ -6,7 +6,7 @@
 namespace hullkit {
 
 // gram [count, n + 1, gram_stride(n)] of entries first, ..., first + count - 1. Leaves the certificates to
-// certify_on_gram.
+// finish_on_gram.
 void frank_wolfe_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                          const FrankWolfeResult& result, int64_t first, int64_t count, double* gram, void* stream);
 
@@ -14,8 +14,5 @@ void frank_wolfe_on_gram(const PoolSpec& pool, const TensorView& query, const Fr
 // behind the Gram matrices (active_set_workspace_bytes).
 void active_set_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                         const FrankWolfeResult& result, int64_t first, int64_t count, double* gram, void* stream);
-
-void certify_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
-                     const FrankWolfeResult& result, int64_t first, int64_t count, const double* gram, void* stream);
 
 }  // namespace hullkit

@@ -25,6 +25,7 @@ struct FrankWolfeOutput {
 
 // What an entry gets that cannot be solved; the certificates are left to certify.cuh.
 __device__ inline void write_broken(const FrankWolfeOutput& out, int64_t b) {
+#pragma unroll 1
   for (int64_t s = threadIdx.x; s < out.width; s += blockDim.x) {
     out.indices[b * out.width + s] = -1;
     out.weights[b * out.width + s] = 0.0;

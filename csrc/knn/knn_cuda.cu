@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "cuda/launch.cuh"
 #include "cuda/pieces.h"
-#include "cuda/scan.cuh"
+#include "cuda/scan_pass.cuh"
 #include "hullkit/knn.h"
 
 namespace hullkit {
@@ -12,20 +13,6 @@ namespace {
 
 constexpr int kSorted = 4096;
 constexpr int kSortThreads = 1024;
-
-template <typename E>
-__global__ void __launch_bounds__(Scan<E, E, 1>::kThreads)
-    knn_kernel(const DevicePool<E> pool, const Directions<E> directions, int64_t batch, const ScanPlan plan,
-               Best* keys) {
-  extern __shared__ __align__(16) char shared[];
-  const int64_t b0 = blockIdx.x % plan.groups * plan.group;
-  const int members = static_cast<int>(batch - b0 < plan.group ? batch - b0 : plan.group);
-  Scan<E, E, 1> scan(pool, directions, b0, members);
-  scan.run(shared, plan, blockIdx.x / plan.groups, -1.0, [&](int, int member, int64_t position, double value) {
-    if (position >= pool.size) return;
-    keys[(b0 + member) * pool.size + position] = {scan_key(value), static_cast<uint32_t>(position), 0};
-  });
-}
 
 // from [B, size]: each block sorts kSorted; to [B, blocks * k]: the first k of each, or the answer of the last round.
 __global__ void __launch_bounds__(kSortThreads)
@@ -89,14 +76,10 @@ void run_piece(const PoolSpec& pool, const TensorView& query, const TensorView& 
                Best* workspace, void* stream) {
   const int64_t batch = pool.batch(), k = indices.shape[1];
   Best *from = workspace, *to = from + batch * pool.positions();
-  with_element(pool.rows.dtype, [&](auto element) {
-    using E = decltype(element);
-    const DevicePool<E> device_pool(pool, query);
-    const Directions<E> directions{device_pool.query, device_pool.query_stride, 0};
-    const ScanPlan plan = plan_scan<Scan<E, E, 1>>(knn_kernel<E>, pool);
-    launch(knn_kernel<E>, plan.groups * plan.blocks, Scan<E, E, 1>::kThreads, plan.shared, stream, device_pool,
-           directions, batch, plan, from);
-  });
+  const DevicePool device_pool(pool, query);
+  const ScanPass pass(pool, device_pool, {device_pool.query, device_pool.query_stride, 0, false}, -1.0, from,
+                      Keep::kAll);
+  pass(nullptr, stream);
   int64_t size = pool.positions();
   for (bool last = false; !last;) {
     const int64_t sorted_blocks = sort_blocks(size);

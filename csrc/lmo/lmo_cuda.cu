@@ -1,4 +1,5 @@
-#include "cuda/scan_best.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/scan_pass.cuh"
 #include "hullkit/lmo.h"
 
 namespace hullkit {
@@ -22,15 +23,12 @@ int64_t lmo_workspace_bytes(int64_t batch, int64_t positions) { return scan_best
 void lmo_cuda(const PoolSpec& pool, const TensorView& direction, const TensorView& index, const TensorView& value,
               void* workspace, void* stream) {
   Best* const partial = static_cast<Best*>(workspace);
-  with_element(pool.rows.dtype, [&](auto element) {
-    using E = decltype(element);
-    const DevicePool<E> device_pool(pool, direction);
-    const Directions<E> directions{device_pool.query, device_pool.query_stride, 0};
-    const BestScan<E, E, 1> scan(pool, device_pool, directions, 1.0, partial);
-    scan(nullptr, stream);
-    launch(lmo_reduce_kernel, pool.batch(), kReduceThreads, 0, stream, static_cast<const Best*>(partial),
-           scan.partials(), static_cast<int64_t*>(index.data), static_cast<double*>(value.data));
-  });
+  const DevicePool device_pool(pool, direction);
+  const ScanPass pass(pool, device_pool, {device_pool.query, device_pool.query_stride, 0, false}, 1.0, partial,
+                      Keep::kBest);
+  pass(nullptr, stream);
+  launch(lmo_reduce_kernel, pool.batch(), kReduceThreads, 0, stream, static_cast<const Best*>(partial), pass.partials(),
+         static_cast<int64_t*>(index.data), static_cast<double*>(value.data));
 }
 
 }  // namespace hullkit

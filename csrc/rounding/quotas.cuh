@@ -14,6 +14,7 @@ struct Quotas {
   // Summed left to right by every thread alike.
   __device__ Quotas(const double* weights, int64_t size, int64_t total)
       : weights(weights), size(size), sum(0.0), total(static_cast<double>(total)), broken(false) {
+#pragma unroll 4
     for (int64_t i = 0; i < size; ++i) {
       broken |= !isfinite(weights[i]);
       sum += fmax(weights[i], 0.0);

@@ -47,6 +47,7 @@ class DeviceRounding {
       for (int64_t pass = 0; pass < supports.exchange_passes && exchange(); ++pass) {
       }
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < supports.width; i += blockDim.x) {
       out[i] = i >= size_ ? 0 : broken ? -1 : counts_[i];
     }
@@ -60,6 +61,7 @@ class DeviceRounding {
   __device__ double residual_norm() {
     __syncthreads();
     double change = 0.0;
+#pragma unroll 4
     for (int i = 0; i < size_; ++i) {
       const double product = gram_[query_at_ * stride_ + place_[i]];
       change += static_cast<double>(counts_[i]) * (slope_[i] - total_ * product);
@@ -78,6 +80,7 @@ class DeviceRounding {
     if (threadIdx.x == 0) size = static_cast<int>(supports.width);
     __syncthreads();
     bool broken = false;
+#pragma unroll 1
     for (int s = threadIdx.x; s < supports.width; s += blockDim.x) {
       const int64_t index = supports.indices[b * supports.width + s];
       broken |= index < -1 || index >= supports.positions;
@@ -106,6 +109,7 @@ class DeviceRounding {
     const Quotas quotas(weights_, size_, total);
     bool broken = quotas.broken || max_count_ < (total + size_ - 1) / size_;
     const double slack = max_count_ < total ? 1.0 + 1e-13 : 1.0;  // as in rounding.h
+#pragma unroll 1
     for (int i = threadIdx.x; i < size_; i += blockDim.x) {
       diagonal_[i] = product(i, i);
       slope_[i] = -total_ * gram_[query_at_ * stride_ + place_[i]];

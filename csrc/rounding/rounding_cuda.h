@@ -43,6 +43,4 @@ void round_supports(const PoolSpec& pool, const TensorView& query, const TensorV
                     const RoundingParams& rounding, const TensorView& counts, const TensorView& residual_norm,
                     void* workspace, void* stream);
 
-void round_on_gram(const Supports& supports, int64_t first, int64_t count, void* stream);
-
 }  // namespace hullkit

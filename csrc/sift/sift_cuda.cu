@@ -31,10 +31,6 @@ struct SiftOutput {
   int64_t width;
 };
 
-// Only where its candidates are is asked of a pool: the Gram matrix holds all that their rows are needed for, so one
-// type of element serves all.
-using Positions = DevicePool<double>;
-
 // In global memory. What belongs to candidate i is written by its thread alone.
 struct SiftWorkspace {
   SiftWorkspace(void* workspace, int64_t count, int64_t n, int64_t vectors, int64_t total)
@@ -83,7 +79,7 @@ __device__ __noinline__ void fold(double* kernel, int stride, int n, const doubl
 // One prompt's run. Candidate k * blockDim.x + threadIdx.x is this thread's k-th, of kPerThread.
 template <int kPerThread>
 struct Run {
-  const Positions& pool;
+  const DevicePool& pool;
   const int64_t b;
   const SiftParams params;
   const SiftOutput& out;
@@ -116,18 +112,20 @@ struct Run {
     variance = 0.0;
     for (int j = 0; j < num_vectors; ++j) variance += products[j * stride + n + j];
     broken |= !isfinite(variance);
+    const int64_t length = pool.length(b);
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
       counts[k] = 0;
       const int i = candidate(k);
-      const int64_t row = i < n ? pool.row(b, i) : Positions::kNone;
-      broken |= row == Positions::kBroken;
+      const int64_t row = i < n ? pool.row(b, i, length) : DevicePool::kNone;
+      broken |= row == DevicePool::kBroken;
       valid += __syncthreads_count(row >= 0);
       if (i >= n) continue;
       variances[i] = kernel[i * stride + i];
       if (row < 0) continue;
       open |= 1u << k;
       double reduction = 0.0;
+#pragma unroll 1
       for (int j = 0; j < num_vectors; ++j) {
         const double product = products[j * stride + i];
         reduction = fma(product, product, reduction);
@@ -195,14 +193,22 @@ struct Run {
   }
 
   __device__ void begin_stretch(int chosen) {
+    double values[kPerThread];
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
-      const int i = candidate(k);
-      if (i >= n) continue;
-      double value = kernel[chosen * stride + i];
-#pragma unroll 8
-      for (int s = 0; s < terms; ++s) value = fma(multiplies[s], columns[s * column_stride + i], value);
-      columns[terms * column_stride + i] = value;
+      if (candidate(k) < n) values[k] = kernel[chosen * stride + candidate(k)];
+    }
+#pragma unroll(8 / kPerThread)
+    for (int s = 0; s < terms; ++s) {
+      const double* const column = columns + s * column_stride;
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) {
+        if (candidate(k) < n) values[k] = fma(multiplies[s], column[candidate(k)], values[k]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      if (candidate(k) < n) columns[terms * column_stride + candidate(k)] = values[k];
     }
     if (threadIdx.x == 0) weights[terms] = 0.0;
     ++terms;
@@ -219,6 +225,7 @@ struct Run {
       const double change = column[i];
       variances[i] = fma(-shrink * change, change, variances[i]);
       double reduction = 0.0;
+#pragma unroll 1
       for (int j = 0; j < num_vectors; ++j) {
         const double product = fma(-(moves[j] * pace), change, products[j * stride + i]);
         products[j * stride + i] = product;
@@ -259,7 +266,7 @@ size_t shared_bytes(int64_t n, int64_t vectors) {
 
 template <int kPerThread>
 __global__ void __launch_bounds__(kMaxThreads, kPerThread == 1 ? 2 : 1)
-    sift_kernel(const Positions pool, const SiftParams params, int64_t first, const SiftWorkspace workspace,
+    sift_kernel(const DevicePool pool, const SiftParams params, int64_t first, const SiftWorkspace workspace,
                 const SiftOutput out) {
   extern __shared__ __align__(16) char shared[];
   auto* const places = reinterpret_cast<Contest::Places*>(shared);
@@ -302,7 +309,7 @@ int64_t sift_workspace_bytes(int64_t batch, int64_t positions, int64_t vectors, 
 
 void sift_cuda(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
                void* workspace, void* stream) {
-  const Positions device_pool(pool, query);
+  const DevicePool device_pool(pool, query);
   const int64_t batch = pool.batch(), n = pool.positions(), vectors = device_pool.vectors;
   const int64_t step = piece(batch, n, vectors, params.total);
   const int per_thread = n <= kMaxThreads ? 1 : static_cast<int>(kMaxOnDevice / kMaxThreads);

@@ -1,0 +1,83 @@
+// A pass over every entry's candidates, for what needs their products with one direction only.
+#pragma once
+
+#include "cuda/device_pool.cuh"
+#include "cuda/group.cuh"
+
+namespace hullkit {
+
+// Directions that are multiplied with rows. Strides are of bytes.
+struct Directions {
+  const char* data;
+  int64_t stride, piece_stride;
+  bool residuals;  // of an entry so many columns as residual.cuh has pieces, which add up to it; else one of elements
+
+  __device__ const char* at(int64_t b, int piece) const { return data + b * stride + piece * piece_stride; }
+};
+
+// How a pass is laid out: `groups` of up to `group` entries, each with so many blocks, which take its tiles in turn.
+struct ScanPlan {
+  int64_t groups, blocks;
+  int group;
+  bool resident;  // all columns stay in shared memory, else they are loaded anew for every tile
+  size_t shared;
+};
+
+// Entries that share a pass: the columns that are too many for a few cost next to nothing beside the rows.
+inline constexpr int kScanGroup = 16;
+inline constexpr int64_t kScanRows = 128;
+inline constexpr int64_t kMaxScanBlocks = 1024;  // of a group
+
+// Blocks of a group at most.
+inline int64_t scan_blocks(int64_t positions) {
+  const int64_t tiles = (positions + kScanRows - 1) / kScanRows;
+  return tiles < kMaxScanBlocks ? tiles : kMaxScanBlocks;
+}
+
+inline int64_t scan_best_bytes(int64_t batch, int64_t positions) {
+  return batch * scan_blocks(positions) * static_cast<int64_t>(sizeof(Best));
+}
+
+enum class Keep { kBest, kAll };
+
+// Leaves keys of sign * product. kAll: of every candidate, out [B, n]; kBest: of the least of each part of them, the
+// first on a tie, out [B, partials()]. Laid out once, launched as often as there are directions.
+class ScanPass {
+ public:
+  ScanPass(const PoolSpec& pool, const DevicePool& device_pool, const Directions& directions, double sign, Best* out,
+           Keep keep);
+
+  int64_t partials() const { return plan_.blocks; }
+
+  // active [B], optional: groups of none but inactive entries are left out.
+  void operator()(const int* active, void* stream) const;
+
+ private:
+  using Kernel = void (*)(DevicePool, Directions, int64_t, ScanPlan, double, const int*, Best*);
+
+  template <typename T>
+  void lay_out(const PoolSpec& pool, Kernel kernel);
+
+  Kernel kernel_;
+  int threads_;
+  ScanPlan plan_;
+  DevicePool device_pool_;
+  Directions directions_;
+  int64_t batch_;
+  double sign_;
+  Best* out_;
+};
+
+// The best of `count` partial ones; all threads of the block get it. Its key is kSmallestKey if a candidate is broken,
+// kLargestKey if there is none.
+__device__ inline Best best_of(const Best* partial, int64_t count) {
+  __shared__ Contest::Places places;
+  Best best = no_best();
+  for (int64_t t = threadIdx.x; t < count; t += blockDim.x) {
+    const Best here = partial[t];
+    if (precedes(here, best)) best = here;
+  }
+  return Contest(&places).least(best);
+}
+
+}  // namespace hullkit
