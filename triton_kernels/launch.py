@@ -5,12 +5,14 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from . import cross_entropy
 from .accumulate import accumulate_kernel, squares_kernel
 from .adam import ROWS, adam_coefficients_kernel, adam_kernel, restore_kernel
 from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
 from .sgd import sgd_kernel
 
 _CHUNKS = {"BLOCK": BLOCK_SIZE, "CHUNK": CHUNK_SIZE}
+_ROWS = {"BLOCK": cross_entropy.BLOCK_SIZE}
 KERNELS = {
     "adam_coefficients": (adam_coefficients_kernel, {"BLOCK": ROWS}),
     "adam": (adam_kernel, _CHUNKS),
@@ -18,6 +20,8 @@ KERNELS = {
     "sgd": (sgd_kernel, _CHUNKS),
     "accumulate": (accumulate_kernel, _CHUNKS),
     "squares": (squares_kernel, _CHUNKS),
+    "cross_entropy": (cross_entropy.cross_entropy_kernel, _ROWS),
+    "cross_entropy_gradient": (cross_entropy.cross_entropy_gradient_kernel, _ROWS),
 }
 
 

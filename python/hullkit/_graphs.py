@@ -12,13 +12,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from ._loss import CausalLoss
 from ._weights import GroupedUpdates, NotCapturable, Options, Weights
 from .metrics import IGNORED
 from .schedule import Reuse
 
 MAX_GRAPHS = 32
-_WARMUPS = 2  # passes before a capture: lazy initialisation, autotuning
+_COMPILED_WARMUPS = 2  # the first compiles, the second tunes
 _PADDING_TOLERANCE = 1e-4  # relative, between losses with and without a masked tail
 
 Inputs = dict[str, Tensor]
@@ -62,7 +64,7 @@ def padded(inputs: Inputs, length: int) -> Inputs:
 class CapturedPasses:
     """A model's passes with their updates, as graphs. All graphs share their memory.
 
-    loss_of: the loss of one example's inputs; plain_loss_of: the same, exact and not compiled.
+    loss_of: the loss of one example's inputs.
     """
 
     def __init__(
@@ -70,14 +72,12 @@ class CapturedPasses:
         model: nn.Module,
         model_tensors: list[Tensor],
         parameters: list[nn.Parameter],
-        loss_of: Callable[[Inputs], Tensor],
-        plain_loss_of: Callable[[Inputs], Tensor],
+        loss_of: CausalLoss,
         *,
         host_snapshot: bool,
     ) -> None:
         self._model = model
         self._loss_of = loss_of
-        self._plain_loss_of = plain_loss_of
         self.weights = Weights(parameters, host_snapshot)
         self._tensors = _addresses(model_tensors)
         self._capacity = 64
@@ -85,6 +85,7 @@ class CapturedPasses:
         self._padding_checked = False
         self._stream = _capture_stream(self.weights.device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._reserved = 0  # bytes of the pool that were asked for at once
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
 
     def fits(self, model_tensors: list[Tensor]) -> bool:
@@ -102,8 +103,11 @@ class CapturedPasses:
         """
         if most_steps > self._capacity:
             self._passes.clear()
+            self._reserved = 0
             self._capacity = 1 << (most_steps - 1).bit_length()
-        return {i: self._of(inputs) for i, inputs in examples.items()}
+        # The longest first: the others' passes fit into its memory.
+        by_size = sorted(examples, key=lambda i: -examples[i]["input_ids"].numel())
+        return {i: self._of(examples[i]) for i in by_size}
 
     def _of(self, inputs: Inputs) -> tuple[_Pass, Inputs]:
         if inputs.keys() == {"input_ids", "labels"}:
@@ -125,10 +129,10 @@ class CapturedPasses:
 
     def _check_padding(self, inputs: Inputs, length: int) -> None:
         """Lengths stay as they are from now on if the masked tail changes the model's loss."""
-        with torch.no_grad():
-            alone = self._plain_loss_of(inputs).double().item()
+        with torch.no_grad(), self._apart():
+            alone = self._loss_of.plain(inputs).double().item()
             try:
-                masked = self._plain_loss_of(padded(inputs, length)).double().item()
+                masked = self._loss_of.plain(padded(inputs, length)).double().item()
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # whatever a model says of a sequence that is too long for it
@@ -140,24 +144,43 @@ class CapturedPasses:
     def _record(self, inputs: Inputs) -> _Pass:
         slots = [dict(module._buffers) for module in self._model.modules()]
         reason = ""
-        current = torch.cuda.current_stream(self.weights.device)
-        self._stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
+            with self._apart():
                 recorded = _Pass(self, inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             # Not the error itself: its frames keep tensors, and those what belongs to the stream.
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        finally:
-            current.wait_stream(self._stream)
         if reason:
             raise NotCapturable(reason)
         for before, module in zip(slots, self._model.modules(), strict=True):
             if [*map(id, before.values())] != [*map(id, module._buffers.values())]:
                 raise NotCapturable("forward replaces a buffer instead of writing to it")
         return recorded
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """On the stream of captures, with all the memory that nothing lives in."""
+        current = torch.cuda.current_stream(self.weights.device)
+        self._stream.wait_stream(current)
+        torch.cuda.empty_cache()  # memory that was used on another stream is of no use on this one
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
+
+    def _reserve(self, num_bytes: int) -> None:
+        """Called as a capture begins: one stretch of memory for all that it will hold.
+
+        Piece by piece, the pool would grow to twice as much: what small tensors leave behind, and
+        no large one fits into, stays with it.
+        """
+        missing = num_bytes - self._reserved
+        if missing > 0:
+            torch.empty(missing, dtype=torch.uint8, device=self.weights.device)
+            self._reserved = num_bytes
 
     def run(
         self, passes: dict[int, tuple[_Pass, Inputs]], schedule: list[Reuse], options: Options
@@ -180,11 +203,7 @@ class _Pass:
         # Read by the graph at every replay; it does not hold them, this object does.
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._result = torch.zeros(2, dtype=torch.float64, device=owner.weights.device)
-        order: list[nn.Parameter] = []
-        for _ in range(_WARMUPS):
-            order.clear()
-            with _hooks(parameters, functools.partial(_note, order)):
-                owner._loss_of(self._inputs).backward()
+        order, held = _warm_up(owner._loss_of, self._inputs, parameters)
         self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
         self._graph = torch.cuda.CUDAGraph()
         failure: BaseException | None = None
@@ -198,6 +217,7 @@ class _Pass:
                 capture_error_mode="thread_local",
             ):
                 try:  # leaving the capture of a failed pass raises an error that says nothing
+                    owner._reserve(held)
                     self.updates.begin()
                     with _hooks(parameters, self.updates.ready):
                         loss = owner._loss_of(self._inputs)
@@ -242,6 +262,57 @@ def _hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _warm_up(
+    loss_of: CausalLoss, inputs: Inputs, parameters: list[nn.Parameter]
+) -> tuple[list[nn.Parameter], int]:
+    """Passes before a capture, for all that is done lazily: the parameters in the order in which
+    they get gradients, and the bytes that a pass holds at a time, or 0 if the compiler sees to it.
+    """
+    order: list[nn.Parameter] = []
+    with _hooks(parameters, functools.partial(_note, order)):
+        if loss_of.compiled:
+            for _ in range(_COMPILED_WARMUPS):
+                order.clear()
+                loss_of(inputs).backward()
+            return order, 0
+        offloaded = _Offloaded(parameters)
+        with torch.autograd.graph.saved_tensors_hooks(offloaded.pack, offloaded.unpack):
+            loss = loss_of(inputs)
+        loss.backward()
+    # As the backward pass begins: all that was saved and, where embeddings are tied, the largest
+    # gradient. A little more for what does not fit without gaps.
+    largest = max(p.numel() * p.element_size() for p in parameters)
+    return order, largest + offloaded.num_bytes + offloaded.num_bytes // 16
+
+
+class _Offloaded:
+    """What a pass saves for its backward half, kept on the host, and its size on the device.
+
+    So that a warm-up needs little memory: the allocator has none in one piece for it yet.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.num_bytes = 0
+        self._known = {p.untyped_storage().data_ptr(): _weak(p) for p in parameters}
+
+    def pack(self, tensor: Tensor) -> tuple[torch.device, Tensor]:
+        address = tensor.untyped_storage().data_ptr()
+        known = self._known.get(address)
+        if known is None or known.expired():  # an address may have been given away again
+            self._known[address] = _weak(tensor)
+            self.num_bytes += tensor.untyped_storage().nbytes()
+        return tensor.device, tensor.cpu()
+
+    @staticmethod
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = packed
+        return tensor.to(device)
+
+
+def _weak(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def _note(order: list[nn.Parameter], parameter: nn.Parameter) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .metrics import IGNORED, at_least_float32, device_of, forward_parameters, logits_of
+from ._cross_entropy import next_token_loss
+from ._stand_ins import stand_ins
+from .metrics import device_of, forward_parameters, logits_of
 
 PRECISIONS = ("float32", "tf32", "bf16")
 
@@ -39,12 +40,15 @@ class CausalLoss:
         self._autocast = precision == "bf16"
         self._forward = forward_parameters(model)
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
+        self.compiled = compile
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self._of(self._call, inputs, self._autocast)
+        # The compiler fuses what it finds itself.
+        with nullcontext() if self.compiled else stand_ins(self._model):
+            return self._of(self._call, inputs, self._autocast)
 
     def plain(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Neither compiled nor in lower precision than the model's."""
+        """The model's own, neither compiled nor in lower precision than the model's."""
         with matmul_precision("float32"):
             return self._of(self._model, inputs, autocast=False)
 
@@ -63,5 +67,4 @@ class CausalLoss:
                     raise TypeError(f"model output: expected .loss, a scalar tensor, got {got}")
                 return loss
             ids, labels = moved.pop("input_ids"), moved.pop("labels")
-            logits = logits_of(call(ids, **moved), ids)[0, :-1]  # [T - 1, V]
-            return F.cross_entropy(at_least_float32(logits), labels[0, 1:], ignore_index=IGNORED)
+            return next_token_loss(logits_of(call(ids, **moved), ids), labels)

@@ -53,8 +53,10 @@ class Weights:
             raise NotCapturable(str(error)) from error
         self.parameters = list(parameters)
         self.device = device
-        self.base = [pinned_like(p) if host else torch.empty_like(p.data) for p in parameters]
-        self.moments = {p: (torch.zeros_like(p.data), torch.zeros_like(p.data)) for p in parameters}
+        self.base = [pinned_like(p) for p in parameters] if host else _like(parameters)
+        pairs = zip(_like(parameters), _like(parameters), strict=True)
+        self.moments = dict(zip(parameters, pairs, strict=True))
+        torch._foreach_zero_([moment for pair in self.moments.values() for moment in pair])
         steps = torch.zeros(len(parameters), dtype=torch.float32, device=device)
         self.steps = dict(zip(parameters, steps.unbind(), strict=True))
         self._data = [p.data for p in parameters]
@@ -255,6 +257,21 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
             f"expected a gradient laid out as its parameter of shape {tuple(parameter.shape)}"
         )
     return gradient
+
+
+def _like(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Tensors laid out as the parameters, not filled in, side by side: the allocator's blocks would
+    be some percent larger than they are."""
+    found: dict[nn.Parameter, Tensor] = {}
+    for dtype, own in by_dtype(parameters).items():
+        aligned = 512 // dtype.itemsize
+        sizes = [-(-p.numel() // aligned) * aligned for p in own]
+        memory = torch.empty(sum(sizes), dtype=dtype, device=own[0].device)
+        for parameter, stretch in zip(own, torch.split(memory, sizes), strict=True):
+            found[parameter] = stretch.as_strided(
+                parameter.shape, parameter.stride(), stretch.storage_offset()
+            )
+    return [found[parameter] for parameter in parameters]
 
 
 def pinned_like(parameter: Tensor) -> Tensor:

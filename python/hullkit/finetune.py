@@ -254,7 +254,6 @@ class TestTimeFinetuner:
                     tensors,
                     trained,
                     self._loss,
-                    self._loss.plain,
                     host_snapshot=self.snapshot == "host",
                 )
             except NotCapturable as error:

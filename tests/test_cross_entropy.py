@@ -1,0 +1,109 @@
+"""The fused next-token loss against torch's. In Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hullkit._cross_entropy import next_token_loss
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# What one rounding to the gradient's dtype may differ by; the interpreter cuts bfloat16 instead.
+GRADIENT = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-9, torch.bfloat16: 2**-7}
+
+
+def fused(logits: Tensor, labels: Tensor) -> Tensor:
+    return next_token_loss(logits, labels, backend="triton")
+
+
+def plain(logits: Tensor, labels: Tensor) -> Tensor:
+    exact = logits[0, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(exact, labels[0, 1:])
+
+
+def problem(length: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(length * vocabulary)
+    logits = 4.0 * torch.randn(1, length, vocabulary, generator=generator, dtype=torch.float64)
+    labels = torch.randint(vocabulary, (1, length), generator=generator)
+    return logits.to(DEVICE, dtype), labels.to(DEVICE)
+
+
+def gradient(
+    loss_of: object, logits: Tensor, labels: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    leaf = logits.clone().requires_grad_()
+    loss = loss_of(leaf * 1.0, labels)  # type: ignore[operator]
+    (scale * loss).backward()
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("length", "vocabulary"), [(2, 1), (2, 7), (9, 2047), (5, 2048), (3, 4999)]
+)
+@pytest.mark.parametrize("scale", [1.0, -3.0])
+def test_loss_and_gradient(length: int, vocabulary: int, dtype: torch.dtype, scale: float) -> None:
+    logits, labels = problem(length, vocabulary, dtype)
+    if length > 3:
+        labels[0, 2] = -100
+    loss, grad = gradient(fused, logits, labels, scale)
+    wanted, wanted_grad = gradient(plain, logits, labels, scale)
+    assert loss.dtype == wanted.dtype
+    exact = dtype is torch.float64
+    torch.testing.assert_close(loss, wanted, rtol=1e-13 if exact else 1e-6, atol=1e-6 * (not exact))
+    # Small ones come from differences of numbers near 1, or below half precision's least.
+    torch.testing.assert_close(grad, wanted_grad, rtol=GRADIENT[dtype], atol=1e-7)
+    assert not grad[0, -1].any()
+    if length > 3:
+        assert not grad[0, 1].any()
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    logits, labels = problem(6, 130, torch.float32)
+    wide = torch.full((1, 6, 200), math.nan, device=DEVICE)
+    wide[:, :, :130] = logits
+    columns = logits.transpose(1, 2).contiguous().transpose(1, 2)
+    wanted = fused(logits, labels)
+    assert torch.equal(fused(wide[:, :, :130], labels), wanted)
+    assert torch.equal(fused(columns, labels), wanted)
+
+
+def test_minus_infinity_is_a_probability_of_zero() -> None:
+    """Masked tokens; a whole first block of them too."""
+    logits, labels = problem(4, 5000, torch.float32)
+    logits[..., :4096] = -math.inf
+    labels[:] = labels % 100 + 4900
+    loss, grad = gradient(fused, logits, labels, 1.0)
+    wanted, wanted_grad = gradient(plain, logits, labels, 1.0)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(grad, wanted_grad, rtol=1e-6, atol=1e-7)
+    labels[0, 1] = 0
+    assert math.isinf(fused(logits, labels).item())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("column", [0, 2500, 4999])
+def test_what_is_not_finite_is_seen(value: float, column: int) -> None:
+    logits, labels = problem(4, 5000, torch.float32)
+    labels[0, 2] = 7
+    logits[0, 1, column] = value
+    assert not math.isfinite(fused(logits, labels).item())
+    logits[0, 1, column] = 0.0
+    logits[0, -1, column] = value  # not scored
+    assert math.isfinite(fused(logits, labels).item())
+
+
+def test_the_gradient_takes_the_place_of_the_logits() -> None:
+    """Who else needs them for the backward pass is told so, and not given something else."""
+    leaf, labels = problem(3, 11, torch.float32)
+    leaf.requires_grad_()
+    logits = leaf * 1.0
+    other = logits.square().mean()
+    loss = fused(logits, labels) + other  # the later one's backward comes first
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward(loss, inputs=[leaf])
