@@ -57,12 +57,8 @@ def main() -> None:
     for subset in arguments.subsets:
         documents = texts.documents(arguments.texts, subset)
         queries = texts.queries(arguments.texts, subset)[: arguments.queries]
-        pool, embedded, candidates = texts.embeddings(
-            arguments.texts, subset, slice(arguments.queries)
-        )
-        chosen = hullkit.select(
-            pool.float(), embedded.float(), arguments.total, candidates=candidates
-        )
+        data = texts.embeddings(arguments.texts, subset, slice(arguments.queries)).float()
+        chosen = hullkit.select(data.pool, data.query, arguments.total, candidates=data.candidates)
         for query, rows, counts in zip(
             tqdm(queries, desc=subset), chosen.rows, chosen.counts, strict=True
         ):

@@ -16,7 +16,8 @@ FIELDS += ["device", "torch", "commit", "command"]
 ONE_RUN = "hull, one run"
 POOLED = "all"
 
-Query = tuple[str, str]  # subset, number
+Query = tuple[str, int]  # subset, number
+Scores = dict[Query, tuple[float, float, float]]  # passes, BPB in % of unadapted, distinct examples
 
 
 class Point(NamedTuple):
@@ -25,31 +26,42 @@ class Point(NamedTuple):
     total: int
     passes: np.ndarray  # [Q]
     share: np.ndarray  # [Q] BPB in % of the unadapted model's
+    distinct: np.ndarray  # [Q]
 
 
 Curves = dict[str, list[Point]]  # by rule, totals rising
 
 
-def read(path: Path) -> dict[str, Curves]:
-    """By subset, and pooled: of the queries that have all rules and totals; of rows measured twice
-    the last."""
-    points: dict[tuple[str, int], dict[Query, tuple[float, float]]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            rule = f"{row['method']}, at most {row['cap']}" if row["cap"] else row["method"]
-            share = 100 * float(row["bpb"]) / float(row["base_bpb"])
-            of_rule = points.setdefault((rule, int(row["total"])), {})
-            of_rule[row["subset"], row["query"]] = float(row["passes"]), share
-    whole = sorted(set.intersection(*map(set, points.values())), key=lambda q: (q[0], int(q[1])))
-    groups = {subset: [q for q in whole if q[0] == subset] for subset, _ in whole}
-    if len(groups) > 1:
-        groups[POOLED] = whole
-    found: dict[str, Curves] = {}
-    for group, queries in groups.items():
-        for (rule, total), values in points.items():
-            spent, shares = np.array([values[q] for q in queries]).T
-            found.setdefault(group, {}).setdefault(rule, []).append(Point(total, spent, shares))
-    return found
+def rule_name(method: str, cap: int | str | None) -> str:
+    return f"{method}, at most {cap}" if cap else method
+
+
+class Rows:
+    """The CSV: the queries that have all rules and totals; of what was measured twice the last."""
+
+    def __init__(self, path: Path) -> None:
+        self._scores: dict[tuple[str, int], Scores] = {}
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                rule = rule_name(row["method"], row["cap"])
+                share = 100 * float(row["bpb"]) / float(row["base_bpb"])
+                scores = self._scores.setdefault((rule, int(row["total"])), {})
+                query = row["subset"], int(row["query"])
+                scores[query] = float(row["passes"]), share, float(row["distinct"])
+        self.queries = sorted(set.intersection(*map(set, self._scores.values())))
+        self.subsets = list(dict.fromkeys(subset for subset, _ in self.queries))
+
+    def curves(self, queries: list[Query]) -> Curves:
+        found: Curves = {}
+        for (rule, total), scores in sorted(self._scores.items(), key=lambda item: item[0][1]):
+            columns = np.array([scores[query] for query in queries]).T
+            found.setdefault(rule, []).append(Point(total, *columns))
+        return found
+
+    def groups(self) -> dict[str, Curves]:
+        """By subset, and pooled."""
+        found = {s: self.curves([q for q in self.queries if q[0] == s]) for s in self.subsets}
+        return found | ({POOLED: self.curves(self.queries)} if len(found) > 1 else {})
 
 
 def at_passes(curve: list[Point], wanted: float) -> np.ndarray | None:
@@ -127,7 +139,7 @@ def draw(found: dict[str, Curves], path: Path) -> None:
 
 
 def show(path: Path, picture: Path) -> None:
-    found = read(path)
+    found = Rows(path).groups()
     console = Console(width=150)
     for table in tables(found):
         console.print(table)

@@ -3,12 +3,13 @@ and by forward-backward passes, on real text with a real model.
 
     python bench/selection_quality.py --texts DIR --model DIR [--subsets A B] [--queries 20]
     python bench/selection_quality.py --report          # table and picture from the CSV, no model
+    python bench/selection_quality.py --calibrate --texts DIR       # total="auto", from the CSV
 
 What the folders hold: bench/texts.py. Every rule's examples are visited in the order `select`
 returns, two updates a gradient, in bf16 passes. Queries go round the subsets, and their rows are
 written as they come: a run that ends early has measured all subsets alike. Rules and totals that
 choose the same multiset share a finetuning. "hull, one run" is the hull of the largest total,
-rounded to each total.
+rounded to each total: what total="auto" chooses from.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import auto_total
 import hullkit
 import quality_report
 import texts
@@ -117,8 +119,7 @@ def measure(arguments: argparse.Namespace) -> None:
     }
     work = []
     for subset in arguments.subsets:
-        data = texts.embeddings(arguments.texts, subset, window)
-        data = data._replace(pool=data.pool.float(), query=data.query.float())
+        data = texts.embeddings(arguments.texts, subset, window).float()
         asked = texts.queries(arguments.texts, subset)[window]
         documents = texts.documents(arguments.texts, subset)
         for query, rows in zip(asked, described(data, arguments.totals), strict=True):
@@ -161,7 +162,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CSV, help="append the rows to this file")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--report", action="store_true", help="of the rows in --out; no model")
+    parser.add_argument("--calibrate", action="store_true", help="of the rows in --out; no model")
     arguments = parser.parse_args()
+    if arguments.calibrate:
+        if arguments.texts is None:
+            parser.error("--texts is needed to calibrate: its embeddings")
+        auto_total.calibrate(arguments.out, arguments.texts)
+        return
     if not arguments.report:
         if arguments.texts is None or arguments.model is None:
             parser.error("--texts and --model are needed, or --report")

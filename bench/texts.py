@@ -24,6 +24,9 @@ class Embeddings(NamedTuple):
     query: Tensor  # [Q, d]
     candidates: Tensor  # [Q, n]
 
+    def float(self) -> Embeddings:
+        return self._replace(pool=self.pool.float(), query=self.query.float())
+
 
 def embeddings(folder: Path, subset: str, queries: slice = slice(None)) -> Embeddings:
     """As stored, but candidates are int64; of these queries."""

@@ -5,6 +5,7 @@ benchmarks compare with. Readable first; slow.
 """
 
 from .apportion import apportion, quotas
+from .auto_total import auto_total, ladder
 from .duplicates import duplicates
 from .finetune import finetune
 from .frank_wolfe import FrankWolfeOutcome, frank_wolfe
@@ -20,11 +21,13 @@ __all__ = [
     "accumulate",
     "adam",
     "apportion",
+    "auto_total",
     "duplicates",
     "finetune",
     "frank_wolfe",
     "global_norm",
     "knn",
+    "ladder",
     "lmo",
     "quotas",
     "round_multiplicities",

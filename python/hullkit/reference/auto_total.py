@@ -1,0 +1,19 @@
+"""How many updates a prompt gets where nobody says."""
+
+from __future__ import annotations
+
+
+def ladder(max_total: int) -> list[int]:
+    """The totals to choose from: 1, 2, 4, 6 and 10 tenths of the largest, rounded up."""
+    return sorted({-(-max_total * tenths // 10) for tenths in (1, 2, 4, 6, 10)})
+
+
+def auto_total(residual_norm: float, max_total: int, alpha: float) -> int:
+    """The first of the ladder where what no multiset can reconstruct exceeds 1 / (alpha total).
+
+    SIFT's rule for its standard deviation, taken for the residual.
+    """
+    for total in ladder(max_total):
+        if residual_norm > 1.0 / (alpha * total):
+            return total
+    return max_total
