@@ -4,7 +4,7 @@ Of the rows in bench/results/selection_quality.csv: for each alpha, every query 
 the total that `select` chooses from its embeddings. The rows of "hull, one run" are those multisets
 exactly (the numbers of distinct examples are compared); SIFT stops between totals, where scores are
 interpolated. `of fixed` is against a single total with the same mean passes, interpolated between
-totals too: minus is better.
+totals too, in points of BPB %: minus is better.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def calibrate(path: Path, folder: Path) -> None:
     met = dict.fromkeys(ALPHAS, True)
     for method, cap in RULES:
         measured = quality_report.ONE_RUN if method == "hull" else method
-        table = Table("alpha", title=f"{rule_name(method, cap)}, total='auto'")
+        table = Table("alpha", title=f"{rule_name(method, cap)}: passes, gain kept, of fixed")
         for name, queries in groups.items():
-            table.add_column(f"{name} ({len(queries)}): passes, gain kept, of fixed")
+            table.add_column(f"{name}, {len(queries)} queries")
         for alpha in ALPHAS:
             cells = []
             for name, queries in groups.items():

@@ -66,13 +66,14 @@ class Rows:
 
 def at_passes(curve: list[Point], wanted: float) -> np.ndarray | None:
     """Each query's share where the curve's mean passes are `wanted`: linear between its totals,
-    None beyond them."""
+    the end's up to half a pass beyond it, and None further out."""
     means = [float(point.passes.mean()) for point in curve]
-    for left, right, low, high in zip(curve, curve[1:], means, means[1:], strict=False):
-        if low <= wanted <= high:
-            part = (wanted - low) / (high - low) if high > low else 0.0
-            return (1 - part) * left.share + part * right.share
-    return None
+    nearest = min(max(wanted, means[0]), means[-1])
+    if abs(wanted - nearest) > 0.5:
+        return None
+    shares: np.ndarray = np.stack([point.share for point in curve])
+    weights = np.array([np.interp(nearest, means, unit) for unit in np.eye(len(means))])
+    return weights @ shares
 
 
 def mean(values: np.ndarray, digits: int = 2, sign: str = "") -> str:

@@ -151,6 +151,46 @@ OTHERS: dict[str, tuple[type[Exception], tuple[str, ...], Callable[..., Any]]] =
         ("method", "'hull', 'knn', 'sift'", "'svm'"),
         lambda **o: _select(method="svm", **o),
     ),
+    "total of another name": (
+        TypeError,
+        ("total", "int", "'automatic'"),
+        lambda **o: _select("automatic", **o),
+    ),
+    "knn auto": (
+        ValueError,
+        ("total", "int for method='knn'", "'auto'"),
+        lambda **o: _select("auto", method="knn", **o),
+    ),
+    "max_total of a given total": (
+        ValueError,
+        ("max_total", "total='auto'", "got 9"),
+        lambda **o: _select(max_total=9, **o),
+    ),
+    "max_total of 0": (
+        ValueError,
+        ("max_total", "1..", "got 0"),
+        lambda **o: _select("auto", max_total=0, **o),
+    ),
+    "max_total text": (
+        TypeError,
+        ("max_total", "int", "str"),
+        lambda **o: _select("auto", max_total="all", **o),
+    ),
+    "auto alpha 0": (
+        ValueError,
+        ("alpha", "> 0", "got 0"),
+        lambda **o: _select("auto", alpha=0, **o),
+    ),
+    "auto noise": (
+        ValueError,
+        ("method", "'sift'", "got 'hull'"),
+        lambda **o: _select("auto", noise=0.3, **o),
+    ),
+    "auto max_multiplicity": (
+        ValueError,
+        ("max_multiplicity", "total / 9", "total = 50", "got 2"),
+        lambda **o: _select("auto", max_multiplicity=2, **o),
+    ),
     "knn total beyond n": (
         ValueError,
         ("k:", "1..9", "got 10"),

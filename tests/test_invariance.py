@@ -34,6 +34,7 @@ def _all(pool: Tensor, query: Tensor, **problem: Any) -> list[Tensor]:
         *hullkit.lmo(pool, query, **problem),
         *hullkit.knn(pool, query, 1, **problem),
         hullkit.select(pool, query, 11, **problem).counts,
+        *hullkit.select(pool, query, "auto", max_total=11, **problem)[:2],
         *hullkit.sift(pool, query, 7, **problem),
     ]
 

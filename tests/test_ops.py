@@ -114,6 +114,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
         "select with a limit": lambda pool, query: tuple(
             hullkit.select(pool, query, 20, max_multiplicity=4, merge_duplicates=1e-3)[:3]
         ),
+        "select auto": lambda pool, query: hullkit.select(pool, query, "auto")[1::5],
         "fully corrective": lambda pool, query: hullkit.frank_wolfe(
             pool, query, variant="fully_corrective", gap_tol=1e-3
         ),

@@ -83,6 +83,7 @@ def test_reference_backend_equals_the_kernels(shape: str) -> None:
     both(hullkit.round_multiplicities, pool, query, result, 20, **rest)
     both(hullkit.apportion, result.weights, 20)
     both(hullkit.select, pool, query, 20, **problem)
+    both(hullkit.select, pool, query, "auto", max_total=20, **problem)
     both(hullkit.select, pool, query, 2, method="knn", **problem)
     both(hullkit.select, pool, query, 3, method="knn", max_multiplicity=2, **problem)
     both(hullkit.select, pool, query, 6, method="sift", noise=0.2, max_multiplicity=3, **problem)

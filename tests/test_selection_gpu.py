@@ -23,6 +23,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "knn": lambda p, q, **o: hullkit.knn(p, q, min(9, p.shape[-2]), **o),
     "frank_wolfe": lambda p, q, **o: hullkit.frank_wolfe(p, q, max_support=20, **o),
     "select": lambda p, q, **o: hullkit.select(p, q, 20, **o),
+    "select auto": lambda p, q, **o: hullkit.select(p, q, "auto", max_total=20, **o),
 }
 
 
@@ -52,7 +53,7 @@ def test_ragged_candidates_and_odd_strides(dtype: torch.dtype) -> None:
     lengths = torch.tensor([1, 70, 33, 2, 64])
     candidates = torch.randint(-1, 70, (5, 50), generator=torch.Generator().manual_seed(1))
     candidates[:, 3] = 7
-    for call in ("lmo", "knn", "select"):
+    for call in ("lmo", "knn", "select", "select auto"):
         run = CALLS[call]
         for options, source in (
             ({"lengths": lengths}, pool),
@@ -106,11 +107,12 @@ def test_round_multiplicities_and_apportion_equal_cpu() -> None:
 
 def test_same_bits_in_any_batch_and_every_time() -> None:
     pool, query = (tensor.cuda() for tensor in problem(70, 200, 96, torch.float32))
-    batch = hullkit.select(pool, query, 30)
-    for b in (0, 33, 69):
-        alone = hullkit.select(pool[b], query[b], 30)
-        assert equal_bits(alone, hullkit.Multiset(*(to_entry(part, b) for part in batch)))
-    assert equal_bits(batch, hullkit.select(pool, query, 30))
+    for total in (30, "auto"):
+        batch = hullkit.select(pool, query, total)
+        for b in (0, 33, 69):
+            alone = hullkit.select(pool[b], query[b], total)
+            assert equal_bits(alone, hullkit.Multiset(*(to_entry(part, b) for part in batch)))
+        assert equal_bits(batch, hullkit.select(pool, query, total))
     shared = hullkit.lmo(pool[0], query)
     assert equal_bits(
         hullkit.lmo(pool[0], query[5]), hullkit.LMOResult(shared.index[5], shared.value[5])
@@ -130,6 +132,11 @@ def test_broken_entries_are_marked_and_alone() -> None:
     assert (selection.indices[:4] == -1).all()
     assert (selection.counts[:4] == 0).all()
     assert_same(selection.counts[4], hullkit.select(pool[4], query[4], 7).counts, 0.0)
+    auto = hullkit.select(*on_device, "auto", max_total=7, lengths=lengths.cuda())
+    assert auto.total is not None
+    assert auto.total.tolist()[:4] == [-1] * 4
+    assert (auto.counts[:4] == 0).all()
+    assert_same(auto.counts[4], hullkit.select(pool[4], query[4], "auto", max_total=7).counts, 0.0)
     assert hullkit.lmo(*on_device, lengths=lengths.cuda()).index.tolist()[:4] == [-1] * 4
     assert (hullkit.knn(*on_device, 3, lengths=lengths.cuda()).indices[:4] == -1).all()
     far = torch.full((5, 4), 10**6)
@@ -174,6 +181,7 @@ def test_captured_and_replayed() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = hullkit.select(pool, query, 20)
+        auto = hullkit.select(pool, query, "auto", max_multiplicity=2)
         nearest = hullkit.knn(pool, query, 5)
         least = hullkit.lmo(pool, query)
     other, queries = (tensor.cuda() for tensor in problem(8, 100, 64, torch.float32, seed=1))
@@ -182,6 +190,7 @@ def test_captured_and_replayed() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert equal_bits(captured, hullkit.select(pool, query, 20))
+    assert equal_bits(auto, hullkit.select(pool, query, "auto", max_multiplicity=2))
     assert equal_bits(nearest, hullkit.knn(pool, query, 5))
     assert equal_bits(least, hullkit.lmo(pool, query))
 

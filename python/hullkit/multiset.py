@@ -43,9 +43,8 @@ class Multiset(NamedTuple):
     residual_norm: Tensor | None = None
     # [B, n] int64 as of hullkit.duplicates, if they were merged: whom a candidate stands behind
     representatives: Tensor | None = None
-    total: Tensor | None = (
-        None  # [B] int64 the totals chosen by "auto", None for one that was given
-    )
+    # [B] int64 what "auto" chose; None for a total that was given
+    total: Tensor | None = None
 
 
 @takes_arrays
@@ -84,11 +83,10 @@ def select(
     :func:`sift`): after the first step t with `sqrt(variance) > 1 / (alpha t)`. The hull does the
     same with what no weights can reconstruct, the residual_norm r of frank_wolfe at max_total: T is
     the first of 1, 2, 4, 6 and 10 tenths of max_total (rounded up) with `r > 1 / (alpha T)`,
-    max_total if there is none, and the weights of that one run are rounded to T. So updates go
-    where the pool has more to say, in proportion to 1 / r. Equivalent to:
-    `hullkit.reference.auto_total`. What to expect of it: it saves choosing a total. In bits per
-    byte it was not clearly better than one total for all prompts with the same mean passes
-    (README).
+    max_total if there is none (`hullkit.reference.auto_total`), and the weights of that one run are
+    rounded to T. So updates go where the pool has more to say, about in proportion to 1 / r. It
+    saves choosing a total; it was not shown to score better than one total for all prompts with the
+    same mean passes (README).
 
     Options of another method must be left alone.
 
