@@ -8,6 +8,7 @@ The gate comes first: without dropout our weights after a query are the publishe
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -137,6 +138,7 @@ def measure(
                 times.setdefault(name, []).extend(timed(query, device, 1))
         return times, peak
     for name, query in queries.items():  # one after the other: each alone in memory
+        gc.collect()  # what the one before left in cycles is not this one's memory
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -197,7 +199,7 @@ def main() -> None:
     model = named.to(device)
     shape = "GPT-2 small" if arguments.model is None else arguments.model.name
     name = torch.cuda.get_device_name() if cuda else processor()
-    on_cpu = ["hullkit eager", "hullkit, bf16"]
+    on_cpu = ["hullkit eager", "hullkit, bf16", "hullkit, bf16 compiled"]
     rows, lines = [], []
     table = Table(
         "tokens", "provider", "ms a query", "times published", "peak MB", title=f"on {name}"

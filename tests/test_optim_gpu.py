@@ -214,10 +214,14 @@ def test_kernels_compile_for_a_gpu() -> None:
                     constants[argument] = sizes.get(argument, tl.float32)
                     constants |= {"STOCHASTIC": False} if argument == "STOCHASTIC" else {}
                     signature[argument] = "constexpr"
-                elif argument in ("num_steps", "size"):
+                elif argument in ("num_steps", "size", "rows", "stride", "columns"):
                     signature[argument] = "i32"
+                    if argument in ("stride", "columns"):
+                        attributes[(place,)] = [["tt.divisibility", 16]]
                 else:
-                    floats = argument in ("coefficients", "squares")
+                    floats = argument in (
+                        "coefficients", "squares", "logits", "losses", "normalisers", "scale",
+                    )
                     kind = "fp32" if floats else "i32" if argument == "chunks" else "i64"
                     signature[argument] = "*" + kind
                     attributes[(place,)] = [["tt.divisibility", 16]]
@@ -242,4 +246,4 @@ def test_kernels_compile_for_a_gpu() -> None:
         env=environment,
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 6
+    assert len(result.stdout.split()) == 8

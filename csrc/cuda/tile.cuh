@@ -66,7 +66,7 @@ struct Tile {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         full[stage].init(kThreads);
-        empty[stage].init(kWarps);
+        empty[stage].init(aligned ? kWarps : kThreads);
       }
     }
     __syncthreads();
@@ -90,8 +90,9 @@ struct Tile {
       } else if (row_blocks == 1) {
         multiply<1>(at + row * kChunk, at + col * kChunk);
       }
+      // A lane may speak for its warp; where threads store rows themselves, compute-sanitizer needs to hear from each.
       __syncwarp();
-      if (threadIdx.x % 32 == 0) empty[stage].arrive();
+      if (!aligned || threadIdx.x % 32 == 0) empty[stage].arrive();
     }
     __syncthreads();
   }
