@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from hullkit import _multi_tensor, optim
-from hullkit._graphs import bucket
+from hullkit._graphs import _Offloaded, bucket
 from hullkit._multi_tensor import BROKEN, LIMIT, TensorTable
 from hullkit._weights import adam_options
 from torch import Tensor, nn
@@ -108,3 +108,28 @@ def test_buckets() -> None:
     for n in range(2, 3000):
         length = bucket(n, 1 << 20)
         assert n <= length <= max(n + 31, n + n // 8)
+
+
+def test_what_a_warm_up_keeps_off_the_device() -> None:
+    """Counted once each, the model's own tensors not at all; gradients are as ever."""
+    torch.manual_seed(0)
+    frozen, trained = nn.Linear(8, 16, bias=False).requires_grad_(False), nn.Linear(16, 4)
+    model = nn.Sequential(nn.BatchNorm1d(8).eval(), frozen, trained)
+    x = torch.randn(5, 8, requires_grad=True)  # so that frozen.weight is saved too
+
+    def run() -> None:
+        hidden = torch.tanh(model[:2](x))  # saved by tanh and by the next layer
+        loss = model[2](hidden).square().sum()  # square saves what it squares
+        loss.backward()
+
+    run()
+    wanted = [p.grad for p in model.parameters() if p.grad is not None]
+    for parameter in model.parameters():
+        parameter.grad = None
+    offloaded = _Offloaded(model)
+    with torch.autograd.graph.saved_tensors_hooks(offloaded.pack, offloaded.unpack):
+        run()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(map(torch.equal, grads, wanted))
+    floats = x.numel() + 5 * 16 + 5 * 4  # batch norm saves its input, too
+    assert floats * 4 <= offloaded.num_bytes <= (floats + 2 * 8) * 4

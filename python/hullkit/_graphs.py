@@ -203,7 +203,7 @@ class _Pass:
         # Read by the graph at every replay; it does not hold them, this object does.
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._result = torch.zeros(2, dtype=torch.float64, device=owner.weights.device)
-        order, held = _warm_up(owner._loss_of, self._inputs, parameters)
+        order, held = _warm_up(owner._loss_of, self._inputs, owner._model, parameters)
         self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
         self._graph = torch.cuda.CUDAGraph()
         failure: BaseException | None = None
@@ -265,7 +265,7 @@ def _hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None]
 
 
 def _warm_up(
-    loss_of: CausalLoss, inputs: Inputs, parameters: list[nn.Parameter]
+    loss_of: CausalLoss, inputs: Inputs, model: nn.Module, parameters: list[nn.Parameter]
 ) -> tuple[list[nn.Parameter], int]:
     """Passes before a capture, for all that is done lazily: the parameters in the order in which
     they get gradients, and the bytes that a pass holds at a time, or 0 if the compiler sees to it.
@@ -277,7 +277,7 @@ def _warm_up(
                 order.clear()
                 loss_of(inputs).backward()
             return order, 0
-        offloaded = _Offloaded(parameters)
+        offloaded = _Offloaded(model)
         with torch.autograd.graph.saved_tensors_hooks(offloaded.pack, offloaded.unpack):
             loss = loss_of(inputs)
         loss.backward()
@@ -288,31 +288,33 @@ def _warm_up(
 
 
 class _Offloaded:
-    """What a pass saves for its backward half, kept on the host, and its size on the device.
+    """What a pass saves for its backward half, kept on the host, and its size on the device; but
+    for the model's own tensors, which are there anyway.
 
     So that a warm-up needs little memory: the allocator has none in one piece for it yet.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.num_bytes = 0
-        self._known = {p.untyped_storage().data_ptr(): _weak(p) for p in parameters}
+        own = (*model.parameters(), *model.buffers())
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self._counted: dict[int, StorageWeakRef] = {}
 
     def pack(self, tensor: Tensor) -> tuple[torch.device, Tensor]:
-        address = tensor.untyped_storage().data_ptr()
-        known = self._known.get(address)
-        if known is None or known.expired():  # an address may have been given away again
-            self._known[address] = _weak(tensor)
-            self.num_bytes += tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address in self._own:
+            return tensor.device, tensor
+        counted = self._counted.get(address)
+        if counted is None or counted.expired():  # an address may have been given away again
+            self._counted[address] = StorageWeakRef(storage)
+            self.num_bytes += storage.nbytes()
         return tensor.device, tensor.cpu()
 
     @staticmethod
     def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
         device, tensor = packed
         return tensor.to(device)
-
-
-def _weak(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())
 
 
 def _note(order: list[nn.Parameter], parameter: nn.Parameter) -> None:

@@ -60,6 +60,11 @@ class TestTimeFinetuner:
     leaves it on). Parameters with `requires_grad` are trained, whichever they are: all weights,
     some layers, adapters (LoRA).
 
+    What models of transformers write out in many kernels runs in one each while a pass lasts:
+    GPT-2's gelu and, on CUDA, the norms of Llama, Mistral and Qwen and the loss, whose gradient
+    takes the place of the logits. The same functions, rounded otherwise. Not where `compile` fuses,
+    nor what somebody else has replaced (a module's `forward`, the model's `loss_function`).
+
     On a CUDA device passes and their updates are recorded as CUDA graphs, at the first example of a
     length or by :meth:`warmup`, and replayed: launches cost the host next to nothing, and updates
     run beside the backward pass. A sequence is padded to one of 8 lengths for every doubling (32
