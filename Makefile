@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test bench bench-optim bench-finetune bench-gpu bench-retriever lint format clean
+.PHONY: demo test bench bench-optim bench-finetune bench-gpu bench-retriever sanitize lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python bench/demo/run.py $(ARGS)
@@ -28,6 +28,11 @@ bench-gpu: $(VENV)/.test
 
 bench-retriever: $(VENV)/.test
 	$(BIN)/python bench/retriever.py $(ARGS)
+
+sanitize: $(VENV)/.test
+	for tool in memcheck racecheck initcheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/every_call.py || exit 1; \
+	done
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

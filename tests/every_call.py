@@ -1,0 +1,70 @@
+"""Every selection kernel once, on small problems: `make sanitize` runs it under compute-sanitizer.
+
+All dtypes; pools of a prompt's own, shared ones with candidates, ragged ones whose rows are not
+aligned to 16 bytes; and the few sizes that take another way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import hullkit
+import torch
+from _gpu import DTYPES, problem
+from torch import Tensor
+
+SHAPES = ((2, 63, 129), (1, 150, 64), (3, 12, 5))  # prompts, candidates, d
+TOTAL = 9
+CAPS = (None, 5)
+RULES = [(v, 1.0) for v in ("vanilla", "away", "pairwise", "fully_corrective")]
+RULES += [(v, 0.4) for v in ("vanilla", "pairwise", "fully_corrective")]
+
+Problem = tuple[Tensor, Tensor, dict[str, Any]]
+
+
+def problems(device: str) -> Iterator[Problem]:
+    for dtype in DTYPES:
+        for batch, n, d in SHAPES:
+            pool, query = (tensor.to(device) for tensor in problem(batch, n, d, dtype))
+            yield pool, query, {}
+            unaligned = torch.zeros(batch, n, d + 3, dtype=dtype, device=device)[:, :, 1 : d + 1]
+            lengths = torch.arange(n, n - batch, -1, device=device)
+            yield unaligned.copy_(pool), query, {"lengths": lengths}
+            candidates = torch.arange(n, device=device).flip(0).repeat(batch, 1)
+            candidates[:, 1::5] = -1
+            yield pool[0], query, {"candidates": candidates}
+
+
+def run(device: str) -> int:
+    """The number of calls."""
+    calls = 0
+
+    def call(function: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        function(*arguments, **options)
+        calls += 1
+
+    for pool, query, where in problems(device):
+        call(hullkit.lmo, pool, query, **where)
+        call(hullkit.knn, pool, query, 4, **where)
+        call(hullkit.duplicates, pool, eps=0.05, **where)
+        for cap in CAPS:
+            options: dict[str, Any] = {"max_multiplicity": cap}
+            call(hullkit.select, pool, query, TOTAL, **options, **where)
+            call(hullkit.select, pool, query, "auto", max_total=TOTAL, **options, **where)
+        call(hullkit.sift, pool, query, TOTAL, **where)
+        call(hullkit.sift, pool, torch.stack([query, query.flip(0)], 1), TOTAL, **where)
+        for variant, weight in RULES:
+            options = {"variant": variant, "max_weight": weight, "max_iters": 12, "gap_tol": 1e-6}
+            call(hullkit.frank_wolfe, pool, query, **options, **where)
+    for n, function in ((600, hullkit.sift), (4500, hullkit.select)):  # beyond a block; beyond 4096
+        pool, query = (tensor.to(device) for tensor in problem(1, n, 32, torch.float32))
+        call(function, pool[0], query, 5)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return calls
+
+
+if __name__ == "__main__":
+    print(run("cuda"), "calls")
