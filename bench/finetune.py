@@ -123,7 +123,8 @@ def measure(
     options = {} if device.type == "cuda" else {"max_length": None}
     state = published.base_state(model)
     for name, distance in gate(model, examples, state, **options).items():
-        console.print(f"{length} tokens, weights after a query, {name}: {distance:.1e}")
+        bar = f", bar 1e-5 {'met' if distance <= 1e-5 else 'MISSED'}" if "captured" in name else ""
+        console.print(f"{length} tokens, weights after a query, {name}: {distance:.1e}{bar}")
     times: dict[str, list[float]] = {}
     peak: dict[str, float] = {}
 

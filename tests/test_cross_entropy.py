@@ -11,6 +11,7 @@ from hullkit._cross_entropy import next_token_loss
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they run on it
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # What one rounding to the gradient's dtype may differ by; the interpreter cuts bfloat16 instead.
 GRADIENT = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-9, torch.bfloat16: 2**-7}

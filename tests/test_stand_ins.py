@@ -13,6 +13,7 @@ from hullkit._stand_ins import stand_ins
 from torch import Tensor, nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they run on it
 
 
 def replaced(model: nn.Module) -> list[Any]:

@@ -93,4 +93,4 @@ def _pass(
 
 def _largest(norms: Sequence[Tensor]) -> float:
     """NaN if there is one."""
-    return torch.stack([norm.double() for norm in norms]).max().item()
+    return torch.stack(list(norms)).max().item()

@@ -1,7 +1,7 @@
 """Functions that models of transformers write out in many small kernels, in one kernel each.
 
 At the lengths of test-time finetuning such kernels take longer to begin than to run, and each keeps
-a tensor for the backward pass: a fifth of GPT-2's pass, and most of its activations' memory.
+a tensor for the backward pass: 15 to 23 % of a GPT-2 query in bf16, and half of what a pass holds.
 """
 
 from __future__ import annotations

@@ -56,12 +56,11 @@ class Weights:
         self.base = [pinned_like(p) for p in parameters] if host else _like(parameters)
         pairs = zip(_like(parameters), _like(parameters), strict=True)
         self.moments = dict(zip(parameters, pairs, strict=True))
-        torch._foreach_zero_([moment for pair in self.moments.values() for moment in pair])
-        steps = torch.zeros(len(parameters), dtype=torch.float32, device=device)
+        steps = torch.empty(len(parameters), dtype=torch.float32, device=device)
         self.steps = dict(zip(parameters, steps.unbind(), strict=True))
         self._data = [p.data for p in parameters]
-        self._fresh = True  # whether moments and step counters are 0
         self._all_steps = steps
+        self._reset()
         base = dict(zip(parameters, self.base, strict=True))
         self._restoring = []
         for dtype, own in by_dtype(parameters).items():
@@ -79,10 +78,14 @@ class Weights:
             rows.append((*addresses, self.steps[p].data_ptr(), p.numel(), 0))
         return TensorTable(rows, self.device, triton=True)
 
+    def _reset(self) -> None:
+        torch._foreach_zero_([moment for pair in self.moments.values() for moment in pair])
+        self._all_steps.zero_()
+        self._fresh = True  # whether moments and step counters are 0
+
     def save(self) -> None:
         if not self._fresh:  # the latest query was not taken back
-            torch._foreach_zero_([moment for pair in self.moments.values() for moment in pair])
-            self._all_steps.zero_()
+            self._reset()
         self._fresh = False
         with torch.no_grad():
             torch._foreach_copy_(self.base, self._data)
