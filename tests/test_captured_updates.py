@@ -13,7 +13,7 @@ from hullkit._multi_tensor import BROKEN, LIMIT, TensorTable
 from hullkit._weights import adam_options
 from torch import Tensor, nn
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they run on it
 CAPACITY = 4
 SIZES = (5, 8192 + 512 + 3, 1)
