@@ -139,7 +139,8 @@ def measure(
                 times.setdefault(name, []).extend(timed(query, device, 1))
         return times, peak
     for name, query in queries.items():  # one after the other: each alone in memory
-        gc.collect()  # what the one before left in cycles is not this one's memory
+        gc.collect()  # what the one before left in cycles is not this one's memory,
+        torch._C._cuda_clearCublasWorkspaces()  # nor are workspaces on its streams
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()

@@ -128,7 +128,7 @@ def test_what_a_warm_up_keeps_off_the_device() -> None:
     for parameter in model.parameters():
         parameter.grad = None
     offloaded = _Offloaded(model)
-    with torch.autograd.graph.saved_tensors_hooks(offloaded.pack, offloaded.unpack):
+    with offloaded.hooks():
         run()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(map(torch.equal, grads, wanted))

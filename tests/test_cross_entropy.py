@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hullkit._cross_entropy import next_token_loss
+from hullkit import _cross_entropy
+from hullkit._cross_entropy import linear_next_token_loss, next_token_loss
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,3 +110,60 @@ def test_the_gradient_takes_the_place_of_the_logits() -> None:
     loss = fused(logits, labels) + other  # the later one's backward comes first
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.backward(loss, inputs=[leaf])
+
+
+def linear_problem(dtype: torch.dtype, length: int, vocabulary: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(length)
+    hidden = torch.randn(1, length, 24, generator=generator, dtype=torch.float64)
+    weight = 0.5 * torch.randn(vocabulary, 24, generator=generator, dtype=torch.float64)
+    labels = torch.randint(vocabulary, (1, length), generator=generator)
+    labels[0, 3] = -100
+    leaves = (hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype))
+    return *(leaf.requires_grad_() for leaf in leaves), labels.to(DEVICE)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("vocabulary", [3, 64, 4999])
+@pytest.mark.parametrize("rows", [100, 5, 1])
+@pytest.mark.parametrize("scale", [1.0, -3.0])
+def test_a_loss_without_all_logits(
+    dtype: torch.dtype, bound: float, vocabulary: int, rows: int, scale: float, monkeypatch: Any
+) -> None:
+    """In chunks of one row, of five and a rest of one, and in one of all."""
+    row_bytes = -(-vocabulary // 64) * 64 * dtype.itemsize
+    monkeypatch.setattr(_cross_entropy, "CHUNK_BYTES", rows * row_bytes)
+    hidden, weight, labels = linear_problem(dtype, 11, vocabulary)
+    loss = linear_next_token_loss(hidden, weight, labels)
+    wanted = plain(F.linear(hidden, weight), labels)
+    torch.testing.assert_close(loss, wanted, rtol=max(bound, 1e-13), atol=0.0)
+    found = torch.autograd.grad(scale * loss, (hidden, weight))
+    for grad, other in zip(
+        found, torch.autograd.grad(scale * wanted, (hidden, weight)), strict=True
+    ):
+        assert float((grad - other).norm()) <= bound * float(other.norm())
+
+
+def test_what_needs_no_gradient_gets_none() -> None:
+    hidden, weight, labels = linear_problem(torch.float32, 6, 130)
+    both = torch.autograd.grad(linear_next_token_loss(hidden, weight, labels), (hidden, weight))
+    for leaf, other, wanted in ((hidden, weight, both[0]), (weight, hidden, both[1])):
+        other.requires_grad_(False)
+        (grad,) = torch.autograd.grad(linear_next_token_loss(hidden, weight, labels), (leaf,))
+        other.requires_grad_()
+        torch.testing.assert_close(grad, wanted)
+    with torch.no_grad():
+        assert not linear_next_token_loss(hidden, weight, labels).requires_grad
+
+
+def test_a_linear_loss_in_lower_precision() -> None:
+    """Under autocast products are in its dtype, gradients in the leaves'."""
+    hidden, weight, labels = linear_problem(torch.float32, 9, 130)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        loss = linear_next_token_loss(hidden, weight, labels)
+    wanted = plain(F.linear(hidden, weight), labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, wanted, rtol=0.02, atol=0.0)
+    found = torch.autograd.grad(loss, (hidden, weight))
+    for grad, other in zip(found, torch.autograd.grad(wanted, (hidden, weight)), strict=True):
+        assert grad.dtype == torch.float32
+        assert 1e-6 < float((grad - other).norm() / other.norm()) <= 0.02

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from _models import gpt2, llama, plain
 from hullkit import _stand_ins
+from hullkit._saved import Saved
 from hullkit._stand_ins import stand_ins
 from torch import Tensor, nn
 
@@ -33,14 +36,18 @@ def passed(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
 
 def test_the_classes_exist() -> None:
     """Under these names, in the transformers that is installed; else nothing would be replaced."""
-    for name in (*_stand_ins._FORWARDS, _stand_ins._LOSS):
+    named = (*_stand_ins._ACTIVATIONS, *_stand_ins._RMS_NORMS, *_stand_ins._HEADS)
+    for name in (*named, *_stand_ins._PASSING_ON, _stand_ins._LOSS):
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
 
 
-@pytest.mark.parametrize(("make", "count"), [(gpt2, 3), (llama, 6), (plain, 0)])
+LAST = int(DEVICE.type == "cuda")  # there the last layer is left to the loss
+
+
+@pytest.mark.parametrize(("make", "count"), [(gpt2, 3 + LAST), (llama, 8 + LAST), (plain, 0)])
 def test_same_function(make: Any, count: int) -> None:
-    """GPT-2: an activation in each of two blocks; Llama: five norms; and the loss of both."""
+    """An activation in each of two blocks, five norms of Llama, and the loss of both."""
     model = make().to(DEVICE).eval()
     with stand_ins(model):
         assert len(replaced(model)) == count
@@ -73,7 +80,7 @@ def test_what_somebody_else_replaced_stays() -> None:
     with stand_ins(model):
         assert activation.forward is own
         assert passed(model)[0] == 7.0
-        assert len(replaced(model)) == 3  # theirs, and the other activation
+        assert len(replaced(model)) == 3  # theirs, and the other activation; lm_head is not
     assert replaced(model) == [loss, own]
 
 
@@ -85,6 +92,97 @@ def test_options_of_the_loss_are_heeded() -> None:
         loss = model(**options).loss
     assert loss.item() == pytest.approx(model(**options).loss.item(), rel=1e-6)
     assert loss.item() == pytest.approx(passed(model)[0].item() / 2, rel=1e-6)
+
+
+class Penalised(nn.Module):
+    """Somebody who looks at the logits as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = gpt2()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        out = self.model(input_ids=input_ids, labels=labels)
+        return out.loss + 1e-4 * out.logits.square().mean()
+
+
+@pytest.mark.gpu
+def test_logits_that_somebody_sees_are_computed() -> None:
+    model = Penalised().to(DEVICE).eval()
+    ids = torch.arange(2, 22, device=DEVICE)[None]
+    with stand_ins(model), torch.no_grad():
+        assert "forward" not in model.model.lm_head.__dict__
+        loss = model(ids, ids)
+    torch.testing.assert_close(loss, model(ids, ids).detach(), rtol=1e-6, atol=0)
+    inner = model.model
+    seen: list[Tensor] = []
+    handle = inner.lm_head.register_forward_hook(lambda module, args, out: seen.append(out))
+    with stand_ins(inner), torch.no_grad():
+        inner(input_ids=ids, labels=ids)
+    handle.remove()
+    assert seen[0].shape[-1] == inner.config.vocab_size
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_activations_are_computed_again(make: Any) -> None:
+    """The same bits, less memory, and none of it kept by what is left of the pass."""
+    model = make().to(DEVICE).eval()
+    ids = torch.arange(2, 22, device=DEVICE)[None]
+
+    class Counting(Saved):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: dict[int, int] = {}
+
+        def keep(self, tensor: Tensor) -> Any:
+            storage = tensor.untyped_storage()
+            self.kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+    def run(saved: Saved | None, counting: Counting) -> tuple[Tensor, list[Tensor]]:
+        with stand_ins(model, saved), counting.hooks():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            held = sum(counting.kept.values())
+            sizes.append(held)
+            loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return loss.detach(), grads
+
+    sizes: list[int] = []
+    counting = Counting()
+    loss, grads = run(counting, counting)
+    wanted, wanted_grads = run(None, Counting())
+    assert torch.equal(loss, wanted)
+    assert all(map(torch.equal, grads, wanted_grads))
+    intermediate = getattr(model.config, "intermediate_size", 4 * model.config.hidden_size)
+    assert sizes[1] - sizes[0] == 2 * 20 * 4 * intermediate  # two blocks
+
+
+def test_an_output_that_was_written_to_is_kept() -> None:
+    gradients = []
+    for saved in (None, Saved()):
+        x = torch.linspace(-2.0, 2.0, 5, requires_grad=True)
+        with saved.hooks() if saved else nullcontext():
+            y = saved.cheap(F.silu, x * 1.0) if saved else F.silu(x * 1.0)
+            y.mul_(3.0)
+            (y * y).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_what_the_gradient_needs_must_not_be_written_to() -> None:
+    """Autograd itself does not look where hooks are."""
+    weight = torch.randn(5, requires_grad=True)
+    for cheap in (True, False):
+        saved = Saved()
+        x = torch.randn(5)
+        with saved.hooks():
+            y = saved.cheap(F.silu, x) if cheap else x
+            loss = (y * weight).sum()
+        x.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 @pytest.mark.gpu

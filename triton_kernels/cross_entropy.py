@@ -1,7 +1,6 @@
-"""The mean next-token cross entropy of logits [T, V], and its gradient written over them.
+"""The cross entropy of logits [T, V] with targets [T], and its gradient written over them.
 
-A program for every row. Row t is scored against labels[t + 1]; the last one, and those whose label
-is -100, are not scored: their loss and gradient are 0.
+A program for every row. Rows whose target is -100 are not scored: their loss and gradient are 0.
 """
 
 import triton
@@ -13,63 +12,87 @@ IGNORED = tl.constexpr(-100)
 
 
 @triton.jit
-def _label(labels, row, rows):
-    return tl.load(labels + row + 1, mask=row + 1 < rows, other=IGNORED)
-
-
-@triton.jit
 def _origin(highest):
     """What exponents are taken from: not from an infinity, inf - inf would make NaN of -inf's 0."""
     return tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _summed(top, total, x):
+    """x among the exponentials that each lane has summed: their maximum, and the sum over it."""
+    higher = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
+    origin = _origin(higher)
+    return higher, total * tl.exp(top - origin) + tl.exp(x - origin)
+
+
+@triton.jit
+def _gradient(x, column, target, normaliser, factor):
+    return (tl.exp(x - normaliser) - tl.where(column == target, 1.0, 0.0)) * factor
+
+
+# Whole blocks go without a mask: with one, no thread loads more than an element at a time.
+
+
+@triton.jit
 def cross_entropy_kernel(
-    logits, labels, losses, normalisers, rows, stride, columns,
-    MATH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits, targets, losses, normalisers, stride, columns, MATH: tl.constexpr, BLOCK: tl.constexpr
+):
     """losses [T], normalisers [T]: log sum exp of a row. Nothing is written for unscored rows."""
     row = tl.program_id(0).to(tl.int64)
-    label = _label(labels, row, rows)
-    if label != IGNORED:
+    target = tl.load(targets + row)
+    if target != IGNORED:
         at = logits + row * stride
         top = tl.full((BLOCK,), float("-inf"), MATH)
         total = tl.zeros((BLOCK,), MATH)
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = tl.load(at + column, mask=column < columns, other=float("-inf")).to(MATH)
-            higher = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
-            origin = _origin(higher)
-            total = total * tl.exp(top - origin) + tl.exp(x - origin)
-            top = higher
+        whole = columns // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            x = tl.load(at + start + tl.arange(0, BLOCK)).to(MATH)
+            top, total = _summed(top, total, x)
+        column = whole + tl.arange(0, BLOCK)
+        x = tl.load(at + column, mask=column < columns, other=float("-inf")).to(MATH)
+        top, total = _summed(top, total, x)
         highest = tl.max(top)
         origin = _origin(highest)
         normaliser = tl.log(tl.sum(total * tl.exp(top - origin))) + origin
         tl.store(normalisers + row, normaliser)
-        tl.store(losses + row, normaliser - tl.load(at + label).to(MATH))
+        tl.store(losses + row, normaliser - tl.load(at + target).to(MATH))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def cross_entropy_gradient_kernel(
-    logits, labels, normalisers, scale, rows, stride, columns,
-    MATH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits, targets, normalisers, scale, stride, columns, MATH: tl.constexpr, BLOCK: tl.constexpr
+):
     """scale [1]: the gradient of the sum of all losses."""
     row = tl.program_id(0).to(tl.int64)
-    label = _label(labels, row, rows)
+    target = tl.load(targets + row)
     at = logits + row * stride
     dtype = logits.dtype.element_ty
-    if label != IGNORED:
+    whole = columns // BLOCK * BLOCK
+    last = whole + tl.arange(0, BLOCK)
+    inside = last < columns
+    if target != IGNORED:
         normaliser = tl.load(normalisers + row)
         factor = tl.load(scale).to(MATH)
-        for start in range(0, columns, BLOCK):
+        for start in range(0, whole, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            inside = column < columns
-            x = tl.load(at + column, mask=inside, other=float("-inf")).to(MATH)
-            gradient = tl.exp(x - normaliser) - tl.where(column == label, 1.0, 0.0)
-            tl.store(at + column, (gradient * factor).to(dtype), mask=inside)
+            x = tl.load(at + column).to(MATH)
+            tl.store(at + column, _gradient(x, column, target, normaliser, factor).to(dtype))
+        x = tl.load(at + last, mask=inside, other=float("-inf")).to(MATH)
+        gradient = _gradient(x, last, target, normaliser, factor).to(dtype)
+        tl.store(at + last, gradient, mask=inside)
     else:
         zero = tl.zeros((BLOCK,), dtype)
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            tl.store(at + column, zero, mask=column < columns)
+        for start in range(0, whole, BLOCK):
+            tl.store(at + start + tl.arange(0, BLOCK), zero)
+        tl.store(at + last, zero, mask=inside)
+
+
+@triton.jit(do_not_specialize=["elements"])
+def rescale_kernel(values, scale, elements, BLOCK: tl.constexpr):
+    """values times scale [1], in place. A scale of 1, the usual one, costs a launch and no more."""
+    factor = tl.load(scale)
+    if factor != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < elements
+        x = tl.load(values + at, mask=inside)
+        tl.store(values + at, (x.to(factor.dtype) * factor).to(x.dtype), mask=inside)

@@ -22,6 +22,7 @@ KERNELS = {
     "squares": (squares_kernel, _CHUNKS),
     "cross_entropy": (cross_entropy.cross_entropy_kernel, _ROWS),
     "cross_entropy_gradient": (cross_entropy.cross_entropy_gradient_kernel, _ROWS),
+    "rescale": (cross_entropy.rescale_kernel, _ROWS),
 }
 
 

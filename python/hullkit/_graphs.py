@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._loss import CausalLoss
+from ._saved import Packed, Saved
 from ._weights import GroupedUpdates, NotCapturable, Options, Weights
 from .metrics import IGNORED
 from .schedule import Reuse
@@ -220,7 +221,7 @@ class _Pass:
                     owner._reserve(held)
                     self.updates.begin()
                     with _hooks(parameters, self.updates.ready):
-                        loss = owner._loss_of(self._inputs)
+                        loss = owner._loss_of(self._inputs, Saved())
                         loss.backward()
                     self.updates.join()
                     self._result[0].copy_(loss.detach())
@@ -278,43 +279,36 @@ def _warm_up(
                 loss_of(inputs).backward()
             return order, 0
         offloaded = _Offloaded(model)
-        with torch.autograd.graph.saved_tensors_hooks(offloaded.pack, offloaded.unpack):
-            loss = loss_of(inputs)
-        loss.backward()
-    # As the backward pass begins: all that was saved and, where embeddings are tied, the largest
-    # gradient. A little more for what does not fit without gaps.
-    largest = max(p.numel() * p.element_size() for p in parameters)
-    return order, largest + offloaded.num_bytes + offloaded.num_bytes // 16
+        loss_of(inputs, offloaded).backward()
+    # As the backward pass begins, all that was saved; a little more for what does not fit without
+    # gaps. Gradients of whole matrices come on top, in pieces of their own.
+    return order, offloaded.num_bytes + offloaded.num_bytes // 16
 
 
-class _Offloaded:
-    """What a pass saves for its backward half, kept on the host, and its size on the device; but
-    for the model's own tensors, which are there anyway.
+class _Offloaded(Saved):
+    """Saved tensors kept on the host, and their size on the device; but for the model's own ones,
+    which are there anyway.
 
     So that a warm-up needs little memory: the allocator has none in one piece for it yet.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self.num_bytes = 0
         own = (*model.parameters(), *model.buffers())
         self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
         self._counted: dict[int, StorageWeakRef] = {}
 
-    def pack(self, tensor: Tensor) -> tuple[torch.device, Tensor]:
+    def keep(self, tensor: Tensor) -> Packed:
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address in self._own:
-            return tensor.device, tensor
+            return tensor
         counted = self._counted.get(address)
         if counted is None or counted.expired():  # an address may have been given away again
             self._counted[address] = StorageWeakRef(storage)
             self.num_bytes += storage.nbytes()
-        return tensor.device, tensor.cpu()
-
-    @staticmethod
-    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
-        device, tensor = packed
-        return tensor.to(device)
+        return functools.partial(tensor.cpu().to, tensor.device)
 
 
 def _note(order: list[nn.Parameter], parameter: nn.Parameter) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._cross_entropy import next_token_loss
+from ._saved import Saved
 from ._stand_ins import stand_ins
 from .metrics import device_of, forward_parameters, logits_of
 
@@ -42,9 +43,11 @@ class CausalLoss:
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
         self.compiled = compile
 
-    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        # The compiler fuses what it finds itself.
-        with nullcontext() if self.compiled else stand_ins(self._model):
+    def __call__(self, inputs: dict[str, Tensor], saved: Saved | None = None) -> Tensor:
+        """saved: what sees to the tensors that the backward pass needs, if not autograd alone."""
+        if self.compiled:  # the compiler fuses what it finds itself, and saves what it likes
+            return self._of(self._call, inputs, self._autocast)
+        with stand_ins(self._model, saved), nullcontext() if saved is None else saved.hooks():
             return self._of(self._call, inputs, self._autocast)
 
     def plain(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -8,20 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._cross_entropy import next_token_loss
+from ._cross_entropy import linear_next_token_loss, next_token_loss
+from ._saved import Saved
 from .metrics import forward_parameters
 
 Forward = Callable[[Tensor], Tensor]
 
-
-def _gelu(module: Any) -> Forward:
-    return lambda x: F.gelu(x, approximate="tanh")
+# By the class's full name, so that transformers need not be there. Only classes that compute
+# exactly this: others of a similar name add one to the weight, or clip, or scale.
+_ACTIVATIONS: dict[str, Forward] = {
+    "transformers.activations.NewGELUActivation": partial(F.gelu, approximate="tanh"),
+    "transformers.activations.SiLUActivation": F.silu,
+}
+_MODELS = "transformers.models.{0}.modeling_{0}.{1}"
+_FAMILIES = (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+_RMS_NORMS = {_MODELS.format(family, f"{name}RMSNorm") for family, name in _FAMILIES}
+# Their forward hands lm_head's output to the loss, and does nothing else with it but return it.
+_HEADS = {_MODELS.format(family, f"{name}ForCausalLM") for family, name in _FAMILIES}
+_HEADS.add(_MODELS.format("gpt2", "GPT2LMHeadModel"))
+_PASSING_ON = {"peft.peft_model.PeftModelForCausalLM"}  # what forwards of these return, likewise
+_LOSS = "transformers.loss.loss_utils.ForCausalLMLoss"
+_REWEIGHTED = ("num_items_in_batch", "shift_labels", "ignore_index")  # what changes that loss
 
 
 def _rms_norm(module: Any) -> Forward:
@@ -35,37 +49,45 @@ def _rms_norm(module: Any) -> Forward:
     return forward
 
 
-# By the class's full name, so that transformers need not be there. Only classes that compute
-# exactly this: others of a similar name add one to the weight, or clip.
-_FORWARDS: dict[str, Callable[[Any], Forward]] = {
-    "transformers.activations.NewGELUActivation": _gelu,
-} | {
-    f"transformers.models.{family}.modeling_{family}.{name}RMSNorm": _rms_norm
-    for family, name in (
-        ("llama", "Llama"),
-        ("mistral", "Mistral"),
-        ("qwen2", "Qwen2"),
-        ("qwen3", "Qwen3"),
-    )
-}
-_LOSS = "transformers.loss.loss_utils.ForCausalLMLoss"
-_REWEIGHTED = ("num_items_in_batch", "shift_labels", "ignore_index")  # what changes that loss
+class _Loss:
+    """The loss of transformers' causal models, of logits or of what `lm_head` was given for them.
 
+    Where nobody else sees the logits, `lm_head` returns its input, and the loss multiplies.
+    """
 
-def _causal_lm_loss(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def loss(logits: Tensor, labels: Tensor, *sizes: Any, **options: Any) -> Tensor:
+    def __init__(self, own: Callable[..., Tensor], lm_head: nn.Linear | None) -> None:
+        self._own = own
+        self._weight = None if lm_head is None else lm_head.weight
+        self._hidden: Tensor | None = None
+
+    def hold(self, hidden: Tensor) -> Tensor:
+        self._hidden = hidden
+        return hidden
+
+    def __call__(self, logits: Tensor, labels: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        hidden, self._hidden = self._hidden, None
+        if hidden is not None and logits is not hidden:
+            raise RuntimeError("expected a loss of what lm_head returned, got another tensor")
         reweighted = any(options.get(name) is not None for name in _REWEIGHTED)
         # A CPU gains nothing; float64 logits are cut to float32 there, and the numbers stay its.
-        if reweighted or not logits.is_cuda or logits.dtype is torch.float64:
-            return own(logits, labels, *sizes, **options)
-        return next_token_loss(logits, labels)
-
-    return loss
+        fused = not reweighted and logits.is_cuda and logits.dtype is not torch.float64
+        if hidden is not None and self._weight is not None:
+            if fused and hidden.shape[:2] == labels.shape:
+                return linear_next_token_loss(hidden, self._weight, labels)
+            logits = F.linear(hidden, self._weight)
+        return (
+            next_token_loss(logits, labels)
+            if fused
+            else self._own(logits, labels, *sizes, **options)
+        )
 
 
 @contextmanager
-def stand_ins(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model computes the same, cheaper. What somebody else replaced stays."""
+def stand_ins(model: nn.Module, saved: Saved | None = None) -> Iterator[None]:
+    """Inside the block the model computes the same, cheaper. What somebody else replaced stays.
+
+    saved: what is told of activations, whose outputs then need not be saved.
+    """
     replaced: list[tuple[nn.Module, str]] = []
 
     def replace(module: Any, name: str, stand_in: Callable[..., Tensor]) -> None:
@@ -74,12 +96,23 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
 
     try:
         for module in model.modules():
-            forward = _FORWARDS.get(_full_name(type(module)))
-            if forward is not None and "forward" not in module.__dict__:
-                replace(module, "forward", forward(module))
+            if "forward" in module.__dict__:
+                continue
+            name = _full_name(type(module))
+            activation = _ACTIVATIONS.get(name)
+            if activation is not None:
+                replace(
+                    module, "forward", partial(saved.cheap, activation) if saved else activation
+                )
+            elif name in _RMS_NORMS:
+                replace(module, "forward", _rms_norm(module))
         head = _head(model)
         if head is not None and _full_name(head.loss_function) == _LOSS:
-            replace(head, "_loss_function", _causal_lm_loss(head.loss_function))
+            lm_head = _lm_head(model, head)
+            loss = _Loss(head.loss_function, lm_head)
+            replace(head, "_loss_function", loss)
+            if lm_head is not None:
+                replace(lm_head, "forward", loss.hold)
         yield
     finally:
         for module, name in replaced:
@@ -92,6 +125,26 @@ def _head(model: nn.Module) -> Any:
         if hasattr(type(module), "loss_function") and "labels" in forward_parameters(module):
             return None if "_loss_function" in module.__dict__ else module
     return None
+
+
+def _lm_head(model: nn.Module, head: Any) -> Any:
+    """The last layer, if only the loss gets to see what it returns."""
+    around = [] if model is head else [model]
+    lm_head: Any = getattr(head, "lm_head", None)
+    name = _full_name(type(head))
+    if (
+        _full_name(type(lm_head)) != "torch.nn.modules.linear.Linear"
+        or lm_head.bias is not None
+        or not lm_head.weight.is_cuda
+        or name not in _HEADS
+        or _full_name(type(head).forward) != f"{name}.forward"
+        or any(_full_name(type(module)) not in _PASSING_ON for module in around)
+    ):
+        return None
+    for module in (*around, head, lm_head):
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+            return None
+    return lm_head
 
 
 def _full_name(named: Any) -> str:
