@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hullkit import _cross_entropy
-from hullkit._cross_entropy import linear_next_token_loss, next_token_loss
+from hullkit._cross_entropy import TiedGradient, linear_next_token_loss, next_token_loss
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,3 +167,25 @@ def test_a_linear_loss_in_lower_precision() -> None:
     for grad, other in zip(found, torch.autograd.grad(wanted, (hidden, weight)), strict=True):
         assert grad.dtype == torch.float32
         assert 1e-6 < float((grad - other).norm() / other.norm()) <= 0.02
+
+
+@pytest.mark.parametrize("lookups", [1, 2])
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_matrix_that_is_embedding_and_last_layer(lookups: int, linear: bool) -> None:
+    """Repeated ids too; without the last layer, or at a second lookup, autograd adds."""
+    _, weight, labels = linear_problem(torch.float64, 12, 7)
+    ids = labels.abs() % 7
+    gradients = []
+    for tied in (TiedGradient(), None):
+        look_up = tied.embedding if tied else F.embedding
+        hidden = sum(look_up(ids + 0, weight).tanh() for _ in range(lookups))
+        assert isinstance(hidden, Tensor)
+        if not linear:
+            loss = hidden.square().sum()
+        elif tied:
+            loss = linear_next_token_loss(hidden, weight, labels, tied)
+        else:
+            loss = plain(F.linear(hidden, weight), labels)
+        gradients.append(torch.autograd.grad(2.0 * loss, (weight,))[0])
+        assert tied is None or tied.taken is None
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)

@@ -15,6 +15,7 @@ from .metrics import IGNORED, at_least_float32
 
 CHUNK_BYTES = 100 << 20  # of logits at a time: 1024 tokens of GPT-2 in half precision
 _ALIGNED = 64  # elements
+_PRODUCTS_WIDEN = hasattr(torch.ops.aten.mm, "dtype_out")  # halves into float32 without a copy
 _TENSOR_CORES = 8  # the elements that a matrix's sides are multiples of where they are fast
 
 
@@ -35,14 +36,31 @@ def next_token_loss(logits: Tensor, labels: Tensor, *, backend: str | None = Non
     return F.cross_entropy(at_least_float32(rows), targets, ignore_index=IGNORED)
 
 
-def linear_next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+class TiedGradient:
+    """Of a matrix that is both the embedding and the last layer: what the last layer's backward
+    pass returned, for the embedding's to add to. Autograd itself would make two matrices more.
+    """
+
+    def __init__(self) -> None:
+        self.taken: Tensor | None = None
+
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """F.embedding(ids, weight)."""
+        rows: Tensor = _Embedding.apply(weight, ids, self)  # type: ignore[no-untyped-call]
+        return rows
+
+
+def linear_next_token_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, tied: TiedGradient | None = None
+) -> Tensor:
     """`next_token_loss(F.linear(hidden, weight), labels)` by Triton's kernels, never with all
     logits in memory.
 
     hidden (1, T, D), weight (V, D), products in autocast's dtype where that is on. A chunk's logits
     give the loss and, at once, both gradients, which wait for the backward pass in their place.
+    tied: what `embedding` of this object looks up has this weight, too.
     """
-    arguments = (hidden.flatten(0, 1), weight, _targets(labels))
+    arguments = (hidden.flatten(0, 1), weight, _targets(labels), tied)
     loss: Tensor = _FusedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss
 
@@ -73,33 +91,67 @@ class _Fused(torch.autograd.Function):
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tied: TiedGradient | None
+    ) -> Tensor:
         kind = hidden.device.type
         cast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else hidden.dtype
+        wide = weight.dtype if hidden.is_cuda and _PRODUCTS_WIDEN else dtype
         with torch.autocast(kind, enabled=False):
-            loss, *gradients = _of_chunks(
-                hidden.to(dtype), weight.to(dtype), targets, *ctx.needs_input_grad[:2]
+            loss, d_hidden, d_weight = _of_chunks(
+                hidden.to(dtype), weight.to(dtype), targets, wide, *ctx.needs_input_grad[:2]
             )
-        own = (hidden.dtype, weight.dtype)
-        ctx.gradients = [g if g is None else g.to(d) for g, d in zip(gradients, own, strict=True)]
+        ctx.gradients = (
+            None if d_hidden is None else d_hidden.to(hidden.dtype),
+            None if d_weight is None else d_weight.to(weight.dtype),
+        )
+        ctx.tied = tied
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None  # autograd copies a gradient that somebody else has too
         for computed in (d_hidden, d_weight):
             if computed is not None:
                 _rescale(computed, gradient.reshape(1))
-        return d_hidden, d_weight, None
+        if ctx.tied is not None:
+            ctx.tied.taken = d_weight
+        return d_hidden, d_weight, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, tied: TiedGradient) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.num_rows, ctx.tied = len(weight), tied
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        (ids,) = ctx.saved_tensors
+        taken, ctx.tied.taken = ctx.tied.taken, None
+        if taken is None:  # the last layer took no part, or another lookup was here
+            dense = torch.ops.aten.embedding_dense_backward(gradient, ids, ctx.num_rows, -1, False)
+            return dense, None, None
+        # In an order that does not change from run to run, unlike index_add_.
+        taken.index_put_((ids.flatten(),), gradient.flatten(0, -2), accumulate=True)
+        return None, None, None
 
 
 def _of_chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: bool, of_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    wide: torch.dtype,
+    of_hidden: bool,
+    of_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and its gradients by hidden (T, D) and weight (V, D) where they are wanted."""
+    """The loss, and its gradients by hidden (T, D) and weight (V, D) where they are wanted, the
+    second as `wide`."""
     length, columns = len(hidden), len(weight)
     stride = -(-columns // _ALIGNED) * _ALIGNED
     chunks = -(-length * stride * hidden.itemsize // CHUNK_BYTES)
@@ -107,7 +159,8 @@ def _of_chunks(
     losses, normalisers, count = _row_results(hidden.dtype, targets)
     scale = count.to(losses.dtype).reciprocal().reshape(1)
     d_hidden = torch.empty_like(hidden) if of_hidden else None
-    d_weight = torch.empty_like(weight) if of_weight else None  # before logits: it stays, they go
+    # Before the logits: it stays, they go.
+    d_weight = torch.empty_like(weight, dtype=wide) if of_weight else None
     memory = hidden.new_empty(step, stride)
     for first in range(0, length, step):
         rows = slice(first, min(first + step, length))
@@ -125,8 +178,18 @@ def _of_chunks(
                 beta = int(part.start > 0)
                 d_hidden[rows].addmm_(logits[:, part], weight[part], beta=beta)
             if d_weight is not None:
-                d_weight[part].addmm_(logits[:, part].t(), x, beta=int(first > 0))
+                _add_product(d_weight[part], logits[:, part].t(), x, fresh=first == 0)
     return losses.sum() / count, d_hidden, d_weight
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """total += a @ b, or = where nothing is in it yet."""
+    if total.dtype is a.dtype:
+        total.addmm_(a, b, beta=int(not fresh))
+    elif fresh:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _parts(columns: int) -> list[slice]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ._loss import CausalLoss
+from ._loss import CausalLoss, matmul_precision
 from ._saved import Packed, Saved
 from ._weights import GroupedUpdates, NotCapturable, Options, Weights
 from .metrics import IGNORED
@@ -329,4 +329,10 @@ def _addresses(tensors: list[Tensor]) -> list[Any]:
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Before updates where both have work. One for all, as side_stream."""
-    return torch.cuda.Stream(device, priority=-1)
+    stream = torch.cuda.Stream(device, priority=-1)
+    # torch keeps memory for the matrix products of a stream and thread, for ever: it takes it now,
+    # not in the middle of a large piece that could then not be given back.
+    with torch.cuda.stream(stream), matmul_precision("float32"):
+        matrix = torch.zeros(8, 8, device=device, requires_grad=True)
+        (matrix @ matrix).sum().backward()
+    return stream

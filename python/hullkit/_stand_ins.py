@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._cross_entropy import linear_next_token_loss, next_token_loss
+from ._cross_entropy import TiedGradient, linear_next_token_loss, next_token_loss
 from ._saved import Saved
 from .metrics import forward_parameters
 
@@ -55,8 +55,11 @@ class _Loss:
     Where nobody else sees the logits, `lm_head` returns its input, and the loss multiplies.
     """
 
-    def __init__(self, own: Callable[..., Tensor], lm_head: nn.Linear | None) -> None:
+    def __init__(
+        self, own: Callable[..., Tensor], lm_head: nn.Linear | None, tied: TiedGradient | None
+    ) -> None:
         self._own = own
+        self._tied = tied
         self._weight = None if lm_head is None else lm_head.weight
         self._hidden: Tensor | None = None
 
@@ -73,7 +76,7 @@ class _Loss:
         fused = not reweighted and logits.is_cuda and logits.dtype is not torch.float64
         if hidden is not None and self._weight is not None:
             if fused and hidden.shape[:2] == labels.shape:
-                return linear_next_token_loss(hidden, self._weight, labels)
+                return linear_next_token_loss(hidden, self._weight, labels, self._tied)
             logits = F.linear(hidden, self._weight)
         return (
             next_token_loss(logits, labels)
@@ -109,10 +112,14 @@ def stand_ins(model: nn.Module, saved: Saved | None = None) -> Iterator[None]:
         head = _head(model)
         if head is not None and _full_name(head.loss_function) == _LOSS:
             lm_head = _lm_head(model, head)
-            loss = _Loss(head.loss_function, lm_head)
+            embedding = None if lm_head is None else _tied_embedding(head, lm_head.weight)
+            tied = None if embedding is None else TiedGradient()
+            loss = _Loss(head.loss_function, lm_head, tied)
             replace(head, "_loss_function", loss)
             if lm_head is not None:
                 replace(lm_head, "forward", loss.hold)
+            if tied is not None:
+                replace(embedding, "forward", partial(tied.embedding, weight=lm_head.weight))
         yield
     finally:
         for module, name in replaced:
@@ -145,6 +152,22 @@ def _lm_head(model: nn.Module, head: Any) -> Any:
         if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
             return None
     return lm_head
+
+
+def _tied_embedding(head: Any, weight: Tensor) -> nn.Embedding | None:
+    """The embedding with the last layer's weight, if it does nothing but look up."""
+    embedding = head.get_input_embeddings()
+    if (
+        _full_name(type(embedding)) != "torch.nn.modules.sparse.Embedding"
+        or embedding.weight is not weight
+        or "forward" in embedding.__dict__
+        or embedding.max_norm is not None
+        or embedding.scale_grad_by_freq
+        or embedding.sparse
+        or embedding.padding_idx is not None
+    ):
+        return None
+    return embedding  # type: ignore[no-any-return]
 
 
 def _full_name(named: Any) -> str:
