@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from contextlib import nullcontext
 from typing import Any
@@ -170,6 +171,21 @@ def test_an_output_that_was_written_to_is_kept() -> None:
             (y * y).sum().backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients)
+
+
+def test_a_pass_that_fails_leaves_no_graph() -> None:
+    """Though tanh saves what it returns. A node that lives on keeps its stream, for one."""
+    weight = torch.randn(3, requires_grad=True)
+    with Saved().hooks():
+        node = torch.autograd.graph.get_gradient_edge(weight).node
+        node.metadata["former"] = True
+        torch.tanh(weight * 2.0)
+    del node
+    gc.disable()
+    try:
+        assert "former" not in torch.autograd.graph.get_gradient_edge(weight).node.metadata
+    finally:
+        gc.enable()
 
 
 def test_what_the_gradient_needs_must_not_be_written_to() -> None:

@@ -85,6 +85,7 @@ class CapturedPasses:
         self._longest = longest_padded(model)
         self._padding_checked = False
         self._stream = _capture_stream(self.weights.device)
+        _take_workspaces(self._stream)
         self._pool = torch.cuda.graph_pool_handle()
         self._reserved = 0  # bytes of the pool that were asked for at once
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
@@ -329,10 +330,12 @@ def _addresses(tensors: list[Tensor]) -> list[Any]:
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Before updates where both have work. One for all, as side_stream."""
-    stream = torch.cuda.Stream(device, priority=-1)
-    # torch keeps memory for the matrix products of a stream and thread, for ever: it takes it now,
-    # not in the middle of a large piece that could then not be given back.
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _take_workspaces(stream: torch.cuda.Stream) -> None:
+    """torch keeps memory for the products of a stream and thread, for ever: now, and not in the
+    middle of a large piece that could then not be given back."""
     with torch.cuda.stream(stream), matmul_precision("float32"):
-        matrix = torch.zeros(8, 8, device=device, requires_grad=True)
+        matrix = torch.zeros(8, 8, device=stream.device, requires_grad=True)
         (matrix @ matrix).sum().backward()
-    return stream

@@ -36,6 +36,7 @@ class Saved:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Packed:
+        tensor = tensor.detach()  # what a node itself returned refers to it: it would not be freed
         known = self._outputs.get(tensor.untyped_storage().data_ptr())
         if known is not None:
             storage, version, function, x = known
