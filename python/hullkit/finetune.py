@@ -61,9 +61,12 @@ class TestTimeFinetuner:
     some layers, adapters (LoRA).
 
     What models of transformers write out in many kernels runs in one each while a pass lasts:
-    GPT-2's gelu and, on CUDA, the norms of Llama, Mistral and Qwen and the loss, whose gradient
-    takes the place of the logits. The same functions, rounded otherwise. Not where `compile` fuses,
-    nor what somebody else has replaced (a module's `forward`, the model's `loss_function`).
+    GPT-2's gelu and, on CUDA, the norms of Llama, Mistral and Qwen and the loss. Where nobody else
+    sees the logits (these models themselves or in PEFT, no hooks), the last layer goes with the
+    loss, a chunk of the logits at a time, and a tied embedding adds to its gradient in place; else
+    the gradient takes the place of the logits. The same functions, rounded otherwise. Not where
+    `compile` fuses, nor what somebody else has replaced (a module's `forward`, the model's
+    `loss_function`). Captured passes compute gelu and silu again instead of keeping the result.
 
     On a CUDA device passes and their updates are recorded as CUDA graphs, at the first example of a
     length or by :meth:`warmup`, and replayed: launches cost the host next to nothing, and updates
