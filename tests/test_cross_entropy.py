@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -127,7 +126,12 @@ def linear_problem(dtype: torch.dtype, length: int, vocabulary: int) -> tuple[Te
 @pytest.mark.parametrize("rows", [100, 5, 1])
 @pytest.mark.parametrize("scale", [1.0, -3.0])
 def test_a_loss_without_all_logits(
-    dtype: torch.dtype, bound: float, vocabulary: int, rows: int, scale: float, monkeypatch: Any
+    dtype: torch.dtype,
+    bound: float,
+    vocabulary: int,
+    rows: int,
+    scale: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In chunks of one row, of five and a rest of one, and in one of all."""
     row_bytes = -(-vocabulary // 64) * 64 * dtype.itemsize
@@ -155,8 +159,10 @@ def test_what_needs_no_gradient_gets_none() -> None:
         assert not linear_next_token_loss(hidden, weight, labels).requires_grad
 
 
-def test_a_linear_loss_in_lower_precision() -> None:
-    """Under autocast products are in its dtype, gradients in the leaves'."""
+@pytest.mark.parametrize("rows", [100, 4])
+def test_a_linear_loss_in_lower_precision(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast products are in its dtype, gradients in the leaves'. In one chunk and three."""
+    monkeypatch.setattr(_cross_entropy, "CHUNK_BYTES", rows * 192 * 2)
     hidden, weight, labels = linear_problem(torch.float32, 9, 130)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         loss = linear_next_token_loss(hidden, weight, labels)
