@@ -161,7 +161,7 @@ def test_what_needs_no_gradient_gets_none() -> None:
 
 @pytest.mark.parametrize("rows", [100, 4])
 def test_a_linear_loss_in_lower_precision(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under autocast products are in its dtype, gradients in the leaves'. In one chunk and three."""
+    """Products are in autocast's dtype, gradients in the leaves'; in one chunk and in three."""
     monkeypatch.setattr(_cross_entropy, "CHUNK_BYTES", rows * 192 * 2)
     hidden, weight, labels = linear_problem(torch.float32, 9, 130)
     with torch.autocast(DEVICE.type, torch.bfloat16):
