@@ -216,11 +216,11 @@ def test_kernels_compile_for_a_gpu() -> None:
                     signature[argument] = "constexpr"
                 elif argument in ("num_steps", "size", "rows", "stride", "columns"):
                     signature[argument] = "i32"
-                    if argument in ("stride", "columns"):
+                    if argument in ("size", "stride", "columns"):
                         attributes[(place,)] = [["tt.divisibility", 16]]
                 else:
                     floats = argument in (
-                        "coefficients", "squares", "logits", "losses", "normalisers", "scale",
+                        "coefficients", "squares", "logits", "losses", "normalisers", "scale", "values",
                     )
                     kind = "fp32" if floats else "i32" if argument == "chunks" else "i64"
                     signature[argument] = "*" + kind
@@ -246,4 +246,4 @@ def test_kernels_compile_for_a_gpu() -> None:
         env=environment,
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 8
+    assert len(result.stdout.split()) == 9

@@ -87,12 +87,12 @@ def cross_entropy_gradient_kernel(
         tl.store(at + last, zero, mask=inside)
 
 
-@triton.jit(do_not_specialize=["elements"])
-def rescale_kernel(values, scale, elements, BLOCK: tl.constexpr):
+@triton.jit
+def rescale_kernel(values, scale, size, BLOCK: tl.constexpr):
     """values times scale [1], in place. A scale of 1, the usual one, costs a launch and no more."""
     factor = tl.load(scale)
     if factor != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < elements
+        inside = at < size
         x = tl.load(values + at, mask=inside)
         tl.store(values + at, (x.to(factor.dtype) * factor).to(x.dtype), mask=inside)
