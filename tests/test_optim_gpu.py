@@ -220,7 +220,8 @@ def test_kernels_compile_for_a_gpu() -> None:
                         attributes[(place,)] = [["tt.divisibility", 16]]
                 else:
                     floats = argument in (
-                        "coefficients", "squares", "logits", "losses", "normalisers", "scale", "values",
+                        "coefficients", "squares", "logits", "losses", "normalisers", "scale",
+                        "values",
                     )
                     kind = "fp32" if floats else "i32" if argument == "chunks" else "i64"
                     signature[argument] = "*" + kind
