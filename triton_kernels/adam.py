@@ -4,6 +4,8 @@ Two launches: `adam_coefficients_kernel` for what an update has in common for al
 `adam_kernel`. The first ten words of `record` are lr, beta1, beta2, log2(beta1), log2(beta2), eps,
 L2 and decoupled weight decay, sign of the gradient and clipping factor: on the device, so that a
 change compiles nothing and a captured graph can be told. `restore_kernel` takes it all back.
+
+STOCHASTIC rounds half-precision parameters and their moments up or down at random in proportion.
 """
 
 import triton
@@ -13,9 +15,13 @@ from .multi_tensor import (
     BROKEN,
     COLUMNS,
     FLAGS,
+    SEED,
     gradient,
     locate,
+    noise,
+    noise_key,
     option,
+    pointers,
     read,
     round_stochastically,
     updates,
@@ -43,93 +49,130 @@ def adam_coefficients_kernel(
     step = tl.load(step_at, mask=inside, other=0).to(tl.float64)
     lr = option(record, 0)
     eps = option(record, 5)
+    # Below the normal numbers of float32 the reciprocal of a root would be infinite, and 0 times it
+    # NaN. An eps of 0 is left to be what it is.
+    least = tl.where((eps > 0.0) & (MATH == tl.float32), 1.1754943508222875e-38, 0.0)
     for i in range(updates(record, num_steps)):
         step += 1.0
         bias1 = 1.0 - tl.exp2(step * option(record, 3))
         root2 = tl.sqrt(1.0 - tl.exp2(step * option(record, 4)))
         at = coefficients + (rows * num_steps + i) * COEFFICIENTS
         tl.store(at, (lr * root2 / bias1).to(MATH), mask=inside)
-        tl.store(at + 1, (eps * root2).to(MATH), mask=inside)
+        tl.store(at + 1, tl.maximum(eps * root2, least).to(MATH), mask=inside)
     tl.store(step_at, step.to(tl.float32), mask=inside)
 
 
 @triton.jit
+def _moved(
+    param, exp_avg, exp_avg_sq, share, square, coefficients, beta1, beta2, keep, MATH: tl.constexpr
+):
+    """One update. share, square: what the gradient adds to the moments."""
+    size = tl.load(coefficients)
+    damping = tl.load(coefficients + 1)
+    # Sums of products are fused here and nowhere else (enable_fp_fusion is off), so that whole and
+    # partial blocks get the same bits.
+    exp_avg = tl.fma(exp_avg, beta1, share)
+    exp_avg_sq = tl.fma(exp_avg_sq, beta2, square)
+    root = tl.sqrt(exp_avg_sq) + damping
+    if MATH == tl.float32:  # noqa: SIM300
+        # 1 / root: the hardware's approximate rsqrt, squared, and one Newton step. Half the
+        # instructions of a division; finite roots only, a square may have overflowed.
+        root = tl.minimum(root, 3e38)
+        inverse = tl.rsqrt(root)
+        inverse *= inverse
+        inverse = tl.fma(tl.fma(-root, inverse, 1.0), inverse, inverse)
+    else:
+        inverse = 1.0 / root
+    return tl.fma(-size * exp_avg, inverse, param * keep), exp_avg, exp_avg_sq
+
+
+@triton.jit
 def _update(
-    param_at, grad_at, exp_avg_at, exp_avg_sq_at, offsets, end, record, coefficients, num_steps,
-    salt, step_at,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MATH: tl.constexpr,
-    STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr,
+    param_at, grad_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, record, coefficients,
+    num_steps, beta1, rest1, beta2, rest2, l2, keep, scale, key, step,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COPY: tl.constexpr,
+    MATH: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     param = read(param_at, offsets, end, PARAM, MATH, WHOLE)
     grad = read(grad_at, offsets, end, GRAD, MATH, WHOLE)
     exp_avg = read(exp_avg_at, offsets, end, STATE, MATH, WHOLE)
     exp_avg_sq = read(exp_avg_sq_at, offsets, end, STATE, MATH, WHOLE)
-    beta1 = option(record, 1)
-    blend1 = tl.where(beta1 < 0.5, -beta1, 1.0 - beta1).to(MATH)
-    beta2 = option(record, 2).to(MATH)
-    rest2 = (1.0 - option(record, 2)).to(MATH)
-    l2 = option(record, 6).to(MATH)
-    keep = (1.0 - option(record, 0) * option(record, 7)).to(MATH)
-    grad *= (option(record, 8) * option(record, 9)).to(MATH)
+    grad *= scale
     unfit = ~(tl.abs(grad) < float("inf"))
     tl.store(record + BROKEN + tl.zeros_like(offsets), 1, mask=unfit)
-    for i in range(updates(record, num_steps)):
-        size = tl.load(coefficients + i * COEFFICIENTS)
-        damping = tl.load(coefficients + i * COEFFICIENTS + 1)
-        # Sums of products are fused here and nowhere else (enable_fp_fusion is off), so that whole
-        # and partial blocks get the same bits.
-        total = grad
-        if l2 != 0:  # an infinite parameter times 0 would be NaN
+    if l2 != 0:  # an infinite parameter times 0 would be NaN
+        for i in range(num_steps):
             total = tl.fma(param, l2, grad)
-        # From the side that carries more, as torch does: float32 holds 1 - beta1 more exactly than
-        # beta1.
-        start = tl.where(beta1 < 0.5, total, exp_avg)
-        exp_avg = tl.fma(total - exp_avg, blend1, start)
-        exp_avg_sq = tl.fma(total * rest2, total, exp_avg_sq * beta2)
-        root = tl.sqrt(exp_avg_sq) + damping
-        if MATH == tl.float32:  # noqa: SIM300
-            # 1 / root: the hardware's approximate rsqrt, squared, and one Newton step. Half the
-            # instructions of a division; finite roots only, a square may have overflowed.
-            root = tl.minimum(root, 3e38)
-            inverse = tl.rsqrt(root)
-            inverse *= inverse
-            inverse = tl.fma(tl.fma(-root, inverse, 1.0), inverse, inverse)
-        else:
-            inverse = 1.0 / root
-        param = tl.fma(-size * exp_avg, inverse, param * keep)
+            share, square = total * rest1, total * rest2 * total
+            param, exp_avg, exp_avg_sq = _moved(
+                param, exp_avg, exp_avg_sq, share, square, coefficients + i * COEFFICIENTS,
+                beta1, beta2, keep, MATH,
+            )  # fmt: skip
+    else:
+        share, square = grad * rest1, grad * rest2 * grad
+        for i in range(num_steps):
+            param, exp_avg, exp_avg_sq = _moved(
+                param, exp_avg, exp_avg_sq, share, square, coefficients + i * COEFFICIENTS,
+                beta1, beta2, keep, MATH,
+            )  # fmt: skip
+    if STOCHASTIC:
+        first, second = noise(offsets, step, key)
+        new_param = round_stochastically(param, first >> 8, PARAM)
+        exp_avg = round_stochastically(exp_avg, second & 0xFFFF, STATE)
+        exp_avg_sq = round_stochastically(exp_avg_sq, second >> 16, STATE)
+    else:
+        new_param = param.to(PARAM)
     write(exp_avg_at, offsets, end, exp_avg, STATE, WHOLE)
     write(exp_avg_sq_at, offsets, end, exp_avg_sq, STATE, WHOLE)
-    if STOCHASTIC:
-        param = round_stochastically(param, offsets, salt, tl.load(step_at))
-    write(param_at, offsets, end, param, PARAM, WHOLE)
+    write(param_at, offsets, end, new_param, PARAM, WHOLE)
+    if COPY is not None:
+        write(copy_at, offsets, end, new_param.to(tl.float32), COPY, WHOLE)
 
 
 @triton.jit(do_not_specialize=["num_steps"])
 def adam_kernel(
-    table, record, chunks, coefficients, num_steps,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MATH: tl.constexpr,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    table, record, chunks, coefficients, copies, num_steps,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COPY: tl.constexpr,
+    MATH: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """copies [T] int64: where, as COPY, a copy of every new parameter goes; None: nowhere."""
     row, entry, start, end = locate(table, chunks, CHUNK)
     param_at = tl.load(entry)
     exp_avg_at = tl.load(entry + 1)
     exp_avg_sq_at = tl.load(entry + 2)
-    step_at = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
-    salt = tl.load(entry + FLAGS) >> 1
     grad_at = gradient(record, row)
+    copy_at = param_at
+    if COPY is not None:
+        copy_at = tl.load(copies + row)
+    key, step = 0, 0
+    if STOCHASTIC:
+        key = noise_key(tl.load(record + SEED), tl.load(entry + FLAGS) >> 1, start)
+        step = tl.load(tl.load(entry + 3).to(tl.pointer_type(tl.float32)))
     coefficients += row * num_steps * COEFFICIENTS
-    whole = whole_blocks(param_at | exp_avg_at | exp_avg_sq_at | grad_at, start, end, BLOCK)
+    # Read once: stores to memory would have them read again for every block.
+    num_steps = updates(record, num_steps)
+    beta1 = option(record, 1).to(MATH)
+    rest1 = (1.0 - option(record, 1)).to(MATH)
+    beta2 = option(record, 2).to(MATH)
+    rest2 = (1.0 - option(record, 2)).to(MATH)
+    l2 = option(record, 6).to(MATH)
+    keep = (1.0 - option(record, 0) * option(record, 7)).to(MATH)
+    scale = (option(record, 8) * option(record, 9)).to(MATH)
+    addresses = param_at | exp_avg_at | exp_avg_sq_at | grad_at | copy_at
+    whole = whole_blocks(addresses, start, end, BLOCK)
     offsets = start + tl.arange(0, BLOCK)
     for _ in range(whole):
         _update(
-            param_at, grad_at, exp_avg_at, exp_avg_sq_at, offsets, end, record, coefficients,
-            num_steps, salt, step_at, PARAM, GRAD, STATE, MATH, STOCHASTIC, WHOLE=True,
+            param_at, grad_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, record,
+            coefficients, num_steps, beta1, rest1, beta2, rest2, l2, keep, scale, key, step,
+            PARAM, GRAD, STATE, COPY, MATH, STOCHASTIC, WHOLE=True,
         )  # fmt: skip
         offsets += BLOCK
     for _ in range(whole, tl.cdiv(end - start, BLOCK)):
         _update(
-            param_at, grad_at, exp_avg_at, exp_avg_sq_at, offsets, end, record, coefficients,
-            num_steps, salt, step_at, PARAM, GRAD, STATE, MATH, STOCHASTIC, WHOLE=False,
+            param_at, grad_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, record,
+            coefficients, num_steps, beta1, rest1, beta2, rest2, l2, keep, scale, key, step,
+            PARAM, GRAD, STATE, COPY, MATH, STOCHASTIC, WHOLE=False,
         )  # fmt: skip
         offsets += BLOCK
 

@@ -3,8 +3,9 @@
 A list of T tensors is a table [T, 6] int64 on the device: address of the parameter, of two state
 tensors, of the step counter, the number of elements, and flags. One launch covers all tensors:
 `chunks` [programs, 2] int32 names each program's row of the table and its chunk of that tensor.
-What changes from call to call is in `record` [12 + T] int64: ten options as float64 bits, the most
-updates a launch may make, a word that kernels write to, then the gradients' addresses.
+What changes from call to call is in `record` [13 + T] int64: ten options as float64 bits, the most
+updates a launch may make, a word that kernels write to, the seed of stochastic rounding, then the
+gradients' addresses.
 """
 
 import triton
@@ -16,7 +17,8 @@ NUM_WARPS = 4
 
 LIMIT = tl.constexpr(10)
 BROKEN = tl.constexpr(11)  # 0 until Adam met a gradient that is not finite
-HEAD = tl.constexpr(12)
+SEED = tl.constexpr(12)
+HEAD = tl.constexpr(13)
 COLUMNS = tl.constexpr(6)
 NUMEL = tl.constexpr(4)
 FLAGS = tl.constexpr(5)
@@ -87,7 +89,7 @@ def write(address, offsets, end, values, DTYPE: tl.constexpr, WHOLE: tl.constexp
 
 @triton.jit
 def mix(x):
-    """A 32-bit hash with good avalanche: the noise of stochastic rounding."""
+    """A 32-bit hash with good avalanche."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -97,15 +99,46 @@ def mix(x):
 
 
 @triton.jit
-def round_stochastically(values, offsets, salt, step):
-    """float32 to bfloat16, up with the probability of the part cut off; the same bits every run."""
-    seed = mix(step.to(tl.uint32) ^ (salt.to(tl.uint32) * 0x9E3779B1))
-    seed = mix((offsets >> 32).to(tl.uint32) + seed)
-    noise = mix(offsets.to(tl.uint32) + seed) & 0xFFFF
-    bits = values.to(tl.uint32, bitcast=True)
-    rest = bits & 0x7FFFFFFF
-    # Infinity gets no noise, NaN a bit that survives the cut.
-    bits = tl.where(
-        rest < 0x7F800000, bits + noise, bits | tl.where(rest > 0x7F800000, 0x400000, 0)
-    )
-    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def noise_key(seed, salt, start):
+    """The key of one tensor's noise. start: the chunk's first element, whose upper half counts."""
+    key = mix(seed.to(tl.uint32) + 0x9E3779B9)
+    key = mix((key ^ (seed >> 32).to(tl.uint32)) + 0x9E3779B9)
+    key = mix((key ^ salt.to(tl.uint32)) + 0x9E3779B9)
+    return mix((key ^ (start >> 32).to(tl.uint32)) + 0x9E3779B9)
+
+
+@triton.jit
+def noise(offsets, step, key):
+    """64 random bits for each element at this step: Philox-2x32 with 7 rounds (Salmon et al., 2011:
+    the fewest that pass every test of BigCrush)."""
+    low = offsets.to(tl.uint32)
+    high = tl.zeros_like(low) + step.to(tl.uint32)
+    for _ in tl.static_range(7):
+        product = tl.umulhi(low, tl.full(low.shape, 0xD256D193, tl.uint32))
+        low, high = product ^ high ^ key, low * 0xD256D193
+        key += 0x9E3779B9
+    return low, high
+
+
+@triton.jit
+def round_stochastically(values, bits, DTYPE: tl.constexpr):
+    """float32 to a half type, away from 0 with the probability of the part cut off.
+
+    bits: 24 random ones, of which bfloat16 takes 16. Infinity and NaN (a quiet one) stay.
+    """
+    word = values.to(tl.uint32, bitcast=True)
+    if DTYPE == tl.bfloat16:
+        finite = (word & 0x7F800000) != 0x7F800000
+        word += tl.where(finite, bits & 0xFFFF, 0)
+        rounded = (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        # float16 keeps 10 bits, and below 2^-14 multiples of 2^-24. What does not fit is rounded as
+        # ever: to infinity.
+        large = (word & 0x7FFFFFFF) >= 0x477FE000
+        kept = tl.where(large, word, (word + (bits >> 11)) & 0xFFFFE000).to(tl.uint32)
+        steps = tl.floor(tl.abs(values) * 16777216.0 + bits.to(tl.float32) * (1.0 / 16777216.0))
+        steps *= 1.0 / 16777216.0
+        small = tl.where(values < 0, -steps, steps)
+        is_small = tl.abs(values) < 6.103515625e-05
+        rounded = tl.where(is_small, small, kept.to(tl.float32, bitcast=True)).to(tl.float16)
+    return rounded
