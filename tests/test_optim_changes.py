@@ -195,9 +195,7 @@ CHANGES = [name for name in vars(Side) if not name.startswith("_")]
 CHANGES = [n for n in CHANGES if n not in ("normal", "reversed_axes", "each", "follow", "step")]
 # A change, the parameter it is made to, and a number it may depend on; a step after some of them.
 STORIES = st.lists(
-    st.tuples(
-        st.sampled_from(CHANGES), st.integers(0, 4), st.integers(1, 99), st.booleans()
-    ),
+    st.tuples(st.sampled_from(CHANGES), st.integers(0, 4), st.integers(1, 99), st.booleans()),
     min_size=1,
     max_size=10,
 )
@@ -256,9 +254,7 @@ def test_retyped_parameters() -> None:
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["dlpack", "plain"])
-def test_what_lies_behind_a_cut_parameter(
-    exchange: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_lies_behind_a_cut_parameter(exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
         monkeypatch.setattr(_layouts, "_exchange", None)
     memory, grad = torch.zeros(6), torch.ones(6)

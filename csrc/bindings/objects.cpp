@@ -5,6 +5,7 @@
 // DLPack's C functions show them. `python/hullkit/_layouts.py` says the same in Python, for a torch without those.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -95,7 +96,9 @@ class Record {
       PyErr_Clear();
       return false;
     }
-    return view->ndim == 0 || view->strides != nullptr;
+    if (view->ndim > 0 && view->strides == nullptr) return false;
+    const bool empty = std::find(view->shape, view->shape + view->ndim, 0) != view->shape + view->ndim;
+    return view->data != nullptr || empty;
   }
 
   const DlExchange* exchange_;

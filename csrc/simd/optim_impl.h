@@ -46,9 +46,7 @@ inline Divisors outside(Wide<float> b, float low, float high) {
                       _mm256_cmp_ps(b, Wide<float>{} + high, _CMP_NLE_UQ));
 }
 inline bool any(Divisors lanes) { return _mm256_movemask_ps(lanes) != 0; }
-inline Wide<float> choose(Divisors lanes, Wide<float> yes, Wide<float> no) {
-  return _mm256_blendv_ps(no, yes, lanes);
-}
+inline Wide<float> choose(Divisors lanes, Wide<float> yes, Wide<float> no) { return _mm256_blendv_ps(no, yes, lanes); }
 inline Wide<float> estimate(Wide<float> b) {
   const Wide<float> first = _mm256_rcp_ps(b);
   return multiply_add(first, multiply_add(-first, b, Wide<float>{} + 1.0f), first);

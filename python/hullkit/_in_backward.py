@@ -9,12 +9,24 @@ from typing import Any
 from torch import Tensor
 
 from ._checks import check_int
-from ._watched import after_step, before_step
+from ._watched import after_step, before_step, untraced
 
 
 @contextmanager
 def update_in_backward(optimizer: Any, num_steps: int) -> Iterator[None]:
     """See `FusedOptimizer.update_in_backward`."""
+    kwargs, hooks = _begin(optimizer, num_steps)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    after_step(optimizer, kwargs)
+
+
+@untraced
+def _begin(optimizer: Any, num_steps: int) -> tuple[dict[str, Any], list[Any]]:
+    """What hooks of steps get to see, and the hooks of the parameters."""
     check_int("num_steps", num_steps, 1)
     if optimizer.max_grad_norm is not None:
         raise ValueError(
@@ -33,6 +45,7 @@ def update_in_backward(optimizer: Any, num_steps: int) -> Iterator[None]:
     optimizer._forget_if_replaced()
     done: set[int] = set()
 
+    @untraced
     def update(param: Tensor) -> None:
         grad, param.grad = param.grad, None
         if id(param) in done:
@@ -49,9 +62,4 @@ def update_in_backward(optimizer: Any, num_steps: int) -> Iterator[None]:
     hooks = [
         param.register_post_accumulate_grad_hook(update) for param in params if param.requires_grad
     ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    after_step(optimizer, kwargs)
+    return kwargs, hooks

@@ -15,11 +15,16 @@ from torch import Tensor
 from . import _native
 
 
+def _is_plain(kind: type) -> bool:
+    """Whether this is a class of tensors that leaves it to torch what operations do."""
+    return issubclass(kind, Tensor) and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def check_plain(name: str, tensor: Tensor) -> None:
     """Kernels read and write memory. A class with a `__torch_dispatch__` of its own (DTensor,
     FakeTensor, quantised wrappers) says itself what an update is, and may have no memory."""
     kind = type(tensor)
-    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+    if _is_plain(kind):
         return
     message = f"{name}: expected a tensor with memory of its own, got a {kind.__name__}"
     if kind.__name__ == "DTensor":
@@ -32,11 +37,8 @@ def address(name: str, tensor: Tensor) -> int:
     check_plain(name, tensor)
     if tensor.is_neg():
         raise ValueError(f"{name}: expected a tensor without negative bit; call .resolve_neg()")
-    try:
-        found = tensor.data_ptr()
-    except RuntimeError:  # torch's wrappers for tracing and for functional transformations
-        found = 0
-    if not found and tensor.numel():
+    found = address_or_none(tensor)
+    if found is None:
         raise TypeError(
             f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__} of "
             f"shape {tuple(tensor.shape)} without"
@@ -85,7 +87,7 @@ def state_layouts(state: dict[Any, dict[str, Any]]) -> StateLayouts:
 def _layout(value: Any) -> tuple[Any, ...]:
     """All but the address; of anything but a plain tensor the class alone."""
     kind = type(value)
-    if not isinstance(value, Tensor) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if not _is_plain(kind):
         return (kind,)
     strides = value.stride() if value.layout is torch.strided else value.layout
     return (kind, value.dtype, value.device, value.shape, strides, value.is_neg())
@@ -93,10 +95,13 @@ def _layout(value: Any) -> tuple[Any, ...]:
 
 def address_or_none(value: Any) -> int | None:
     """Of what may be no tensor, or one without memory."""
-    try:
-        return value.data_ptr()  # type: ignore[no-any-return]
-    except (AttributeError, RuntimeError):
+    if not _is_plain(type(value)):
         return None
+    try:
+        found: int = value.data_ptr()
+    except RuntimeError:  # torch's wrappers for tracing and for functional transformations
+        return None
+    return found if found or not value.numel() else None
 
 
 class _PlainLayouts:

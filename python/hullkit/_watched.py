@@ -50,6 +50,7 @@ def before_step(optimizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
+@untraced
 def after_step(optimizer: Any, kwargs: dict[str, Any]) -> None:
     optimizer._opt_called = True  # what torch's schedulers look for
     hooks = (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks)
