@@ -21,6 +21,10 @@ SHAPES = [(4, 4), (5,), (2, 3, 2), ()]
 SPARE = (3, 2)  # of a parameter whose group is added later
 
 
+# As torch is now, and as one without DLPack's C functions is.
+PATHS = pytest.mark.parametrize("exchange", [True, False], ids=["dlpack", "plain"])
+
+
 class Side:
     """One of two optimizers to which the same is done."""
 
@@ -226,13 +230,13 @@ def test_any_change_between_steps(kind: str, dtype: torch.dtype, story: Any) -> 
     compare(kind, dtype, story)
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["dlpack", "plain"])
+@PATHS
 @pytest.mark.parametrize("kind", ["adamw", "sgd-dampened"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_each_change(
     kind: str, change: str, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Alone, made to every parameter; also as a torch without DLPack's C functions has it."""
+    """Alone, made to every parameter."""
     if not exchange:
         monkeypatch.setattr(_layouts, "_exchange", None)
     compare(kind, torch.float64, [(change, place, 3 + place, True) for place in range(len(SHAPES))])
@@ -253,7 +257,7 @@ def test_retyped_parameters() -> None:
     check_equal(ours.optimizer, ours.params, theirs.optimizer, theirs.params, 2e-6)
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["dlpack", "plain"])
+@PATHS
 def test_what_lies_behind_a_cut_parameter(exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
         monkeypatch.setattr(_layouts, "_exchange", None)
@@ -268,9 +272,33 @@ def test_what_lies_behind_a_cut_parameter(exchange: bool, monkeypatch: pytest.Mo
     assert memory.tolist() == [-2.0] * 3 + [-1.0] * 3
 
 
-def test_gradient_that_lies_in_negatives() -> None:
+@PATHS
+def test_replaced_parameter_begins_anew(exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of its predecessor, in the same memory, is not its own."""
+    if not exchange:
+        monkeypatch.setattr(_layouts, "_exchange", None)
+    results = []
+    for cls in (optim.Adam, torch.optim.Adam):
+        param = nn.Parameter(torch.ones(3))
+        optimizer = cls([param], lr=0.5)
+        for scale in (1.0, -4.0, 0.5):
+            param.grad = torch.full((3,), scale)
+            optimizer.step()
+        param = nn.Parameter(param.data)
+        optimizer.param_groups[0]["params"][0] = param
+        param.grad = torch.full((3,), 0.25)
+        optimizer.step()
+        results.append([param.tolist(), optimizer.state[param]["step"].item()])
+    assert results[0][0] == pytest.approx(results[1][0], rel=2e-6)
+    assert results[0][1] == results[1][1] == 1
+
+
+@PATHS
+def test_gradient_that_lies_in_negatives(exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another object at the address of the last, of its size and strides, whose memory holds the
     negatives of its values."""
+    if not exchange:
+        monkeypatch.setattr(_layouts, "_exchange", None)
     param = nn.Parameter(torch.zeros(3))
     optimizer = optim.SGD([param], lr=1.0)
     memory = torch.ones(3)
@@ -323,7 +351,7 @@ INTO: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("exchange", [True, False], ids=["dlpack", "plain"])
+@PATHS
 @fixed(150)
 @given(
     st.lists(
