@@ -1,26 +1,249 @@
 // Questions about Python objects that are asked hundreds of times a step, where Python takes too long.
+//
+// An optimizer keeps a table of addresses. Between two steps a user may replace, move, cut or transpose any tensor, in
+// place too. So every step looks at every tensor: its class, and its address, dtype, device, shape and strides as
+// DLPack's C functions show them. `python/hullkit/_layouts.py` says the same in Python, for a torch without those.
 #include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "bindings/dlpack.h"
 
 namespace py = pybind11;
 
 namespace hullkit {
-void bind_objects(py::module_& module) {
-  // Whether the values of these dicts, one dict after the other, are the very objects of `known`.
-  module.def("same_objects", [](const py::list& dicts, const py::list& known) {
-    PyObject* const list = known.ptr();
-    const Py_ssize_t count = PyList_GET_SIZE(list);
-    Py_ssize_t at = 0;
-    for (const py::handle dict : dicts) {
-      PyObject* value = nullptr;
-      Py_ssize_t position = 0;
-      if (!PyDict_Check(dict.ptr())) throw py::type_error("expected a list of dicts");
-      while (PyDict_Next(dict.ptr(), &position, nullptr, &value)) {
-        if (at == count || PyList_GET_ITEM(list, at) != value) return false;
-        ++at;
+namespace {
+
+const DlExchange* exchange_of(const py::object& capsule) {
+  const void* const table = PyCapsule_GetPointer(capsule.ptr(), kExchangeName);
+  if (table == nullptr) throw py::error_already_set();
+  return static_cast<const DlExchange*>(table);
+}
+
+bool usable_exchange(const py::object& capsule) {
+  if (!PyCapsule_IsValid(capsule.ptr(), kExchangeName)) return false;
+  const DlExchange* const table = exchange_of(capsule);
+  return table->major == kExchangeMajor && table->share != nullptr && table->borrow != nullptr;
+}
+
+// What some objects were when added, in order.
+class Record {
+ public:
+  explicit Record(const py::object& capsule) : exchange_(exchange_of(capsule)) {}
+
+  // Whether the object is a tensor that has an address; else nothing is added.
+  bool add(PyObject* object) {
+    DlTensor view;
+    if (!borrow(object, &view)) return false;
+    entries_.push_back({Py_TYPE(object), view});
+    numbers_.insert(numbers_.end(), view.shape, view.shape + view.ndim);
+    numbers_.insert(numbers_.end(), view.strides, view.strides + view.ndim);
+    return true;
+  }
+
+  size_t size() const { return entries_.size(); }
+  void* address(size_t entry) const { return entries_[entry].view.data; }
+  void set_address(size_t entry, void* address) { entries_[entry].view.data = address; }
+
+  // Compares one object after the other.
+  class Reader {
+   public:
+    explicit Reader(const Record& record) : record_(record) {}
+
+    // Whether the next entry is as this object is now, but for the address.
+    bool next(PyObject* object, void** address) {
+      if (at_ == record_.size()) return false;
+      const Entry& entry = record_.entries_[at_];
+      const DlTensor& then = entry.view;
+      DlTensor now;
+      if (Py_TYPE(object) != entry.type || !record_.borrow(object, &now)) return false;
+      if (now.ndim != then.ndim || now.dtype_code != then.dtype_code || now.dtype_bits != then.dtype_bits ||
+          now.device_type != then.device_type || now.device_index != then.device_index) {
+        return false;
+      }
+      const int64_t* const numbers = record_.numbers_.data() + number_;
+      for (int32_t axis = 0; axis < now.ndim; ++axis) {
+        if (now.shape[axis] != numbers[axis] || now.strides[axis] != numbers[now.ndim + axis]) return false;
+      }
+      number_ += 2 * static_cast<size_t>(now.ndim);
+      ++at_;
+      *address = now.data;
+      return true;
+    }
+
+    bool next_unmoved(PyObject* object) {
+      void* address = nullptr;
+      return next(object, &address) && address == record_.address(at_ - 1);
+    }
+
+   private:
+    const Record& record_;
+    size_t at_ = 0;
+    size_t number_ = 0;
+  };
+
+ private:
+  struct Entry {
+    PyTypeObject* type;
+    DlTensor view;  // its shape and strides are in numbers_
+  };
+
+  bool borrow(PyObject* object, DlTensor* view) const {
+    if (exchange_->borrow(object, view) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    if (view->ndim > 0 && view->strides == nullptr) return false;
+    const bool empty = std::find(view->shape, view->shape + view->ndim, 0) != view->shape + view->ndim;
+    return view->data != nullptr || empty;
+  }
+
+  const DlExchange* exchange_;
+  std::vector<Entry> entries_;
+  std::vector<int64_t> numbers_;
+};
+
+class Layouts {
+ public:
+  Layouts(const py::object& capsule, const py::object& is_neg, const py::list& tensors)
+      : record_(capsule), is_neg_(is_neg) {
+    for (const py::handle tensor : tensors) {
+      if (!record_.add(tensor.ptr())) throw py::type_error("expected tensors with memory of their own");
+      objects_.push_back(tensor.ptr());
+      seen_.push_back(py::weakref(tensor));
+    }
+    list_addresses();
+  }
+
+  bool unmoved(const py::list& tensors, bool same_objects) const {
+    const size_t count = record_.size();
+    if (tensors.size() != count) return false;
+    Record::Reader reader(record_);
+    for (size_t i = 0; i < count; ++i) {
+      PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
+      if ((same_objects && tensor != objects_[i]) || !reader.next_unmoved(tensor)) return false;
+    }
+    return true;
+  }
+
+  py::object addresses(const py::list& tensors, bool of_gradients) {
+    static PyObject* const grad = PyUnicode_InternFromString("grad");
+    const size_t count = record_.size();
+    if (tensors.size() != count) return py::none();
+    Record::Reader reader(record_);
+    now_.resize(count);
+    bool moved = false;
+    for (size_t i = 0; i < count; ++i) {
+      auto tensor = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(tensors.ptr(), i));
+      if (of_gradients) {
+        tensor = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), grad));
+        if (!tensor) throw py::error_already_set();
+      }
+      if (!reader.next(tensor.ptr(), &now_[i])) return py::none();
+      if (PyWeakref_GET_OBJECT(seen_[i].ptr()) != tensor.ptr()) {
+        if (negated(tensor.ptr())) return py::none();
+        seen_[i] = py::weakref(tensor);
+      }
+      moved |= now_[i] != record_.address(i);
+    }
+    if (moved) {
+      for (size_t i = 0; i < count; ++i) record_.set_address(i, now_[i]);
+      list_addresses();
+    }
+    return addresses_;
+  }
+
+ private:
+  // DLPack does not show the bit by which a view says that its memory holds the negatives. A tensor has it from its
+  // beginning, so only tensors not seen before are asked.
+  bool negated(PyObject* tensor) const {
+    const auto answer = py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg_.ptr(), &tensor, 1, nullptr));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() != Py_False;
+  }
+
+  void list_addresses() {
+    addresses_ = py::list(record_.size());
+    for (size_t i = 0; i < record_.size(); ++i) addresses_[i] = reinterpret_cast<uintptr_t>(record_.address(i));
+  }
+
+  Record record_;
+  py::object is_neg_;
+  std::vector<PyObject*> objects_;  // compared, never followed
+  std::vector<py::object> seen_;    // weak references to the latest tensors, none negated
+  std::vector<void*> now_;
+  py::list addresses_;  // one object as long as nothing moves: whoever knows it need not look into it
+};
+
+class StateLayouts {
+ public:
+  StateLayouts(const py::object& capsule, const py::dict& state) : record_(capsule) {
+    const DlExchange* const exchange = exchange_of(capsule);
+    each_value(state, [&](PyObject* param, PyObject* key, PyObject* value) {
+      const bool recorded = record_.add(value);
+      slots_.push_back({param, py::reinterpret_borrow<py::object>(key), recorded ? nullptr : value});
+      DlManagedTensor* shared = nullptr;
+      // A tensor that only Python holds takes torch several times as long to look at as one that C++ holds too.
+      if (recorded && exchange->share(value, &shared) != 0) PyErr_Clear();
+      if (shared != nullptr) held_.emplace_back(shared);
+      return true;
+    });
+  }
+
+  bool unmoved(const py::dict& state) const {
+    Record::Reader reader(record_);
+    size_t at = 0;
+    const bool same = each_value(state, [&](PyObject* param, PyObject* key, PyObject* value) {
+      if (at == slots_.size()) return false;
+      const Slot& slot = slots_[at++];
+      if (slot.param != param || slot.key.ptr() != key) return false;
+      return slot.other != nullptr ? slot.other == value : reader.next_unmoved(value);
+    });
+    return same && at == slots_.size();
+  }
+
+ private:
+  struct Slot {
+    PyObject* param;  // compared, never followed, as other
+    py::object key;
+    PyObject* other;  // the value, if it is no tensor
+  };
+  struct Release {
+    void operator()(DlManagedTensor* tensor) const { tensor->release(tensor); }
+  };
+
+  // state: a dict for each parameter. Stops where visit returns false.
+  template <typename Visit>
+  static bool each_value(const py::dict& state, Visit&& visit) {
+    PyObject *param = nullptr, *own = nullptr, *key = nullptr, *value = nullptr;
+    for (Py_ssize_t outer = 0; PyDict_Next(state.ptr(), &outer, &param, &own);) {
+      if (!PyDict_Check(own)) throw py::type_error("state: expected a dict for each parameter");
+      for (Py_ssize_t inner = 0; PyDict_Next(own, &inner, &key, &value);) {
+        if (!visit(param, key, value)) return false;
       }
     }
-    return at == count;
-  });
+    return true;
+  }
+
+  Record record_;
+  std::vector<Slot> slots_;
+  std::vector<std::unique_ptr<DlManagedTensor, Release>> held_;
+};
+
+}  // namespace
+
+void bind_objects(py::module_& module) {
+  module.def("usable_exchange", &usable_exchange);
+  py::class_<Layouts>(module, "Layouts")
+      .def(py::init<py::object, py::object, py::list>())
+      .def("unmoved", &Layouts::unmoved)
+      .def("addresses", &Layouts::addresses);
+  py::class_<StateLayouts>(module, "StateLayouts")
+      .def(py::init<py::object, py::dict>())
+      .def("unmoved", &StateLayouts::unmoved);
 }
 
 }  // namespace hullkit

@@ -26,24 +26,47 @@ inline Wide<double> square_root(Wide<double> x) {
 #endif
 }
 
-// a / b for b >= 0, to about half a unit in the last place. Square roots keep the divider busy, so quotients go to
-// the multipliers: an estimate of 1 / b, refined by what is left of a. An infinite b counts as the largest number.
-constexpr float kLargest = 3.40282347e38f;
-
-inline Wide<float> quotient(Wide<float> a, Wide<float> b) {
 #if defined(__AVX512F__)
-  b = _mm512_maskz_min_ps(-1, Wide<float>{} + kLargest, b);
-  const Wide<float> inverse = _mm512_maskz_rcp14_ps(-1, b);
+using Divisors = __mmask16;  // one bit for each lane
+
+inline Divisors outside(Wide<float> b, float low, float high) {
+  return static_cast<Divisors>(~(_mm512_cmp_ps_mask(b, Wide<float>{} + low, _CMP_GE_OQ) &
+                                 _mm512_cmp_ps_mask(b, Wide<float>{} + high, _CMP_LE_OQ)));
+}
+inline bool any(Divisors lanes) { return lanes != 0; }
+inline Wide<float> choose(Divisors lanes, Wide<float> yes, Wide<float> no) {
+  return _mm512_mask_blend_ps(lanes, no, yes);
+}
+inline Wide<float> estimate(Wide<float> b) { return _mm512_maskz_rcp14_ps(-1, b); }
 #elif defined(__AVX2__)
-  b = _mm256_min_ps(Wide<float>{} + kLargest, b);
-  const Wide<float> estimate = _mm256_rcp_ps(b);
-  const Wide<float> inverse = multiply_add(estimate, multiply_add(-estimate, b, Wide<float>{} + 1.0f), estimate);
+using Divisors = __m256;  // all bits of each lane
+
+inline Divisors outside(Wide<float> b, float low, float high) {
+  return _mm256_or_ps(_mm256_cmp_ps(b, Wide<float>{} + low, _CMP_NGE_UQ),
+                      _mm256_cmp_ps(b, Wide<float>{} + high, _CMP_NLE_UQ));
+}
+inline bool any(Divisors lanes) { return _mm256_movemask_ps(lanes) != 0; }
+inline Wide<float> choose(Divisors lanes, Wide<float> yes, Wide<float> no) { return _mm256_blendv_ps(no, yes, lanes); }
+inline Wide<float> estimate(Wide<float> b) {
+  const Wide<float> first = _mm256_rcp_ps(b);
+  return multiply_add(first, multiply_add(-first, b, Wide<float>{} + 1.0f), first);
+}
+#endif
+
+// a / b for b >= 0, to about half a unit in the last place. Square roots keep the divider busy, so quotients go to
+// the multipliers: an estimate of 1 / b, refined by what is left of a. Where b is so small that 1 / b or what is left
+// of a leaves the normal numbers (0, denormal), or so large (infinite), that lane alone is divided.
+inline Wide<float> quotient(Wide<float> a, Wide<float> b) {
+#if defined(__AVX2__)
+  constexpr float kLow = 0x1p-80f, kHigh = 0x1p80f;
+  const Wide<float> inverse = estimate(b);
+  const Wide<float> first = a * inverse;
+  const Wide<float> refined = multiply_add(multiply_add(-first, b, a), inverse, first);
+  const Divisors divided = outside(b, kLow, kHigh);
+  if (__builtin_expect(!any(divided), 1)) return refined;
+  return choose(divided, a / b, refined);
 #else
   return a / b;
-#endif
-#if defined(__AVX2__)
-  const Wide<float> first = a * inverse;
-  return multiply_add(multiply_add(-first, b, a), inverse, first);
 #endif
 }
 

@@ -5,32 +5,41 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from operator import attrgetter, is_, itemgetter
-from typing import Any, NamedTuple
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _multi_tensor
 from ._checks import check_tensor
+from ._layouts import address, address_or_none, check_plain, layouts
 from ._multi_tensor import DTYPES, TensorTable, check_disjoint, is_dense, same_layout, uses_triton
+from ._watched import untraced
 
-_dtype = attrgetter("dtype")
+Key = tuple[Any, ...]
 
 
-class _Lists(NamedTuple):
+class _Lists:
     """Two lists found in order, and the table of the accumulators."""
 
-    signature: list[Any]
-    table: TensorTable
+    def __init__(self, into: list[Tensor], grads: list[Tensor], table: TensorTable) -> None:
+        self.table = table
+        self._into = layouts(into)
+        self._grads = layouts(grads)
+
+    def addresses(self, into: list[Tensor], grads: list[Tensor]) -> list[int] | None:
+        """Of the gradients, if all but those is as it was."""
+        return self._grads.addresses(grads, False) if self._into.unmoved(into, False) else None
 
 
-# The latest lists, by where the first accumulator lies and how many there are.
-_known: OrderedDict[tuple[int, int], _Lists] = OrderedDict()
+# The latest lists, by where the first accumulator lies, how many there are, and the backend.
+_known: OrderedDict[Key, _Lists] = OrderedDict()
 _MAX_KNOWN = 8
 _captured_tables: list[TensorTable] = []  # that CUDA graphs read at every replay
 
 
+@untraced
 def accumulate_(
     into: Sequence[Tensor],
     grads: Sequence[Tensor | None],
@@ -68,30 +77,25 @@ def accumulate_(
         raise ValueError(f"weight: expected a finite number, got {weight!r}")
     pairs = [(a, g) for a, g in zip(into, grads, strict=True) if g is not None]
     if not pairs:
-        return torch.zeros((), dtype=torch.float64) if norm else None
+        device = into[0].device if len(into) else "cpu"
+        return torch.zeros((), dtype=torch.float64, device=device) if norm else None
     into, sources = [a for a, _ in pairs], [g for _, g in pairs]
-    try:
-        # Lists that are where they were, of those sizes and dtypes, need no second look.
-        signature: list[Any] = [
-            backend,
-            *map(Tensor.data_ptr, into),
-            *map(Tensor.data_ptr, sources),
-        ]
-        signature += [*map(Tensor.numel, into), *map(Tensor.numel, sources)]
-        signature += [*map(_dtype, into), *map(_dtype, sources)]
-        key = (into[0].data_ptr(), len(into))
-    except (RuntimeError, TypeError, AttributeError):  # no tensor, or one without an address
-        signature, key = [], (0, 0)
+    key = (address_or_none(into[0]), len(into), backend)
     known = _known.get(key)
-    if known is None or known.signature != signature:
-        if not _uniform(into, sources):
+    addresses = known.addresses(into, sources) if known is not None else None
+    if known is not None and addresses is not None:
+        table = known.table
+    else:
+        given = sources
+        if not _uniform(into, given):
             sources = [_check_pair(place, *pair, *pairs[0]) for place, pair in enumerate(pairs)]
-        known = _Lists(signature, _table(into, backend, known))
-        if all(map(is_, sources, map(itemgetter(1), pairs))):  # not where one had to be copied
-            _remember(key, known)
+        addresses = [address(f"grads[{place}]", grad) for place, grad in enumerate(sources)]
+        table = _table(into, backend, known)
+        if all(map(is_, sources, given)):  # not where one had to be copied
+            _remember(key, _Lists(into, sources, table))
     options = (float(weight), *[0.0] * (_multi_tensor.NUM_OPTIONS - 1))
-    record = known.table.record(list(map(Tensor.data_ptr, sources)), options)
-    squares = _multi_tensor.accumulate_(known.table, record, float(weight), sources[0].dtype)
+    record = table.record(addresses, options)
+    squares = _multi_tensor.accumulate_(table, record, float(weight), sources[0].dtype)
     torch.autograd.graph.increment_version(into)
     return squares.sum(dtype=torch.float64).sqrt() if norm else None
 
@@ -99,14 +103,15 @@ def accumulate_(
 def _table(into: list[Tensor], backend: str | None, known: _Lists | None) -> TensorTable:
     device = into[0].device
     triton = uses_triton("into", device, backend)
-    rows = [(tensor.data_ptr(), 0, 0, 0, tensor.numel(), 0) for tensor in into]
+    placed = [(address(f"into[{place}]", a), a.numel()) for place, a in enumerate(into)]
+    rows = [(at, 0, 0, 0, numel, 0) for at, numel in placed]
     if known is not None and known.table.rows == rows and known.table.triton == triton:
         return known.table  # only the gradients are elsewhere
     check_disjoint("into", into)
     return TensorTable(rows, device, triton)
 
 
-def _remember(key: tuple[int, int], lists: _Lists) -> None:
+def _remember(key: Key, lists: _Lists) -> None:
     forgotten = [_known.pop(key)] if key in _known else []
     _known[key] = lists
     if len(_known) > _MAX_KNOWN:
@@ -129,6 +134,7 @@ def _uniform(into: list[Tensor], grads: list[Tensor]) -> bool:
         and all(tensor.device == device for tensor in tensors)
         and list(map(Tensor.size, into)) == list(map(Tensor.size, grads))
         and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, tensors))
     )
 
 
@@ -137,7 +143,7 @@ def _check_pair(
 ) -> Tensor:
     """The gradient, in the accumulator's layout; both like the first pair."""
     for name, tensor in (("into", into), ("grads", grad)):
-        check_tensor(f"{name}[{place}]", tensor)
+        check_plain(f"{name}[{place}]", check_tensor(f"{name}[{place}]", tensor))
     device, dtype = first_into.device, first_grad.dtype
     if into.dtype is not torch.float32 or not is_dense(into):
         raise TypeError(

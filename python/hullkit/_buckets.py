@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._multi_tensor import DTYPES, TensorTable
+from ._layouts import Layouts, address, check_plain, layouts
+from ._multi_tensor import DTYPES, TensorTable, same_layout
 
 Params = list[Tensor]
 
@@ -23,18 +23,6 @@ class Bucket:
         self.dtypes = (params[0].dtype, grad_dtype, params[0].dtype)  # parameter, gradient, state
         self.table = table
         self.fresh = fresh  # whether state is set by the first launch, not read
-        self.shapes = list(map(Tensor.size, params))
-        self.strides = list(map(Tensor.stride, params))
-
-    def fits(self, grads: list[Tensor]) -> bool:
-        """Whether all gradients are as most are: of one dtype and laid out as their parameters."""
-        dtype, device = self.dtypes[1], self.table.device
-        return (
-            all(g.layout is torch.strided and g.dtype is dtype for g in grads)
-            and all(g.device == device for g in grads)
-            and list(map(Tensor.size, grads)) == self.shapes
-            and list(map(Tensor.stride, grads)) == self.strides
-        )
 
 
 class Launch(NamedTuple):
@@ -51,25 +39,63 @@ class Sorted:
 
     def __init__(self, params: Params, buckets: list[Bucket], places: list[list[int]]) -> None:
         self.params = params
-        self.addresses = list(map(Tensor.data_ptr, params))
         self.buckets = buckets
-        self.places = places  # of each bucket's parameters in params
-        self.grads: list[int] = []  # where the latest gradients lay, if none was copied
-        self.launches: list[Launch] = []  # with those
+        self._layouts = layouts(params)
+        self._places = places  # of each bucket's parameters in params
+        self._grads: Layouts | None = None  # as the latest ones, if the kernels could take those
+        self._read: list[int] = []  # addresses of gradients, and the same for each bucket
+        self._split: list[list[int]] = []
 
-    def unmoved(self, params: Params) -> bool:
-        """Whether these are the parameters, and they and their gradients lie where they lay."""
-        if len(params) != len(self.grads) or not all(map(is_, self.params, params)):
-            return False
-        try:
-            grads = [param.grad.data_ptr() for param in params]  # type: ignore[union-attr]
-        except (AttributeError, RuntimeError):  # None; sparse, without an address
-            return False
-        return grads == self.grads and list(map(Tensor.data_ptr, params)) == self.addresses
+    def holds(self, params: Params) -> bool:
+        """Whether these are the parameters, and they are as they were."""
+        return self._layouts.unmoved(params, True)
+
+    def launches(
+        self, group: dict[str, Any], tensors: list[Tensor], of_gradients: bool = False
+    ) -> list[Launch] | None:
+        """With these gradients (of_gradients: those of these parameters), or None unless they are
+        as the latest ones but for the address."""
+        if self._grads is None:
+            return None
+        read = self._grads.addresses(tensors, of_gradients)
+        if read is None:
+            return None
+        if read is not self._read:
+            self._read = read
+            self._split = [[read[place] for place in places] for places in self._places]
+        made = zip(self.buckets, self._split, strict=True)
+        return [Launch(group, bucket, addresses, []) for bucket, addresses in made]
+
+    def first_launches(self, group: dict[str, Any], grads: list[Tensor]) -> list[Launch] | None:
+        """With gradients not seen before: checked, and copied where they are laid out otherwise
+        than their parameters. None if one is of another dtype than its bucket."""
+        launches, copied = [], False
+        for bucket, places in zip(self.buckets, self._places, strict=True):
+            addresses: list[int] = []
+            kept: list[Tensor] = []
+            for param, place in zip(bucket.params, places, strict=True):
+                grad = grads[place]
+                check_grad(param, grad)
+                if grad.dtype != bucket.dtypes[1]:
+                    return None
+                if not same_layout(grad, param):
+                    grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+                    kept.append(grad)
+                addresses.append(address(_grad_name(param), grad))
+            copied |= bool(kept)
+            launches.append(Launch(group, bucket, addresses, kept))
+        self._grads = None if copied else layouts(grads)
+        self._read = []
+        return launches
+
+
+def _grad_name(param: Tensor) -> str:
+    return f"grad of a parameter of shape {tuple(param.shape)}"
 
 
 def check_grad(param: Tensor, grad: Tensor) -> None:
-    name = f"grad of a parameter of shape {tuple(param.shape)}"
+    name = _grad_name(param)
+    check_plain(name, grad)
     if grad.layout is not torch.strided:
         raise TypeError(
             f"{name}: expected a dense gradient, got {grad.layout}; pass sparse=False to the "

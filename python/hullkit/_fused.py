@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain
-from operator import is_
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import _multi_tensor, _native
+from . import _multi_tensor
 from ._buckets import Bucket, Launch, Params, Sorted, check_grad
 from ._checks import check_int, check_number
+from ._in_backward import update_in_backward
+from ._layouts import address, state_layouts
 from ._multi_tensor import (
     DTYPES,
     FACTOR,
     TensorTable,
     check_disjoint,
     is_dense,
-    same_layout,
     uses_triton,
 )
+from ._watched import untraced, watched
 
 _LR = 0  # the option that a learning rate in a device tensor is copied to
 _ON_DEVICE = math.nan  # an option that is filled in on the device
@@ -83,7 +82,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Tables hold addresses, and are made anew once a tensor may have been replaced."""
         self._retire(*self.__dict__.get("_sorted", {}).values())
         self._sorted: dict[Any, Sorted] = {}
-        self._known_states: list[Any] = []
+        self._states = state_layouts({})
 
     def _retire(self, *outdated: Sorted) -> None:
         """Keep the tables that a captured graph reads at its next replay."""
@@ -102,7 +101,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As in torch.optim."""
         super().add_param_group(param_group)
         if hasattr(self, "_sorted"):  # not while torch's constructor runs
-            self._check_params()
+            try:
+                self._check_params()
+            except (TypeError, ValueError, NotImplementedError):
+                del self.param_groups[-1]
+                raise
 
     def _check_params(self) -> None:
         for param in self._params():
@@ -116,17 +119,22 @@ class FusedOptimizer(torch.optim.Optimizer):
                 got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
                 raise ValueError(f"{name}: expected elements side by side in memory, got {got}")
             uses_triton("params", param.device, self.backend)
+        if len(self._params()) < sum(len(group["params"]) for group in self.param_groups):
+            raise ValueError("params: expected every parameter once, got one twice")
         check_disjoint("params", self._params())
 
     def _params(self) -> Params:
         """Every parameter once, in the order of the groups."""
         return list({id(p): p for g in self.param_groups for p in g["params"]}.values())
 
+    @untraced
     def step(self, closure: Callable[[], Any] | None = None, *, num_steps: int = 1) -> Any:
         """`num_steps` consecutive updates with the gradients in `.grad`, in one pass: parameters,
         gradients and state are read once and written once.
 
-        Equivalent to: `for _ in range(num_steps): step()`.
+        Equivalent to: `for _ in range(num_steps): step()`. A wrapper whose own step takes no
+        num_steps hands over ours: with accelerate `wrapped.optimizer.step(num_steps=k)`, called
+        where its `sync_gradients` says so. Under torch.compile a step runs outside the graph.
 
         Args:
             closure: as in torch.optim; evaluated once.
@@ -136,7 +144,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: a sparse or complex gradient; num_steps out of range.
         """
-        if self._watched():
+        if watched(self):
             hooked = torch.optim.Optimizer.profile_hook_step(type(self)._step)
             return hooked(self, closure, num_steps=num_steps)
         return self._step(closure, num_steps=num_steps)
@@ -145,42 +153,44 @@ class FusedOptimizer(torch.optim.Optimizer):
     # it is told that this is done, and it is, where anybody looks.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _watched(self) -> bool:
-        return bool(
-            torch._C._autograd._profiler_enabled()
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-        )
-
     def _step(self, closure: Callable[[], Any] | None = None, *, num_steps: int = 1) -> Any:
         check_int("num_steps", num_steps, 1)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._drop_if_replaced()
+        self._forget_if_replaced()
         launches: list[Launch] = []
         for index, group in enumerate(self.param_groups):
+            params = group["params"]
             made = self._sorted.get((index, self._variant(group)))
-            if made is not None and made.unmoved(group["params"]):
-                launches += made.launches
-            else:
-                grads = [param.grad for param in group["params"]]
-                launches += self._launches(index, group, group["params"], grads)
+            own = None
+            if made is not None and made.holds(params):
+                own = made.launches(group, params, of_gradients=True)
+            if own is None:
+                own = self._launches(index, group, params, [param.grad for param in params])
+            launches += own
         self._run(launches, num_steps)
         return loss
 
+    @untraced
     def step_with(self, grads: Mapping[Tensor, Tensor], *, num_steps: int = 1) -> None:
-        """:meth:`step` with these gradients in place of `.grad`.
+        """:meth:`step` with these gradients in place of `.grad`. Hooks of steps run here as well.
 
         Args:
             grads: for each parameter to update its gradient, of the parameter's shape and device
                 and any supported dtype: float32 sums for half-precision parameters, say.
         """
+        if watched(self):
+            hooked = torch.optim.Optimizer.profile_hook_step(type(self)._step_with)
+            hooked(self, grads, num_steps=num_steps)
+        else:
+            self._step_with(grads, num_steps=num_steps)
+        self._opt_called = True  # what torch's schedulers look for
+
+    def _step_with(self, grads: Mapping[Tensor, Tensor], *, num_steps: int = 1) -> None:
         check_int("num_steps", num_steps, 1)
-        self._drop_if_replaced()
+        self._forget_if_replaced()
         launches: list[Launch] = []
         for index, group in enumerate(self.param_groups):
             own = [grads.get(param) for param in group["params"]]
@@ -192,9 +202,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.state.clear()
         self._forget()
 
-    def _drop_if_replaced(self) -> None:
-        """Forget the tables if a state tensor is another object than when they were made."""
-        if not _native.same_objects(list(self.state.values()), self._known_states):
+    def _forget_if_replaced(self) -> None:
+        """Forget the tables if the state is not, or lies not where, it was when they were made."""
+        if not self._states.unmoved(self.state):
             self._forget()
 
     def _launches(
@@ -206,67 +216,42 @@ class FusedOptimizer(torch.optim.Optimizer):
         present, given = [p for p, _ in pairs], [grad for _, grad in pairs]
         key = (key, self._variant(group))
         made = self._sorted.get(key)
-        if (
-            made is None
-            or made.addresses != list(map(Tensor.data_ptr, present))
-            or not all(map(is_, made.params, present))
-        ):
+        if made is None or not made.holds(present):
             made = self._sort(key, group, present, given)
-        launches = self._address(group, made, given)
+        launches = made.launches(group, given)
+        if launches is None:
+            launches = made.first_launches(group, given)
         if launches is None:  # gradients of other dtypes than last time
-            made = self._sort(key, group, present, given)
-            launches = self._address(group, made, given)
+            launches = self._sort(key, group, present, given).first_launches(group, given)
         assert launches is not None
-        copied = any(launch.kept for launch in launches)
-        made.grads = [] if copied else list(map(Tensor.data_ptr, given))
-        made.launches = launches
-        return launches
-
-    def _address(
-        self, group: dict[str, Any], made: Sorted, grads: list[Tensor]
-    ) -> list[Launch] | None:
-        """None if a gradient is of another dtype than its bucket."""
-        launches = []
-        for bucket, places in zip(made.buckets, made.places, strict=True):
-            own = [grads[place] for place in places]
-            kept: list[Tensor] = []
-            if not bucket.fits(own):
-                for place, (param, grad) in enumerate(zip(bucket.params, own, strict=True)):
-                    check_grad(param, grad)
-                    if grad.dtype != bucket.dtypes[1]:
-                        return None
-                    if not same_layout(grad, param):
-                        own[place] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-                        kept.append(own[place])
-            launches.append(Launch(group, bucket, list(map(Tensor.data_ptr, own)), kept))
         return launches
 
     def _sort(self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]) -> Sorted:
         """Buckets for these parameters; state is made where it is missing."""
         self._check_params()  # torch may have moved or retyped them since
         salts = {id(param): place for place, param in enumerate(self._params())}
-        places: dict[Any, dict[int, int]] = {}  # by kind: parameter's id to its (last) place
+        places: dict[Any, list[int]] = {}  # by kind
         for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
             check_grad(param, grad)
-            places.setdefault((param.device, param.dtype, grad.dtype), {})[id(param)] = place
+            places.setdefault((param.device, param.dtype, grad.dtype), []).append(place)
         buckets = []
         for (device, _, grad_dtype), chosen in places.items():
             rows, any_fresh = [], False
-            for place in chosen.values():
+            for place in chosen:
                 param = params[place]
                 states, fresh = self._state_of(group, param)
-                addresses = [0 if state is None else state.data_ptr() for state in states]
+                addresses = [0 if state is None else address("state", state) for state in states]
                 flags = salts[id(param)] << 1 | fresh
                 any_fresh |= fresh
-                rows.append((param.data_ptr(), *addresses, param.numel(), flags))
+                rows.append((address("params", param), *addresses, param.numel(), flags))
             table = TensorTable(rows, device, uses_triton("params", device, self.backend))
-            own = [params[place] for place in chosen.values()]
+            own = [params[place] for place in chosen]
             buckets.append(Bucket(own, grad_dtype, table, any_fresh))
-        made = Sorted(params, buckets, [list(chosen.values()) for chosen in places.values()])
+        made = Sorted(params, buckets, list(places.values()))
         if key in self._sorted:
             self._retire(self._sorted[key])
         self._sorted[key] = made
-        self._known_states = list(chain.from_iterable(map(dict.values, self.state.values())))
+        self._states = state_layouts(self.state)
         return made
 
     def _run(self, launches: list[Launch], num_steps: int) -> None:
@@ -310,8 +295,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             clipped.append((bucket, record, options))
         return clipped
 
-    @contextmanager
-    def update_in_backward(self, *, num_steps: int = 1) -> Iterator[None]:
+    @untraced
+    def update_in_backward(self, *, num_steps: int = 1) -> AbstractContextManager[None]:
         """Inside the with-block, `loss.backward()` updates every parameter `num_steps` times as
         soon as its gradient is complete, and frees the gradient: all of them together never exist.
 
@@ -323,46 +308,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         second gradient for a parameter already updated (another backward, reentrant checkpointing)
         is an error; parameters updated until then stay so.
 
+        The with-block counts as one step. Pre-step hooks run on entry, before any gradient exists;
+        post-step hooks at its end, with no gradient left, unless it raised.
+
         Raises:
             ValueError: on entry, with max_grad_norm (the norm is known only when all gradients
                 are), or if a `.grad` is left from before.
             RuntimeError: from backward, at a second gradient for one parameter.
         """
-        check_int("num_steps", num_steps, 1)
-        if self.max_grad_norm is not None:
-            raise ValueError(
-                "max_grad_norm: expected None for an update in backward, got "
-                f"{self.max_grad_norm}: the global norm is known only after it"
-            )
-        params = {param: group for group in self.param_groups for param in group["params"]}
-        left = sum(param.grad is not None for param in params)
-        if left:
-            raise ValueError(
-                f"params: expected no gradients before an update in backward, got {left}; call "
-                "zero_grad() first"
-            )
-        self._drop_if_replaced()
-        done: set[int] = set()
-
-        def update(param: Tensor) -> None:
-            grad, param.grad = param.grad, None
-            if id(param) in done:
-                raise RuntimeError(
-                    f"update_in_backward: expected one gradient for each parameter, got a second "
-                    f"one for a parameter of shape {tuple(param.shape)} (another backward pass, or "
-                    "reentrant checkpointing)"
-                )
-            done.add(id(param))
-            assert grad is not None
-            self._run(self._launches(id(param), params[param], [param], [grad]), num_steps)
-
-        hooks = [
-            param.register_post_accumulate_grad_hook(update)
-            for param in params
-            if param.requires_grad
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return update_in_backward(self, num_steps)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._layouts import address
 
 NUM_OPTIONS = 10
 LIMIT = 10  # the word of a record that bounds num_steps: a captured launch has its own for good
@@ -54,8 +55,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def same_layout(tensor: Tensor, other: Tensor) -> bool:
-    """Whether element i in memory is the same element of both."""
-    if tensor.shape != other.shape:
+    """Whether element i in memory is the same element of both, and not its negative."""
+    if tensor.shape != other.shape or tensor.is_neg() or other.is_neg():
         return False
     return tensor.stride() == other.stride() or all(
         size == 1 or stride == wanted
@@ -65,11 +66,8 @@ def same_layout(tensor: Tensor, other: Tensor) -> bool:
 
 def check_disjoint(name: str, tensors: Sequence[Tensor]) -> None:
     """Two programs must never write the same element."""
-    stretches = sorted(
-        (str(t.device), t.data_ptr(), t.data_ptr() + t.numel() * t.element_size())
-        for t in tensors
-        if t.numel()
-    )
+    placed = [(str(t.device), address(name, t), t.numel() * t.element_size()) for t in tensors]
+    stretches = sorted((device, at, at + size) for device, at, size in placed if size)
     for (device, _, end), (next_device, begin, _) in pairwise(stretches):
         if device == next_device and begin < end:
             raise ValueError(
@@ -95,9 +93,9 @@ class TensorTable:
         self.triton = triton
         self.rows = list(rows)
         self.size = len(rows)
-        self.table = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device)
         self._last: tuple[Any, ...] = ()
-        self._record = torch.empty(0)
+        self._record = torch.empty(0, device="cpu")
         self.captured: list[Tensor] = []  # records that graphs read at every replay
         if triton:
             self.chunks = self.chunks_of(range(self.size))
@@ -123,7 +121,8 @@ class TensorTable:
         stream = raw_stream(self.device) if on_gpu else None
         if self._last == (stream, grads, options):
             return self._record
-        host = torch.empty(HEAD + self.size, dtype=torch.int64, pin_memory=on_gpu)
+        size = HEAD + self.size
+        host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         words = host.numpy()
         words[:NUM_OPTIONS].view(np.float64)[:] = options
         words[LIMIT], words[BROKEN] = _NO_LIMIT, 0

@@ -53,6 +53,9 @@ sift_cpu = _kernel(_core.sift_cpu)
 round_multiplicities_cpu = _kernel(_core.round_multiplicities_cpu)
 apportion_cpu = _kernel(_core.apportion_cpu)
 
+usable_exchange = _core.usable_exchange
+Layouts, StateLayouts = _core.Layouts, _core.StateLayouts
+
 
 MAX_ON_DEVICE = 4096  # candidates of a prompt with a Gram matrix, points of a support
 _MAX_K = 2048  # of knn over more than that
@@ -233,7 +236,7 @@ def accumulate_cpu(
     square = _core.accumulate_cpu(
         table.data_ptr(), size, _grads(record), code, weight, torch.get_num_threads()
     )
-    return torch.tensor([square], dtype=torch.float64)
+    return torch.tensor([square], dtype=torch.float64, device="cpu")
 
 
 def squared_norm_cpu(table: Tensor, size: int, record: Tensor, dtype: torch.dtype) -> Tensor:
@@ -241,15 +244,7 @@ def squared_norm_cpu(table: Tensor, size: int, record: Tensor, dtype: torch.dtyp
     square = _core.squared_norm_cpu(
         table.data_ptr(), size, _grads(record), code, torch.get_num_threads()
     )
-    return torch.tensor([square], dtype=torch.float64)
-
-
-def same_objects(states: list[dict[str, Any]], known: list[Any]) -> bool:
-    """Whether the values of these dicts, one after the other, are the objects in `known`.
-
-    In C: an optimizer asks this of hundreds of tensors at every step.
-    """
-    return _core.same_objects(states, known)
+    return torch.tensor([square], dtype=torch.float64, device="cpu")
 
 
 def build_info() -> dict[str, Any]:

@@ -208,7 +208,7 @@ class _Part:
 
     def set_options(self, options: Options) -> None:
         if options != self.options:
-            words = torch.tensor(options, dtype=torch.float64).view(torch.int64)
+            words = torch.tensor(options, dtype=torch.float64, device="cpu").view(torch.int64)
             self.record[:NUM_OPTIONS].copy_(words)
             self.options = options
 
@@ -216,7 +216,7 @@ class _Part:
         self.record[LIMIT].fill_(num_steps)
 
     def set_addresses(self, addresses: list[int]) -> None:
-        self.record[HEAD:].copy_(torch.tensor(addresses, dtype=torch.int64))
+        self.record[HEAD:].copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
 
     def move_on(self) -> None:
         capacity = self.coefficients.shape[1]
@@ -280,5 +280,5 @@ def _like(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 def pinned_like(parameter: Tensor) -> Tensor:
     """Pinned: copies need not wait, and the device can read it."""
     return torch.empty_strided(
-        parameter.shape, parameter.stride(), dtype=parameter.dtype, pin_memory=True
+        parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu", pin_memory=True
     )

@@ -235,7 +235,8 @@ class TestTimeFinetuner:
         Raises as `adapted` and its block do.
         """
         limits = token_limits(self.model)
-        ids = [torch.zeros(check_int("lengths", n, 2), dtype=torch.int64) for n in lengths]
+        sizes = [check_int("lengths", n, 2) for n in lengths]
+        ids = [torch.zeros(size, dtype=torch.int64, device="cpu") for size in sizes]
         inputs = [self._inputs(f"lengths[{i}]", x, limits) for i, x in enumerate(ids)]
         with Adaptation(self, inputs, [], None):
             pass

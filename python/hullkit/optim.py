@@ -74,7 +74,7 @@ class _FusedAdam(FusedOptimizer):
         if step is None:
             step = torch.zeros((), dtype=torch.float32, device=param.device)
         elif not isinstance(step, Tensor):
-            step = torch.tensor(float(step), dtype=torch.float32)
+            step = torch.tensor(float(step), dtype=torch.float32, device="cpu")
         state["step"] = step.to(param.device, torch.float32)
         moments = [_like(state, name, param) for name in ("exp_avg", "exp_avg_sq")]
         return [*moments, state["step"]], False

@@ -95,7 +95,7 @@ def integerize_by_geometry(
     support = _floating("support_embeddings", support_embeddings)
     query = tensor_of("target", np.asarray(target).reshape(-1)).to(support.dtype)
     convex: Any = SimpleNamespace(  # what round_multiplicities reads of a FrankWolfeResult
-        indices=torch.arange(len(indices)), weights=_floating("weights", weights)
+        indices=torch.arange(len(indices), device="cpu"), weights=_floating("weights", weights)
     )
     passes = max(0, int(swap_passes))
     counts = round_multiplicities(support, query, convex, n_select, exchange_passes=passes)

@@ -36,7 +36,7 @@ def finetune(
             output = model(ids[None])
             logits = output if isinstance(output, Tensor) else output.logits
             log_p = torch.log_softmax(logits[0, :-1], dim=-1)
-            loss = -log_p[torch.arange(len(ids) - 1), ids[1:]].mean()
+            loss = -log_p[torch.arange(len(ids) - 1, device=ids.device), ids[1:]].mean()
             cached = [g.clone() for g in torch.autograd.grad(loss, parameters)]
             losses.append(loss.item())
         with torch.no_grad():
