@@ -140,7 +140,7 @@ class Before:
             [len(p._post_accumulate_grad_hooks or ()) for p in self.model.parameters()],
             [module.training for module in self.model.modules()],
             signal.getsignal(signal.SIGINT),
-            [module for module in self.model.modules() if module in _adaptation._ADAPTED],
+            [module for module in self.model.modules() if _adaptation.is_adapted(module)],
             torch.get_float32_matmul_precision(),
             [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")],
         ]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from _models import COUNTS, VOCABULARY, Before, FailingCall, PlainLM, injected, plain, texts
-from hullkit import _adaptation, _graphs, _loss, _passes, finetune
+from hullkit import _adaptation, _graphs, _loss, _passes, _snapshot, finetune
 from hullkit.finetune import TestTimeFinetuner
 from hullkit.optim import Adam
 from torch import Tensor, nn
@@ -135,8 +135,8 @@ def test_ctrl_c_at_any_moment(opcodes: bool) -> None:
     """A real SIGINT at the i-th line of the modules (or bytecode of their edges), for every i."""
     model = plain()
     before = Before(model)
-    files = {m.__file__ for m in (_adaptation, _loss, _passes, finetune)}
-    edges = {"__enter__", "__exit__", "_finish", "_release_sigint", "_intercept_sigint"}
+    files = {m.__file__ for m in (_adaptation, _snapshot, _loss, _passes, finetune)}
+    edges = {"_claim", "_enter", "_leave"}
     seen = sent = 0
     passed: dict[Any, int] = {}
     where: set[str] = set()
@@ -178,9 +178,9 @@ def test_ctrl_c_at_any_moment(opcodes: bool) -> None:
             break
         assert interrupted, f"lost at the {sent}th moment"
     assert seen < sent, "not every moment was tried"
-    assert {"__enter__", "__exit__", "_finish"} <= where
+    assert {"_claim", "_enter", "_leave"} <= where
     assert (
-        opcodes or {"_run", "_of", "_pass", "reuse", "restore", "__init__", "_claim_model"} <= where
+        opcodes or {"_run", "_of", "_pass", "reuse", "restore", "__init__"} <= where
     )
 
 

@@ -18,6 +18,7 @@ except ImportError as error:  # a source tree on sys.path, or a build for anothe
     ) from error
 
 __version__ = _core.__version__
+WithBlock = _core.WithBlock
 
 _DTYPE_CODES = {
     torch.float64: 0,
