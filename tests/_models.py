@@ -143,16 +143,23 @@ class Before:
             [module for module in self.model.modules() if _adaptation.is_adapted(module)],
             torch.get_float32_matmul_precision(),
             [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")],
+            [
+                [(name, id(value)) for name, value in vars(m).items() if name != "training"]
+                for m in self.model.modules()
+            ],
         ]
 
     def check(self) -> None:
         assert self.look() == self.facts
+        self.check_bits()
+        for parameter in self.model.parameters():
+            assert parameter.grad is None or bool((parameter.grad == 0.25).all())
+
+    def check_bits(self) -> None:
         for name, tensor in self.tensors():
             dtype, stride, bits = self.bits[name]
             assert (tensor.dtype, tensor.stride()) == (dtype, stride), name
             assert same_bits(tensor, bits), name
-        for parameter in self.model.parameters():
-            assert parameter.grad is None or bool((parameter.grad == 0.25).all())
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -57,15 +56,15 @@ class Adaptation(WithBlock):
             pass
 
     def _claim(self) -> None:
-        # Modules, not only the model: a wrapper or a part of it shares its weights.
+        # Modules, not only the model: a wrapper or a part of it shares its weights. In one order
+        # for all: of two that begin together, one gets the first module that they share.
         self._claimed = list(self._tuner.model.modules())
-        with _LOCK:
-            if any(is_adapted(module) for module in self._claimed):
+        for module in sorted(self._claimed, key=id):
+            if _OWNERS.setdefault(module, self._key) is not self._key:
                 raise RuntimeError(
                     "adapted(): expected a model that is not being adapted, got one inside an "
                     "adapted() block of this tuner or of one that shares modules with it"
                 )
-            _CLAIMS[self._key] = weakref.WeakSet(self._claimed)
 
     def _enter(self) -> nn.Module:
         tuner = self._tuner
@@ -123,7 +122,9 @@ class Adaptation(WithBlock):
         if self._settings is not None:
             self._settings.put_back()
             self._settings = None
-        _CLAIMS.pop(self._key, None)
+        for module in self._claimed:
+            if _OWNERS.get(module) is self._key:
+                _OWNERS.pop(module, None)
         clock, self._clock = self._clock, None
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -165,13 +166,13 @@ class _Settings:
                 torch.clear_autocast_cache()
 
 
-# The modules of each adaptation under way. One step claims all, and one gives them back.
-_CLAIMS: dict[object, weakref.WeakSet[nn.Module]] = {}
-_LOCK = threading.Lock()
+# The adaptation that a module is part of. No lock, which could be left locked: each claim is one
+# step.
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
 
 def is_adapted(module: nn.Module) -> bool:
-    return any(module in claimed for claimed in list(_CLAIMS.values()))
+    return module in _OWNERS
 
 
 def _autocast_depth() -> int:
