@@ -253,6 +253,11 @@ def same_objects(states: list[dict[str, Any]], known: list[Any]) -> bool:
     return _core.same_objects(states, known)
 
 
+def unlike_dicts(pairs: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> list[int]:
+    """The places of the pairs that do not hold the very same keys and values in one order."""
+    return _core.unlike_dicts(pairs)
+
+
 def build_info() -> dict[str, Any]:
     """What this build contains and what this machine offers it.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._native import unlike_dicts
 from ._weights import Weights, pinned_like
 
 
@@ -25,8 +26,10 @@ class Snapshot:
         weights: Weights | None,
     ) -> None:
         # The slots too: code in the block may replace a buffer instead of writing to it.
-        self._modules = [
-            (m, m.training, [(slots, dict(slots)) for slots in _slots(m)]) for m in modules
+        self._training = [(m, m.training) for m in modules]
+        self._buffer_slots = [(m._buffers, m._buffers.copy()) for m in modules]
+        self._slots = [
+            (slots, slots.copy()) for m in modules for slots in (m._parameters, m._modules)
         ]
         self._attributes = Attributes(modules)
         known = {*map(id, parameters), *map(id, buffers)}
@@ -55,8 +58,7 @@ class Snapshot:
 
     def restore_state(self) -> None:
         """Buffers and attributes, after passes that were not to count."""
-        for _, _, slots in self._modules:
-            _put_back(*slots[1])
+        _put_back(self._buffer_slots)
         self._attributes.restore()
         for buffer, copy in self._buffers:
             _write(buffer, copy)
@@ -64,15 +66,15 @@ class Snapshot:
     def forget_values(self) -> None:
         """From now on `restore` puts back flags and gradients, but no values."""
         self._tensors, self._buffers, self._weights = [], [], None
-        self._modules = [(module, training, []) for module, training, _ in self._modules]
+        self._slots, self._buffer_slots = [], []
         self._attributes = Attributes([])
 
     def restore(self) -> Exception | None:
         """The error of the first thing that could not be restored; the others are."""
         failures: list[Exception] = []
-        for module, training, slots in self._modules:
-            for now, saved in slots:
-                _put_back(now, saved)
+        _put_back(self._slots)
+        _put_back(self._buffer_slots)
+        for module, training in self._training:
             if module.training != training:
                 module.training = training
         self._attributes.restore()
@@ -102,7 +104,7 @@ class Attributes:
             value
             for _, saved in self._modules
             for name, value in saved.items()
-            if name not in _MODULES_OWN and type(value) not in _PLAIN
+            if type(value) not in _PLAIN and name not in _MODULES_OWN
         ]
         while waiting:
             value = waiting.pop()
@@ -119,49 +121,45 @@ class Attributes:
 
     def restore(self) -> None:
         """Names and contents. Values of the tensors are the snapshot's."""
-        for now, saved in self._modules:
-            if not _same(now, saved):
-                for name in [n for n in now if n not in saved and n not in _MODULES_OWN]:
-                    del now[name]
-                for name, value in saved.items():
-                    if name not in _MODULES_OWN and now.get(name, now) is not value:
-                        now[name] = value
+        for at in unlike_dicts(self._modules):
+            now, saved = self._modules[at]
+            for name in [n for n in now if n not in saved and n not in _MODULES_OWN]:
+                del now[name]
+            for name, value in saved.items():
+                if name not in _MODULES_OWN and now.get(name, now) is not value:
+                    now[name] = value
         for now, saved in self._containers.values():
             if isinstance(now, dict):
-                _put_back(now, saved)
+                # Not `unlike_dicts`: an OrderedDict has its order elsewhere.
+                if not (_same(now, saved) and _same(now.values(), saved.values())):
+                    now.clear()
+                    now.update(saved)
             elif isinstance(now, set):
                 if now != saved:
                     now.clear()
                     now.update(saved)
-            elif len(now) != len(saved) or not all(map(is_, now, saved)):
+            elif not _same(now, saved):
                 now.clear()
                 now.extend(saved)
 
 
 # Slots and hooks, and what `Module.compile` adds: nothing of the model's own.
-_MODULES_OWN = (nn.Module().__dict__.keys() - {"_non_persistent_buffers_set"}) | {
+_MODULES_OWN = frozenset(nn.Module().__dict__.keys() - {"_non_persistent_buffers_set"}) | {
     "_compiled_call_impl"
 }
-_PLAIN = {int, float, bool, str, type(None), type, type(_MODULES_OWN), torch.dtype, torch.device}
+_PLAIN = {int, float, bool, str, type(None), type, frozenset, torch.dtype, torch.device}
 _CONTAINERS = {list, dict, set, OrderedDict, defaultdict, deque}
 
 
-def _slots(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    return module._parameters, module._buffers, module._modules
-
-
-def _put_back(now: dict[Any, Any], saved: dict[Any, Any]) -> None:
-    if not _same(now, saved):
+def _put_back(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    for at in unlike_dicts(pairs):
+        now, saved = pairs[at]
         now.clear()
         now.update(saved)
 
 
-def _same(now: dict[Any, Any], saved: dict[Any, Any]) -> bool:
-    return (
-        len(now) == len(saved)
-        and all(map(is_, now, saved))
-        and all(map(is_, now.values(), saved.values()))
-    )
+def _same(now: Collection[Any], saved: Collection[Any]) -> bool:
+    return len(now) == len(saved) and all(map(is_, now, saved))
 
 
 def _twice(failures: list[Exception], restore: Callable[..., Any], *arguments: Any) -> None:
