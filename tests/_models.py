@@ -140,19 +140,26 @@ class Before:
             [len(p._post_accumulate_grad_hooks or ()) for p in self.model.parameters()],
             [module.training for module in self.model.modules()],
             signal.getsignal(signal.SIGINT),
-            [module for module in self.model.modules() if module in _adaptation._ADAPTED],
+            [module for module in self.model.modules() if _adaptation.is_adapted(module)],
             torch.get_float32_matmul_precision(),
             [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")],
+            [
+                [(name, id(value)) for name, value in vars(m).items() if name != "training"]
+                for m in self.model.modules()
+            ],
         ]
 
     def check(self) -> None:
         assert self.look() == self.facts
+        self.check_bits()
+        for parameter in self.model.parameters():
+            assert parameter.grad is None or bool((parameter.grad == 0.25).all())
+
+    def check_bits(self) -> None:
         for name, tensor in self.tensors():
             dtype, stride, bits = self.bits[name]
             assert (tensor.dtype, tensor.stride()) == (dtype, stride), name
             assert same_bits(tensor, bits), name
-        for parameter in self.model.parameters():
-            assert parameter.grad is None or bool((parameter.grad == 0.25).all())
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 from typing import Any
 
 import pytest
 import torch
 from _models import COUNTS, VOCABULARY, Before, FailingCall, PlainLM, injected, plain, texts
-from hullkit import _adaptation, _graphs, _loss, _passes, finetune
+from hullkit import _adaptation, _graphs
 from hullkit.finetune import TestTimeFinetuner
 from hullkit.optim import Adam
 from torch import Tensor, nn
@@ -128,60 +127,6 @@ def test_one_tensor_that_cannot_be_restored(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         model.norm.weight.copy_(before.bits["norm.weight"][2])
     before.check()  # all the others came back, and so did flags and gradients
-
-
-@pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "opcodes"])
-def test_ctrl_c_at_any_moment(opcodes: bool) -> None:
-    """A real SIGINT at the i-th line of the modules (or bytecode of their edges), for every i."""
-    model = plain()
-    before = Before(model)
-    files = {m.__file__ for m in (_adaptation, _loss, _passes, finetune)}
-    edges = {"__enter__", "__exit__", "_finish", "_release_sigint", "_intercept_sigint"}
-    seen = sent = 0
-    passed: dict[Any, int] = {}
-    where: set[str] = set()
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        nonlocal seen
-        name = frame.f_code.co_name
-        if frame.f_code.co_filename not in files or name == "_on_sigint":
-            return None
-        if opcodes and name not in edges:
-            return None
-        frame.f_trace_opcodes = opcodes
-        moment = (name, frame.f_lineno, frame.f_lasti, event)
-        passed[moment] = passed.get(moment, 0) + 1
-        if passed[moment] > 2:  # a loop: its first two turns will do
-            return trace
-        seen += 1
-        if seen == sent:
-            where.add(name)
-            signal.raise_signal(signal.SIGINT)
-        return trace
-
-    for sent in range(1, 5000):
-        block = TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2])
-        seen = 0
-        passed.clear()
-        interrupted = False
-        outer = sys.gettrace()
-        try:
-            sys.settrace(trace)
-            with block:
-                pass
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            sys.settrace(outer)
-        before.check()
-        if seen < sent:
-            break
-        assert interrupted, f"lost at the {sent}th moment"
-    assert seen < sent, "not every moment was tried"
-    assert {"__enter__", "__exit__", "_finish"} <= where
-    assert (
-        opcodes or {"_run", "_of", "_pass", "reuse", "restore", "__init__", "_claim_model"} <= where
-    )
 
 
 def test_ctrl_c_in_the_block_is_immediate() -> None:

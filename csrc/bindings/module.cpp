@@ -14,6 +14,7 @@ void bind_objects(py::module_& module);
 void bind_optim(py::module_& module);
 void bind_selection_cpu(py::module_& module);
 void bind_selection_cuda(py::module_& module);
+void bind_with_block(py::module_& module);
 
 namespace {
 
@@ -50,5 +51,6 @@ PYBIND11_MODULE(_core, module) {
 #endif
   hullkit::bind_optim(module);
   hullkit::bind_objects(module);
+  hullkit::bind_with_block(module);
   module.def("build_info", &hullkit::build_info);
 }

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import weakref
 from contextlib import suppress
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ._native import WithBlock
 from ._report import AdaptReport, Clock, PhaseSeconds, peak_memory
-from ._weights import Weights, pinned_like
+from ._snapshot import Snapshot, tensors_of
 from .schedule import Reuse
 
 if TYPE_CHECKING:
     from .finetune import TestTimeFinetuner
 
 
-class Adaptation:
+class Adaptation(WithBlock):
     """One with-block of `TestTimeFinetuner.adapted`.
 
-    A class and not a generator: a Ctrl-C may arrive between a generator's yield and the block, or
-    as `__exit__` is called, before its first line, where no try can catch it. So from entry to exit
-    SIGINT comes here first: in the block and in the passes it is handed on at once, elsewhere in
-    this class it is held back, and sent again when the model is restored.
+    A signal's handler may raise at any moment, also as `__exit__` is called, before its first line,
+    where no try can catch it. So `__enter__` and `__exit__` are functions of C++: they call the
+    methods below. Signals reach `_enter` and the block at once. During `_claim` and `_leave` they
+    are held back, whoever handles them; whatever else cuts `_leave` short, it is called again until
+    it returns.
     """
 
     def __init__(
@@ -36,43 +35,41 @@ class Adaptation:
         schedule: list[Reuse],
         select_seconds: float | None,
     ) -> None:
+        super().__init__()
         self._tuner = tuner
         self._inputs = inputs
         self._schedule = schedule
         self._select_seconds = select_seconds
-        self._entered = False
         self._claimed: list[nn.Module] = []
+        self._key = object()
+        self._keeping = False
+        self._settings: _Settings | None = None
         self._snapshot: Snapshot | None = None
-        self._next_handler: Any = None
-        self._held_back = False
-
-    def __enter__(self) -> nn.Module:
-        if self._entered:
-            raise RuntimeError("adapted(): expected one with-block for each call, got a second one")
-        self._entered = True
-        try:
-            self._intercept_sigint()
-            self._run()
-            return self._tuner.model
-        except BaseException:
-            self._finish()
-            raise
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._finish()
+        self._timed = False
+        self._clock: Clock | None = None
+        self._failure: Exception | None = None
 
     def keep(self) -> None:
         """Enter, and stay adapted: trained weights and buffers are left as the passes left them."""
-        self.__enter__()
-        assert self._snapshot is not None
-        self._snapshot.forget_values()
-        self._finish()
+        self._keeping = True
+        with self:
+            pass
 
-    def _run(self) -> None:
+    def _claim(self) -> None:
+        # Modules, not only the model: a wrapper or a part of it shares its weights. In one order
+        # for all: of two that begin together, one gets the first module that they share.
+        self._claimed = list(self._tuner.model.modules())
+        for module in sorted(self._claimed, key=id):
+            if _OWNERS.setdefault(module, self._key) is not self._key:
+                raise RuntimeError(
+                    "adapted(): expected a model that is not being adapted, got one inside an "
+                    "adapted() block of this tuner or of one that shares modules with it"
+                )
+
+    def _enter(self) -> nn.Module:
         tuner = self._tuner
-        self._claim_model()
-        self._send_held_back()
         tuner.last_report = None
+        self._settings = _Settings()
         clock = Clock(_device(tuner.model))
         with torch.inference_mode(False), torch.enable_grad():
             parameters, buffers = tensors_of(self._claimed)
@@ -86,12 +83,10 @@ class Adaptation:
                 # The flag itself, not .eval(): that may be overridden to do more (merge adapters).
                 if module.training:
                     module.training = False
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad = None
+            snapshot.drop_gradients()
             losses, captured = tuner._run(snapshot, graphs, self._inputs, self._schedule, clock)
         seconds = clock.seconds()
-        tuner.last_report = AdaptReport(
+        report = AdaptReport(
             num_updates=sum(burst.num_steps for burst in self._schedule)
             if tuner.mode == "reuse"
             else min(1, len(losses)),
@@ -108,200 +103,83 @@ class Adaptation:
             path="captured" if captured else "eager",
             reason=None if captured else tuner._eager_reason(clock.device),
         )
+        self._settings = None  # nothing was left early: what is set from now on, the block has set
+        if self._keeping:
+            snapshot.forget_values()
+        tuner.last_report = report
+        self._timed = True
+        return tuner.model
 
-    def _finish(self) -> None:
-        """Undo all of __enter__, as far as it got."""
-        error: BaseException | None = None
-        clock: Clock | None = None
-        if self._tuner.last_report is not None:
+    def _leave(self) -> None:
+        """Undo all of _claim and _enter, as far as they got."""
+        if self._timed:
+            self._timed = False
             with suppress(RuntimeError):  # a lost device; restoring tells
-                clock = Clock(_device(self._tuner.model))
-        while self._snapshot is not None:
-            try:
-                self._snapshot.restore()
-            except Exception as failure:  # a lost device, say: another attempt would fail as well
-                error = failure
-            except BaseException as interrupt:  # an exit from another signal's handler: go on
-                error = interrupt
-                continue
+                self._clock = Clock(_device(self._tuner.model))
+        if self._snapshot is not None:
+            self._failure = self._snapshot.restore()
             self._snapshot = None
-        _ADAPTED.difference_update(self._claimed)
-        if error is None and clock is not None:
-            try:
-                self._report_restore(clock)
-            except Exception as failure:  # of the device, told only now
-                error = failure
-        self._release_sigint()
-        if error is not None:
-            raise error
+        if self._settings is not None:
+            self._settings.put_back()
+            self._settings = None
+        for module in self._claimed:
+            if _OWNERS.get(module) is self._key:
+                _OWNERS.pop(module, None)
+        clock, self._clock = self._clock, None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        if clock is not None:
+            self._report_restore(clock)
 
     def _report_restore(self, clock: Clock) -> None:
         report = self._tuner.last_report
-        assert report is not None
+        if report is None:  # another query of this tuner has begun, in another thread
+            return
         clock.lap("restore")
         seconds = report.seconds._replace(restore=clock.seconds()["restore"])
         self._tuner.last_report = report._replace(seconds=seconds)
 
-    def _claim_model(self) -> None:
-        # Modules, not only the model: a wrapper or a part of it shares its weights.
-        modules = list(self._tuner.model.modules())
-        with _LOCK:
-            if any(module in _ADAPTED for module in modules):
-                raise RuntimeError(
-                    "adapted(): expected a model that is not being adapted, got one inside an "
-                    "adapted() block of this tuner or of one that shares modules with it"
-                )
-            self._claimed = modules
-            _ADAPTED.update(modules)
 
-    def _intercept_sigint(self) -> None:
-        # Python runs signal handlers in the main thread only: no other thread gets the exception.
-        if threading.current_thread() is threading.main_thread():
-            handler = signal.getsignal(signal.SIGINT)
-            if callable(handler):
-                self._next_handler = handler
-                signal.signal(signal.SIGINT, self._on_sigint)
+class _Settings:
+    """torch's, as they are now: a context manager that is cut short may leave its own behind."""
 
-    def _release_sigint(self) -> None:
-        if self._next_handler is None or signal.getsignal(signal.SIGINT) != self._on_sigint:
-            return  # never taken, or the block has set a handler of its own and left it there
-        signal.signal(signal.SIGINT, self._next_handler)
-        self._send_held_back()
-
-    def _send_held_back(self) -> None:
-        if self._held_back:
-            self._held_back = False
-            signal.raise_signal(signal.SIGINT)
-
-    def _on_sigint(self, signum: int, frame: FrameType | None) -> None:
-        at = frame
-        while at is not None:
-            if at.f_code in _SHIELDED + _INTERRUPTIBLE and at.f_locals["self"] is self:
-                break
-            at = at.f_back
-        if at is None or at.f_code in _INTERRUPTIBLE:
-            self._next_handler(signum, frame)
-        else:
-            self._held_back = True
-
-
-class Snapshot:
-    """What a query may change in a model. Restoring may be cut short and begun again."""
-
-    def __init__(
-        self,
-        modules: list[nn.Module],
-        parameters: list[nn.Parameter],
-        buffers: list[Tensor],
-        place: str,
-        weights: Weights | None,
-    ) -> None:
-        # The slots too: code in the block may replace a buffer instead of writing to it.
-        self._modules = [
-            (module, module.training, dict(module._parameters), dict(module._buffers))
-            for module in modules
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._matmul = torch.get_float32_matmul_precision()
+        self._autocast = [
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
         ]
-        self._flags = [(p, p.requires_grad, p.grad) for p in parameters]
-        # Tied parameters and shared buffers appear once. `data` keeps dtype, device and storage in
-        # case the block moves or casts the model; only what training may write to is copied.
-        self._tensors: list[tuple[Tensor, Tensor, tuple[Any, ...], Tensor | None]] = []
-        self._weights = weights  # with copies of its own
-        elsewhere = set() if weights is None else set(map(id, weights.parameters))
-        for p, requires_grad, _ in self._flags:
-            data = p.data
-            copied = requires_grad and id(p) not in elsewhere
-            self._tensors.append((p, data, _geometry(p), _copy(data, place) if copied else None))
-        self._buffers = [(b, _written(b.data).clone()) for b in buffers]
-        self._tensors += [(b, b.data, _geometry(b), copy) for b, copy in self._buffers]
-        if weights is not None:
-            weights.save()
+        self._cached = torch.is_autocast_cache_enabled()
+        self._depth = _autocast_depth()
 
-    def restore_buffers(self) -> None:
-        """After passes that were not to count."""
-        for module, _, _, buffers in self._modules:
-            _put_back(module._buffers, buffers)
-        for buffer, copy in self._buffers:
-            _written(buffer).copy_(copy)
-
-    def forget_values(self) -> None:
-        """From now on `restore` puts back flags and gradients, but no values."""
-        self._tensors, self._buffers, self._weights = [], [], None
-
-    def restore(self) -> None:
-        failure: Exception | None = None
-        for module, training, parameters, buffers in self._modules:
-            _put_back(module._parameters, parameters)
-            _put_back(module._buffers, buffers)
-            if module.training != training:
-                module.training = training
-        for tensor, data, geometry, copy in self._tensors:
-            try:
-                if _geometry(tensor) != geometry:
-                    tensor.data = data
-                if copy is not None:
-                    with torch.no_grad():
-                        _written(tensor).copy_(copy)
-            except Exception as error:  # the others are restored all the same
-                failure = failure or error
-        if self._weights is not None:
-            try:
-                self._weights.restore()
-            except Exception as error:
-                failure = failure or error
-        for parameter, requires_grad, grad in self._flags:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-            if parameter.grad is not grad:
-                parameter.grad = grad
-        if failure is not None:
-            raise failure
+    def put_back(self) -> None:
+        torch.set_grad_enabled(self._grad)
+        torch.set_float32_matmul_precision(self._matmul)
+        for device, enabled, dtype in self._autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self._cached)
+        while _autocast_depth() > self._depth:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
 
 
-_ADAPTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_LOCK = threading.Lock()
-_INTERRUPTIBLE = tuple(f.__code__ for f in (Adaptation._intercept_sigint, Adaptation._run))
-# Claiming too: an interrupt just as `with _LOCK` is left could keep it locked for ever.
-_ENTRY_AND_EXIT = (
-    Adaptation.__enter__,
-    Adaptation._claim_model,
-    Adaptation.__exit__,
-    Adaptation.keep,
-)
-_SHIELDED = tuple(f.__code__ for f in _ENTRY_AND_EXIT)
+# The adaptation that a module is part of. No lock, which could be left locked: each claim is one
+# step.
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
 
-def _put_back(slots: dict[str, Any], saved: dict[str, Any]) -> None:
-    if (slots or saved) and [(k, id(v)) for k, v in slots.items()] != [
-        (k, id(v)) for k, v in saved.items()
-    ]:
-        slots.clear()
-        slots.update(saved)
+def is_adapted(module: nn.Module) -> bool:
+    return module in _OWNERS
 
 
-def tensors_of(modules: list[nn.Module]) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """Parameters and buffers, tied and shared ones once: one walk for all that ask for them."""
-    parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
-    buffers = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
-    return list(parameters.values()), list(buffers.values())
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    depth: int = torch.autocast_decrement_nesting()
+    return depth
 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _copy(tensor: Tensor, place: str) -> Tensor:
-    if place == "host" and tensor.device.type == "cuda":
-        return pinned_like(tensor).copy_(tensor)
-    return tensor.clone()
-
-
-def _geometry(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-
-
-def _written(tensor: Tensor) -> Tensor:
-    """The tensor without the repetitions of an expanded one, which cannot be written to."""
-    for dim, stride in enumerate(tensor.stride()):
-        if stride == 0:
-            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
-    return tensor

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._loss import CausalLoss, matmul_precision
 from ._saved import Packed, Saved
+from ._snapshot import Attributes
 from ._weights import GroupedUpdates, NotCapturable, Options, Weights
 from .metrics import IGNORED
 from .schedule import Reuse
@@ -206,6 +207,8 @@ class _Pass:
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._result = torch.zeros(2, dtype=torch.float64, device=owner.weights.device)
         order, held = _warm_up(owner._loss_of, self._inputs, owner._model, parameters)
+        # Tables that the model keeps as attributes, and may replace: the graph reads these.
+        self._tables = Attributes(list(owner._model.modules())).tensors
         self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
         self._graph = torch.cuda.CUDAGraph()
         failure: BaseException | None = None

@@ -18,6 +18,7 @@ except ImportError as error:  # a source tree on sys.path, or a build for anothe
     ) from error
 
 __version__ = _core.__version__
+WithBlock = _core.WithBlock
 
 _DTYPE_CODES = {
     torch.float64: 0,
@@ -245,6 +246,11 @@ def squared_norm_cpu(table: Tensor, size: int, record: Tensor, dtype: torch.dtyp
         table.data_ptr(), size, _grads(record), code, torch.get_num_threads()
     )
     return torch.tensor([square], dtype=torch.float64, device="cpu")
+
+
+def unlike_dicts(pairs: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> list[int]:
+    """The places of the pairs that do not hold the very same keys and values in one order."""
+    return _core.unlike_dicts(pairs)
 
 
 def build_info() -> dict[str, Any]:

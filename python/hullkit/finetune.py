@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _passes
-from ._adaptation import Adaptation, Snapshot
+from ._adaptation import Adaptation
 from ._checks import MAX_TOTAL, check_choice, check_int, check_number, check_tensor
 from ._graphs import CapturedPasses
 from ._loss import PRECISIONS, CausalLoss, matmul_precision
 from ._report import AdaptReport, Clock
+from ._snapshot import Snapshot
 from ._weights import NotCapturable, adam_options
 from .metrics import (
     IGNORED,
@@ -309,7 +310,7 @@ class TestTimeFinetuner:
                 except NotCapturable as error:
                     self._fall_back(error)
                 else:
-                    snapshot.restore_buffers()
+                    snapshot.restore_state()
                     clock.lap("prepare")
                     options = adam_options(self.lr, self.betas, self.eps)
                     results = graphs.run(passes, schedule, options)
@@ -323,7 +324,7 @@ class TestTimeFinetuner:
                                 "NaN or infinity"
                             )
                     return [loss for loss, _ in results], True
-                snapshot.restore_buffers()
+                snapshot.restore_state()
             return self._run_eagerly(inputs, schedule, clock), False
 
     def _run_eagerly(

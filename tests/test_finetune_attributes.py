@@ -1,0 +1,186 @@
+"""TestTimeFinetuner: what models keep beside parameters and buffers comes back, too."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import Any
+
+import pytest
+import torch
+from _models import VOCABULARY, texts
+from hullkit._snapshot import Attributes
+from hullkit.finetune import TestTimeFinetuner
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Memory(nn.Module):
+    """Its output depends on all that earlier calls have left behind."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.mean = 0.5
+        self.name = "fresh"
+        self.longest: Tensor | None = None  # grows with the length, in the inputs' dtype
+        self.written = torch.zeros(3)
+        self.expanded = torch.ones(1).expand(3)
+        self.lists = [torch.zeros(2), [torch.zeros(2)], (torch.ones(2), 1)]
+        self.numbers: dict[str, Any] = {"sum": 0.0, "seen": set(), "last": deque([1.0], maxlen=2)}
+        self.ordered = OrderedDict(first=1.0, second=2.0)
+        self.leaf = torch.ones(1, requires_grad=True)
+        self.itself = [self.numbers]
+        self.numbers["itself"] = self.itself
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * float(x.detach().mean())
+        self.name += "."
+        if self.longest is None or len(self.longest) < x.shape[1]:
+            self.longest = torch.arange(x.shape[1]).to(x.dtype) / 100
+        self.written += 1
+        self.lists[0] = self.lists[0] + 1
+        self.lists[1][0].add_(2)
+        self.lists[1].append(torch.ones(2))
+        self.lists[2][0].mul_(1.1)
+        self.numbers["sum"] += self.mean
+        self.numbers["seen"].add(self.calls)
+        self.numbers["last"].append(self.mean)
+        self.numbers[self.name] = 1
+        self.ordered.move_to_end("first")
+        self.ordered["second"] += 1
+        state = self.calls + self.mean + len(self.name) + float(self.written.sum())
+        state += float(self.lists[0].sum()) + sum(float(t.sum()) for t in self.lists[1])
+        state += float(self.lists[2][0].sum()) + self.numbers["sum"] + len(self.numbers)
+        state += len(self.numbers["seen"]) + sum(self.numbers["last"])
+        state += next(iter(self.ordered.values())) + len(getattr(self, "lazy", ()))
+        self.lazy = [self.calls]
+        weights = 1 + self.longest[: x.shape[1]].to(x.dtype) / len(self.longest)
+        return x * (1 + state / 100) * weights[:, None] * self.leaf
+
+
+class WithMemory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.memory = Memory()
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.head(self.memory(self.embedding(ids)))
+        return out
+
+
+def with_memory() -> WithMemory:
+    torch.manual_seed(0)
+    return WithMemory()
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+@pytest.mark.parametrize("make_ready", [False, True], ids=["fresh", "used"])
+def test_base_behaviour_is_back(error: type[Exception] | None, make_ready: bool) -> None:
+    model, same = with_memory(), with_memory()
+    ids = texts()[0][None]
+    if make_ready:
+        model(ids[:, :3]), same(ids[:, :3])
+    memory = model.memory
+    grad = memory.leaf.grad = torch.full((1,), 0.25)
+    inner, head = memory.lists[1], model.head
+
+    def block() -> None:
+        with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), [3, 0, 1, 2]):
+            model(texts()[3][None])
+            memory.written.resize_(7)
+            memory.longest = torch.zeros(100, dtype=torch.float64)
+            memory.lists = memory.numbers = None  # type: ignore[assignment]
+            del memory.mean
+            model.head = nn.Linear(8, VOCABULARY)
+            model.register_buffer("extra", torch.zeros(1), persistent=False)
+            if error is not None:
+                raise error
+
+    if error is None:
+        block()
+    else:
+        with pytest.raises(error):
+            block()
+    assert memory.lists[1] is inner
+    assert model.head is head
+    assert memory.leaf.grad is grad
+    assert grad.item() == 0.25
+    assert not hasattr(memory, "extra")
+    assert model.state_dict().keys() == same.state_dict().keys()
+    for _ in range(2):
+        assert torch.equal(model(ids), same(ids))
+    assert model.memory.numbers["last"] == same.memory.numbers["last"]
+    assert model.memory.numbers["last"].maxlen == 2
+
+
+def test_each_query_begins_at_the_same_state() -> None:
+    model = with_memory()
+    tuner = TestTimeFinetuner(model, lr=1e-2)
+    scores = []
+    for _ in range(3):
+        with tuner.adapted(texts(), [2, 1, 1, 2]) as adapted:
+            scores.append((tuner.last_report.losses, adapted(texts()[0][None])))  # type: ignore[union-attr]
+    for losses, logits in scores[1:]:
+        assert losses == scores[0][0]
+        assert torch.equal(logits, scores[0][1])
+
+
+def test_adapt_in_place_keeps_it() -> None:
+    model = with_memory()
+    TestTimeFinetuner(model, lr=1e-2).adapt_(texts(), [1, 0, 0, 1])
+    assert model.memory.calls == 2
+
+
+def test_what_is_not_the_models_own_stays() -> None:
+    """Hooks have handles; other objects are kept, not looked into."""
+
+    class Log:
+        lines = 0
+
+    model = with_memory()
+    model.memory.log = log = Log()
+    outputs: list[Tensor] = []
+    with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), [1, 0, 0, 1]):
+        log.lines += 1
+        handle = model.head.register_forward_hook(lambda _, __, out: outputs.append(out))
+        model.memory.register_forward_pre_hook(lambda _, inputs: inputs)
+    assert model.memory.log.lines == 1
+    model(texts()[0][None])
+    assert len(outputs) == 1
+    handle.remove()
+    model(texts()[0][None])
+    assert len(outputs) == 1
+
+
+def test_tensors_that_are_not_state() -> None:
+    """They come back as they were attached; their values are not copied."""
+    model = with_memory()
+    sparse = torch.eye(2).to_sparse()
+    computed = model.head.weight * 2
+    with torch.inference_mode():
+        inferred = torch.zeros(3)
+    model.memory.others = [sparse, computed, torch.zeros(2, device="meta"), inferred]
+    before = list(model.memory.others)
+    with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), [1, 0, 0, 1]):
+        model.memory.others[:] = []
+        with torch.inference_mode():
+            inferred += 1
+    assert all(map(lambda a, b: a is b, model.memory.others, before))
+    assert computed._version == 0
+    assert inferred.sum() == 0
+
+
+def test_a_large_container_of_plain_values_is_one_copy() -> None:
+    model = with_memory()
+    model.memory.words = {str(i): i for i in range(1000)}
+    attributes = Attributes(list(model.modules()))
+    assert len(attributes._containers) < 20
+    model.memory.words["0"] = -1
+    attributes.restore()
+    assert model.memory.words["0"] == 0

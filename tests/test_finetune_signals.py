@@ -1,0 +1,323 @@
+"""TestTimeFinetuner: signal handlers and other threads that raise at any moment."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from _models import Before, gpt2, plain, texts
+from hullkit import _adaptation, _loss, _passes, _snapshot, _stand_ins, finetune
+from hullkit.finetune import TestTimeFinetuner
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODULES = (_adaptation, _snapshot, _loss, _passes, finetune)
+SIGNALS = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGALRM: TimeoutError,
+    signal.SIGTERM: SystemExit,
+}
+
+
+@contextmanager
+def raising(signum: int, error: type[BaseException]) -> Iterator[None]:
+    def handler(*_: object) -> None:
+        raise error("from the handler")
+
+    previous = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signum, previous)
+
+
+class AtEvery:
+    """Runs a query again and again, each time with `act()` at a later moment: a line, call, return
+    or error in `modules`, or at a bytecode of the functions named in `opcodes`."""
+
+    def __init__(
+        self,
+        act: Callable[[], None],
+        modules: tuple[ModuleType, ...] = MODULES,
+        functions: tuple[str, ...] = (),
+        opcodes: bool = False,
+    ) -> None:
+        self._act = act
+        self._files = {module.__file__ for module in modules}
+        self._functions = functions
+        self._opcodes = opcodes
+        self.where: set[str] = set()
+
+    def run(self, query: Callable[[], None], check: Callable[[bool], None]) -> None:
+        """check(whether it was the moment's turn)"""
+        for self._chosen in range(1, 5000):
+            self._seen = 0
+            self._passed: dict[Any, int] = {}
+            outer = sys.gettrace()
+            sys.settrace(self._trace)
+            try:
+                query()
+            finally:
+                sys.settrace(outer)
+            check(self._seen >= self._chosen)
+            if self._seen < self._chosen:
+                return
+        pytest.fail("not every moment was tried")
+
+    def _trace(self, frame: Any, event: str, _: Any) -> Any:
+        name = frame.f_code.co_name
+        if frame.f_code.co_filename not in self._files:
+            return None
+        if self._functions and name not in self._functions:
+            return None
+        frame.f_trace_opcodes = self._opcodes
+        moment = (name, frame.f_lineno, frame.f_lasti, event)
+        self._passed[moment] = self._passed.get(moment, 0) + 1
+        if self._passed[moment] > 2:  # a loop: its first two turns will do
+            return self._trace
+        self._seen += 1
+        if self._seen == self._chosen:
+            self.where.add(name)
+            self._act()
+        return self._trace
+
+
+EDGES = ("_claim", "_enter", "_leave")
+
+
+@pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "opcodes"])
+@pytest.mark.parametrize("signum", SIGNALS, ids=[s.name for s in SIGNALS])
+def test_signal_at_any_moment(signum: int, opcodes: bool) -> None:
+    model = plain()
+    at_every = AtEvery(
+        lambda: signal.raise_signal(signum), functions=EDGES if opcodes else (), opcodes=opcodes
+    )
+    interrupted = False
+
+    def query() -> None:
+        nonlocal interrupted
+        interrupted = False
+        try:
+            with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2]):
+                pass
+        except SIGNALS[signum]:
+            interrupted = True
+
+    def check(sent: bool) -> None:
+        before.check()
+        assert interrupted == sent
+
+    with raising(signum, SIGNALS[signum]):
+        before = Before(model)
+        at_every.run(query, check)
+    assert at_every.where >= set(EDGES)
+    if not opcodes:
+        assert at_every.where >= {"_run", "_of", "_pass", "reuse", "restore", "__init__"}
+
+
+@pytest.mark.parametrize("signum", SIGNALS, ids=[s.name for s in SIGNALS])
+def test_signal_whose_handler_the_block_has_set(signum: int) -> None:
+    """Nobody knew of it on entry."""
+    model = plain()
+    before = Before(model)
+    at_every = AtEvery(lambda: signal.raise_signal(signum), functions=("_leave", "restore"))
+    set_inside: Any = None
+    interrupted = False
+    outside = signal.getsignal(signum)
+
+    def handler(*_: object) -> None:
+        raise SIGNALS[signum]("from the handler")
+
+    def query() -> None:
+        nonlocal set_inside, interrupted
+        interrupted = False
+        try:
+            with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2]):
+                signal.signal(signum, handler)
+        except SIGNALS[signum]:
+            interrupted = True
+        set_inside = signal.signal(signum, outside)
+
+    def check(sent: bool) -> None:
+        before.check()
+        assert set_inside is handler  # it is the block's to leave behind
+        assert interrupted == sent
+
+    at_every.run(query, check)
+    assert at_every.where == {"_leave", "restore"}
+
+
+def test_signal_as_what_models_compute_is_put_back() -> None:
+    model = gpt2()
+    at_every = AtEvery(lambda: signal.raise_signal(signal.SIGALRM), modules=(_stand_ins,))
+
+    def query() -> None:
+        try:
+            with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [1]):
+                pass
+        except TimeoutError:
+            pass
+
+    with raising(signal.SIGALRM, TimeoutError):
+        before = Before(model)
+        at_every.run(query, lambda _: before.check())
+    assert "stand_ins" in at_every.where
+
+
+@pytest.mark.parametrize("error", [TimeoutError, SystemExit, MemoryError])
+def test_error_at_any_moment_of_the_way_out(error: type[BaseException]) -> None:
+    """Raised as another thread does it (`PyThreadState_SetAsyncExc`), which nothing holds back."""
+    model = plain()
+    before = Before(model)
+
+    def act() -> None:
+        raise error("at any moment")
+
+    at_every = AtEvery(act, modules=(_adaptation, _snapshot))
+    raised = False
+
+    def query() -> None:
+        nonlocal raised
+        raised = False
+        try:
+            with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2]):
+                pass
+        except error:
+            raised = True
+
+    def check(sent: bool) -> None:
+        before.check()
+        # Where one tensor is restored, an error may be its own: it is tried again.
+        assert raised or not sent or at_every.where & {"_restore", "_write", "_twice"}
+
+    at_every.run(query, check)
+    assert at_every.where >= {"_leave", "restore", "_restore", "_write"}
+
+
+def test_errors_from_another_thread_all_the_time() -> None:
+    """In a thread that is not the main one, which signals do not reach."""
+    model = plain()
+    before = Before(model)
+    with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2]):
+        pass  # imports what is imported at first use
+    interrupted = 0
+    enough = threading.Event()
+
+    def work() -> None:
+        nonlocal interrupted
+        while not enough.is_set():
+            try:
+                before.check()
+                with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2]):
+                    pass
+            except TimeoutError:
+                interrupted += 1
+
+    def until_the_end() -> None:
+        while not enough.is_set():
+            with suppress(TimeoutError):  # it may come outside of the inner try, too
+                work()
+
+    thread = threading.Thread(target=until_the_end)
+    thread.start()
+    for turn in range(100):
+        time.sleep(1e-3 * (2 + turn % 7))
+        error = ctypes.py_object(TimeoutError)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), error)
+    time.sleep(0.2)  # the last one has come by now
+    enough.set()
+    thread.join()
+    assert interrupted > 50
+    before.check()
+
+
+def test_several_signals_at_once() -> None:
+    """All of their handlers run, once the model is restored; the latest error tells of the rest."""
+    model = plain()
+    before = Before(model)
+    calls: list[int] = []
+
+    def handler(signum: int, frame: object) -> None:
+        assert frame is not None
+        before.check_bits()
+        calls.append(signum)
+        raise SIGNALS[signal.Signals(signum)]
+
+    def restore(snapshot: _snapshot.Snapshot) -> Exception | None:
+        for signum in SIGNALS:
+            signal.raise_signal(signum)
+        assert not calls
+        return original(snapshot)
+
+    original = _snapshot.Snapshot.restore
+    previous = {signum: signal.signal(signum, handler) for signum in SIGNALS}
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as raised:  # noqa: PT012, SIM117
+            with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2]):
+                patch.setattr(_snapshot.Snapshot, "restore", restore)
+        assert [signal.getsignal(signum) for signum in SIGNALS] == [handler] * 3
+    finally:
+        for signum, other in previous.items():
+            signal.signal(signum, other)
+    assert calls == list(SIGNALS)
+    assert isinstance(raised.value.__context__, TimeoutError)
+    assert isinstance(raised.value.__context__.__context__, KeyboardInterrupt)
+    before.check()
+
+
+def test_torch_settings_that_a_cut_pass_leaves_behind() -> None:
+    """`__exit__` of torch's own context managers may be cut short, too."""
+
+    class Leaving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(31, 31)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            torch.autocast("cpu", torch.bfloat16).__enter__()
+            torch.set_float32_matmul_precision("medium")
+            torch.no_grad().__enter__()
+            raise TimeoutError
+
+    model = Leaving()
+    before = Before(model)
+    depth = _adaptation._autocast_depth()
+    with pytest.raises(TimeoutError):
+        TestTimeFinetuner(model).adapted(texts(1), [1]).__enter__()
+    before.check()
+    assert torch.is_grad_enabled()
+    assert _adaptation._autocast_depth() == depth
+
+
+def test_system_calls_go_on_after_a_signal_as_before() -> None:
+    """`signal.signal` forgets `signal.siginterrupt`: a read would then end with EINTR."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    reading, writing = os.pipe()
+    arrived: list[int] = []
+    previous = signal.signal(signal.SIGALRM, lambda signum, _: arrived.append(signum))
+    try:
+        signal.siginterrupt(signal.SIGALRM, False)
+        with TestTimeFinetuner(plain()).adapted(texts(1), [1]):
+            pass
+        timer = threading.Timer(0.3, os.write, (writing, b"x"))
+        timer.start()
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        assert libc.read(reading, ctypes.create_string_buffer(1), 1) == 1
+        timer.join()
+        assert arrived == [signal.SIGALRM]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        os.close(reading)
+        os.close(writing)
