@@ -311,7 +311,7 @@ def frank_wolfe_options(
     """Checked options as the operators take them, and the outputs to fill."""
     check_int("max_iters", max_iters, 0)
     tol = check_number("tol", tol, 0.0)
-    gap_tol = -1.0 if gap_tol is None else check_number("gap_tol", gap_tol, 0.0)
+    gap_tol = -math.inf if gap_tol is None else check_number("gap_tol", gap_tol, 0.0)
     check_choice("variant", variant, VARIANTS)
     at_start = 1  # rows touched, and by each iteration:
     by_step = 1
