@@ -50,7 +50,7 @@ def active_set(
     """The fields of a FrankWolfeOutcome; gap_tol = -inf: off.
 
     Fully corrective weights are those of the same problem at any scale, given tol and gap_tol at
-    that scale, while squares are within float64: lengths of about 1e-145 to 1e150.
+    that scale, while squares are within float64: lengths of 1e-150 to 1e150.
     """
     limit = len(pool) + 1 if max_support is None else max_support
     weights, best = capped_vertex(row_dots(pool, query), max_weight)
