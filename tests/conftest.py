@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import _hullft
 import pytest
 import torch
 
@@ -63,3 +66,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def package() -> Iterator[Any]:
+    """The stand-in freshly imported, as the package of somebody else; forgotten afterwards."""
+    yield importlib.import_module(_hullft.PACKAGE)
+    for name in [name for name in sys.modules if name.partition(".")[0] == _hullft.PACKAGE]:
+        del sys.modules[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hullkit
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hullkit._arrays import tensor_of
+from hullkit.interop import activeft, hullft
 from torch import Tensor
 
 
@@ -230,6 +232,48 @@ def test_readable_arrays_are_checked_as_tensors_are() -> None:
         hullkit.knn(pool, query[:5], 3)
     with pytest.raises(TypeError, match=r"pool: expected a torch\.Tensor, got list"):
         hullkit.lmo(pool.tolist(), query.tolist())
+
+
+def test_masks_are_refused() -> None:
+    """Every argument that takes an array, and every adapter: a tensor would show what is masked."""
+    pool, queries = (tensor.numpy() for tensor in problem(batch=3))
+    candidates, lengths = np.arange(12).reshape(3, 4), np.array([3, 4, 1])
+    result = hullkit.frank_wolfe(pool, queries)
+    calls: dict[str, Callable[[Any], Any]] = {
+        "pool": lambda masked: hullkit.lmo(masked(pool), queries),
+        "query": lambda masked: hullkit.select(pool, query=masked(queries), total=3),
+        "direction": lambda masked: hullkit.lmo(pool, masked(queries)),
+        "candidates": lambda masked: hullkit.knn(pool, queries, 3, candidates=masked(candidates)),
+        "lengths": lambda masked: hullkit.sift(pool, queries, 3, lengths=masked(lengths)),
+        "result.weights": lambda masked: hullkit.round_multiplicities(
+            pool, queries, result._replace(weights=masked(result.weights)), 9
+        ),
+        "weights": lambda masked: hullkit.apportion(masked(result.weights), 9),
+        "counts": lambda masked: hullkit.reuse_schedule(masked(lengths)),
+        "embeddings": lambda masked: hullft.FWSelector().select(masked(pool), queries, 3),
+        "query_embedding": lambda masked: hullft.SIFTSelector().select(pool, masked(queries), 3),
+        "support_embeddings": lambda masked: hullft.integerize_by_geometry(
+            lengths, np.ones(3), masked(pool[:3]), queries[0], 9
+        ),
+        "target": lambda masked: hullft.integerize_by_geometry(
+            lengths, np.ones(3), pool[:3], masked(queries[0]), 9
+        ),
+        "indices": lambda masked: hullft.pad_by_weights_deterministic(
+            masked(lengths), np.ones(3), 9
+        ),
+        "queries": lambda masked: activeft.Retriever(flat).batch_search(masked(queries[None]), 3),
+    }
+    flat = SimpleNamespace(d=6, metric_type=0, ntotal=0)
+    for name, call in calls.items():
+        if name == "queries":
+            pytest.importorskip("faiss", reason="faiss is not installed")
+        else:
+            call(np.asarray)
+        for mask in (False, True):  # whether or not anything is masked
+            with pytest.raises(TypeError) as caught:
+                call(lambda array, mask=mask: np.ma.masked_array(array, mask=mask))
+            expected = f"{name}: expected an array without a mask, got numpy.MaskedArray. Pass "
+            assert str(caught.value).startswith(expected)
 
 
 class NoWayBack:

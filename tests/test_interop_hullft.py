@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import _models
 import numpy as np
 import pytest
-import torch
+from _hullft import PACKAGE, module
 from hullkit import reference
 from hullkit.interop import hullft
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
-PACKAGE = "hullft_shaped"
 MODULES = ("selector", "fill", "finetune", "runner", "evaluation")
-
-
-@pytest.fixture
-def package() -> Iterator[Any]:
-    """Freshly imported, as the package of somebody else; forgotten afterwards."""
-    yield importlib.import_module(PACKAGE)
-    for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
-        del sys.modules[name]
 
 
 @pytest.fixture
@@ -39,10 +19,6 @@ def patched(package: Any) -> Iterator[Any]:
     hullft.patch(package)
     yield package
     hullft.unpatch()
-
-
-def module(name: str) -> Any:
-    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 def problem(seed: int, n: int = 60, d: int = 24, queries: int | None = None) -> tuple[Any, Any]:
@@ -81,6 +57,83 @@ def test_selections(package: Any, fill: str | None, dtype: Any) -> None:
         assert np.allclose(
             weights, wanted_weights, rtol=0, atol=1e-12 if dtype is np.float64 else 1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("knn", {}),
+        ("knn", {"use_faiss": False}),
+        ("sift", {}),
+        ("sift", {"llambda": 0.2}),
+        ("sift", {"llambda": 0.2, "fast": True}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_baselines(package: Any, name: str, options: dict[str, Any], dtype: Any) -> None:
+    """Rows of several lengths, so that products and cosines have other neighbours."""
+
+    def answers() -> list[Any]:
+        selector = module("selector").get_selector(name, **options)
+        assert selector.name == name
+        return [selector.select(*case) for case in cases]
+
+    cases = []
+    for seed in range(12):
+        pool, query = problem(seed, queries=3 if seed % 3 == 0 else None)
+        pool = pool * np.random.default_rng(seed).uniform(0.5, 2.0, (len(pool), 1))
+        pool, query = pool.astype(dtype), query.astype(dtype)
+        pool.flags.writeable = False
+        cases += [(pool, query, n_select) for n_select in (1, 7, 50)]
+    naive = answers()
+    hullft.patch(package)
+    try:
+        ours = answers()
+    finally:
+        hullft.unpatch()
+    repeats = 0
+    for (indices, values), (wanted, wanted_values) in zip(ours, naive, strict=True):
+        assert np.array_equal(indices, wanted)
+        assert (indices.dtype, values.dtype) == (np.int64, np.float32)
+        np.testing.assert_allclose(values, wanted_values, rtol=1e-5, atol=1e-5)
+        repeats += len(indices) - len(set(indices.tolist()))
+    assert (repeats > 0) == (name == "sift")
+
+
+def test_baselines_by_their_imported_names(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that imported the classes gets ours, whose answers no oracle makes, and then its own."""
+    pool, query = problem(2)
+    run, classes = module("runner").run_baselines, ("KNNSelector", "SIFTSelector")
+    originals = [getattr(module("runner"), name) for name in classes]
+    naive = run(pool, query, 9)
+    hullft.patch(package)
+    try:
+        with monkeypatch.context() as without:
+            for name in ("knn", "sift"):
+                without.delattr(f"hullkit.reference.{name}")
+            ours = run(pool, query, 9)
+    finally:
+        hullft.unpatch()
+    for name in ("knn", "sift"):
+        assert np.array_equal(ours[name][0], naive[name][0])
+    assert [getattr(module("runner"), name) for name in classes] == originals
+
+
+def test_numbers_of_points_are_checked() -> None:
+    pool, query = problem(0)
+    for wrong in (0, len(pool) + 1):
+        with pytest.raises(ValueError, match=rf"n_points: expected an int in 1..60, got {wrong}"):
+            hullft.KNNSelector().select(pool, query, wrong)
+    with pytest.raises(ValueError, match="n_points: expected an int >= 1, got 0"):
+        hullft.SIFTSelector().select(pool, query, 0)
+    assert len(hullft.SIFTSelector().select(pool, query, len(pool) + 1)[0]) == len(pool) + 1
+
+
+def test_a_row_of_zeros_has_no_direction() -> None:
+    pool, query = problem(0)
+    pool[4] = 0.0
+    indices, values = hullft.KNNSelector(use_faiss=False).select(pool, query, len(pool))
+    assert values[indices == 4] == 0.0
 
 
 def test_kernels_answer(patched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,155 +199,6 @@ def test_filling_at_the_edges() -> None:
     assert [len(part) for part in pad(indices[:0], weights[:0], 5)] == [0, 0]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """One token a byte."""
-    folder = Path(__file__).parents[1] / "bench" / "assets" / "pybytes"
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def _model(kind: str) -> Any:
-    """No dropout: there the published code, which leaves it on, and ours agree."""
-    torch.manual_seed(5)
-    sizes = dict(vocab_size=256, num_hidden_layers=2, num_attention_heads=2)
-    if kind == "llama":
-        config = LlamaConfig(hidden_size=16, intermediate_size=24, **sizes)
-        return LlamaForCausalLM(config).double()
-    config = GPT2Config(
-        vocab_size=256, n_positions=64, n_embd=16, n_layer=2, n_head=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).double()
-
-
-TEXTS = ["def f(x):", "def f(x):", "return x", "def f(x):", "return x + 1", "return x", "return x"]
-UNIQUE = {"standard": 3, "gradient_refresh": 3, "sift_global_refresh": 3}
-UNIQUE["sift_consecutive_refresh"] = 5
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize(
-    "approach",
-    [
-        {"method": "standard"},
-        {"method": "gradient_refresh"},
-        {"method": "gradient_refresh", "refresh_interval": 1},
-        {"method": "gradient_refresh", "refresh_interval": 3, "other": "key"},
-        {"method": "sift_global_refresh", "refresh_interval": 2, "refresh_intervals": [1, 2]},
-        {"method": "sift_consecutive_refresh", "refresh_interval": 2},
-    ],
-    ids=lambda approach: f"{approach['method']}-{approach.get('refresh_interval')}",
-)
-def test_finetuned_weights(
-    package: Any, tokenizer: Any, kind: str, approach: dict[str, Any]
-) -> None:
-    evaluate, model = module("evaluation").evaluate, _model(kind)
-    before = _models.state(model)
-    options = dict(max_length=24, lr=1e-3)
-    naive = evaluate(model, tokenizer, TEXTS, "def g(y):", approach, **options)
-    hullft.patch(package)
-    try:
-        ours = evaluate(model, tokenizer, TEXTS, "def g(y):", approach, device="cpu", **options)
-    finally:
-        hullft.unpatch()
-    method = approach["method"]
-    moved = 0.0
-    for name, tensor in naive["adapted"].items():
-        torch.testing.assert_close(ours["adapted"][name], tensor, rtol=0, atol=1e-9)
-        moved = max(moved, (tensor - before[name]).abs().max().item())
-        assert torch.equal(model.state_dict()[name], before[name])  # the caller's doing
-    assert moved > 1e-3
-    assert ours["loss"] == pytest.approx(naive["loss"], abs=1e-9)
-    assert not ours["training"]
-    assert ours["finetune_seconds"] > 0
-    facts = {key: value for key, value in ours.items() if key.startswith("finetune")}
-    del facts["finetune_seconds"]
-    assert facts == {
-        "finetune_steps": 7,
-        "finetune_approach": method,
-        "finetune_unique_texts": UNIQUE[method],
-        "finetune_total_texts": 7,
-    }
-    assert {key: value for key, value in naive.items() if key in facts}.items() <= facts.items()
-
-
-def test_batches_and_truncation(tokenizer: Any) -> None:
-    """Several texts of different lengths a pass, all of them cut."""
-    texts, options = [*TEXTS[:3], "a much longer text than that"], dict(max_length=9, lr=1e-3)
-    adapted = []
-    for function in (module("finetune").finetune_on_texts, hullft.finetune_on_texts):
-        model = _model("gpt2")
-        report = function(model, tokenizer, texts, batch_size=3, **options)
-        assert report.keys() == {"finetune_steps", "finetune_seconds"}
-        assert report["finetune_steps"] == 2
-        adapted.append(model.state_dict())
-    for name, tensor in adapted[0].items():
-        torch.testing.assert_close(adapted[1][name], tensor, rtol=0, atol=1e-9)
-
-
-def test_only_what_requires_a_gradient(tokenizer: Any) -> None:
-    """Frozen parameters stay, gradients left behind by the caller do not count."""
-    adapted = []
-    for left_behind in (False, True):
-        model = _model("llama")
-        model.model.embed_tokens.weight.requires_grad_(False)
-        if left_behind:
-            model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
-        before = _models.state(model)
-        hullft.finetune_with_approach(model, tokenizer, TEXTS[:1], None, lr=1e-2, device="cpu")
-        assert all(p.grad is None for p in model.parameters())
-        adapted.append(model.state_dict())
-        moved = {name for name in before if not torch.equal(adapted[-1][name], before[name])}
-        assert moved == before.keys() - {"model.embed_tokens.weight"}
-    assert all(torch.equal(adapted[0][name], adapted[1][name]) for name in adapted[0])
-
-
-def test_no_dropout(tokenizer: Any) -> None:
-    adapted = []
-    for p in (0.0, 0.5):
-        model = _model("gpt2").train()
-        for part in model.modules():
-            if isinstance(part, torch.nn.Dropout):
-                part.p = p
-        hullft.finetune_with_approach(model, tokenizer, TEXTS[:2], None, lr=1e-2, device="cpu")
-        assert not any(part.training for part in model.modules())
-        adapted.append(model.state_dict())
-    assert all(torch.equal(adapted[0][name], adapted[1][name]) for name in adapted[0])
-
-
-@pytest.mark.gpu
-def test_on_a_device(tokenizer: Any) -> None:
-    """device=None goes to the GPU, and stays there."""
-    approach, adapted = {"method": "gradient_refresh"}, []
-    for device in ("cpu", None):
-        model = _model("llama")
-        report = hullft.finetune_with_approach(
-            model, tokenizer, TEXTS, approach, lr=1e-3, device=device
-        )
-        assert report["finetune_steps"] == 7
-        assert {p.device.type for p in model.parameters()} == {device or "cuda"}
-        adapted.append(model.cpu().state_dict())
-    for name, tensor in adapted[0].items():
-        # The model takes its loss in float32, whatever its dtype: rounded otherwise there.
-        torch.testing.assert_close(adapted[1][name], tensor, rtol=0, atol=1e-5)
-
-
-def test_finetuning_refusals(tokenizer: Any) -> None:
-    model = _model("llama")
-    before = _models.state(model)
-
-    def finetune(texts: list[str], config: Any) -> Any:
-        return hullft.finetune_with_approach(model, tokenizer, texts, config, device="cpu")
-
-    with pytest.raises(ValueError, match=r"approach_config\['method'\]: expected one of 'standard"):
-        finetune(TEXTS, {"method": "gradient"})
-    for config in (None, {"method": "gradient_refresh"}):
-        with pytest.raises(ValueError, match="texts: expected at least 2 tokens each, got 'x'"):
-            finetune(["long enough", "x"], config)
-        assert finetune([], config)["finetune_steps"] == 0
-    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
-
-
 def names_of(package: Any) -> dict[tuple[str, str], Any]:
     """Every binding in the package's modules, the entries of the registry among them."""
     found = {}
@@ -313,6 +217,12 @@ def test_patching(package: Any) -> None:
     changed = {place: after[place] for place in before if after[place] is not before[place]}
     hullft.unpatch()
     assert changed == {
+        ("selector", "KNNSelector"): hullft.KNNSelector,
+        ("_SELECTORS", "knn"): hullft.KNNSelector,
+        ("runner", "KNNSelector"): hullft.KNNSelector,
+        ("selector", "SIFTSelector"): hullft.SIFTSelector,
+        ("_SELECTORS", "sift"): hullft.SIFTSelector,
+        ("runner", "SIFTSelector"): hullft.SIFTSelector,
         ("selector", "FWSelector"): hullft.FWSelector,
         ("_SELECTORS", "fw"): hullft.FWSelector,
         ("fill", "integerize_by_geometry"): hullft.integerize_by_geometry,

@@ -305,6 +305,29 @@ def test_bad_options() -> None:
         hullkit.frank_wolfe(pool, query[:, None])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_operator_checks_its_options(device: str) -> None:
+    """It takes them from anybody, and divides by some."""
+    pool, query = (tensor.to(device) for tensor in batch(torch.float32, b=2, n=9, d=17))
+    out = hullkit.sift(pool, query, 5)
+    good = {"total": 5, "noise": 0.01, "alpha": 0.0, "max_multiplicity": 5}
+    torch.ops.hullkit.sift(pool, query, None, None, *good.values(), *out)
+    for name, value, message in (
+        ("total", 0, "an int >= 1, got 0"),
+        ("noise", 0.0, "a finite number > 0, got 0"),
+        ("noise", -1.0, "a finite number > 0, got -1"),
+        ("noise", math.nan, "a finite number > 0, got nan"),
+        ("noise", math.inf, "a finite number > 0, got inf"),
+        ("alpha", -0.5, "a finite number >= 0, got -0.5"),
+        ("alpha", math.nan, "a finite number >= 0, got nan"),
+        ("max_multiplicity", 0, "an int >= 1, got 0"),
+        ("max_multiplicity", -3, "an int >= 1, got -3"),
+    ):
+        options = {**good, name: value}
+        with pytest.raises(ValueError, match=f"{name}: expected {message}"):
+            torch.ops.hullkit.sift(pool, query, None, None, *options.values(), *out)
+
+
 def test_far_queries_say_so() -> None:
     pool, query = batch(torch.float64, b=2, n=9, d=17)
     with pytest.raises(ValueError, match=r"pool: .* overflow in entry 0"):

@@ -10,6 +10,7 @@
 #include "hullkit/parallel.h"
 #include "hullkit/sift.h"
 #include "pool/pool_rows.h"
+#include "sift/check_params.h"
 #include "simd/simd.h"
 
 namespace hullkit {
@@ -61,7 +62,7 @@ class SiftRun {
       order[steps] = rows_.position(chosen);
       variance[steps] = variance_;
       ++steps;
-      if (std::sqrt(variance_) > 1.0 / (params_.alpha * static_cast<double>(steps))) break;
+      if (params_.alpha > 0.0 && std::sqrt(variance_) > 1.0 / (params_.alpha * static_cast<double>(steps))) break;
       if (steps < total) condition(chosen, total - steps);
     }
     std::fill(order + steps, order + total, -1);
@@ -215,6 +216,7 @@ class SiftRun {
 
 void sift_cpu(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
               int num_threads) {
+  check_params(params);
   const bool several = query.rank == 3;
   const int64_t num_vectors = several ? query.shape[1] : 1;
   with_compute_type(pool.rows.dtype, [&](auto type) {

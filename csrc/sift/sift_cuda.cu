@@ -10,6 +10,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/prompt.cuh"
 #include "hullkit/sift.h"
+#include "sift/check_params.h"
 
 namespace hullkit {
 namespace {
@@ -309,6 +310,7 @@ int64_t sift_workspace_bytes(int64_t batch, int64_t positions, int64_t vectors, 
 
 void sift_cuda(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
                void* workspace, void* stream) {
+  check_params(params);
   const DevicePool device_pool(pool, query);
   const int64_t batch = pool.batch(), n = pool.positions(), vectors = device_pool.vectors;
   const int64_t step = piece(batch, n, vectors, params.total);

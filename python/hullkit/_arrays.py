@@ -71,6 +71,7 @@ def tensor_of(name: str, array: Any) -> Tensor:
 
     Copied are only NumPy views that go backwards or step by parts of an element.
     """
+    refuse_mask(name, array)
     try:
         return _from_numpy(array) if isinstance(array, np.ndarray) else dlpack.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -78,6 +79,22 @@ def tensor_of(name: str, array: Any) -> Tensor:
             f"{name}: expected an array that torch can read in place, got {_kind(array)} "
             f"of dtype {getattr(array, 'dtype', 'unknown')} ({error})"
         ) from error
+
+
+def refuse_mask(name: str, value: Any) -> None:
+    """TypeError for a masked array: a tensor has no mask, and would show what lies under it."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: expected an array without a mask, got {_kind(value)}. Pass "
+            f"{name}.filled(value) (-1 for candidates that are none), or {name}.data if nothing is "
+            "masked"
+        )
+
+
+def to_numpy(name: str, value: Any, dtype: Any = None) -> Any:
+    """`numpy.asarray`, which forgets masks, for what has none."""
+    refuse_mask(name, value)
+    return np.asarray(value, dtype=dtype)
 
 
 def _from_numpy(array: Any) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_INTEGRAL = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
+_UNSIGNED = (torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 MAX_TOTAL = 2**40  # quotas are float64: their floors are exact far beyond any budget up to here
 
 
@@ -125,15 +126,38 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def as_int64(name: str, tensor: Tensor) -> Tensor:
+    """An integer tensor as int64.
+
+    uint64 is read by its bits: 2**64 - 1, which -1 becomes there, is -1 again. Any other value
+    beyond int64 is refused; on a CUDA device the kernels see a negative, and mark the entry.
+    """
+    if tensor.dtype is torch.int64:
+        return tensor
+    if tensor.dtype not in _SIGNED + _UNSIGNED:
+        raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
+    if tensor.dtype is not torch.uint64:
+        return tensor.to(torch.int64)
+    signed = tensor.view(torch.int64)
+    if signed.is_cpu and not torch.compiler.is_compiling():
+        beyond = signed[signed < -1]
+        if len(beyond):
+            check_below_2_63(name, int(beyond[0]) + 2**64)
+    return signed
+
+
+def check_below_2_63(name: str, value: int) -> None:
+    if value >= 2**63:
+        raise ValueError(f"{name}: expected a value below 2**63, got {value}")
+
+
 def check_integers(name: str, value: Any, shape: tuple[int, ...], pool: Tensor) -> Tensor:
     """An integer tensor of exactly `shape` on the pool's device, as int64."""
-    tensor = check_tensor(name, value)
-    if tensor.dtype not in _INTEGRAL:
-        raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
+    tensor = as_int64(name, check_tensor(name, value))
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     _same(name, tensor, pool)
-    return tensor if tensor.dtype is torch.int64 else tensor.to(torch.int64)
+    return tensor
 
 
 def check_pool_query(

@@ -13,6 +13,7 @@ from ._arrays import takes_arrays
 from ._checks import (
     MAX_TOTAL,
     Problem,
+    as_int64,
     check_cap,
     check_choice,
     check_device,
@@ -187,7 +188,7 @@ def select(
         totals = result.num_steps if auto else None
     rows = result.indices
     if listed is not None:
-        looked_up = listed.to(torch.int64).gather(-1, rows.clamp_min(0))
+        looked_up = as_int64("candidates", listed).gather(-1, rows.clamp_min(0))
         rows = torch.where(rows < 0, rows, looked_up)
     return Multiset(result.indices, counts, rows, result, residual_norm, representatives, totals)
 
@@ -246,7 +247,7 @@ def _without_copies(
         candidates = torch.arange(pool.shape[:-1].numel(), device=pool.device)
         candidates = candidates.view(pool.shape[:-1])
         pool = pool.flatten(0, -2)
-    merged = torch.where(own, candidates.to(torch.int64), -1)
+    merged = torch.where(own, as_int64("candidates", candidates), -1)
     return pool, merged.expand(*query.shape[: min(query.ndim - 1, 1)], merged.shape[-1])
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ._checks import check_int
+from ._arrays import refuse_mask
+from ._checks import check_below_2_63, check_int
 
 __all__ = ["Reuse", "reuse_schedule"]
 
@@ -55,6 +56,7 @@ def reuse_schedule(counts: Any, refresh_interval: int = 2) -> list[Reuse]:
 
 def check_counts(counts: Any) -> list[int]:
     """`counts` as a list of ints >= 0 with a positive sum, or the error that names it."""
+    refuse_mask("counts", counts)
     # NumPy arrays and tensors, on any device.
     rank = getattr(counts, "ndim", None)
     if rank is not None and rank != 1:
@@ -71,6 +73,7 @@ def check_counts(counts: Any) -> list[int]:
             raise TypeError(f"counts: expected integers, got {_kind(entry)} at counts[{i}]")
         if value < 0:
             raise ValueError(f"counts: expected entries >= 0, got counts[{i}] = {value}")
+        check_below_2_63(f"counts[{i}]", value)
         result.append(value)
     if sum(result) == 0:
         got = f"{len(result)} zeros" if result else "an empty sequence"

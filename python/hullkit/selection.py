@@ -79,11 +79,13 @@ def lmo(
         pool: `(n, d)` or `(B, n, d)`; float64, float32, float16 or bfloat16. `(n, d)` with a batch
             of directions is shared by all of them. Arrays of NumPy, CuPy, JAX or any library that
             speaks DLPack do as well, all of a call from one library: they are read where they lie,
-            on the device they are on, and the results are arrays of that library.
+            on the device they are on, and the results are arrays of that library. Masked arrays of
+            NumPy are refused.
         direction: `(d,)` or `(B, d)`, the pool's dtype and device.
         lengths: `(B,)` integers, 1 <= lengths[b] <= n: candidates from lengths[b] on are ignored.
             For an unbatched call a 0-d tensor.
-        candidates: `(B, n)` integers, rows of a shared `pool (M, d)`, -1 = none; `(n,)` unbatched.
+        candidates: `(B, n)` integers, rows of a shared `pool (M, d)`, -1 = none (2**64 - 1 in
+            uint64); `(n,)` unbatched.
             Returned indices are then positions in `candidates[b]`. Nothing is gathered into a copy.
         backend: None for the kernels, "reference" for the float64 oracle.
     Returns:
@@ -311,7 +313,7 @@ def frank_wolfe_options(
     """Checked options as the operators take them, and the outputs to fill."""
     check_int("max_iters", max_iters, 0)
     tol = check_number("tol", tol, 0.0)
-    gap_tol = -1.0 if gap_tol is None else check_number("gap_tol", gap_tol, 0.0)
+    gap_tol = -math.inf if gap_tol is None else check_number("gap_tol", gap_tol, 0.0)
     check_choice("variant", variant, VARIANTS)
     at_start = 1  # rows touched, and by each iteration:
     by_step = 1

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .fill import integerize_by_geometry, pad_by_weights_deterministic
-from .selector import get_selector
+from .selector import KNNSelector, SIFTSelector, get_selector
 
 
 def run_selection(
@@ -25,3 +25,11 @@ def run_selection(
         indices, weights = pad_by_weights_deterministic(indices, weights, n_select)
     order = np.argsort(-weights, kind="stable")
     return indices[order], weights[order]
+
+
+def run_baselines(pool: Any, query: Any, n_select: int) -> dict[str, tuple[Any, Any]]:
+    """What the hull is compared with, by name."""
+    return {
+        selector.name: selector().select(pool, query, n_select)
+        for selector in (KNNSelector, SIFTSelector)
+    }

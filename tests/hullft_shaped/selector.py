@@ -15,9 +15,29 @@ class Selector:
 class KNNSelector(Selector):
     name = "knn"
 
+    def __init__(self, use_faiss: bool = True) -> None:
+        self.use_faiss = use_faiss
+
     def select(self, embeddings: Any, query_embedding: Any, n_points: int) -> Any:
-        indices, products = reference.knn(np.float64(embeddings), mean(query_embedding), n_points)
-        return indices, products
+        pool, query = np.float64(embeddings), mean(query_embedding)
+        if not self.use_faiss:  # cosines
+            pool = pool / np.linalg.norm(pool, axis=1, keepdims=True)
+            query = query / np.linalg.norm(query)
+        indices, values = reference.knn(pool, query, n_points)
+        return indices, np.float32(values)
+
+
+class SIFTSelector(Selector):
+    name = "sift"
+
+    def __init__(self, llambda: float = 0.01, fast: bool = False) -> None:
+        self.llambda, self.fast = llambda, fast
+
+    def select(self, embeddings: Any, query_embedding: Any, n_points: int) -> Any:
+        pool, queries = np.float64(embeddings), np.float64(query_embedding)
+        outcome = reference.sift(pool, queries, n_points, self.llambda)
+        left = np.array([(queries**2).sum(), *outcome.variance])
+        return outcome.order, np.float32(left[:-1] - left[1:] if self.fast else -left[1:])
 
 
 class FWSelector(Selector):
@@ -38,7 +58,7 @@ def mean(query_embedding: Any) -> Any:
     return query.mean(0) if query.ndim == 2 else query
 
 
-_SELECTORS = {"knn": KNNSelector, "fw": FWSelector}
+_SELECTORS = {"knn": KNNSelector, "sift": SIFTSelector, "fw": FWSelector}
 
 
 def get_selector(name: str, **options: Any) -> Any:

@@ -103,11 +103,8 @@ def _finetune_in_place(
     lr: float,
     device: torch.device,
 ) -> None:
-    # Checked before any weight is touched. One text needs no padding, a batch that of its longest.
-    batches = [
-        tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        for texts, _ in groups
-    ]
+    # Checked before any weight is touched.
+    batches = [_tokens(tokenizer, texts, max_length) for texts, _ in groups]
     for (texts, _), batch in zip(groups, batches, strict=True):
         for text, mask in zip(texts, batch["attention_mask"], strict=True):
             if mask.sum() < 2:
@@ -128,6 +125,19 @@ def _finetune_in_place(
         model(**inputs, labels=labels, **cache).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _tokens(tokenizer: Any, texts: list[str], max_length: int) -> Any:
+    """Texts of one length are not padded, which would need a pad token; others to the longest."""
+    options: dict[str, Any] = {"truncation": True, "max_length": max_length}
+    lengths = set(map(len, tokenizer(texts, **options)["input_ids"])) if len(texts) > 1 else {0}
+    padding = len(lengths) > 1
+    if padding and getattr(tokenizer, "pad_token", "") is None:
+        raise ValueError(
+            "tokenizer: expected a pad_token for a batch of texts of different lengths, got None. "
+            "Set tokenizer.pad_token, or batch_size=1"
+        )
+    return tokenizer(texts, padding=padding, return_tensors="pt", **options)
 
 
 _latest: TestTimeFinetuner | None = None  # its graphs serve the next call for the same model

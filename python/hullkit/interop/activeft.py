@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._arrays import to_numpy
 from ..greedy import sift
 
 Array = NDArray[np.float32]
@@ -69,7 +70,7 @@ class Retriever:
     ) -> tuple[Array, Indices, Array, RetrievalTime]:
         """:meth:`batch_search` for one prompt: query `(m, d)`; results without the leading B."""
         values, indices, embeddings, seconds = self.batch_search(
-            np.asarray(query)[None], N, K, mean_pooling, threads
+            to_numpy("query", query)[None], N, K, mean_pooling, threads
         )
         return values[0], indices[0], embeddings[0], seconds
 
@@ -95,7 +96,7 @@ class Retriever:
         """
         import faiss
 
-        queries = np.asarray(queries, dtype=np.float32)
+        queries = to_numpy("queries", queries, np.float32)
         if queries.ndim != 3 or queries.shape[2] != self.index.d:
             raise ValueError(f"queries: expected shape (B, m, {self.index.d}), got {queries.shape}")
         means = queries.mean(axis=1)
@@ -114,16 +115,13 @@ class Retriever:
             noise=self.llambda,
             candidates=torch.from_numpy(rows).to(self.device),
         )
-        order, variance = result.order.cpu().numpy(), result.variance.cpu().numpy()
-        values = -variance
-        if self.fast:
-            vectors = (means[:, None] if mean_pooling else queries).astype(np.float64)
-            prior = (vectors**2).sum(axis=(1, 2))
-            values = -np.diff(variance, prepend=prior[:, None], axis=1)
+        order = result.order.cpu().numpy()
+        vectors = means[:, None] if mean_pooling else queries
+        values = sift_values(result.variance.cpu().numpy(), vectors, self.fast)
         embeddings = pool[np.take_along_axis(rows, order, axis=1)]
         indices = np.take_along_axis(indices, order, axis=1)
         seconds = RetrievalTime(found - start, time.perf_counter() - found)
-        return values.astype(np.float32), indices, embeddings, seconds
+        return values, indices, embeddings, seconds
 
     def _candidates(
         self, means: Array, k: int, faiss: Any
@@ -156,10 +154,25 @@ class Retriever:
         return products, indices, pool, rows
 
 
+def sift_values(variance: NDArray[np.float64], queries: NDArray[Any], fast: bool) -> Array:
+    """activeft's value of each choice: minus the variance after it or, fast, what it takes off.
+
+    variance (B, N), of prompts (B, m, d).
+    """
+    if not fast:
+        return (-variance).astype(np.float32)
+    prior = (queries.astype(np.float64) ** 2).sum(axis=(1, 2))
+    return -np.diff(variance, prepend=prior[:, None], axis=1).astype(np.float32)
+
+
 def _stored_vectors(index: Any, faiss: Any) -> Array | None:
-    """The vectors of a flat index (n, d), where they lie."""
+    """The vectors of a flat index (n, d), where they lie.
+
+    None for any other class, subclasses too: how they store vectors is theirs to choose.
+    """
+    row_major = (faiss.IndexFlat, faiss.IndexFlatIP, faiss.IndexFlatL2)
     flat = faiss.downcast_index(index)
-    if not isinstance(flat, faiss.IndexFlat):
+    if type(index) not in (faiss.Index, *row_major) or type(flat) not in row_major:
         return None
     values: Array = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d)
     return values.reshape(flat.ntotal, flat.d)

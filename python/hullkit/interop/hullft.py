@@ -1,12 +1,13 @@
-"""HullFT-shaped code on hullkit's kernels: its selector, its filling, its finetuning.
+"""HullFT-shaped code on hullkit's kernels: its selectors, its filling, its finetuning.
 
     from hullkit.interop import hullft
     hullft.patch("hullft")                       # the package to speed up; unpatch() undoes it
 
 Names, arguments and returned values are those of the code published with arXiv 2605.30337, and so
 are the answers, with these exceptions: ties go to the lowest index; no count turns negative (the
-published exchange loses examples where one does); and finetuning runs in eval mode (no dropout), on
-sequences as long as their text instead of padded ones.
+published exchange loses examples where one does); kNN refuses more points than there are; SIFT's
+choices are exact where float32 or `fast` makes others; and finetuning runs in eval mode (no
+dropout), on sequences as long as their text instead of padded ones.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from .._arrays import tensor_of
+from .._arrays import tensor_of, to_numpy
 from ..rounding import apportion, round_multiplicities
-from ..selection import frank_wolfe
 from ._hullft_finetune import finetune_on_texts, finetune_with_approach, release
+from ._hullft_selectors import FWSelector, KNNSelector, SIFTSelector, floating
 from ._patching import PackagePatch
 
 __all__ = [
     "FWSelector",
+    "KNNSelector",
+    "SIFTSelector",
     "finetune_on_texts",
     "finetune_with_approach",
     "integerize_by_geometry",
@@ -38,42 +40,6 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-
-
-class FWSelector:
-    """The Frank-Wolfe selector: :func:`hullkit.frank_wolfe` over NumPy arrays.
-
-    float32 embeddings are multiplied in float32, float64 ones in float64; the rest is float64.
-    """
-
-    name = "fw"
-
-    def __init__(self, max_iter: int = 100, tol: float = 1e-4) -> None:
-        self.max_iter = int(max_iter)
-        self.tol = float(tol)
-
-    def select(
-        self, embeddings: Array, query_embedding: Array, n_points: int
-    ) -> tuple[Array, Array]:
-        """The support by falling weight, at most n_points: indices int64, weights float64.
-
-        embeddings (n, d); query_embedding (d,), or (k, d), of which the mean is taken.
-        """
-        pool = _floating("embeddings", embeddings)
-        query = np.asarray(query_embedding)
-        if query.ndim == 2:
-            query = query.mean(axis=0, dtype=np.float64)
-        n_points = operator.index(n_points)
-        result = frank_wolfe(
-            pool,
-            tensor_of("query_embedding", query).to(pool.dtype),
-            # The limit is looked at after a step: a single point is the heavier of two.
-            max_support=max(n_points, 2),
-            max_iters=self.max_iter,
-            tol=self.tol,
-        )
-        size = min(int(result.support_size), n_points)
-        return result.indices.numpy()[:size], result.weights.numpy()[:size]
 
 
 def integerize_by_geometry(
@@ -89,13 +55,13 @@ def integerize_by_geometry(
     support_embeddings (m, d) are the rows that indices (m,) name. The weights returned are
     1 / n_select each.
     """
-    indices, n_select = np.asarray(indices, dtype=np.int64), operator.index(n_select)
+    indices, n_select = to_numpy("indices", indices, np.int64), operator.index(n_select)
     if n_select <= 0 or len(indices) == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
-    support = _floating("support_embeddings", support_embeddings)
-    query = tensor_of("target", np.asarray(target).reshape(-1)).to(support.dtype)
+    support = floating("support_embeddings", support_embeddings)
+    query = tensor_of("target", to_numpy("target", target).reshape(-1)).to(support.dtype)
     convex: Any = SimpleNamespace(  # what round_multiplicities reads of a FrankWolfeResult
-        indices=torch.arange(len(indices), device="cpu"), weights=_floating("weights", weights)
+        indices=torch.arange(len(indices), device="cpu"), weights=floating("weights", weights)
     )
     passes = max(0, int(swap_passes))
     counts = round_multiplicities(support, query, convex, n_select, exchange_passes=passes)
@@ -109,7 +75,7 @@ def pad_by_weights_deterministic(
 
     With n_select indices or more: the first n_select of them and of the weights, as they are.
     """
-    indices, weights = np.asarray(indices), np.asarray(weights, dtype=np.float64)
+    indices, weights = to_numpy("indices", indices), to_numpy("weights", weights, np.float64)
     n_select = operator.index(n_select)
     if not 0 < len(indices) < n_select:
         return indices[:n_select].copy(), weights[:n_select].copy()
@@ -121,7 +87,7 @@ def pad_by_weights_deterministic(
 
 
 _PATCH = PackagePatch(
-    selector=(FWSelector,),
+    selector=(KNNSelector, SIFTSelector, FWSelector),
     fill=(integerize_by_geometry, pad_by_weights_deterministic),
     finetune=(finetune_with_approach, finetune_on_texts),
 )
@@ -147,11 +113,3 @@ def unpatch() -> None:
     RuntimeError if nothing is patched.
     """
     _PATCH.undo()
-
-
-def _floating(name: str, array: Any) -> Tensor:
-    """A float32 or float64 tensor, whichever holds the array's values."""
-    array = np.asarray(array)
-    if array.dtype not in (np.float32, np.float64):
-        array = array.astype(np.result_type(array.dtype, np.float32))
-    return tensor_of(name, array)

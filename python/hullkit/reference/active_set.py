@@ -12,6 +12,7 @@ from .lmo import Array, row_dots
 
 _GAIN = 1e-14  # what a step must gain by the unit, of the largest squared norm: more than rounding
 _AT_BOUND = 1e-14  # a weight so close to a bound has met it
+_TINY = np.finfo(np.float64).tiny
 
 
 class _State(NamedTuple):
@@ -46,7 +47,11 @@ def active_set(
     variant: str,
     max_weight: float,
 ) -> tuple[NDArray[np.int64], Array, float, float, int, str]:
-    """The fields of a FrankWolfeOutcome; gap_tol < 0: off."""
+    """The fields of a FrankWolfeOutcome; gap_tol = -inf: off.
+
+    Fully corrective weights are those of the same problem at any scale, given tol and gap_tol at
+    that scale, while squares are within float64: lengths of 1e-150 to 1e150.
+    """
     limit = len(pool) + 1 if max_support is None else max_support
     weights, best = capped_vertex(row_dots(pool, query), max_weight)
     cap = max_weight if len(best) > 1 else np.inf
@@ -115,7 +120,7 @@ def _away(s: _State) -> _Moved | None:
     i = best if forward else worst
     direction = s.pool[i] - s.iterate
     longest = 1.0 if forward else float(s.weights[i] / (1 - s.weights[i]))
-    step: float = min(float(abs(s.scores[i] - level) / max(direction @ direction, 1e-300)), longest)
+    step: float = min(float(abs(s.scores[i] - level) / max(direction @ direction, _TINY)), longest)
     share: float = step if forward else -step
     weights = (1 - share) * s.weights
     weights[i] = 0.0 if not forward and step == longest else max(weights[i] + share, 0.0)
@@ -130,7 +135,7 @@ def _pairwise(s: _State) -> _Moved | None:
     direction = s.pool[best] - s.pool[worst]
     room, own = s.cap - s.weights[best], s.weights[worst]
     slope = s.scores[best] - s.scores[worst]
-    step = min(slope / max(direction @ direction, 1e-300), room, own)
+    step = min(slope / max(direction @ direction, _TINY), room, own)
     weights = s.weights.copy()
     weights[best] = s.cap if step == room else weights[best] + step
     weights[worst] = 0.0 if step == own else own - step
@@ -158,10 +163,14 @@ def _corrective(s: _State) -> _Moved | None:
     moved = False
     while len(free) > 1:
         size = len(free)
+        # In units of its largest entry: lstsq drops what is small beside the rest, and the row of
+        # ones, by which weights sum to 1, must not be.
+        unit = gram[free].max()
         system = np.ones((size + 1, size + 1))
-        system[:size, :size] = gram[free]
+        system[:size, :size] = gram[free] / unit
         system[size, size] = 0.0
-        change = np.linalg.lstsq(system, np.append(residual_scores, 0.0), rcond=None)[0][:size]
+        right = np.append(residual_scores / unit, 0.0)
+        change = np.linalg.lstsq(system, right, rcond=None)[0][:size]
         with np.errstate(divide="ignore", invalid="ignore"):
             room = np.where(change < 0, weights[free], s.cap - weights[free])
             steps = np.where(change != 0, room / np.abs(change), np.inf)

@@ -36,7 +36,7 @@ def frank_wolfe(
     after max_iters steps, when the dual gap is at most gap_tol, or when the LMO answers the iterate
     itself. The other variants, and weights of at most max_weight, are active_set's.
     """
-    options = (max_support, max_iters, tol, -1.0 if gap_tol is None else gap_tol)
+    options = (max_support, max_iters, tol, -np.inf if gap_tol is None else gap_tol)
     if variant != "vanilla" or max_weight < 1.0:
         return FrankWolfeOutcome(*active_set(pool, query, *options, variant, max_weight))
     first, _ = lmo(pool, -query)

@@ -1,0 +1,121 @@
+"""The selectors of HullFT-shaped code, see hullkit.interop.hullft.
+
+Arrays in and out are NumPy's. float32 embeddings are multiplied in float32, float64 ones in
+float64; what follows is float64.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._arrays import tensor_of, to_numpy
+from .._checks import check_int
+from ..greedy import sift
+from ..selection import frank_wolfe, knn
+from .activeft import sift_values
+
+Array = NDArray[Any]
+
+
+class KNNSelector:
+    """The nearest neighbours: :func:`hullkit.knn`."""
+
+    name = "knn"
+
+    def __init__(self, use_faiss: bool = True) -> None:
+        self.use_faiss = bool(use_faiss)
+
+    def select(
+        self, embeddings: Array, query_embedding: Array, n_points: int
+    ) -> tuple[Array, Array]:
+        """The n_points nearest, nearest first: indices int64, values float32.
+
+        embeddings (n, d); query_embedding (d,), or (k, d), of which the mean is taken. Values are
+        inner products or, without use_faiss, cosines (0 for a row of zeros).
+        Raises ValueError for more points than rows: faiss fills up with -1, a row to NumPy.
+        """
+        pool = floating("embeddings", embeddings)
+        query = _mean("query_embedding", query_embedding, pool)
+        n_points = check_int("n_points", operator.index(n_points), 1, len(pool))
+        if not self.use_faiss:
+            pool, query = (torch.nn.functional.normalize(rows, dim=-1) for rows in (pool, query))
+        result = knn(pool, query, n_points)
+        return result.indices.numpy(), result.values.numpy().astype(np.float32)
+
+
+class SIFTSelector:
+    """SIFT: :func:`hullkit.sift` with `noise=llambda`, over all embeddings."""
+
+    name = "sift"
+
+    def __init__(self, llambda: float = 0.01, fast: bool = False) -> None:
+        self.llambda = float(llambda)
+        self.fast = bool(fast)
+
+    def select(
+        self, embeddings: Array, query_embedding: Array, n_points: int
+    ) -> tuple[Array, Array]:
+        """n_points choices in their order, repeats included: indices int64, values float32.
+
+        embeddings (n, d); query_embedding (d,), or (k, d), whose variances are summed. Values are
+        minus the variance after each choice or, with fast, what the choice takes off it. Choices
+        are the same either way, and gains that tie go to the lowest index.
+        """
+        pool = floating("embeddings", embeddings)
+        rows = np.atleast_2d(to_numpy("query_embedding", query_embedding))
+        queries = tensor_of("query_embedding", rows).to(pool.dtype)[None]
+        n_points = check_int("n_points", operator.index(n_points), 1)
+        result = sift(pool, queries, n_points, noise=self.llambda)
+        values = sift_values(result.variance.numpy(), queries.numpy(), self.fast)
+        return result.order[0].numpy(), values[0]
+
+
+class FWSelector:
+    """The Frank-Wolfe selector: :func:`hullkit.frank_wolfe`."""
+
+    name = "fw"
+
+    def __init__(self, max_iter: int = 100, tol: float = 1e-4) -> None:
+        self.max_iter = int(max_iter)
+        self.tol = float(tol)
+
+    def select(
+        self, embeddings: Array, query_embedding: Array, n_points: int
+    ) -> tuple[Array, Array]:
+        """The support by falling weight, at most n_points: indices int64, weights float64.
+
+        embeddings (n, d); query_embedding (d,), or (k, d), of which the mean is taken.
+        """
+        pool = floating("embeddings", embeddings)
+        n_points = operator.index(n_points)
+        result = frank_wolfe(
+            pool,
+            _mean("query_embedding", query_embedding, pool),
+            # The limit is looked at after a step: a single point is the heavier of two.
+            max_support=max(n_points, 2),
+            max_iters=self.max_iter,
+            tol=self.tol,
+        )
+        size = min(int(result.support_size), n_points)
+        return result.indices.numpy()[:size], result.weights.numpy()[:size]
+
+
+def floating(name: str, array: Any) -> Tensor:
+    """A float32 or float64 tensor, whichever holds the array's values."""
+    array = to_numpy(name, array)
+    if array.dtype not in (np.float32, np.float64):
+        array = array.astype(np.result_type(array.dtype, np.float32))
+    return tensor_of(name, array)
+
+
+def _mean(name: str, array: Any, pool: Tensor) -> Tensor:
+    query = to_numpy(name, array)
+    if query.ndim == 2:
+        query = query.mean(axis=0, dtype=np.float64)
+    return tensor_of(name, query).to(pool.dtype)
