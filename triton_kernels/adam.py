@@ -21,7 +21,6 @@ from .multi_tensor import (
     noise,
     noise_key,
     option,
-    pointers,
     read,
     round_stochastically,
     updates,
@@ -93,13 +92,13 @@ def _update(
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COPY: tl.constexpr,
     MATH: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    """A block's updates; which of its gradients are not finite."""
     param = read(param_at, offsets, end, PARAM, MATH, WHOLE)
     grad = read(grad_at, offsets, end, GRAD, MATH, WHOLE)
     exp_avg = read(exp_avg_at, offsets, end, STATE, MATH, WHOLE)
     exp_avg_sq = read(exp_avg_sq_at, offsets, end, STATE, MATH, WHOLE)
     grad *= scale
     unfit = ~(tl.abs(grad) < float("inf"))
-    tl.store(record + BROKEN + tl.zeros_like(offsets), 1, mask=unfit)
     if l2 != 0:  # an infinite parameter times 0 would be NaN
         for i in range(num_steps):
             total = tl.fma(param, l2, grad)
@@ -127,6 +126,7 @@ def _update(
     write(param_at, offsets, end, new_param, PARAM, WHOLE)
     if COPY is not None:
         write(copy_at, offsets, end, new_param.to(tl.float32), COPY, WHOLE)
+    return unfit
 
 
 @triton.jit(do_not_specialize=["num_steps"])
@@ -161,20 +161,22 @@ def adam_kernel(
     addresses = param_at | exp_avg_at | exp_avg_sq_at | grad_at | copy_at
     whole = whole_blocks(addresses, start, end, BLOCK)
     offsets = start + tl.arange(0, BLOCK)
+    broken = offsets < 0
     for _ in range(whole):
-        _update(
+        broken |= _update(
             param_at, grad_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, record,
             coefficients, num_steps, beta1, rest1, beta2, rest2, l2, keep, scale, key, step,
             PARAM, GRAD, STATE, COPY, MATH, STOCHASTIC, WHOLE=True,
         )  # fmt: skip
         offsets += BLOCK
     for _ in range(whole, tl.cdiv(end - start, BLOCK)):
-        _update(
+        broken |= _update(
             param_at, grad_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, record,
             coefficients, num_steps, beta1, rest1, beta2, rest2, l2, keep, scale, key, step,
             PARAM, GRAD, STATE, COPY, MATH, STOCHASTIC, WHOLE=False,
         )  # fmt: skip
         offsets += BLOCK
+    tl.store(record + BROKEN + tl.zeros_like(offsets), 1, mask=broken)
 
 
 @triton.jit

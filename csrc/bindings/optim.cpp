@@ -28,8 +28,8 @@ void bind_optim(py::module_& module) {
       "adam_cpu",
       [](int64_t rows, int64_t count, int64_t grads, int param, int grad, int state, double lr, double beta1,
          double beta2, double eps, double l2, double decay, double scale, int64_t num_steps, bool stochastic_rounding,
-         int num_threads) {
-        const AdamParams params = {lr, beta1, beta2, eps, l2, decay, scale, num_steps, stochastic_rounding};
+         uint64_t seed, int num_threads) {
+        const AdamParams params = {lr, beta1, beta2, eps, l2, decay, scale, num_steps, stochastic_rounding, seed};
         adam_cpu(table(rows, count, grads, param, grad, state), params, num_threads);
       },
       release);

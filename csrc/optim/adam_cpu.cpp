@@ -17,23 +17,23 @@ uint32_t mix(uint32_t x) {
   return x;
 }
 
-// Up with the probability of the part cut off. The noise is a hash of element, tensor and step: the same bits
-// every run, and those of the Triton kernel.
-void round_stochastically(const float* in, uint16_t* out, int64_t first, int64_t count, uint32_t salt, uint32_t step) {
-  const uint32_t seed = mix(step ^ (salt * 0x9e3779b1u));
-  for (int64_t i = 0; i < count; ++i) {
-    const auto index = static_cast<uint64_t>(first + i);
-    const uint32_t high = mix(static_cast<uint32_t>(index >> 32) + seed);
-    const uint32_t noise = mix(static_cast<uint32_t>(index) + high) & 0xffffu;
-    uint32_t bits;
-    __builtin_memcpy(&bits, &in[i], sizeof(bits));
-    if (std::isfinite(in[i])) {
-      out[i] = static_cast<uint16_t>((bits + noise) >> 16);
-    } else {
-      simd().narrow_bf16(&in[i], &out[i], 1);
-    }
-  }
+// The key of one tensor's noise, as the Triton kernel has it. first: an element, whose upper half counts.
+uint32_t noise_key(uint64_t seed, uint32_t salt, int64_t first) {
+  constexpr uint32_t kStep = 0x9e3779b9u;
+  uint32_t key = mix(static_cast<uint32_t>(seed) + kStep);
+  key = mix((key ^ static_cast<uint32_t>(seed >> 32)) + kStep);
+  key = mix((key ^ salt) + kStep);
+  return mix((key ^ static_cast<uint32_t>(static_cast<uint64_t>(first) >> 32)) + kStep);
 }
+
+// Random bits for one block of elements at a time.
+struct Noise {
+  uint32_t first[kBlock], second[kBlock];
+
+  void draw(int64_t at, int64_t n, uint32_t step, uint32_t key) {
+    simd().noise(static_cast<uint32_t>(at), step, key, n, first, second);
+  }
+};
 
 // What one update has in common for all elements of a tensor, for k updates from `step` on.
 template <typename T>
@@ -78,20 +78,23 @@ void run(const TensorTable& table, const AdamParams& params, int num_threads) {
                                   params.num_steps};
     Elements<T> param(row.param, table.param_dtype), grad(table.grads[index], table.grad_dtype);
     Elements<T> exp_avg(row.state1, table.state_dtype), exp_avg_sq(row.state2, table.state_dtype);
+    const uint32_t key = noise_key(params.seed, row.salt(), begin);
+    Noise noise;
     for (int64_t at = begin; at < begin + count; at += block) {
       const int64_t n = std::min(block, begin + count - at);
-      T* const p = param.load(at, n);
-      simd().ops<T>().adam(p, grad.load(at, n), exp_avg.load(at, n), exp_avg_sq.load(at, n), n, update);
-      exp_avg.store(at, n);
-      exp_avg_sq.store(at, n);
+      simd().ops<T>().adam(param.load(at, n), grad.load(at, n), exp_avg.load(at, n), exp_avg_sq.load(at, n), n, update);
       if constexpr (std::is_same_v<T, float>) {
         if (params.stochastic_rounding) {
-          const auto step = static_cast<uint32_t>(own.step + static_cast<double>(params.num_steps));
-          round_stochastically(p, param.template at<uint16_t>(at), at, n, row.salt(), step);
+          noise.draw(at, n, static_cast<uint32_t>(own.step + static_cast<double>(params.num_steps)), key);
+          param.store_stochastically(at, n, noise.first, 8);
+          exp_avg.store_stochastically(at, n, noise.second, 0);
+          exp_avg_sq.store_stochastically(at, n, noise.second, 16);
           continue;
         }
       }
       param.store(at, n);
+      exp_avg.store(at, n);
+      exp_avg_sq.store(at, n);
     }
   });
   for (int64_t row = 0; row < table.count; ++row) {
@@ -103,8 +106,9 @@ void run(const TensorTable& table, const AdamParams& params, int num_threads) {
 }  // namespace
 
 void adam_cpu(const TensorTable& table, const AdamParams& params, int num_threads) {
-  HULLKIT_CHECK(!params.stochastic_rounding || table.param_dtype == DType::kBFloat16,
-                "stochastic_rounding: expected bfloat16 parameters, got another dtype");
+  const auto half = [](DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; };
+  HULLKIT_CHECK(!params.stochastic_rounding || (half(table.param_dtype) && half(table.state_dtype)),
+                "stochastic_rounding: expected half-precision parameters and moments, got another dtype");
   with_compute_type(table.param_dtype, [&](auto type) { run<decltype(type)>(table, params, num_threads); });
 }
 

@@ -90,11 +90,16 @@ class Elements {
     }
   }
 
+  // Puts a loaded block of halves back, rounded with random bits; see simd.h.
+  void store_stochastically(int64_t begin, int64_t count, const uint32_t* random, int shift) {
+    const auto round = dtype_ == DType::kFloat16 ? simd().round_f16 : simd().round_bf16;
+    round(floats(), random, shift, at<uint16_t>(begin), count);
+  }
+
   template <typename U>
   U* at(int64_t begin) const {
     return reinterpret_cast<U*>(address_) + begin;
   }
-  const T* buffer() const { return buffer_; }
 
  private:
   float* floats() {

@@ -275,6 +275,7 @@ void widen_f16(const uint16_t* in, float* out, int64_t count) {
 }  // namespace hullkit
 
 #include "simd/optim_impl.h"
+#include "simd/stochastic_impl.h"
 
 namespace hullkit {
 namespace {
@@ -291,7 +292,10 @@ constexpr Simd make_simd(const char* name) {
               widen_f16,
               widen_bf16,
               narrow_f16,
-              narrow_bf16};
+              narrow_bf16,
+              noise,
+              round_f16,
+              round_bf16};
 }
 
 }  // namespace

@@ -14,13 +14,20 @@ Params = list[Tensor]
 
 
 class Bucket:
-    """Parameters that one launch updates: same group, same device, same dtypes."""
+    """Parameters that one launch updates: same group, same device, same dtypes.
+
+    dtypes: of parameter, gradient and state.
+    """
 
     def __init__(
-        self, params: Params, grad_dtype: torch.dtype, table: TensorTable, fresh: bool
+        self,
+        params: Params,
+        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        table: TensorTable,
+        fresh: bool,
     ) -> None:
         self.params = params
-        self.dtypes = (params[0].dtype, grad_dtype, params[0].dtype)  # parameter, gradient, state
+        self.dtypes = dtypes
         self.table = table
         self.fresh = fresh  # whether state is set by the first launch, not read
 

@@ -44,6 +44,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         """[state 1, state 2, step counter], made if missing; whether state 1 is yet to be set."""
         raise NotImplementedError
 
+    def _state_dtype(self, param: Tensor) -> torch.dtype:
+        return param.dtype
+
+    def _salt(self, place: int, param: Tensor) -> int:
+        """32 bits that tell the noise of one parameter from that of others. place: in the groups,
+        as in a state_dict."""
+        return place
+
+    def _seed(self) -> int:
+        return 0
+
     def _options(self, group: dict[str, Any], lr: float) -> Options:
         raise NotImplementedError
 
@@ -229,13 +240,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _sort(self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]) -> Sorted:
         """Buckets for these parameters; state is made where it is missing."""
         self._check_params()  # torch may have moved or retyped them since
-        salts = {id(param): place for place, param in enumerate(self._params())}
+        salts = {id(p): self._salt(place, p) for place, p in enumerate(self._params())}
         places: dict[Any, list[int]] = {}  # by kind
         for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
             check_grad(param, grad)
             places.setdefault((param.device, param.dtype, grad.dtype), []).append(place)
         buckets = []
-        for (device, _, grad_dtype), chosen in places.items():
+        for (device, dtype, grad_dtype), chosen in places.items():
             rows, any_fresh = [], False
             for place in chosen:
                 param = params[place]
@@ -246,7 +257,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 rows.append((address("params", param), *addresses, param.numel(), flags))
             table = TensorTable(rows, device, uses_triton("params", device, self.backend))
             own = [params[place] for place in chosen]
-            buckets.append(Bucket(own, grad_dtype, table, any_fresh))
+            dtypes = (dtype, grad_dtype, self._state_dtype(own[0]))
+            buckets.append(Bucket(own, dtypes, table, any_fresh))
         made = Sorted(params, buckets, list(places.values()))
         if key in self._sorted:
             self._retire(self._sorted[key])
@@ -272,7 +284,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         options = self._options(group, _ON_DEVICE if on_device else float(lr))
         if self.max_grad_norm is not None:
             options = (*options[:FACTOR], _ON_DEVICE)
-        record = bucket.table.record(addresses, options)
+        record = bucket.table.record(addresses, options, self._seed())
         if on_device:
             record.view(torch.float64)[_LR].copy_(lr)
         return record, options

@@ -2,7 +2,7 @@
 
 A list of T tensors is a table [T, 6] int64 on its device (see `triton_kernels/multi_tensor.py` and
 `csrc/include/hullkit/tensor_table.h`); what changes from call to call, options and gradients'
-addresses, is a record [12 + T] int64. These kernels are not dispatcher operators: handing six
+addresses, is a record [13 + T] int64. These kernels are not dispatcher operators: handing six
 hundred tensors through the dispatcher takes longer than a step of a 124M-parameter model.
 """
 
@@ -23,11 +23,13 @@ from ._layouts import address
 NUM_OPTIONS = 10
 LIMIT = 10  # the word of a record that bounds num_steps: a captured launch has its own for good
 BROKEN = 11  # the word that Adam's kernel sets at a gradient that is not finite
-HEAD = 12  # words before the gradients' addresses
+SEED = 12  # of stochastic rounding
+HEAD = 13  # words before the gradients' addresses
 FACTOR = 9  # the option that clipping by global norm writes, on the device
 _ROWS = 128  # of a table, for one program of Adam's coefficients
 _NO_LIMIT = 2**31 - 1
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def uses_triton(name: str, device: torch.device, backend: str | None) -> bool:
@@ -110,28 +112,28 @@ class TensorTable:
         chunks = np.stack([tensors, np.arange(len(tensors)) - firsts], axis=1)
         return torch.from_numpy(chunks.astype(np.int32)).to(self.device)
 
-    def record(self, grads: list[int], options: tuple[float, ...]) -> Tensor:
-        """[12 + T] int64 on the device: the options' bits, a limit to num_steps beyond any, a word
-        for kernels to write to, then the gradients' addresses.
+    def record(self, grads: list[int], options: tuple[float, ...], seed: int = 0) -> Tensor:
+        """[13 + T] int64 on the device: the options' bits, a limit to num_steps beyond any, a word
+        for kernels to write to, the seed, then the gradients' addresses.
 
         Copied only when it changed. An option that lives on the device is NaN here, and written
         into the record by the caller, every time.
         """
         on_gpu = self.device.type == "cuda"
         stream = raw_stream(self.device) if on_gpu else None
-        if self._last == (stream, grads, options):
+        if self._last == (stream, grads, options, seed):
             return self._record
         size = HEAD + self.size
         host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         words = host.numpy()
         words[:NUM_OPTIONS].view(np.float64)[:] = options
-        words[LIMIT], words[BROKEN] = _NO_LIMIT, 0
+        words[LIMIT], words[BROKEN], words[SEED] = _NO_LIMIT, 0, seed
         words[HEAD:] = grads
         record = host.to(self.device, non_blocking=True)
         if _capturing(self.device):
             self.captured += [host, record]
             return record
-        self._last, self._record = (stream, grads, options), record
+        self._last, self._record = (stream, grads, options, seed), record
         return record
 
 
@@ -187,13 +189,14 @@ def adam_(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     num_steps: int,
     stochastic_rounding: bool,
+    seed: int,
 ) -> None:
     """dtypes: of parameter, gradient and state. For options see `triton_kernels/adam.py`."""
     if not table.triton:
         lr, beta1, beta2, _, _, eps, l2, decay, sign, factor = options
         _native.adam_cpu(
             table.table, table.size, record, dtypes, lr, beta1, beta2, eps, l2, decay,
-            sign * factor, num_steps, stochastic_rounding,
+            sign * factor, num_steps, stochastic_rounding, seed,
         )  # fmt: skip
         return
     math = arithmetic_dtype(dtypes[0])
@@ -220,18 +223,22 @@ def adam_chunks_(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     num_steps: int,
     stochastic_rounding: bool,
+    copies: Tensor | None = None,
 ) -> None:
-    """Triton: the updates of these chunks."""
+    """Triton: the updates of these chunks. copies [T] int64: where bfloat16 copies of the new
+    parameters go."""
     param, grad, state = dtypes
     _run(
-        "adam", table, len(chunks), table.table, record, chunks, coefficients, num_steps,
-        PARAM=param, GRAD=grad, STATE=state, MATH=coefficients.dtype,
-        STOCHASTIC=stochastic_rounding,
+        "adam", table, len(chunks), table.table, record, chunks, coefficients,
+        record if copies is None else copies, num_steps,
+        PARAM=param, GRAD=grad, STATE=state, COPY=None if copies is None else torch.bfloat16,
+        MATH=coefficients.dtype, STOCHASTIC=stochastic_rounding,
     )  # fmt: skip
 
 
 def restore_(table: TensorTable, record: Tensor, dtype: torch.dtype) -> None:
-    """Triton: parameters to the bits at the record's addresses, moments and step counters to 0."""
+    """Triton: parameters to the bits at the record's addresses, moments (of their size) and step
+    counters to 0."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     _launch("restore", table, table.table, record, table.chunks, PARAM=integer)
 

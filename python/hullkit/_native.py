@@ -212,8 +212,8 @@ def _codes(dtypes: tuple[torch.dtype, ...]) -> tuple[int, ...]:
 
 
 def _grads(record: Tensor) -> int:
-    """Where the gradients' addresses begin, behind the options and two words of the GPU's."""
-    return record.data_ptr() + 96
+    """Where the gradients' addresses begin, behind the options and three words of the GPU's."""
+    return record.data_ptr() + 104
 
 
 def adam_cpu(

@@ -7,6 +7,8 @@ hand for the memory traffic of one, in one launch for all parameters of a group.
 
 from __future__ import annotations
 
+import warnings
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,25 +17,33 @@ from torch import Tensor
 from . import _multi_tensor
 from ._accumulate import accumulate_
 from ._buckets import Bucket
+from ._checks import check_int
 from ._fused import FusedOptimizer, Options
-from ._multi_tensor import same_layout
+from ._multi_tensor import HALVES, same_layout
 
 __all__ = ["SGD", "Adam", "AdamW", "accumulate_"]
 
 State = tuple[list[Tensor | None], bool]
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FLOAT16 = (
+    "hullkit: moments of float16 parameters are float16, as torch's: squares of gradients below "
+    "2.4e-4 become 0 there, and updates below half a step are lost. Pass stochastic_rounding=True "
+    "(moments in bfloat16, nothing lost on average), or keep parameters in float32"
+)
 
-def _like(state: dict[str, Any], name: str, param: Tensor) -> Tensor:
-    """The state tensor of this name in the parameter's dtype and layout, made if missing."""
+
+def _like(state: dict[str, Any], name: str, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """The state tensor of this name in the parameter's layout, made if missing."""
     tensor: Tensor | None = state.get(name)
     if tensor is None:
-        tensor = torch.zeros_like(param, memory_format=torch.preserve_format)
-    elif tensor.dtype != param.dtype or not same_layout(tensor, param):
+        tensor = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    elif tensor.dtype != dtype or not same_layout(tensor, param):
         if tensor.shape != param.shape:
             raise ValueError(
                 f"state[{name!r}]: expected shape {tuple(param.shape)}, got {tuple(tensor.shape)}"
             )
-        tensor = torch.empty_like(param).copy_(tensor)
+        tensor = torch.empty_like(param, dtype=dtype).copy_(tensor)
     state[name] = tensor = tensor.to(param.device)
     return tensor
 
@@ -45,28 +55,49 @@ def _refuse_amsgrad(groups: list[dict[str, Any]]) -> None:
 
 class _FusedAdam(FusedOptimizer):
     stochastic_rounding: bool
+    seed: int
 
-    def _init_adam(self, stochastic_rounding: bool, **options: Any) -> None:
+    def _init_adam(self, stochastic_rounding: bool, seed: int, **options: Any) -> None:
         self.stochastic_rounding = bool(stochastic_rounding)
+        self.seed = check_int("seed", seed, 0, (1 << 63) - 1)
         self._init_fused(**options)
         _refuse_amsgrad(self.param_groups)
+        dtypes = {param.dtype for param in self._params()}
+        if self.stochastic_rounding and dtypes and not dtypes & set(HALVES):
+            raise TypeError(
+                "stochastic_rounding: expected False unless a parameter is bfloat16 or float16, "
+                f"got True for {', '.join(map(str, dtypes))}"
+            )
+        if torch.float16 in dtypes and not self.stochastic_rounding:
+            warnings.warn(_FLOAT16, stacklevel=4)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "stochastic_rounding": self.stochastic_rounding}
+        own = {name: self.__dict__[name] for name in ("stochastic_rounding", "seed")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _refuse_amsgrad(state["param_groups"])
         super().__setstate__(state)
 
-    def _check_params(self) -> None:
-        super()._check_params()
-        if self.stochastic_rounding:
-            for param in self._params():
-                if param.dtype is not torch.bfloat16:
-                    raise TypeError(
-                        "stochastic_rounding: expected False unless all parameters are bfloat16, "
-                        f"got True for one of {param.dtype}"
-                    )
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.optim, but that moments of halves are taken over in bfloat16, without a
+        detour through float16."""
+        super().load_state_dict(state_dict)
+        indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, param in zip(indices, params, strict=True):
+            for name in _MOMENTS:
+                given = state_dict["state"].get(index, {}).get(name)
+                if given is not None and self._state_dtype(param) != param.dtype:
+                    moment = given.detach().to(param.device, self._state_dtype(param), copy=True)
+                    self.state[param][name] = moment
+
+    def _state_dtype(self, param: Tensor) -> torch.dtype:
+        rounded = self.stochastic_rounding and param.dtype in HALVES
+        return torch.bfloat16 if rounded else param.dtype
+
+    def _seed(self) -> int:
+        return self.seed
 
     def _state_of(self, group: dict[str, Any], param: Tensor) -> State:
         state = self.state[param]
@@ -74,10 +105,10 @@ class _FusedAdam(FusedOptimizer):
         if step is None:
             step = torch.zeros((), dtype=torch.float32, device=param.device)
         elif not isinstance(step, Tensor):
-            step = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+            step = torch.tensor(float(step), dtype=torch.float32, device=param.device)
         state["step"] = step.to(param.device, torch.float32)
-        moments = [_like(state, name, param) for name in ("exp_avg", "exp_avg_sq")]
-        return [*moments, state["step"]], False
+        dtype = self._state_dtype(param)
+        return [*(_like(state, name, param, dtype) for name in _MOMENTS), state["step"]], False
 
     def _options(self, group: dict[str, Any], lr: float) -> Options:
         beta1, beta2 = map(float, group["betas"])
@@ -89,8 +120,10 @@ class _FusedAdam(FusedOptimizer):
         return (lr, beta1, beta2, *logs, float(group["eps"]), *weights, sign, 1.0)
 
     def _kernel(self, bucket: Bucket, record: Tensor, options: Options, num_steps: int) -> None:
-        stochastic = self.stochastic_rounding
-        _multi_tensor.adam_(bucket.table, record, options, bucket.dtypes, num_steps, stochastic)
+        stochastic = self.stochastic_rounding and bucket.dtypes[0] in HALVES
+        _multi_tensor.adam_(
+            bucket.table, record, options, bucket.dtypes, num_steps, stochastic, self.seed
+        )
 
 
 class Adam(_FusedAdam, torch.optim.Adam):
@@ -113,16 +146,19 @@ class Adam(_FusedAdam, torch.optim.Adam):
         max_grad_norm: scale all gradients of a step together so that their global 2-norm is at
             most this, as torch.nn.utils.clip_grad_norm_ does but without writing them; `grad_norm`
             then holds the norm before. None: no clipping.
-        stochastic_rounding: round bfloat16 parameters up or down at random in proportion, so that
-            updates smaller than half a step of bfloat16 are not lost. Deterministic: the noise is a
-            hash of element, parameter and step. Parameters must all be bfloat16.
+        stochastic_rounding: round bfloat16 and float16 parameters, and their moments, up or down at
+            random in proportion, so that updates smaller than half a step of the dtype are not
+            lost. Other parameters are updated as ever. One at least must be a half.
+        seed: of that noise, Philox-2x32 over (seed, place of the parameter, step, element): the
+            same bits in every run.
         backend: None: the C++ core for CPU tensors, Triton for CUDA tensors. "triton": Triton for
             CPU tensors as well, under its interpreter.
 
     Numerics: float32 arithmetic (float64 for float64 parameters), coefficients in float64. float16
     and bfloat16 parameters and moments are rounded once for a call, not once for an update. State
     as torch.optim's fused Adam: `step` (float32, on the parameter's device), `exp_avg`,
-    `exp_avg_sq` (the parameter's dtype).
+    `exp_avg_sq` (the parameter's dtype; rounded stochastically, bfloat16, whose range is that of
+    float32: squares below 6e-8 are 0 in float16, and a warning says so where torch's dtype is kept).
     Memory traffic: 7 words for each parameter whatever k is. One launch for all parameters of a
     group with the same dtypes. `state_dict` is interchangeable with torch.optim's.
     Raises TypeError or ValueError for complex, sparse, overlapping or non-dense tensors.
@@ -146,6 +182,7 @@ class Adam(_FusedAdam, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         stochastic_rounding: bool = False,
+        seed: int = 0,
         backend: str | None = None,
     ) -> None:
         torch.optim.Adam.__init__(
@@ -157,8 +194,8 @@ class Adam(_FusedAdam, torch.optim.Adam):
         for group in self.param_groups:
             group["decoupled_weight_decay"] = decoupled_weight_decay
         self._init_adam(
-            stochastic_rounding, max_grad_norm=max_grad_norm, backend=backend, foreach=foreach,
-            fused=fused, differentiable=differentiable,
+            stochastic_rounding, seed, max_grad_norm=max_grad_norm, backend=backend,
+            foreach=foreach, fused=fused, differentiable=differentiable,
         )  # fmt: skip
 
 
@@ -184,6 +221,7 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         stochastic_rounding: bool = False,
+        seed: int = 0,
         backend: str | None = None,
     ) -> None:
         torch.optim.AdamW.__init__(
@@ -191,8 +229,8 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
             maximize=maximize, capturable=capturable,
         )  # fmt: skip
         self._init_adam(
-            stochastic_rounding, max_grad_norm=max_grad_norm, backend=backend, foreach=foreach,
-            fused=fused, differentiable=differentiable,
+            stochastic_rounding, seed, max_grad_norm=max_grad_norm, backend=backend,
+            foreach=foreach, fused=fused, differentiable=differentiable,
         )  # fmt: skip
 
 
@@ -245,7 +283,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         state = self.state[param]
         # Undamped, a buffer of zeros takes the first gradient as it is.
         fresh = state.get("momentum_buffer") is None and group["dampening"] != 0
-        return [_like(state, "momentum_buffer", param), None, None], fresh
+        return [_like(state, "momentum_buffer", param, param.dtype), None, None], fresh
 
     def _variant(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum"])

@@ -18,7 +18,8 @@ struct AdamParams {
   double decay;  // decoupled weight decay
   double scale;  // clipping factor, negative to maximize
   int64_t num_steps;
-  bool stochastic_rounding;  // bfloat16 parameters only
+  bool stochastic_rounding;  // of half-precision parameters and moments, up or down at random in proportion
+  uint64_t seed;             // of it: the noise is a hash of seed, tensor (its salt), element and step
 };
 
 // table: param, exp_avg, exp_avg_sq, step. Steps are advanced by num_steps.
