@@ -97,8 +97,8 @@ class Record {
       return false;
     }
     if (view->ndim > 0 && view->strides == nullptr) return false;
-    const bool empty = std::find(view->shape, view->shape + view->ndim, 0) != view->shape + view->ndim;
-    return view->data != nullptr || empty;
+    if (view->data != nullptr) return true;
+    return std::find(view->shape, view->shape + view->ndim, 0) != view->shape + view->ndim;  // empty
   }
 
   const DlExchange* exchange_;
