@@ -108,10 +108,18 @@ def test_bad_explicit_gradients(grad: Any, error: type[Exception], message: str)
         optim.Adam([weight]).step_with({weight: grad})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_stochastic_rounding_is_for_bfloat16(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stochastic_rounding_is_for_halves(dtype: torch.dtype) -> None:
+    """Beside halves other parameters are updated as ever."""
     with pytest.raises(TypeError, match=r"stochastic_rounding: expected False.*got True"):
-        optim.Adam([param(dtype=torch.bfloat16), param(dtype=dtype)], stochastic_rounding=True)
+        optim.Adam([param(dtype=dtype)], stochastic_rounding=True)
+    optim.Adam([param(dtype=torch.bfloat16), param(dtype=dtype)], stochastic_rounding=True)
+
+
+def test_float16_with_the_semantics_of_torch_warns() -> None:
+    with pytest.warns(UserWarning, match="stochastic_rounding=True"):
+        optim.Adam([param(dtype=torch.float16)])
+    optim.Adam([param(dtype=torch.float16)], stochastic_rounding=True)  # warnings are errors here
 
 
 def test_loaded_state_of_another_shape() -> None:

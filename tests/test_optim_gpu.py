@@ -213,6 +213,7 @@ def test_kernels_compile_for_a_gpu() -> None:
                 if argument.isupper():
                     constants[argument] = sizes.get(argument, tl.float32)
                     constants |= {"STOCHASTIC": False} if argument == "STOCHASTIC" else {}
+                    constants |= {"COPY": tl.bfloat16} if argument == "COPY" else {}
                     signature[argument] = "constexpr"
                 elif argument in ("num_steps", "size", "rows", "stride", "columns"):
                     signature[argument] = "i32"

@@ -50,7 +50,7 @@ def adam_coefficients_kernel(
     eps = option(record, 5)
     # Below the normal numbers of float32 the reciprocal of a root would be infinite, and 0 times it
     # NaN. An eps of 0 is left to be what it is.
-    least = tl.where((eps > 0.0) & (MATH == tl.float32), 1.1754943508222875e-38, 0.0)
+    least = tl.where((eps > 0.0) & (tl.float32 == MATH), 1.1754943508222875e-38, 0.0)
     for i in range(updates(record, num_steps)):
         step += 1.0
         bias1 = 1.0 - tl.exp2(step * option(record, 3))

@@ -128,7 +128,7 @@ def round_stochastically(values, bits, DTYPE: tl.constexpr):
     bits: 24 random ones, of which bfloat16 takes 16. Infinity and NaN (a quiet one) stay.
     """
     word = values.to(tl.uint32, bitcast=True)
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         finite = (word & 0x7F800000) != 0x7F800000
         word += tl.where(finite, bits & 0xFFFF, 0)
         rounded = (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -51,16 +51,21 @@ class TiedGradient:
 
 
 def linear_next_token_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, tied: TiedGradient | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    tied: TiedGradient | None = None,
+    copy: Tensor | None = None,
 ) -> Tensor:
     """`next_token_loss(F.linear(hidden, weight), labels)` by Triton's kernels, never with all
     logits in memory.
 
     hidden (1, T, D), weight (V, D), products in autocast's dtype where that is on. A chunk's logits
     give the loss and, at once, both gradients, which wait for the backward pass in their place.
-    tied: what `embedding` of this object looks up has this weight, too.
+    tied: what `embedding` of this object looks up has this weight, too. copy: the weight in the
+    products' dtype, if somebody has it.
     """
-    arguments = (hidden.flatten(0, 1), weight, _targets(labels), tied)
+    arguments = (hidden.flatten(0, 1), weight, _targets(labels), tied, copy)
     loss: Tensor = _FusedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss
 
@@ -92,15 +97,21 @@ class _Fused(torch.autograd.Function):
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tied: TiedGradient | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        tied: TiedGradient | None,
+        copy: Tensor | None,
     ) -> Tensor:
         kind = hidden.device.type
         cast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else hidden.dtype
         wide = weight.dtype if hidden.is_cuda and _PRODUCTS_WIDEN else dtype
+        product = copy if copy is not None and copy.dtype is dtype else weight.to(dtype)
         with torch.autocast(kind, enabled=False):
             loss, d_hidden, d_weight = _of_chunks(
-                hidden.to(dtype), weight.to(dtype), targets, wide, *ctx.needs_input_grad[:2]
+                hidden.to(dtype), product, targets, wide, *ctx.needs_input_grad[:2]
             )
         ctx.gradients = (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
@@ -111,7 +122,9 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None  # autograd copies a gradient that somebody else has too
         for computed in (d_hidden, d_weight):
@@ -119,7 +132,7 @@ class _FusedLinear(torch.autograd.Function):
                 _rescale(computed, gradient.reshape(1))
         if ctx.tied is not None:
             ctx.tied.taken = d_weight
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 class _Embedding(torch.autograd.Function):

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._loss import CausalLoss, matmul_precision
+from ._pass_copies import PassCopies, autocast_weights, narrowed_tensors
+from ._rounding import Rounding
 from ._saved import Packed, Saved
 from ._snapshot import Attributes
+from ._stand_ins import fused_head_weight
 from ._weights import GroupedUpdates, NotCapturable, Options, Weights
 from .metrics import IGNORED
 from .schedule import Reuse
@@ -77,10 +80,14 @@ class CapturedPasses:
         loss_of: CausalLoss,
         *,
         host_snapshot: bool,
+        rounding: Rounding,
     ) -> None:
         self._model = model
         self._loss_of = loss_of
-        self.weights = Weights(parameters, host_snapshot)
+        self.copies = _copies(model, loss_of)
+        self.weights = Weights(
+            parameters, host=host_snapshot, copies=self.copies, rounding=rounding
+        )
         self._tensors = _addresses(model_tensors)
         self._capacity = 64
         self._longest = longest_padded(model)
@@ -104,6 +111,7 @@ class CapturedPasses:
 
         Raises NotCapturable; torch.OutOfMemoryError.
         """
+        self.copies.refresh()
         if most_steps > self._capacity:
             self._passes.clear()
             self._reserved = 0
@@ -164,12 +172,13 @@ class CapturedPasses:
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
-        """On the stream of captures, with all the memory that nothing lives in."""
+        """On the stream of captures, with all the memory that nothing lives in, and copies in
+        place."""
         current = torch.cuda.current_stream(self.weights.device)
         self._stream.wait_stream(current)
         torch.cuda.empty_cache()  # memory that was used on another stream is of no use on this one
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), self.copies.in_place():
                 yield
         finally:
             current.wait_stream(self._stream)
@@ -206,7 +215,7 @@ class _Pass:
         # Read by the graph at every replay; it does not hold them, this object does.
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._result = torch.zeros(2, dtype=torch.float64, device=owner.weights.device)
-        order, held = _warm_up(owner._loss_of, self._inputs, owner._model, parameters)
+        order, held = _warm_up(owner, self._inputs)
         # Tables that the model keeps as attributes, and may replace: the graph reads these.
         self._tables = Attributes(list(owner._model.modules())).tensors
         self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
@@ -225,7 +234,7 @@ class _Pass:
                     owner._reserve(held)
                     self.updates.begin()
                     with _hooks(parameters, self.updates.ready):
-                        loss = owner._loss_of(self._inputs, Saved())
+                        loss = owner._loss_of(self._inputs, Saved(), owner.copies)
                         loss.backward()
                     self.updates.join()
                     self._result[0].copy_(loss.detach())
@@ -269,21 +278,35 @@ def _hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None]
             handle.remove()
 
 
-def _warm_up(
-    loss_of: CausalLoss, inputs: Inputs, model: nn.Module, parameters: list[nn.Parameter]
-) -> tuple[list[nn.Parameter], int]:
-    """Passes before a capture, for all that is done lazily: the parameters in the order in which
-    they get gradients, and the bytes that a pass holds at a time, or 0 if the compiler sees to it.
+def _copies(model: nn.Module, loss_of: CausalLoss) -> PassCopies:
+    """What captured passes read in bfloat16: that, and what autocast would cast each time. The
+    last layer's weight stays where the loss multiplies with it: its gradient is summed in float32.
     """
-    order: list[nn.Parameter] = []
-    with _hooks(parameters, functools.partial(_note, order)):
-        if loss_of.compiled:
+    narrowed = narrowed_tensors(model)
+    if not loss_of.autocast or loss_of.compiled:  # the compiler fuses casts with what reads them
+        return PassCopies(narrowed)
+    head = fused_head_weight(model)
+    replaced = dict.fromkeys((*narrowed, *autocast_weights(model)))
+    if head is None or head.dtype is not torch.float32:
+        return PassCopies(replaced)
+    replaced.pop(head, None)
+    return PassCopies(replaced, [head])
+
+
+def _warm_up(owner: CapturedPasses, inputs: Inputs) -> tuple[dict[nn.Parameter, torch.dtype], int]:
+    """Passes before a capture, for all that is done lazily: the parameters in the order in which
+    they get gradients, with these gradients' dtypes, and the bytes that a pass holds at a time, or
+    0 if the compiler sees to it.
+    """
+    order: dict[nn.Parameter, torch.dtype] = {}
+    with _hooks(owner.weights.parameters, functools.partial(_note, order)):
+        if owner._loss_of.compiled:
             for _ in range(_COMPILED_WARMUPS):
                 order.clear()
-                loss_of(inputs).backward()
+                owner._loss_of(inputs).backward()
             return order, 0
-        offloaded = _Offloaded(model)
-        loss_of(inputs, offloaded).backward()
+        offloaded = _Offloaded(owner._model)
+        owner._loss_of(inputs, offloaded, owner.copies).backward()
     # As the backward pass begins, all that was saved; a little more for what does not fit without
     # gaps. Gradients of whole matrices come on top, in pieces of their own.
     return order, offloaded.num_bytes + offloaded.num_bytes // 16
@@ -315,8 +338,9 @@ class _Offloaded(Saved):
         return functools.partial(tensor.cpu().to, tensor.device)
 
 
-def _note(order: list[nn.Parameter], parameter: nn.Parameter) -> None:
-    order.append(parameter)
+def _note(order: dict[nn.Parameter, torch.dtype], parameter: nn.Parameter) -> None:
+    assert parameter.grad is not None
+    order[parameter] = parameter.grad.dtype
     parameter.grad = None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._cross_entropy import next_token_loss
+from ._pass_copies import PassCopies
 from ._saved import Saved
 from ._stand_ins import stand_ins
 from .metrics import device_of, forward_parameters, logits_of
@@ -38,17 +39,26 @@ class CausalLoss:
 
     def __init__(self, model: nn.Module, precision: str, compile: bool) -> None:
         self._model = model
-        self._autocast = precision == "bf16"
+        self.autocast = precision == "bf16"
         self._forward = forward_parameters(model)
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
         self.compiled = compile
 
-    def __call__(self, inputs: dict[str, Tensor], saved: Saved | None = None) -> Tensor:
-        """saved: what sees to the tensors that the backward pass needs, if not autograd alone."""
+    def __call__(
+        self,
+        inputs: dict[str, Tensor],
+        saved: Saved | None = None,
+        copies: PassCopies | None = None,
+    ) -> Tensor:
+        """saved: what sees to the tensors that the backward pass needs, if not autograd alone.
+        copies: of weights that the loss multiplies with."""
         if self.compiled:  # the compiler fuses what it finds itself, and saves what it likes
-            return self._of(self._call, inputs, self._autocast)
-        with stand_ins(self._model, saved), nullcontext() if saved is None else saved.hooks():
-            return self._of(self._call, inputs, self._autocast)
+            return self._of(self._call, inputs, self.autocast)
+        with (
+            stand_ins(self._model, saved, copies),
+            nullcontext() if saved is None else saved.hooks(),
+        ):
+            return self._of(self._call, inputs, self.autocast)
 
     def plain(self, inputs: dict[str, Tensor]) -> Tensor:
         """The model's own, neither compiled nor in lower precision than the model's."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._loss import CausalLoss
+from ._pass_copies import PassCopies
 from ._report import Clock
-from .optim import Adam, accumulate_
+from ._rounding import Rounding, RoundingAdam
+from .optim import accumulate_
 from .schedule import Reuse
 
 Inputs = dict[str, Tensor]
@@ -29,21 +32,56 @@ def warm_up(loss_of: CausalLoss, inputs: list[Inputs], parameters: list[nn.Param
             parameter.grad = None
 
 
+class Trained:
+    """Parameters of a query with their optimizer, which updates the parameters' own values while
+    passes read copies of some.
+
+    Made, and used, inside `copies.in_place()`.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        copies: PassCopies,
+        rounding: Rounding,
+        **options: Any,
+    ) -> None:
+        self.parameters = parameters
+        self._copies = copies
+        # Leaves of their own where passes read copies: a parameter is then of the copy's dtype.
+        tensors = [p if copies.of(p) is None else copies.data_of(p) for p in parameters]
+        self._own = dict(zip(parameters, tensors, strict=True))
+        self._optimizer = RoundingAdam(tensors, parameters, rounding, **options)
+
+    def step_with(self, grads: dict[nn.Parameter, Tensor], num_steps: int) -> None:
+        self._optimizer.step_with({self._own[p]: g for p, g in grads.items()}, num_steps=num_steps)
+        self._copies.refresh(grads)
+
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        return {p: p.grad for p in self.parameters if p.grad is not None}
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def reset(self) -> None:
+        self._optimizer.reset()
+
+
 def reuse(
     loss_of: CausalLoss,
     inputs: list[Inputs],
     schedule: list[Reuse],
-    parameters: list[nn.Parameter],
-    optimizer: Adam,
+    trained: Trained,
     clock: Clock,
 ) -> list[float]:
     """Finetune in place; the losses. Gradients are None before and after."""
     losses = []
     for example, num_steps in schedule:
-        losses.append(_pass(loss_of, inputs[example], example, parameters))
+        losses.append(_pass(loss_of, inputs[example], example, trained.parameters))
         clock.lap("passes")
-        optimizer.step(num_steps=num_steps)
-        optimizer.zero_grad(set_to_none=True)
+        trained.step_with(trained.gradients(), num_steps)
+        trained.zero_grad()
         clock.lap("updates")
     return losses
 
@@ -52,25 +90,24 @@ def accumulate(
     loss_of: CausalLoss,
     inputs: list[Inputs],
     schedule: list[Reuse],
-    parameters: list[nn.Parameter],
-    optimizer: Adam,
+    trained: Trained,
     clock: Clock,
 ) -> list[float]:
     """The same with one update, of the count-weighted mean gradient."""
     total = sum(burst.num_steps for burst in schedule)
-    sums: dict[Tensor, Tensor] = {}  # of the parameters that had a gradient
+    sums: dict[nn.Parameter, Tensor] = {}  # of the parameters that had a gradient
     losses = []
     for example, count in schedule:
-        losses.append(_pass(loss_of, inputs[example], example, parameters))
+        losses.append(_pass(loss_of, inputs[example], example, trained.parameters))
         clock.lap("passes")
-        grads = {p: p.grad for p in parameters if p.grad is not None}
+        grads = trained.gradients()
         for parameter in grads.keys() - sums.keys():
             sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
         accumulate_([sums[p] for p in grads], list(grads.values()), count / total)
         del grads
-        optimizer.zero_grad(set_to_none=True)
+        trained.zero_grad()
         clock.lap("updates")
-    optimizer.step_with(sums)
+    trained.step_with(sums, 1)
     clock.lap("updates")
     return losses
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._cross_entropy import TiedGradient, linear_next_token_loss, next_token_loss
+from ._pass_copies import PassCopies
 from ._saved import Saved
 from .metrics import forward_parameters
 
@@ -56,11 +57,18 @@ class _Loss:
     """
 
     def __init__(
-        self, own: Callable[..., Tensor], lm_head: nn.Linear | None, tied: TiedGradient | None
+        self,
+        own: Callable[..., Tensor],
+        lm_head: nn.Linear | None,
+        tied: TiedGradient | None,
+        copies: PassCopies | None,
     ) -> None:
         self._own = own
         self._tied = tied
         self._weight = None if lm_head is None else lm_head.weight
+        self._copy = (
+            copies.of(lm_head.weight) if copies is not None and lm_head is not None else None
+        )
         self._hidden: Tensor | None = None
 
     def hold(self, hidden: Tensor) -> Tensor:
@@ -76,7 +84,7 @@ class _Loss:
         fused = not reweighted and logits.is_cuda and logits.dtype is not torch.float64
         if hidden is not None and self._weight is not None:
             if fused and hidden.shape[:2] == labels.shape:
-                return linear_next_token_loss(hidden, self._weight, labels, self._tied)
+                return linear_next_token_loss(hidden, self._weight, labels, self._tied, self._copy)
             logits = F.linear(hidden, self._weight)
         return (
             next_token_loss(logits, labels)
@@ -86,10 +94,13 @@ class _Loss:
 
 
 @contextmanager
-def stand_ins(model: nn.Module, saved: Saved | None = None) -> Iterator[None]:
+def stand_ins(
+    model: nn.Module, saved: Saved | None = None, copies: PassCopies | None = None
+) -> Iterator[None]:
     """Inside the block the model computes the same, cheaper. What somebody else replaced stays.
 
-    saved: what is told of activations, whose outputs then need not be saved.
+    saved: what is told of activations, whose outputs then need not be saved. copies: what the last
+    layer's product reads in place of its weight.
     """
     replaced: list[tuple[nn.Module, str]] = []
 
@@ -109,12 +120,12 @@ def stand_ins(model: nn.Module, saved: Saved | None = None) -> Iterator[None]:
                 )
             elif name in _RMS_NORMS:
                 replace(module, "forward", _rms_norm(module))
-        head = _head(model)
-        if head is not None and _full_name(head.loss_function) == _LOSS:
+        head = _head_with_known_loss(model)
+        if head is not None:
             lm_head = _lm_head(model, head)
             embedding = None if lm_head is None else _tied_embedding(head, lm_head.weight)
             tied = None if embedding is None else TiedGradient()
-            loss = _Loss(head.loss_function, lm_head, tied)
+            loss = _Loss(head.loss_function, lm_head, tied, copies)
             replace(head, "_loss_function", loss)
             if lm_head is not None:
                 replace(lm_head, "forward", loss.hold)
@@ -124,6 +135,18 @@ def stand_ins(model: nn.Module, saved: Saved | None = None) -> Iterator[None]:
     finally:
         for module, name in replaced:
             module.__dict__.pop(name, None)
+
+
+def fused_head_weight(model: nn.Module) -> Tensor | None:
+    """The weight of the last layer, where its product goes with the loss."""
+    head = _head_with_known_loss(model)
+    lm_head = None if head is None else _lm_head(model, head)
+    return None if lm_head is None else lm_head.weight
+
+
+def _head_with_known_loss(model: nn.Module) -> Any:
+    head = _head(model)
+    return head if head is not None and _full_name(head.loss_function) == _LOSS else None
 
 
 def _head(model: nn.Module) -> Any:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _multi_tensor
-from ._multi_tensor import BROKEN, HEAD, LIMIT, NUM_OPTIONS, TensorTable, is_dense
+from ._multi_tensor import BROKEN, HALVES, HEAD, LIMIT, NUM_OPTIONS, SEED, TensorTable, is_dense
+from ._pass_copies import PassCopies
+from ._rounding import Rounding, moment_dtype
 
 # Elements whose updates are launched together: enough to fill a GPU, few enough to begin early.
 GROUP_ELEMENTS = 2 << 20
@@ -32,10 +35,19 @@ class Weights:
     the parameters. `save` before a query, `restore` after it: one launch for each dtype, which also
     resets Adam's state. Base values may lie in pinned host memory; the kernel reads them there.
 
+    copies: what passes read in place of parameters.
+
     Raises NotCapturable for parameters that the kernels cannot take.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], host: bool) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        host: bool,
+        copies: PassCopies,
+        rounding: Rounding,
+    ) -> None:
         device = parameters[0].device
         for parameter in parameters:
             if parameter.dtype not in _multi_tensor.DTYPES or not is_dense(parameter):
@@ -53,8 +65,9 @@ class Weights:
             raise NotCapturable(str(error)) from error
         self.parameters = list(parameters)
         self.device = device
+        self.copies, self.rounding = copies, rounding
         self.base = [pinned_like(p) for p in parameters] if host else _like(parameters)
-        pairs = zip(_like(parameters), _like(parameters), strict=True)
+        pairs = zip(_moments(parameters), _moments(parameters), strict=True)
         self.moments = dict(zip(parameters, pairs, strict=True))
         steps = torch.empty(len(parameters), dtype=torch.float32, device=device)
         self.steps = dict(zip(parameters, steps.unbind(), strict=True))
@@ -73,9 +86,9 @@ class Weights:
         """Rows for parameters of one dtype."""
         rows = []
         for p in parameters:
-            first, second = self.moments[p]
-            addresses = (p.data_ptr(), first.data_ptr(), second.data_ptr())
-            rows.append((*addresses, self.steps[p].data_ptr(), p.numel(), 0))
+            tensors = (self.copies.data_of(p), *self.moments[p], self.steps[p])
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            rows.append((*addresses, p.numel(), self.rounding.salts[id(p)] << 1))
         return TensorTable(rows, self.device, triton=True)
 
     def _reset(self) -> None:
@@ -105,16 +118,23 @@ class GroupedUpdates:
     want the memory). A gradient lives until its update: the backward pass waits for the group
     before last, so that all gradients never exist together.
 
-    order: the parameters that get a gradient, in the order in which they do.
+    order: the parameters that get a gradient, in the order in which they do, with its dtype.
     capacity: the most updates with one gradient.
     """
 
-    def __init__(self, weights: Weights, order: Sequence[nn.Parameter], capacity: int) -> None:
+    def __init__(
+        self, weights: Weights, order: dict[nn.Parameter, torch.dtype], capacity: int
+    ) -> None:
         self._side = side_stream(weights.device)
         self._parts: list[_Part] = []
         self._group_of: dict[nn.Parameter, _Group] = {}
-        for _, own in by_dtype(order).items():
-            part = _Part(weights, own, capacity)
+        kinds: dict[Any, list[nn.Parameter]] = {}
+        for parameter, dtype in order.items():
+            copied = weights.copies.of(parameter) is not None
+            kind = (weights.copies.data_of(parameter).dtype, dtype, copied)
+            kinds.setdefault(kind, []).append(parameter)
+        for (_, dtype, _), own in kinds.items():
+            part = _Part(weights, own, dtype, capacity)
             self._parts.append(part)
             for group in part.groups:
                 self._group_of |= dict.fromkeys(group.parameters, group)
@@ -123,7 +143,7 @@ class GroupedUpdates:
     def _rehearse(self) -> None:
         """Launch everything without an update, so that all is compiled before the capture."""
         for part in self._parts:
-            part.set_addresses([p.data_ptr() for p in part.parameters])  # any memory of that size
+            part.set_addresses([p.data_ptr() for p in part.parameters])  # not read: no updates
             part.set_num_steps(0)
         self.begin()
         for group in {id(g): g for g in self._group_of.values()}.values():
@@ -187,16 +207,32 @@ class GroupedUpdates:
 
 
 class _Part:
-    """The parameters of one dtype."""
+    """Parameters of one dtype whose gradients have one, all with copies or none."""
 
-    def __init__(self, weights: Weights, parameters: list[nn.Parameter], capacity: int) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        parameters: list[nn.Parameter],
+        grad_dtype: torch.dtype,
+        capacity: int,
+    ) -> None:
         self.parameters = parameters
         self.table = weights.table(parameters)
-        dtype = parameters[0].dtype
+        dtype = weights.copies.data_of(parameters[0]).dtype
+        self.dtypes = (dtype, grad_dtype, moment_dtype(dtype))
+        self.stochastic = weights.rounding.stochastic and dtype in HALVES
+        copies = [weights.copies.of(parameter) for parameter in parameters]
+        addresses = [copy.data_ptr() for copy in copies if copy is not None]
+        self.copies = (
+            torch.tensor(addresses, dtype=torch.int64, device="cpu").to(weights.device)
+            if addresses
+            else None
+        )
         math = _multi_tensor.arithmetic_dtype(dtype)
         size = (len(parameters), capacity, 2)
         self.coefficients = torch.zeros(size, dtype=math, device=weights.device)
         self.record = torch.zeros(HEAD + len(parameters), dtype=torch.int64, device=weights.device)
+        self.record[SEED].fill_(weights.rounding.seed)
         self.options: Options = ()
         self.groups: list[_Group] = []
         first = elements = 0
@@ -233,10 +269,10 @@ class _Group:
         self._chunks = part.table.chunks_of(rows)
 
     def launch(self) -> None:
-        part, dtype = self._part, self.parameters[0].dtype
+        part = self._part
         _multi_tensor.adam_chunks_(
-            part.table, self._chunks, part.record, part.coefficients, (dtype, dtype, dtype),
-            part.coefficients.shape[1], stochastic_rounding=False,
+            part.table, self._chunks, part.record, part.coefficients, part.dtypes,
+            part.coefficients.shape[1], part.stochastic, part.copies,
         )  # fmt: skip
 
 
@@ -260,6 +296,13 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
             f"expected a gradient laid out as its parameter of shape {tuple(parameter.shape)}"
         )
     return gradient
+
+
+def _moments(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [
+        tensor.view(moment_dtype(tensor.dtype)) if tensor.dtype in HALVES else tensor
+        for tensor in _like(parameters)
+    ]
 
 
 def _like(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

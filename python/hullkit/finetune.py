@@ -16,7 +16,9 @@ from ._adaptation import Adaptation
 from ._checks import MAX_TOTAL, check_choice, check_int, check_number, check_tensor
 from ._graphs import CapturedPasses
 from ._loss import PRECISIONS, CausalLoss, matmul_precision
+from ._pass_copies import PassCopies, narrowed_tensors
 from ._report import AdaptReport, Clock
+from ._rounding import ROUNDINGS, rounding_of
 from ._snapshot import Snapshot
 from ._weights import NotCapturable, adam_options
 from .metrics import (
@@ -27,7 +29,6 @@ from .metrics import (
     forward_parameters,
     token_limits,
 )
-from .optim import Adam
 from .schedule import Reuse, reuse_schedule
 
 __all__ = ["AdaptReport", "TestTimeFinetuner"]
@@ -90,8 +91,18 @@ class TestTimeFinetuner:
         capture: None as above; True to raise where passes cannot be captured; False for eager ones.
         compile: whether passes go through `torch.compile`: fewer, larger kernels, for a minute or
             so the first time and again when lengths first differ.
+        rounding: of half-precision parameters and their moments after a burst: "stochastic", up or
+            down at random in proportion, or "nearest", which loses most of what small steps do.
+        seed: of that noise, a function of seed, parameter's name, update and element: the same
+            bits in every run, whatever else is trained.
         snapshot: "device" keeps base weights beside the parameters, "host" in pinned memory of the
             host: the device's memory for the time of the copies.
+
+    Half-precision parameters have their moments in bfloat16. Passes of a float16 model read
+    bfloat16 copies of its tensors (float16's range ends where many gradients are, below 6e-8, and
+    activations beyond 65504), and passes of PEFT's float32 adapters on a half-precision base copies
+    of the adapters; updates are made to the tensors themselves. Captured bf16 passes of a float32
+    model read copies of its linear layers' weights, which the updates write: nothing is cast.
 
     `last_report` is the AdaptReport of the latest query, None if it failed.
 
@@ -121,6 +132,8 @@ class TestTimeFinetuner:
         capture: bool | None = None,
         compile: bool = False,
         snapshot: str = "device",
+        rounding: str = "stochastic",
+        seed: int = 0,
     ) -> None:
         check_module(model)
         self.model = model
@@ -135,12 +148,15 @@ class TestTimeFinetuner:
         self.eps = _finite("eps", eps)
         check_choice("precision", precision, PRECISIONS)
         check_choice("snapshot", snapshot, ("device", "host"))
+        check_choice("rounding", rounding, ROUNDINGS)
         check_choice("capture", capture, (None, True, False))
         check_choice("compile", compile, (True, False))
         self.precision = precision
         self.capture = capture
         self.compile = compile
         self.snapshot = snapshot
+        self.rounding = rounding
+        self.seed = check_int("seed", seed, 0, (1 << 63) - 1)
         if capture and mode == "accumulate":
             raise ValueError("capture: expected None or False for mode='accumulate', got True")
         self.last_report: AdaptReport | None = None
@@ -265,6 +281,7 @@ class TestTimeFinetuner:
                     trained,
                     self._loss,
                     host_snapshot=self.snapshot == "host",
+                    rounding=rounding_of(self.model, self.rounding, self.seed),
                 )
             except NotCapturable as error:
                 self._fall_back(error)
@@ -331,18 +348,24 @@ class TestTimeFinetuner:
         self, inputs: list[dict[str, Tensor]], schedule: list[Reuse], clock: Clock
     ) -> list[float]:
         parameters = _trained(self.model.parameters())
-        if not schedule:
-            if self.compile:
-                _passes.warm_up(self._loss, inputs, parameters)
+        if not schedule and not self.compile:
             return []
-        clock.lap("prepare")
-        optimizer = Adam(parameters, lr=self.lr, betas=self.betas, eps=self.eps)
-        run = _passes.reuse if self.mode == "reuse" else _passes.accumulate
-        try:
-            return run(self._loss, inputs, schedule, parameters, optimizer, clock)
-        finally:
-            # A traceback keeps this frame; it must not keep the moments.
-            optimizer.reset()
+        copies = PassCopies(narrowed_tensors(self.model))
+        copies.refresh()
+        with copies.in_place():
+            if not schedule:
+                _passes.warm_up(self._loss, inputs, parameters)
+                return []
+            clock.lap("prepare")
+            rounding = rounding_of(self.model, self.rounding, self.seed)
+            options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
+            trained = _passes.Trained(parameters, copies, rounding, **options)
+            run = _passes.reuse if self.mode == "reuse" else _passes.accumulate
+            try:
+                return run(self._loss, inputs, schedule, trained, clock)
+            finally:
+                # A traceback keeps this frame; it must not keep the moments.
+                trained.reset()
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -68,7 +68,7 @@ class _FusedAdam(FusedOptimizer):
                 "stochastic_rounding: expected False unless a parameter is bfloat16 or float16, "
                 f"got True for {', '.join(map(str, dtypes))}"
             )
-        if torch.float16 in dtypes and not self.stochastic_rounding:
+        if any(self._state_dtype(param) is torch.float16 for param in self._params()):
             warnings.warn(_FLOAT16, stacklevel=4)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,8 +157,8 @@ class Adam(_FusedAdam, torch.optim.Adam):
     Numerics: float32 arithmetic (float64 for float64 parameters), coefficients in float64. float16
     and bfloat16 parameters and moments are rounded once for a call, not once for an update. State
     as torch.optim's fused Adam: `step` (float32, on the parameter's device), `exp_avg`,
-    `exp_avg_sq` (the parameter's dtype; rounded stochastically, bfloat16, whose range is that of
-    float32: squares below 6e-8 are 0 in float16, and a warning says so where torch's dtype is kept).
+    `exp_avg_sq` (the parameter's dtype; bfloat16 where halves are rounded stochastically. Squares
+    below 6e-8 are 0 in float16: a warning says so where torch's dtype is kept).
     Memory traffic: 7 words for each parameter whatever k is. One launch for all parameters of a
     group with the same dtypes. `state_dict` is interchangeable with torch.optim's.
     Raises TypeError or ValueError for complex, sparse, overlapping or non-dense tensors.
