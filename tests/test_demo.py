@@ -96,6 +96,8 @@ def test_two_queries_end_to_end(
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     printed = capsys.readouterr().out
     assert "hull with reuse" in printed
+    assert "float32 weights" in printed
+    assert all(parameter.dtype == torch.float32 for parameter in before)
     assert "Why the hull can lose" in printed
 
 
@@ -110,7 +112,7 @@ def tiny_model(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_of_the_weights(
     demo: Any,
     text: Path,
@@ -118,10 +120,9 @@ def test_dtype_of_the_weights(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    dtype: str | None,
+    dtype: str,
 ) -> None:
     """Finetuned and scored are weights of the dtype asked for, which the table names."""
-    wanted = dtype or "float32"
     seen = []
     score = demo.methods.hullkit.bits_per_byte
 
@@ -133,12 +134,12 @@ def test_dtype_of_the_weights(
     torch.set_num_threads(1)
     arguments = ["--text", str(text), "--model", str(tiny_model), "--out", str(tmp_path)]
     arguments += ["--queries", "1", "--updates", "2", "--lr", "0.01"]
-    result = demo.main([*arguments, *(["--dtype", dtype] if dtype else [])])
+    result = demo.main([*arguments, "--dtype", dtype])
     assert seen
-    assert all(dtypes == {getattr(torch, wanted)} for dtypes in seen)
+    assert all(dtypes == {getattr(torch, dtype)} for dtypes in seen)
     base, *others = result.means
     assert all(math.isfinite(mean.bpb) and mean.bpb != base.bpb for mean in others)
-    assert f"{wanted} weights" in capsys.readouterr().out
+    assert f"{dtype} weights" in capsys.readouterr().out
 
 
 def test_pool_and_queries_share_no_file(demo: Any, text: Path) -> None:
