@@ -15,6 +15,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
+# Under `with torch.device(...)` torch looks functions up in a set that it makes on first use: of
+# the real ones, not of those that a test replaces.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`allocate`, its memory filled with what nobody can mistake for a result."""

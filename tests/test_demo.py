@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("faiss", reason="the demo's extra is not installed")
 
@@ -95,7 +96,50 @@ def test_two_queries_end_to_end(
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     printed = capsys.readouterr().out
     assert "hull with reuse" in printed
+    assert "float32 weights" in printed
+    assert all(parameter.dtype == torch.float32 for parameter in before)
     assert "Why the hull can lose" in printed
+
+
+@pytest.fixture(scope="module")
+def tiny_model(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The own tokenizer with a model of a few thousand weights, stored in float32."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo.language_model.OWN_MODEL).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_of_the_weights(
+    demo: Any,
+    text: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+) -> None:
+    """Finetuned and scored are weights of the dtype asked for, which the table names."""
+    seen = []
+    score = demo.methods.hullkit.bits_per_byte
+
+    def remembered(model: Any, *args: Any) -> float:
+        seen.append({p.dtype for p in model.parameters()})
+        return float(score(model, *args))
+
+    monkeypatch.setattr(demo.methods.hullkit, "bits_per_byte", remembered)
+    torch.set_num_threads(1)
+    arguments = ["--text", str(text), "--model", str(tiny_model), "--out", str(tmp_path)]
+    arguments += ["--queries", "1", "--updates", "2", "--lr", "0.01"]
+    result = demo.main([*arguments, "--dtype", dtype])
+    assert seen
+    assert all(dtypes == {getattr(torch, dtype)} for dtypes in seen)
+    base, *others = result.means
+    assert all(math.isfinite(mean.bpb) and mean.bpb != base.bpb for mean in others)
+    assert f"{dtype} weights" in capsys.readouterr().out
 
 
 def test_pool_and_queries_share_no_file(demo: Any, text: Path) -> None:
@@ -120,6 +164,7 @@ def test_near_copies_are_no_queries(demo: Any, text: Path) -> None:
         (["--refresh-interval", "0"], "--refresh-interval: expected an integer >= 1, got 0"),
         (["--lr", "0"], "--lr: expected a learning rate in (0, 1), got 0"),
         (["--text", "nowhere"], "--text: expected a folder, got 'nowhere'"),
+        (["--dtype", "float64"], "argument --dtype: invalid choice: 'float64'"),
         (["--device", "toaster"], "--device: expected a usable device, got 'toaster'"),
     ],
 )

@@ -18,7 +18,7 @@ OWN_MODEL = Path(__file__).parents[1] / "assets" / "pybytes"
 
 
 class LanguageModel(NamedTuple):
-    """Float32 weights on one device, and the tokenizer that goes with them."""
+    """A model on one device, and the tokenizer that goes with it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -31,8 +31,8 @@ class Tokens(NamedTuple):
     scored_bytes: int
 
 
-def load(name: str, device: torch.device) -> LanguageModel:
-    """Load a local folder or a model of the Hugging Face Hub.
+def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Load a local folder or a model of the Hugging Face Hub, its weights in `dtype`.
 
     Raises:
         ValueError: no causal language model by that name, or only a slow tokenizer.
@@ -50,8 +50,8 @@ def load(name: str, device: torch.device) -> LanguageModel:
             "--model: expected a model with a fast tokenizer (which knows the text that a token "
             f"spells), got {name!r}"
         )
-    # Weights may be stored in half precision; Adam at these learning rates needs float32.
-    return LanguageModel(model.float().to(device).eval(), tokenizer)
+    # Whatever dtype they are stored in, which is the one that they are loaded in.
+    return LanguageModel(model.to(device, dtype).eval(), tokenizer)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:

@@ -41,9 +41,10 @@ def in_words(gaps: np.ndarray, sign: str = "") -> str:
     return f"{mean:{sign}.1f} ± {error:.1f} points of base{doubt}"
 
 
-def results_table(outcomes: Sequence[Sequence[Outcome]]) -> Table:
-    """One row a method, means over the queries."""
-    table = Table(title=f"Mean over the queries ({len(outcomes)})", title_justify="left")
+def results_table(outcomes: Sequence[Sequence[Outcome]], dtype: str) -> Table:
+    """One row a method, means over the queries. dtype: of the weights."""
+    title = f"Mean over the queries ({len(outcomes)}), {dtype} weights"
+    table = Table(title=title, title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right")
     shares = shares_of_base(outcomes)

@@ -2,7 +2,7 @@
 
     make demo                                   # or: python bench/demo/run.py
     make demo ARGS="--queries 20 --updates 32"
-    make demo ARGS="--model gpt2 --lr 5e-5 --text ~/papers --device cuda"
+    make demo ARGS="--model gpt2 --lr 5e-5 --text ~/papers --device cuda --dtype bfloat16"
 
 For each query, a chunk of a file that the pool has no part of: retrieve candidates from the pool,
 choose examples (hullkit.select), finetune on them (hullkit.TestTimeFinetuner), score the query
@@ -79,6 +79,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu", help="of the model; selection is on the CPU")
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the model's weights, in which it is finetuned and scored (default: float32)",
+    )
+    parser.add_argument(
         "--lr",
         type=float,
         default=DEFAULT_LR,
@@ -115,7 +121,7 @@ def run(args: argparse.Namespace, console: Console) -> Demo:
             f"--updates: expected at most {num_candidates}, the candidates of a query, "
             f"got {args.updates}"
         )
-    lm = language_model.load(args.model, args.device)
+    lm = language_model.load(args.model, args.device, getattr(torch, args.dtype))
     own_text = args.text == corpus.stdlib_folder()
     source = (
         f"the standard library of Python {platform.python_version()}" if own_text else args.text
@@ -164,7 +170,7 @@ def run(args: argparse.Namespace, console: Console) -> Demo:
             outcomes.append([base, *(measured[plan.method] for plan in plans)])
 
     means = [mean_of(of_method) for of_method in zip(*outcomes, strict=True)]
-    console.print(results_table(outcomes))
+    console.print(results_table(outcomes, args.dtype))
     console.print(
         f"Retrieval (faiss, {num_candidates} candidates): {retrieval_ms:.1f} ms a query, the same "
         f"for every method. Adam, lr {args.lr:g}. Device: {args.device}; "
