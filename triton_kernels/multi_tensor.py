@@ -100,46 +100,59 @@ def mix(x):
 
 
 @triton.jit
-def noise_key(seed, salt, start):
-    """The key of one tensor's noise. start: the chunk's first element, whose upper half counts."""
+def noise_key(seed, salt, step, start):
+    """The key of one tensor's noise at one step. start: the chunk's first element, whose upper half
+    counts."""
     key = mix(seed.to(tl.uint32) + 0x9E3779B9)
     key = mix((key ^ (seed >> 32).to(tl.uint32)) + 0x9E3779B9)
     key = mix((key ^ salt.to(tl.uint32)) + 0x9E3779B9)
+    key = mix((key ^ step.to(tl.uint32)) + 0x9E3779B9)
     return mix((key ^ (start >> 32).to(tl.uint32)) + 0x9E3779B9)
 
 
 @triton.jit
-def noise(offsets, step, key):
-    """64 random bits for each element at this step: Philox-2x32 with 7 rounds (Salmon et al., 2011:
-    the fewest that pass every test of BigCrush)."""
-    low = offsets.to(tl.uint32)
-    high = tl.zeros_like(low) + step.to(tl.uint32)
-    for _ in tl.static_range(7):
-        product = tl.umulhi(low, tl.full(low.shape, 0xD256D193, tl.uint32))
-        low, high = product ^ high ^ key, low * 0xD256D193
-        key += 0x9E3779B9
-    return low, high
+def noise(offsets, key):
+    """32 random bits for each element: a function of the counter and the key. Rounding asks for
+    bits without bias; a cryptographer's generator would take longer than the memory."""
+    return mix(offsets.to(tl.uint32) ^ key)
 
 
 @triton.jit
-def round_stochastically(values, bits, DTYPE: tl.constexpr):
-    """float32 to a half type, away from 0 with the probability of the part cut off.
+def round_bfloat16(values, bits):
+    """float32 to bfloat16, away from 0 with the probability of the part cut off, whose 16 bits are
+    compared with these. Infinity and NaN stay."""
+    word = values.to(tl.uint32, bitcast=True) + tl.where(values == values, bits, 0).to(tl.uint32)
+    return (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
-    bits: 24 random ones, of which bfloat16 takes 16. Infinity and NaN (a quiet one) stay.
-    """
+
+@triton.jit
+def round_float16(values, bits):
+    """The same to float16; 24 random bits. It keeps 10 bits of 23, and below 2^-14 multiples of
+    2^-24. What does not fit is rounded as ever: to infinity."""
     word = values.to(tl.uint32, bitcast=True)
-    if tl.bfloat16 == DTYPE:
-        finite = (word & 0x7F800000) != 0x7F800000
-        word += tl.where(finite, bits & 0xFFFF, 0)
-        rounded = (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    large = (word & 0x7FFFFFFF) >= 0x477FE000
+    kept = tl.where(large, word, (word + (bits >> 11)) & 0xFFFFE000).to(tl.uint32)
+    steps = tl.floor(tl.abs(values) * 16777216.0 + bits.to(tl.float32) * (1.0 / 16777216.0))
+    steps *= 1.0 / 16777216.0
+    small = tl.where(values < 0, -steps, steps)
+    is_small = tl.abs(values) < 6.103515625e-05
+    return tl.where(is_small, small, kept.to(tl.float32, bitcast=True)).to(tl.float16)
+
+
+@triton.jit
+def round_param(values, random, DTYPE: tl.constexpr):
+    """With the upper bits of 32 random ones."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        rounded = round_bfloat16(values, random >> 16)
     else:
-        # float16 keeps 10 bits, and below 2^-14 multiples of 2^-24. What does not fit is rounded as
-        # ever: to infinity.
-        large = (word & 0x7FFFFFFF) >= 0x477FE000
-        kept = tl.where(large, word, (word + (bits >> 11)) & 0xFFFFE000).to(tl.uint32)
-        steps = tl.floor(tl.abs(values) * 16777216.0 + bits.to(tl.float32) * (1.0 / 16777216.0))
-        steps *= 1.0 / 16777216.0
-        small = tl.where(values < 0, -steps, steps)
-        is_small = tl.abs(values) < 6.103515625e-05
-        rounded = tl.where(is_small, small, kept.to(tl.float32, bitcast=True)).to(tl.float16)
+        rounded = round_float16(values, random >> 8)
     return rounded
+
+
+@triton.jit
+def round_moments(first, second, random):
+    """To bfloat16, with 8 random bits each, the lower ones."""
+    return (
+        round_bfloat16(first, (random << 8) & 0xFF00 | 0x80),
+        round_bfloat16(second, random & 0xFF00 | 0x80),
+    )

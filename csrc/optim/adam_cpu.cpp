@@ -18,23 +18,15 @@ uint32_t mix(uint32_t x) {
   return x;
 }
 
-// The key of one tensor's noise, as the Triton kernel has it. first: an element, whose upper half counts.
-uint32_t noise_key(uint64_t seed, uint32_t salt, int64_t first) {
-  constexpr uint32_t kStep = 0x9e3779b9u;
-  uint32_t key = mix(static_cast<uint32_t>(seed) + kStep);
-  key = mix((key ^ static_cast<uint32_t>(seed >> 32)) + kStep);
-  key = mix((key ^ salt) + kStep);
-  return mix((key ^ static_cast<uint32_t>(static_cast<uint64_t>(first) >> 32)) + kStep);
+// The key of one tensor's noise at one step, as the Triton kernel has it. first: an element, whose upper half counts.
+uint32_t noise_key(uint64_t seed, uint32_t salt, uint32_t step, int64_t first) {
+  constexpr uint32_t kIncrement = 0x9e3779b9u;
+  uint32_t key = mix(static_cast<uint32_t>(seed) + kIncrement);
+  key = mix((key ^ static_cast<uint32_t>(seed >> 32)) + kIncrement);
+  key = mix((key ^ salt) + kIncrement);
+  key = mix((key ^ step) + kIncrement);
+  return mix((key ^ static_cast<uint32_t>(static_cast<uint64_t>(first) >> 32)) + kIncrement);
 }
-
-// Random bits for one block of elements at a time.
-struct Noise {
-  uint32_t first[kBlock], second[kBlock];
-
-  void draw(int64_t at, int64_t n, uint32_t step, uint32_t key) {
-    simd().noise(static_cast<uint32_t>(at), step, key, n, first, second);
-  }
-};
 
 // What one update has in common for all elements of a tensor, for k updates from `step` on.
 template <typename T>
@@ -82,17 +74,18 @@ void run(const TensorTable& table, const AdamParams& params, int num_threads) {
                                   params.num_steps};
     Elements<T> param(row.param, table.param_dtype), grad(table.grads[index], table.grad_dtype);
     Elements<T> exp_avg(row.state1, table.state_dtype), exp_avg_sq(row.state2, table.state_dtype);
-    const uint32_t key = noise_key(params.seed, row.salt(), begin);
-    Noise noise;
+    const auto step = static_cast<uint32_t>(own.step + static_cast<double>(params.num_steps));
+    const uint32_t key = noise_key(params.seed, row.salt(), step, begin);
+    uint32_t random[kBlock];
     for (int64_t at = begin; at < begin + count; at += block) {
       const int64_t n = std::min(block, begin + count - at);
       simd().ops<T>().adam(param.load(at, n), grad.load(at, n), exp_avg.load(at, n), exp_avg_sq.load(at, n), n, update);
       if constexpr (std::is_same_v<T, float>) {
         if (params.stochastic_rounding) {
-          noise.draw(at, n, static_cast<uint32_t>(own.step + static_cast<double>(params.num_steps)), key);
-          param.store_stochastically(at, n, noise.first, 8);
-          exp_avg.store_stochastically(at, n, noise.second, 0);
-          exp_avg_sq.store_stochastically(at, n, noise.second, 16);
+          simd().noise(static_cast<uint32_t>(at), key, n, random);
+          param.store_stochastically(at, n, random, RandomBits::kUpper);
+          exp_avg.store_stochastically(at, n, random, RandomBits::kLowByte);
+          exp_avg_sq.store_stochastically(at, n, random, RandomBits::kSecondByte);
           continue;
         }
       }
@@ -111,8 +104,8 @@ void run(const TensorTable& table, const AdamParams& params, int num_threads) {
 
 void adam_cpu(const TensorTable& table, const AdamParams& params, int num_threads) {
   const auto half = [](DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; };
-  HULLKIT_CHECK(!params.stochastic_rounding || (half(table.param_dtype) && half(table.state_dtype)),
-                "stochastic_rounding: expected half-precision parameters and moments, got another dtype");
+  HULLKIT_CHECK(!params.stochastic_rounding || (half(table.param_dtype) && table.state_dtype == DType::kBFloat16),
+                "stochastic_rounding: expected half-precision parameters and bfloat16 moments, got another dtype");
   with_compute_type(table.param_dtype, [&](auto type) { run<decltype(type)>(table, params, num_threads); });
 }
 

@@ -90,10 +90,13 @@ class Elements {
     }
   }
 
-  // Puts a loaded block of halves back, rounded with random bits; see simd.h.
-  void store_stochastically(int64_t begin, int64_t count, const uint32_t* random, int shift) {
-    const auto round = dtype_ == DType::kFloat16 ? simd().round_f16 : simd().round_bf16;
-    round(floats(), random, shift, at<uint16_t>(begin), count);
+  // Puts a loaded block of halves back, rounded with random bits; float16 has the upper ones alone.
+  void store_stochastically(int64_t begin, int64_t count, const uint32_t* random, RandomBits bits) {
+    if (dtype_ == DType::kFloat16) {
+      simd().round_f16(floats(), random, at<uint16_t>(begin), count);
+    } else {
+      simd().round_bf16(floats(), random, bits, at<uint16_t>(begin), count);
+    }
   }
 
   template <typename U>

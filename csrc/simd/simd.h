@@ -53,6 +53,9 @@ struct SimdOps {
   T (*accumulate)(T* into, const T* grad, T weight, int64_t n);
 };
 
+// Which of an element's 32 random bits round a value: the upper half, or a byte of the lower.
+enum class RandomBits { kUpper, kLowByte, kSecondByte };
+
 struct Simd {
   const char* name;
   SimdOps<float> f32;
@@ -72,10 +75,10 @@ struct Simd {
   void (*widen_bf16)(const uint16_t* in, float* out, int64_t count);
   void (*narrow_f16)(const float* in, uint16_t* out, int64_t count);
   void (*narrow_bf16)(const float* in, uint16_t* out, int64_t count);
-  // Stochastic rounding: 64 random bits an element, and halves rounded with those from `shift` on.
-  void (*noise)(uint32_t first, uint32_t step, uint32_t key, int64_t n, uint32_t* low, uint32_t* high);
-  void (*round_f16)(const float* in, const uint32_t* random, int shift, uint16_t* out, int64_t n);
-  void (*round_bf16)(const float* in, const uint32_t* random, int shift, uint16_t* out, int64_t n);
+  // Stochastic rounding: 32 random bits for each of n elements, and halves rounded with some of these.
+  void (*noise)(uint32_t first, uint32_t key, int64_t n, uint32_t* random);
+  void (*round_f16)(const float* in, const uint32_t* random, uint16_t* out, int64_t n);
+  void (*round_bf16)(const float* in, const uint32_t* random, RandomBits bits, uint16_t* out, int64_t n);
 
   template <typename T>
   const SimdOps<T>& ops() const {

@@ -156,7 +156,7 @@ class CapturedPasses:
         slots = [dict(module._buffers) for module in self._model.modules()]
         reason = ""
         try:
-            with self._apart():
+            with self._apart(), self.copies.in_place():
                 recorded = _Pass(self, inputs)
         except torch.OutOfMemoryError:
             raise
@@ -172,13 +172,12 @@ class CapturedPasses:
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
-        """On the stream of captures, with all the memory that nothing lives in, and copies in
-        place."""
+        """On the stream of captures, with all the memory that nothing lives in."""
         current = torch.cuda.current_stream(self.weights.device)
         self._stream.wait_stream(current)
         torch.cuda.empty_cache()  # memory that was used on another stream is of no use on this one
         try:
-            with torch.cuda.stream(self._stream), self.copies.in_place():
+            with torch.cuda.stream(self._stream):
                 yield
         finally:
             current.wait_stream(self._stream)
