@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hullkit
+from hullkit._limits import token_limits
 import published
 import torch
 from rich.console import Console
@@ -118,7 +119,7 @@ def measure(
     """Milliseconds of a query and peak MB, by provider."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(length)
-    vocabulary = hullkit.metrics.vocabulary_size(model) or 256
+    vocabulary = token_limits(model).vocabulary or 256
     examples = [torch.randint(vocabulary, (length,), generator=generator) for _ in COUNTS]
     options = {} if device.type == "cuda" else {"max_length": None}
     state = published.base_state(model)

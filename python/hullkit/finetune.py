@@ -15,18 +15,12 @@ from . import _passes
 from ._adaptation import Adaptation
 from ._checks import MAX_TOTAL, check_choice, check_int, check_number, check_tensor
 from ._graphs import CapturedPasses
+from ._limits import TokenLimits, check_labels, check_token_ids, token_limits
 from ._loss import PRECISIONS, CausalLoss, matmul_precision
 from ._report import AdaptReport, Clock
 from ._snapshot import Snapshot
 from ._weights import NotCapturable, adam_options
-from .metrics import (
-    IGNORED,
-    TokenLimits,
-    check_module,
-    check_token_ids,
-    forward_parameters,
-    token_limits,
-)
+from .metrics import IGNORED, check_module, forward_parameters
 from .optim import Adam
 from .schedule import Reuse, reuse_schedule
 
@@ -206,6 +200,7 @@ class TestTimeFinetuner:
         """The checked keyword inputs of one example, `input_ids` and `labels` among them."""
         if not isinstance(example, Mapping):
             ids = check_token_ids(name, example, limits)
+            check_labels(name, ids[:, 1:], limits)
             return {"input_ids": ids, "labels": ids}
         if "input_ids" not in example:
             raise ValueError(f"{name}: expected the key 'input_ids', got {list(example)}")
@@ -225,8 +220,7 @@ class TestTimeFinetuner:
         scored = labels[:, 1:] != IGNORED
         if not scored.any():
             raise ValueError(f"{name}['labels']: expected a scored token, got only {IGNORED}")
-        # Labels are indices into the logits: out of range they end a CUDA process, as ids do.
-        check_token_ids(f"{name}['labels']", labels.where(labels != IGNORED, 0), limits)
+        check_labels(f"{name}['labels']", labels.where(labels != IGNORED, 0), limits)
         return inputs
 
     def warmup(self, lengths: Iterable[int]) -> None:
