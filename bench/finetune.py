@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import hullkit
-from hullkit._limits import token_limits
 import published
 import torch
+from hullkit._limits import token_limits
 from rich.console import Console
 from rich.table import Table
 from rows import append, commit, processor

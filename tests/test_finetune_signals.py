@@ -198,6 +198,7 @@ def test_error_at_any_moment_of_the_way_out(error: type[BaseException]) -> None:
 
     def check(sent: bool) -> None:
         before.check()
+        assert torch.is_grad_enabled()
         # Where one tensor is restored, an error may be its own: it is tried again.
         assert raised or not sent or at_every.where & {"_restore", "_write", "_twice"}
 
@@ -263,7 +264,7 @@ def test_several_signals_at_once() -> None:
     original = _snapshot.Snapshot.restore
     previous = {signum: signal.signal(signum, handler) for signum in SIGNALS}
     try:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as raised:  # noqa: PT012, SIM117
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as raised:  # noqa: SIM117
             with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2]):
                 patch.setattr(_snapshot.Snapshot, "restore", restore)
         assert [signal.getsignal(signum) for signum in SIGNALS] == [handler] * 3

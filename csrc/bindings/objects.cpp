@@ -41,8 +41,8 @@ void bind_objects(py::module_& module) {
     py::list unlike;
     for (Py_ssize_t at = 0; at < PyList_GET_SIZE(pairs.ptr()); ++at) {
       PyObject* const pair = PyList_GET_ITEM(pairs.ptr(), at);
-      if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2 ||
-          !PyDict_Check(PyTuple_GET_ITEM(pair, 0)) || !PyDict_Check(PyTuple_GET_ITEM(pair, 1))) {
+      if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2 || !PyDict_Check(PyTuple_GET_ITEM(pair, 0)) ||
+          !PyDict_Check(PyTuple_GET_ITEM(pair, 1))) {
         throw py::type_error("expected a list of pairs of dicts");
       }
       if (!same_items(PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1))) unlike.append(at);

@@ -36,9 +36,7 @@ class HeldSignals {
       return;
     }
     if (!note_) {
-      note_ = py::cpp_function([arrived = arrived_](int signum, const py::object&) {
-        arrived->push_back(signum);
-      });
+      note_ = py::cpp_function([arrived = arrived_](int signum, const py::object&) { arrived->push_back(signum); });
       // Not `signal`: its functions are Python's, and look for an enum's member in every handler.
       signals_ = py::module_::import("_signal");
     }
@@ -63,8 +61,7 @@ class HeldSignals {
       const py::object handler = signals_.attr("getsignal")(signum);
       if (!PyCallable_Check(handler.ptr())) continue;  // an earlier one has switched it off
       PyFrameObject* const frame = PyEval_GetFrame();
-      handler(signum, frame ? py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(frame))
-                            : py::none());
+      handler(signum, frame ? py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(frame)) : py::none());
     }
   }
 
@@ -105,8 +102,7 @@ class WithBlock {
  public:
   py::object enter(const py::object& self) {
     if (entered_) {
-      PyErr_SetString(PyExc_RuntimeError,
-                      "adapted(): expected one with-block for each call, got a second one");
+      PyErr_SetString(PyExc_RuntimeError, "adapted(): expected one with-block for each call, got a second one");
       throw py::error_already_set();
     }
     entered_ = true;
@@ -149,9 +145,7 @@ void bind_with_block(py::module_& module) {
   py::class_<WithBlock>(module, "WithBlock")
       .def(py::init<>())
       .def("__enter__", [](const py::object& self) { return self.cast<WithBlock&>().enter(self); })
-      .def("__exit__", [](const py::object& self, const py::args&) {
-        self.cast<WithBlock&>().leave(self, nullptr);
-      });
+      .def("__exit__", [](const py::object& self, const py::args&) { self.cast<WithBlock&>().leave(self, nullptr); });
 }
 
 }  // namespace hullkit

@@ -1,4 +1,4 @@
-"""What a sequence must keep to so that a model can take it: its ids, and its length."""
+"""What can be asked of a model: which ids it takes, how many of them, and whether it can train."""
 
 from __future__ import annotations
 
@@ -17,6 +17,36 @@ class TokenLimits(NamedTuple):
     vocabulary: int | None  # token ids; None where that cannot be told, here and below
     labels: int | None  # ids that are predicted
     positions: int | None  # tokens that the model has positions for
+
+
+_NOT_HERE = (
+    "expected parameters in memory, got {!r} on the meta device (offloaded, or not loaded yet)"
+)
+
+
+def check_scorable(model: nn.Module) -> None:
+    """Offloaded parameters are fine where accelerate's hooks bring them."""
+    missing = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if missing is not None and not any("_hf_hook" in vars(m) for m in model.modules()):
+        raise ValueError(f"model: {_NOT_HERE.format(missing)}")
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Before anything is touched: what torch would say of it in the midst of a pass or later."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"model: {_NOT_HERE.format(name)}")
+        if parameter.is_inference():
+            raise ValueError(
+                "model: expected parameters that autograd can use, got one made in "
+                f"torch.inference_mode(): {name!r}"
+            )
+    for name, module in model.named_modules():
+        embeds = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        if embeds and module.sparse and module.weight.requires_grad:
+            raise ValueError(
+                f"model: expected dense gradients, got an embedding with sparse=True: {name!r}"
+            )
 
 
 def token_limits(model: nn.Module) -> TokenLimits:
@@ -101,7 +131,13 @@ def _predicted(model: nn.Module) -> int | None:
 
 
 # What models of transformers call their number of positions.
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx")
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_target_positions",
+    "max_seq_len",
+    "n_ctx",
+)
 # A table of absolute positions, by the words of its name: `wpe`, `embed_positions`, `pos_emb`, ...
 _POSITION = {"wpe", "pos", "position", "positions", "positional"}
 _OTHERWISE = {"rel", "relative", "rotary", "rope", "alibi", "bias", "type", "types", "ids"}
@@ -133,9 +169,9 @@ def _positions(model: nn.Module) -> int | None:
             if _is_position_table(path) and (config is None or configured & {rows, rows - start}):
                 limits.append(rows - start)
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.ndim == 2 and buffer.shape[0] in configured:
-                if _is_position_table(f"{path}.{name}"):
-                    limits.append(buffer.shape[0])
+            rows = len(buffer) if buffer is not None and buffer.ndim == 2 else 0
+            if rows in configured and _is_position_table(f"{path}.{name}"):
+                limits.append(rows)
     return max(0, min(limits) - virtual_tokens(model)) if limits else None
 
 

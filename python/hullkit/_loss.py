@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checkpointing import checkpointed_layers, checkpointing
 from ._cross_entropy import next_token_loss
 from ._saved import Saved
 from ._stand_ins import stand_ins
@@ -47,7 +48,12 @@ class CausalLoss:
         """saved: what sees to the tensors that the backward pass needs, if not autograd alone."""
         if self.compiled:  # the compiler fuses what it finds itself, and saves what it likes
             return self._of(self._call, inputs, self._autocast)
-        with stand_ins(self._model, saved), nullcontext() if saved is None else saved.hooks():
+        layers = checkpointed_layers(self._model)
+        with (
+            stand_ins(self._model, saved, layers),
+            checkpointing(layers),
+            nullcontext() if saved is None else saved.hooks(),
+        ):
             return self._of(self._call, inputs, self._autocast)
 
     def plain(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import check_int
-from ._limits import check_labels, check_token_ids, token_limits, virtual_tokens
+from ._limits import (
+    check_labels,
+    check_scorable,
+    check_token_ids,
+    token_limits,
+    virtual_tokens,
+)
 
 __all__ = ["bits_per_byte"]
 
@@ -56,6 +62,7 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
     even where the text is cut.
     """
     check_module(model)
+    check_scorable(model)
     check_int("num_bytes", num_bytes, 1)
     limits = token_limits(model)
     ids = check_token_ids("input_ids", input_ids, limits)
@@ -83,8 +90,10 @@ def check_module(model: Any) -> None:
 
 
 def device_of(model: nn.Module, default: Tensor) -> torch.device:
-    first = next(model.parameters(), None)
-    return default.device if first is None else first.device
+    """Where the model takes its inputs. Offloaded weights are nowhere until their layer runs, and
+    its hooks move what it is given."""
+    here = (p.device for p in model.parameters() if not p.is_meta)
+    return next(here, default.device)
 
 
 def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
