@@ -150,6 +150,13 @@ def test_wrapped_models() -> None:
     assert token_limits(torch.compile(llama())).positions is None  # type: ignore[arg-type]
 
 
+def test_padding_without_a_table() -> None:
+    """As far as the configuration goes; a model without one is not padded beyond any embedding."""
+    assert longest_padded(llama()) == 64
+    assert longest_padded(nn.Sequential(nn.Embedding(31, 8), nn.Embedding(17, 8))) == 17
+    assert longest_padded(nn.Linear(2, 2)) == 0  # not at all
+
+
 def test_positions_of_something_else() -> None:
     """A table of such a name that the configuration does not speak of: of an image's patches."""
     model = llama()

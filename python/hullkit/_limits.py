@@ -95,7 +95,7 @@ def longest_padded(model: nn.Module) -> int:
         return known
     configured = _configured(model)
     if configured:
-        return max(0, max(configured) - virtual_tokens(model))
+        return max(0, min(configured) - virtual_tokens(model))
     return min(
         (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0
     )
