@@ -33,19 +33,22 @@ def check_scorable(model: nn.Module) -> None:
 
 def check_trainable(model: nn.Module) -> None:
     """Before anything is touched: what torch would say of it in the midst of a pass or later."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"model: {_NOT_HERE.format(name)}")
-        if parameter.is_inference():
-            raise ValueError(
-                "model: expected parameters that autograd can use, got one made in "
-                f"torch.inference_mode(): {name!r}"
-            )
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{path}.{key}".lstrip(".")
+            if parameter.is_meta:
+                raise ValueError(f"model: {_NOT_HERE.format(name)}")
+            if parameter.is_inference():
+                raise ValueError(
+                    "model: expected parameters that autograd can use, got one made in "
+                    f"torch.inference_mode(): {name!r}"
+                )
         embeds = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         if embeds and module.sparse and module.weight.requires_grad:
             raise ValueError(
-                f"model: expected dense gradients, got an embedding with sparse=True: {name!r}"
+                f"model: expected dense gradients, got an embedding with sparse=True: {path!r}"
             )
 
 
