@@ -19,6 +19,7 @@ from typing import Any
 import hullkit
 import published
 import torch
+from hullkit._limits import token_limits
 from rich.console import Console
 from rich.table import Table
 from rows import append, commit, processor
@@ -118,7 +119,7 @@ def measure(
     """Milliseconds of a query and peak MB, by provider."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(length)
-    vocabulary = hullkit.metrics.vocabulary_size(model) or 256
+    vocabulary = token_limits(model).vocabulary or 256
     examples = [torch.randint(vocabulary, (length,), generator=generator) for _ in COUNTS]
     options = {} if device.type == "cuda" else {"max_length": None}
     state = published.base_state(model)

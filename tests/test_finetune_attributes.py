@@ -158,8 +158,8 @@ def test_what_is_not_the_models_own_stays() -> None:
     assert len(outputs) == 1
 
 
-def test_tensors_that_are_not_state() -> None:
-    """They come back as they were attached; their values are not copied."""
+def test_tensors_of_all_kinds() -> None:
+    """All are attached as before; values come back where a tensor has memory of its own."""
     model = with_memory()
     sparse = torch.eye(2).to_sparse()
     computed = model.head.weight * 2

@@ -198,6 +198,7 @@ def test_error_at_any_moment_of_the_way_out(error: type[BaseException]) -> None:
 
     def check(sent: bool) -> None:
         before.check()
+        assert torch.is_grad_enabled()
         # Where one tensor is restored, an error may be its own: it is tried again.
         assert raised or not sent or at_every.where & {"_restore", "_write", "_twice"}
 

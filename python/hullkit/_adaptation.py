@@ -112,6 +112,8 @@ class Adaptation(WithBlock):
 
     def _leave(self) -> None:
         """Undo all of _claim and _enter, as far as they got."""
+        if self._settings is None:
+            self._settings = _Settings()  # restoring, too, may be cut short in the midst of one
         if self._timed:
             self._timed = False
             with suppress(RuntimeError):  # a lost device; restoring tells
@@ -119,9 +121,7 @@ class Adaptation(WithBlock):
         if self._snapshot is not None:
             self._failure = self._snapshot.restore()
             self._snapshot = None
-        if self._settings is not None:
-            self._settings.put_back()
-            self._settings = None
+        self._settings.put_back()
         for module in self._claimed:
             if _OWNERS.get(module) is self._key:
                 _OWNERS.pop(module, None)

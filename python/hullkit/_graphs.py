@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ._limits import longest_padded
 from ._loss import CausalLoss, matmul_precision
 from ._pass_copies import PassCopies, autocast_weights, narrowed_tensors
 from ._rounding import Rounding
@@ -40,19 +41,6 @@ def bucket(length: int, longest: int) -> int:
     """
     step = max(32, 1 << max(0, (length - 1).bit_length() - 4))
     return max(length, min(-(-length // step) * step, longest))
-
-
-def longest_padded(model: nn.Module) -> int:
-    """How far a sequence may be padded without running over a table of positions.
-
-    What the model's configuration says; else the rows of its smallest embedding, whichever that is.
-    """
-    known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(known, int):
-        return known
-    return min(
-        (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0
-    )
 
 
 def padded(inputs: Inputs, length: int) -> Inputs:

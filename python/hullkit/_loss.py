@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checkpointing import checkpointed_layers, checkpointing
 from ._cross_entropy import next_token_loss
 from ._pass_copies import PassCopies
 from ._saved import Saved
@@ -54,8 +55,10 @@ class CausalLoss:
         copies: of weights that the loss multiplies with."""
         if self.compiled:  # the compiler fuses what it finds itself, and saves what it likes
             return self._of(self._call, inputs, self.autocast)
+        layers = checkpointed_layers(self._model)
         with (
-            stand_ins(self._model, saved, copies),
+            stand_ins(self._model, saved, layers, copies),
+            checkpointing(layers),
             nullcontext() if saved is None else saved.hooks(),
         ):
             return self._of(self._call, inputs, self.autocast)

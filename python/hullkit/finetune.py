@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from . import _passes
-from ._adaptation import Adaptation
+from ._adaptation import Adaptation, is_adapted
 from ._checks import MAX_TOTAL, check_choice, check_int, check_number, check_tensor
 from ._graphs import CapturedPasses
+from ._limits import (
+    TokenLimits,
+    check_labels,
+    check_token_ids,
+    check_trainable,
+    token_limits,
+)
 from ._loss import PRECISIONS, CausalLoss, matmul_precision
 from ._pass_copies import PassCopies, narrowed_tensors
 from ._report import AdaptReport, Clock
 from ._rounding import ROUNDINGS, rounding_of
 from ._snapshot import Snapshot
 from ._weights import NotCapturable, adam_options
-from .metrics import (
-    IGNORED,
-    TokenLimits,
-    check_module,
-    check_token_ids,
-    forward_parameters,
-    token_limits,
-)
+from .metrics import IGNORED, check_module, forward_parameters
 from .schedule import Reuse, reuse_schedule
 
 __all__ = ["AdaptReport", "TestTimeFinetuner"]
@@ -59,8 +59,9 @@ class TestTimeFinetuner:
     here), else the mean next-token cross entropy, in float32, of the logits `model(input_ids)`.
 
     The model runs in eval mode, in the passes and in the with-block: no dropout (the published code
-    leaves it on). Parameters with `requires_grad` are trained, whichever they are: all weights,
-    some layers, adapters (LoRA).
+    leaves it on). Gradient checkpointing of transformers' layers works all the same, but under
+    `compile`; a model that cannot do it in eval mode gets a warning. Parameters with
+    `requires_grad` are trained, whichever they are: all weights, some layers, adapters (LoRA).
 
     What models of transformers write out in many kernels runs in one each while a pass lasts:
     GPT-2's gelu and, on CUDA, the norms of Llama, Mistral and Qwen and the loss. Where nobody else
@@ -106,7 +107,9 @@ class TestTimeFinetuner:
 
     `last_report` is the AdaptReport of the latest query, None if it failed.
 
-    Raises TypeError or ValueError at a bad argument, or if no parameter requires a gradient.
+    Raises TypeError or ValueError at a bad argument, if no parameter requires a gradient, or if one
+    is on the meta device (offloaded), was made in inference mode, or is a sparse embedding's. A
+    tuner can be copied and pickled with its model, except while it adapts; graphs are made anew.
 
     Complexity, per query: sum_i ceil(counts_i / r) passes and sum(counts) updates; to accumulate,
     a pass for each positive count and one update. Memory: beside the passes' activations, a copy of
@@ -160,12 +163,30 @@ class TestTimeFinetuner:
         if capture and mode == "accumulate":
             raise ValueError("capture: expected None or False for mode='accumulate', got True")
         self.last_report: AdaptReport | None = None
+        check_trainable(model)
         _trained(model.parameters())
-        self._loss = CausalLoss(model, precision, compile)
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """What is made of the arguments, and does not travel."""
+        self._loss = CausalLoss(self.model, self.precision, self.compile)
         self._captured: CapturedPasses | None = None
         self._reason: str | None = None  # why the model cannot be captured
-        self._forward = forward_parameters(model)
+        self._forward = forward_parameters(self.model)
         self._open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._forward.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        if any(is_adapted(module) for module in self.model.modules()):
+            raise RuntimeError(
+                "copying or pickling a tuner: expected a model that is not being adapted, got one "
+                "inside an adapted() block"
+            )
+        made = ("_loss", "_captured", "_reason", "_forward", "_open")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._set_up()
 
     def adapted(
         self, examples: Any, counts: Any, *, select_seconds: float | None = None
@@ -174,10 +195,17 @@ class TestTimeFinetuner:
 
         Everything is checked by this call, before any weight is touched; finetuning happens on
         entry. Inside the block the parameters' `.grad` is None. When the block is left, or entering
-        it fails, whatever the reason (an exception, out of memory, Ctrl-C at any moment): trained
-        parameters and buffers have their former bits, and `.grad` objects, `requires_grad` and
-        training flags are as before. A Ctrl-C during the restoring is raised once it is finished.
-        Parameters that do not require a gradient are not copied: do not write to them in the block.
+        it fails, whatever the reason (an exception, out of memory, a signal's handler that raises
+        at any moment): trained parameters and buffers have their former bits, and `.grad` objects,
+        `requires_grad` and training flags are as before. Signals that arrive during the restoring
+        are handled once it is finished.
+
+        So is what modules keep beside: their submodules and attributes are the former objects, new
+        attributes are gone, tensors among them have their former values, and Python's containers
+        (lists, dicts, sets, deques, nested) their former content. Not undone: hooks, and
+        `Module.compile`; what other objects keep (a config, a cache object, a module that is not
+        registered); what is no attribute (globals, closures). Parameters that do not require a
+        gradient are not copied: do not write to them in the block.
 
         Args:
             examples: a sequence with one entry per unique example, visited in this order: int64
@@ -200,6 +228,7 @@ class TestTimeFinetuner:
         schedule = reuse_schedule(counts, interval)
         if len(examples) != len(counts):
             raise ValueError(f"examples: expected {len(counts)}, as counts, got {len(examples)}")
+        check_trainable(self.model)
         limits = token_limits(self.model)
         inputs = [self._inputs(f"examples[{i}]", e, limits) for i, e in enumerate(examples)]
         if select_seconds is not None:
@@ -222,6 +251,7 @@ class TestTimeFinetuner:
         """The checked keyword inputs of one example, `input_ids` and `labels` among them."""
         if not isinstance(example, Mapping):
             ids = check_token_ids(name, example, limits)
+            check_labels(name, ids[:, 1:], limits)
             return {"input_ids": ids, "labels": ids}
         if "input_ids" not in example:
             raise ValueError(f"{name}: expected the key 'input_ids', got {list(example)}")
@@ -241,8 +271,7 @@ class TestTimeFinetuner:
         scored = labels[:, 1:] != IGNORED
         if not scored.any():
             raise ValueError(f"{name}['labels']: expected a scored token, got only {IGNORED}")
-        # Labels are indices into the logits: out of range they end a CUDA process, as ids do.
-        check_token_ids(f"{name}['labels']", labels.where(labels != IGNORED, 0), limits)
+        check_labels(f"{name}['labels']", labels.where(labels != IGNORED, 0), limits)
         return inputs
 
     def warmup(self, lengths: Iterable[int]) -> None:
@@ -251,6 +280,7 @@ class TestTimeFinetuner:
 
         Raises as `adapted` and its block do.
         """
+        check_trainable(self.model)
         limits = token_limits(self.model)
         sizes = [check_int("lengths", n, 2) for n in lengths]
         ids = [torch.zeros(size, dtype=torch.int64, device="cpu") for size in sizes]

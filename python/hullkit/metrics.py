@@ -6,13 +6,20 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_int, check_tensor
+from ._checks import check_int
+from ._limits import (
+    check_labels,
+    check_scorable,
+    check_token_ids,
+    token_limits,
+    virtual_tokens,
+)
 
 __all__ = ["bits_per_byte"]
 
@@ -55,12 +62,17 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
     even where the text is cut.
     """
     check_module(model)
+    check_scorable(model)
     check_int("num_bytes", num_bytes, 1)
-    ids = check_token_ids("input_ids", input_ids, token_limits(model))
+    limits = token_limits(model)
+    ids = check_token_ids("input_ids", input_ids, limits)
+    check_labels("input_ids[1:], which are predicted", ids[:, 1:], limits)
     ids = ids.to(device_of(model, ids))
     cache = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
     with torch.no_grad(), eval_mode(model):
-        logits = logits_of(model(ids, **cache), ids)[0, :-1]  # [T - 1, V]
+        # A learned prompt before the tokens has logits, too.
+        output = logits_of(model(ids, **cache), ids, virtual_tokens(model))
+        logits = output[0, -ids.shape[1] : -1]  # [T - 1, V]
         step = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
         chunks = zip(torch.split(logits, step), torch.split(ids[0, 1:], step), strict=True)
         nats = [F.cross_entropy(at_least_float32(x), y, reduction="none") for x, y in chunks]
@@ -77,74 +89,11 @@ def check_module(model: Any) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-class TokenLimits(NamedTuple):
-    """What a sequence must keep to: on a GPU an index outside an embedding ends the process."""
-
-    vocabulary: int | None  # token ids; None where that cannot be told, here and below
-    positions: int | None  # rows of a learned table of positions
-
-
-def token_limits(model: nn.Module) -> TokenLimits:
-    return TokenLimits(vocabulary_size(model), _learned_positions(model))
-
-
-def check_token_ids(name: str, ids: Any, limits: TokenLimits) -> Tensor:
-    """`ids` as (1, T), after checking type, dtype, rank, T and the range of the ids."""
-    tokens = check_tensor(name, ids)
-    if tokens.dtype != torch.int64:
-        raise TypeError(f"{name}: expected dtype torch.int64, got {tokens.dtype}")
-    if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and tokens.shape[0] != 1):
-        raise ValueError(f"{name}: expected shape (T,) or (1, T), got {tuple(tokens.shape)}")
-    if tokens.shape[-1] < 2:
-        raise ValueError(f"{name}: expected at least 2 tokens, got {tokens.shape[-1]}")
-    vocabulary, positions = limits
-    if positions is not None and tokens.shape[-1] > positions:
-        raise ValueError(
-            f"{name}: expected at most {positions} tokens, the model's positions, "
-            f"got {tokens.shape[-1]}"
-        )
-    low, high = (int(x) for x in torch.aminmax(tokens))
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        wanted = "ids >= 0" if vocabulary is None else f"ids in [0, {vocabulary})"
-        raise ValueError(f"{name}: expected {wanted}, got {low if low < 0 else high}")
-    return tokens.reshape(1, -1)
-
-
-def vocabulary_size(model: nn.Module) -> int | None:
-    """The number of token ids `model` has rows for, or None where that cannot be told."""
-    known = getattr(_input_embeddings(model), "num_embeddings", None)
-    if isinstance(known, int):
-        return known
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if isinstance(size, int):
-        return size
-    # A plain model: its positions may be an embedding too, so only the largest one bounds the ids.
-    rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    return max(rows, default=None)
-
-
-def _learned_positions(model: nn.Module) -> int | None:
-    """Of an embedding, other than the tokens', with as many rows as the configuration has
-    positions. Computed ones (rotary) have none."""
-    configured = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    tokens = _input_embeddings(model)
-    if tokens is None or not isinstance(configured, int):
-        return None
-    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
-    return configured if any(m.num_embeddings == configured for m in tables) else None
-
-
-def _input_embeddings(model: nn.Module) -> Any:
-    find = getattr(model, "get_input_embeddings", None)
-    try:
-        return find() if callable(find) else None
-    except NotImplementedError:
-        return None
-
-
 def device_of(model: nn.Module, default: Tensor) -> torch.device:
-    first = next(model.parameters(), None)
-    return default.device if first is None else first.device
+    """Where the model takes its inputs. Offloaded weights are nowhere until their layer runs, and
+    its hooks move what it is given."""
+    here = (p.device for p in model.parameters() if not p.is_meta)
+    return next(here, default.device)
 
 
 def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -152,15 +101,17 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
 
 
-def logits_of(output: Any, ids: Tensor) -> Tensor:
-    """The logits (1, T, V) in what a causal language model returned for ids (1, T)."""
+def logits_of(output: Any, ids: Tensor, before: int = 0) -> Tensor:
+    """The logits (1, T, V) in what a causal language model returned for ids (1, T); or
+    (1, before + T, V), if it has put so many positions of its own before them."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(
             "model output: expected a tensor of logits or an object with .logits, "
             f"got {type(output).__name__}"
         )
-    if logits.ndim != 3 or logits.shape[:2] != ids.shape:
+    lengths = (ids.shape[1], ids.shape[1] + before)
+    if logits.ndim != 3 or logits.shape[0] != 1 or logits.shape[1] not in lengths:
         expected = f"(1, {ids.shape[1]}, V)"
         raise ValueError(f"logits: expected shape {expected}, got {tuple(logits.shape)}")
     return logits

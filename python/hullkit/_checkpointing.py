@@ -1,0 +1,75 @@
+"""Gradient checkpointing as models of transformers do it, in a model that is in eval mode."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.utils.checkpoint
+from torch import nn
+
+# By name, so that transformers need not be there.
+_LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
+
+
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that keep their input alone, and compute the rest again in the backward pass."""
+    on = [m for m in model.modules() if m.__dict__.get("gradient_checkpointing")]
+    layers = [
+        module
+        for module in on
+        if "_gradient_checkpointing_func" in module.__dict__
+        and any(f"{c.__module__}.{c.__qualname__}" == _LAYER for c in type(module).__mro__)
+    ]
+    if on and not layers:
+        warnings.warn(
+            "hullkit: gradient checkpointing has no effect: passes run in eval mode, where "
+            f"{type(model).__name__} does without (its layers are no {_LAYER})",
+            stacklevel=2,
+        )
+    return layers
+
+
+@contextmanager
+def checkpointing(layers: list[nn.Module]) -> Iterator[None]:
+    """Inside the block these layers do what transformers lets them do in training mode only. What
+    is in them stays in eval mode: it has no dropout."""
+    replaced: list[tuple[Any, Any, bool]] = []
+    try:
+        for layer in layers:
+            own: Any = layer.__dict__["_gradient_checkpointing_func"]
+            replaced.append((layer, own, layer.training))
+            layer.__dict__["_gradient_checkpointing_func"] = _InEvalMode(layer, own)
+            layer.training = True
+        yield
+    finally:
+        for layer, own, training in replaced:
+            layer.__dict__["_gradient_checkpointing_func"] = own
+            layer.training = training
+
+
+class _InEvalMode:
+    """`checkpoint` of a function that finds the layer in eval mode: now, and when it is called
+    again in the backward pass."""
+
+    def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
+        self._layer = layer
+        self._checkpoint = checkpoint
+        # Nothing is random, and the state of random numbers cannot be asked for in a capture.
+        function = getattr(checkpoint, "func", checkpoint)
+        own = function is torch.utils.checkpoint.checkpoint
+        self._options = {"preserve_rng_state": False} if own else {}
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self._checkpoint(functools.partial(self._run, function), *args, **self._options)
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        before = self._layer.training
+        self._layer.training = False
+        try:
+            return function(*args)
+        finally:
+            self._layer.training = before
