@@ -119,15 +119,14 @@ def test_works_under_no_grad_and_inference_mode() -> None:
 
 def test_moments_are_freed_before_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
-    original = Adam.step
+    original = Adam.step_with
 
-    def step(self: Adam, **options: Any) -> Any:
-        result = original(self, **options)
+    def step_with(self: Adam, grads: dict[Tensor, Tensor], **options: Any) -> None:
+        original(self, grads, **options)
         alive.extend(weakref.ref(s["exp_avg"]) for s in self.state.values())
-        alive.extend(weakref.ref(p.grad) for p in self.param_groups[0]["params"])
-        return result
+        alive.extend(map(weakref.ref, grads.values()))
 
-    monkeypatch.setattr(Adam, "step", step)
+    monkeypatch.setattr(Adam, "step_with", step_with)
     model = plain()
     gc.disable()
     try:

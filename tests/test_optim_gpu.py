@@ -124,7 +124,8 @@ def test_one_compilation_for_each_combination_of_dtypes() -> None:
                 nn.Parameter(torch.zeros(16 * i + count, device="cuda", dtype=dtype))
                 for i in range(count)
             ]
-            optimizer = optim.AdamW(params, lr=lr, weight_decay=lr)
+            half = dtype is torch.float16
+            optimizer = optim.AdamW(params, lr=lr, weight_decay=lr, stochastic_rounding=half)
             for call in range(3):
                 set_grads([params], call)
                 optimizer.step(num_steps=k + call)
