@@ -185,11 +185,16 @@ def test_stub_names_the_built_module() -> None:
         for node in tree.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     built = {name for name in dir(_core) if not name.startswith("__")} | {"__version__"}
     if not _core.build_info()["cuda"]:
         with_cuda = {name for name in functions if name.endswith(("_cuda", "_workspace_bytes"))}
         functions = {name: node for name, node in functions.items() if name not in with_cuda}
-    assert set(functions) | values == built
+    assert set(functions) | set(classes) | values == built
+    for name, stubbed in classes.items():
+        methods = {node.name for node in stubbed.body if isinstance(node, ast.FunctionDef)}
+        own = {key for key, value in vars(getattr(_core, name)).items() if callable(value)}
+        assert methods == {key for key in own if not key.startswith("_pybind11")}, name
     for name, function in functions.items():
         arguments = function.args.posonlyargs + function.args.args
         signature = str(getattr(_core, name).__doc__).partition("\n")[0]
