@@ -140,14 +140,14 @@ def test_moments_are_freed_before_the_block(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_moments_are_freed_while_the_error_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
-    original = Adam.step
+    original = Adam.step_with
 
-    def step(self: Adam, **options: Any) -> None:
-        original(self, **options)
+    def step_with(self: Adam, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
         alive.extend(weakref.ref(s["exp_avg"]) for s in self.state.values())
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr(Adam, "step", step)
+    monkeypatch.setattr(Adam, "step_with", step_with)
     with pytest.raises(torch.OutOfMemoryError) as held:
         TestTimeFinetuner(plain()).adapted(texts(), COUNTS).__enter__()
     assert held.traceback
@@ -179,14 +179,14 @@ def test_in_place_is_undone_if_it_fails(monkeypatch: pytest.MonkeyPatch) -> None
     before = Before(model)
     original, calls = Adam.step, 0
 
-    def step(self: Adam, **options: Any) -> Any:
+    def step_with(self: Adam, *arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise torch.OutOfMemoryError("injected")
-        return original(self, **options)
+        return original(self, *arguments, **options)
 
-    monkeypatch.setattr(Adam, "step", step)
+    monkeypatch.setattr(Adam, "step_with", step_with)
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         TestTimeFinetuner(model, lr=1e-2).adapt_(texts(), COUNTS)
     before.check()

@@ -51,7 +51,7 @@ PHASES = [
     (PlainLM, "forward"),
     (torch.Tensor, "backward"),
     (Adam, "__init__"),
-    (Adam, "step"),
+    (Adam, "step_with"),
     (Adam, "zero_grad"),
 ]
 

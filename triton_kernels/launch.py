@@ -8,7 +8,7 @@ import triton.language as tl
 from . import cross_entropy
 from .accumulate import accumulate_kernel, squares_kernel
 from .adam import ROWS, adam_coefficients_kernel, adam_kernel, restore_kernel
-from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, HALF_BLOCK_SIZE, NUM_WARPS
+from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
 from .sgd import sgd_kernel
 
 _CHUNKS = {"BLOCK": BLOCK_SIZE, "CHUNK": CHUNK_SIZE}
@@ -34,9 +34,6 @@ def launch(
     constants: torch dtypes and flags, in the order of the kernel's arguments.
     """
     kernel, sizes = KERNELS[name]
-    param = constants.get("PARAM")
-    if name == "adam" and param is not None and param.itemsize == 2:
-        sizes = sizes | {"BLOCK": HALF_BLOCK_SIZE}
     values = {
         key: getattr(tl, str(value).removeprefix("torch."))
         if isinstance(value, torch.dtype)

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 BLOCK_SIZE = 512  # elements a program holds in registers at a time
-HALF_BLOCK_SIZE = 1024  # of halves, where a thread's elements fill its vector access then, too
 CHUNK_SIZE = 16 * BLOCK_SIZE  # elements a program works through, block by block
 NUM_WARPS = 4
 
