@@ -177,7 +177,7 @@ def test_in_place(build: Callable[[], nn.Module]) -> None:
 def test_in_place_is_undone_if_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = plain()
     before = Before(model)
-    original, calls = Adam.step, 0
+    original, calls = Adam.step_with, 0
 
     def step_with(self: Adam, *arguments: Any, **options: Any) -> Any:
         nonlocal calls

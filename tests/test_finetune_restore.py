@@ -10,6 +10,7 @@ import pytest
 import torch
 from _models import COUNTS, VOCABULARY, Before, FailingCall, PlainLM, injected, plain, texts
 from hullkit import _adaptation, _graphs
+from hullkit._passes import Trained
 from hullkit.finetune import TestTimeFinetuner
 from hullkit.optim import Adam
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ PHASES = [
     (torch.Tensor, "backward"),
     (Adam, "__init__"),
     (Adam, "step_with"),
-    (Adam, "zero_grad"),
+    (Trained, "zero_grad"),
 ]
 
 

@@ -36,10 +36,9 @@ struct Coefficients {
       const double root2 = std::sqrt(1.0 - std::pow(params.beta2, step + static_cast<double>(i)));
       const double bias1 = 1.0 - std::pow(params.beta1, step + static_cast<double>(i));
       sizes.push_back(static_cast<T>(params.lr * root2 / bias1));
-      // No denormal: 1 / it would be infinite, and 0 times that NaN. An eps of 0 is left to be what it is.
-      const double least = params.eps > 0.0 ? static_cast<double>(std::numeric_limits<float>::min()) : 0.0;
-      dampings.push_back(
-          static_cast<T>(std::is_same_v<T, float> ? std::max(params.eps * root2, least) : params.eps * root2));
+      // Not 0 where eps is not: 0 / 0 is NaN. The quotient knows denormal divisors.
+      const T damping = static_cast<T>(params.eps * root2);
+      dampings.push_back(params.eps > 0.0 ? std::max(damping, std::numeric_limits<T>::denorm_min()) : damping);
     }
   }
   double step;
