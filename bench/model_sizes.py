@@ -64,6 +64,8 @@ class Shape(NamedTuple):
                 "gpt2", n_embd=self.width, n_inner=self.inner, n_layer=self.layers,
                 n_head=self.heads, **shared,
             )  # fmt: skip
+        if self.kind == "mistral":
+            shared["sliding_window"] = None  # since version 0.2
         return AutoConfig.for_model(
             self.kind, hidden_size=self.width, intermediate_size=self.inner,
             num_hidden_layers=self.layers, num_attention_heads=self.heads,

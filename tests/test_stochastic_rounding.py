@@ -1,6 +1,8 @@
-"""bfloat16 parameters whose updates are smaller than half a step."""
+"""Half-precision parameters whose updates are smaller than half a step."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -73,3 +75,91 @@ def test_infinities_and_nan_pass_through(way: Way) -> None:
     assert param[1] == float("-inf")
     assert param[2].isnan()
     assert param[4] == 0.0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", [1.0, -3.3e-2, 5e-5, -4e-6])
+def test_float16_keeps_small_updates_on_average(way: Way, value: float) -> None:
+    """Of normal numbers and of subnormal ones, whose steps are 2^-24."""
+    step = max(2.0**-24, 2.0 ** (math.floor(math.log2(abs(value))) - 10))
+    lr, steps, size = step / 8, 32, 4096
+    start = torch.full((size,), value, dtype=torch.float16)
+    param = nn.Parameter(start.to(way.device, copy=True))
+    optimizer = optim.Adam([param], lr=lr, stochastic_rounding=True, backend=way.backend)
+    for _ in range(steps):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    moved = (start.double() - param.detach().cpu().double()).mean().item()
+    # One rounding moves by a step, or by half of one below a power of two, with probability 1/8.
+    error = 3 * step * (steps / 8 / size) ** 0.5
+    assert moved == pytest.approx(steps * lr, abs=error)
+    assert optimizer.state[param]["exp_avg_sq"].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_float16_at_its_limits(way: Way) -> None:
+    values = [math.inf, -math.inf, math.nan, 65504.0, -65504.0, 0.0, -0.0, 2.0**-24]
+    param = nn.Parameter(torch.tensor(values, dtype=torch.float16, device=way.device))
+    optimizer = optim.Adam([param], lr=0.0, stochastic_rounding=True, backend=way.backend)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    wanted = torch.tensor(values, dtype=torch.float16)
+    torch.testing.assert_close(param.detach().cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_moments_are_right_on_average(way: Way) -> None:
+    """A second moment that grows by 2^-10 of itself: to nearest, bfloat16 would stand still."""
+    param = nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16, device=way.device))
+    optimizer = optim.Adam(
+        [param], lr=0.0, betas=(0.9, 1 - 2.0**-10), stochastic_rounding=True, backend=way.backend
+    )
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    state = optimizer.state[param]
+    state["exp_avg_sq"].fill_(0.5)
+    steps = 16
+    for _ in range(steps):
+        optimizer.step()
+    expected = 1 - 0.5 * (1 - 2.0**-10) ** steps
+    # A rounding moves by 2^-8 at most, with probability 1/8; 8 random bits are off by 2^-9 of it.
+    error = 3 * 2.0**-8 * (steps / 8 / 4096) ** 0.5 + steps * 2.0**-17
+    assert state["exp_avg_sq"].double().mean().item() == pytest.approx(expected, abs=error)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_state_dicts_of_float16_parameters_go_both_ways(way: Way) -> None:
+    """Squares of small gradients survive, though torch itself hands state over in float16."""
+
+    def parameter() -> nn.Parameter:
+        return nn.Parameter(torch.ones(600, dtype=torch.float16, device=way.device))
+
+    first, second, third = parameter(), parameter(), parameter()
+    ours = optim.Adam([first], stochastic_rounding=True, backend=way.backend)
+    first.grad = torch.full_like(first, 1e-5)
+    ours.step()
+    other = optim.Adam([second], stochastic_rounding=True, backend=way.backend)
+    other.load_state_dict(ours.state_dict())
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(other.state[second][name], ours.state[first][name])
+    assert bool((other.state[second]["exp_avg_sq"] > 0).all())
+    theirs = torch.optim.Adam([third])
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(  # float16's smallest step
+        theirs.state[third]["exp_avg"].float(), ours.state[first]["exp_avg"].float(),
+        rtol=0, atol=2.0**-24,
+    )  # fmt: skip
+    other.load_state_dict(theirs.state_dict())
+    second.grad = torch.full_like(second, 1e-5)
+    other.step()
+
+
+def test_other_bits_for_another_seed() -> None:
+    ends = []
+    for seed in (0, 0, 1, 1 << 40):
+        param = nn.Parameter(torch.ones(3000, dtype=torch.bfloat16))
+        param.grad = torch.ones_like(param)
+        optim.Adam([param], stochastic_rounding=True, seed=seed).step()
+        ends.append(param.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert not any(torch.equal(ends[0], end) for end in ends[2:])
