@@ -128,7 +128,10 @@ def build(shape: Shape, case: Case, device: torch.device) -> tuple[nn.Module, in
 
         # PEFT's defaults: adapters in float32 whatever the base weights are in.
         config = peft.LoraConfig(
-            r=16, target_modules="all-linear", fan_in_fan_out=shape.kind == "gpt2"
+            r=16,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+            fan_in_fan_out=shape.kind == "gpt2",
         )
         model = peft.get_peft_model(model, config)
     return model.eval(), parameters
