@@ -129,6 +129,7 @@ def test_float32_is_as_exact_as_torch(k: int, way: Way) -> None:
         assert error(mine, wanted) <= 1.02 * error(other, wanted), name
 
 
+@pytest.mark.filterwarnings("ignore:hullkit. moments of float16:UserWarning")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -301,6 +302,7 @@ def test_learning_rate_as_tensor(way: Way) -> None:
     assert equal_bits(params, others)
 
 
+@pytest.mark.filterwarnings("ignore:hullkit. moments of float16:UserWarning")
 @pytest.mark.parametrize("way", WAYS)
 def test_mixed_dtypes_in_a_group(way: Way) -> None:
     params = [

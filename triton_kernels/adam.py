@@ -63,43 +63,48 @@ def adam_coefficients_kernel(
 
 
 @triton.jit
-def _square(total, rest2, PARAM: tl.constexpr):
-    """rest2 * total^2; for halves none that overflows: their 1 / root is of finite roots."""
-    if (PARAM == tl.bfloat16) | (PARAM == tl.float16):  # noqa: SIM300
-        total = tl.minimum(tl.abs(total), 1e17, propagate_nan=tl.PropagateNan.ALL)
-    return total * rest2 * total
-
-
-@triton.jit
 def _moved(
-    param, exp_avg, exp_avg_sq, share, square, coefficients, beta1, beta2,
+    param, exp_avg, exp_avg_sq, grad, l2, keep, coefficients, beta1, rest1, beta2, rest2,
     PARAM: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """One update. share, square: what the gradient adds to the moments."""
+    """One update: the parameter and both moments."""
     size = tl.load(coefficients)
     damping = tl.load(coefficients + 1)
     # Sums of products are fused here and nowhere else (enable_fp_fusion is off), so that whole and
     # partial blocks get the same bits.
-    exp_avg = tl.fma(exp_avg, beta1, share)
-    exp_avg_sq = tl.fma(exp_avg_sq, beta2, square)
-    root = tl.sqrt(exp_avg_sq) + damping
-    if MATH == tl.float64:  # noqa: SIM300
-        inverse = 1.0 / root
-    elif PARAM == tl.float32:  # noqa: SIM300
-        # 1 / root: the hardware's approximate rsqrt, squared, and one Newton step. Half the
-        # instructions of a division; finite roots only, a square may have overflowed.
-        root = tl.minimum(root, 3e38)
-        inverse = tl.rsqrt(root)
-        inverse *= inverse
-        inverse = tl.fma(tl.fma(-root, inverse, 1.0), inverse, inverse)
-    else:
+    total = grad
+    if l2 != 0:  # an infinite parameter times 0 would be NaN
+        total = tl.fma(param, l2, grad)
+    if (PARAM == tl.bfloat16) | (PARAM == tl.float16):  # noqa: SIM300
+        # No square that overflows: the estimate of 1 / root is for finite roots.
+        bounded = tl.minimum(tl.abs(total), 1e17, propagate_nan=tl.PropagateNan.ALL)
+        exp_avg = tl.fma(exp_avg, beta1, total * rest1)
+        exp_avg_sq = tl.fma(exp_avg_sq, beta2, bounded * rest2 * bounded)
+        root = tl.sqrt(exp_avg_sq) + damping
         # Moving halves takes so little time that the units for roots would be what it waits for:
         # an estimate from the exponent, within 12 %, refined to 3e-6.
         inverse = (0x7EF311C7 - root.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
         rest = tl.fma(-root, inverse, 1.0)
         inverse = tl.fma(tl.fma(rest, rest, rest), inverse, inverse)
         inverse = tl.fma(tl.fma(-root, inverse, 1.0), inverse, inverse)
-    return tl.fma(-size * exp_avg, inverse, param), exp_avg, exp_avg_sq
+    else:
+        # From the side that carries more, as torch does: float32 holds 1 - beta1 more exactly than
+        # beta1.
+        blend1 = tl.where(beta1 < 0.5, -beta1, rest1)
+        start = tl.where(beta1 < 0.5, total, exp_avg)
+        exp_avg = tl.fma(total - exp_avg, blend1, start)
+        exp_avg_sq = tl.fma(total * rest2, total, exp_avg_sq * beta2)
+        root = tl.sqrt(exp_avg_sq) + damping
+        if MATH == tl.float32:  # noqa: SIM300
+            # 1 / root: the hardware's approximate rsqrt, squared, and one Newton step. Half the
+            # instructions of a division; finite roots only, a square may have overflowed.
+            root = tl.minimum(root, 3e38)
+            inverse = tl.rsqrt(root)
+            inverse *= inverse
+            inverse = tl.fma(tl.fma(-root, inverse, 1.0), inverse, inverse)
+        else:
+            inverse = 1.0 / root
+    return tl.fma(-size * exp_avg, inverse, param * keep), exp_avg, exp_avg_sq
 
 
 @triton.jit
@@ -116,21 +121,18 @@ def _update(
     exp_avg_sq = read(exp_avg_sq_at, offsets, end, STATE, MATH, WHOLE)
     grad *= scale
     unfit = ~(tl.abs(grad) < float("inf"))
+    # Constants where they are what they mostly are: the compiler takes them out of the loop.
     if (l2 != 0) | (keep != 1):
         for i in range(num_steps):
-            total = grad
-            if l2 != 0:  # an infinite parameter times 0 would be NaN
-                total = tl.fma(param, l2, grad)
             param, exp_avg, exp_avg_sq = _moved(
-                param * keep, exp_avg, exp_avg_sq, total * rest1, _square(total, rest2, PARAM),
-                coefficients + i * COEFFICIENTS, beta1, beta2, PARAM, MATH,
+                param, exp_avg, exp_avg_sq, grad, l2, keep, coefficients + i * COEFFICIENTS,
+                beta1, rest1, beta2, rest2, PARAM, MATH,
             )  # fmt: skip
     else:
-        share, square = grad * rest1, _square(grad, rest2, PARAM)
         for i in range(num_steps):
             param, exp_avg, exp_avg_sq = _moved(
-                param, exp_avg, exp_avg_sq, share, square,
-                coefficients + i * COEFFICIENTS, beta1, beta2, PARAM, MATH,
+                param, exp_avg, exp_avg_sq, grad, 0.0, 1.0, coefficients + i * COEFFICIENTS,
+                beta1, rest1, beta2, rest2, PARAM, MATH,
             )  # fmt: skip
     if STOCHASTIC:
         random = noise(offsets, key)

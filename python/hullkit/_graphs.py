@@ -6,7 +6,7 @@ import functools
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -128,7 +128,9 @@ class CapturedPasses:
 
     def _check_padding(self, inputs: Inputs, length: int) -> None:
         """Lengths stay as they are from now on if the masked tail changes the model's loss."""
-        with torch.no_grad(), self._apart():
+        # Copies that autocast would make are no use without it.
+        own = nullcontext() if self._loss_of.autocast else self.copies.in_place()
+        with torch.no_grad(), self._apart(), own:
             alone = self._loss_of.plain(inputs).double().item()
             try:
                 masked = self._loss_of.plain(padded(inputs, length)).double().item()
