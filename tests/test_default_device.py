@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import hullkit
@@ -17,14 +16,6 @@ from torch import nn
 pytestmark = pytest.mark.plain_memory
 OPTIMIZERS = ["Adam", "AdamW", "SGD"]
 STEPS = ["step", "step_with", "update_in_backward"]
-
-
-@pytest.fixture(autouse=True)
-def constructors() -> Iterator[None]:
-    """torch collects the functions that ask for the default device once; poisoned ones do not."""
-    torch.utils._device._device_constructors.cache_clear()
-    yield
-    torch.utils._device._device_constructors.cache_clear()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

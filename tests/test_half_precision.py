@@ -117,6 +117,15 @@ def test_gradients_that_float16_cannot_hold() -> None:
     assert (after != before).double().mean() > 0.9
 
 
+def test_passes_read_what_updates_wrote() -> None:
+    """The copies follow: the second pass of one example has a smaller loss."""
+    tuner = TestTimeFinetuner(llama().half(), lr=1e-2)
+    with tuner.adapted(examples(), [4, 0, 0]):
+        assert tuner.last_report is not None
+        first, second = tuner.last_report.losses
+    assert second < first - 0.01
+
+
 def test_which_tensors_passes_read_in_bfloat16() -> None:
     model = llama()
     assert narrowed_tensors(model) == []
