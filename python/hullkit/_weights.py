@@ -143,7 +143,7 @@ class GroupedUpdates:
     def _rehearse(self) -> None:
         """Launch everything without an update, so that all is compiled before the capture."""
         for part in self._parts:
-            part.set_addresses([p.data_ptr() for p in part.parameters])  # not read: no updates
+            part.set_addresses([p.data_ptr() for p in part.parameters])  # as large as gradients
             part.set_num_steps(0)
         self.begin()
         for group in {id(g): g for g in self._group_of.values()}.values():
