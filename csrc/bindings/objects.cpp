@@ -138,12 +138,30 @@ class GradReader {
   py::object descriptor_;
 };
 
+// Holds tensors in C++ too. A tensor that only Python holds takes torch several times as long to look at.
+class Holder {
+ public:
+  void hold(const DlExchange* exchange, PyObject* tensor) {
+    DlManagedTensor* shared = nullptr;
+    if (exchange->share(tensor, &shared) != 0) PyErr_Clear();
+    if (shared != nullptr) held_.emplace_back(shared);
+  }
+
+ private:
+  struct Release {
+    void operator()(DlManagedTensor* tensor) const { tensor->release(tensor); }
+  };
+  std::vector<std::unique_ptr<DlManagedTensor, Release>> held_;
+};
+
 class Layouts {
  public:
-  Layouts(const py::object& capsule, const py::object& is_neg, const py::list& tensors)
+  Layouts(const py::object& capsule, const py::object& is_neg, const py::list& tensors, bool hold)
       : record_(capsule), is_neg_(is_neg) {
+    const DlExchange* const exchange = exchange_of(capsule);
     for (const py::handle tensor : tensors) {
       if (!record_.add(tensor.ptr())) throw py::type_error("expected tensors with memory of their own");
+      if (hold) holder_.hold(exchange, tensor.ptr());
       objects_.push_back(tensor.ptr());
       seen_.push_back(py::weakref(tensor));
     }
@@ -200,6 +218,7 @@ class Layouts {
   }
 
   Record record_;
+  Holder holder_;
   py::object is_neg_;
   std::vector<PyObject*> objects_;  // compared, never followed
   std::vector<py::object> seen_;    // weak references to the latest tensors, none negated
@@ -214,10 +233,7 @@ class StateLayouts {
     each_value(state, [&](PyObject* param, PyObject* key, PyObject* value) {
       const bool recorded = record_.add(value);
       slots_.push_back({param, py::reinterpret_borrow<py::object>(key), recorded ? nullptr : value});
-      DlManagedTensor* shared = nullptr;
-      // A tensor that only Python holds takes torch several times as long to look at as one that C++ holds too.
-      if (recorded && exchange->share(value, &shared) != 0) PyErr_Clear();
-      if (shared != nullptr) held_.emplace_back(shared);
+      if (recorded) holder_.hold(exchange, value);
       return true;
     });
   }
@@ -240,9 +256,6 @@ class StateLayouts {
     py::object key;
     PyObject* other;  // the value, if it is no tensor
   };
-  struct Release {
-    void operator()(DlManagedTensor* tensor) const { tensor->release(tensor); }
-  };
 
   // state: a dict for each parameter. Stops where visit returns false.
   template <typename Visit>
@@ -259,7 +272,7 @@ class StateLayouts {
 
   Record record_;
   std::vector<Slot> slots_;
-  std::vector<std::unique_ptr<DlManagedTensor, Release>> held_;
+  Holder holder_;
 };
 
 bool same_items(PyObject* first, PyObject* second) {
@@ -291,7 +304,7 @@ void bind_objects(py::module_& module) {
   });
   module.def("usable_exchange", &usable_exchange);
   py::class_<Layouts>(module, "Layouts")
-      .def(py::init<py::object, py::object, py::list>())
+      .def(py::init<py::object, py::object, py::list, bool>())
       .def("unmoved", &Layouts::unmoved)
       .def("addresses", &Layouts::addresses);
   py::class_<StateLayouts>(module, "StateLayouts")
