@@ -1,5 +1,5 @@
 #include "bindings/arguments.h"
-#include "cuda/prompt.cuh"
+#include "common/limits.h"
 #include "hullkit/apportion.h"
 #include "hullkit/duplicates.h"
 #include "hullkit/knn.h"

@@ -1,6 +1,6 @@
-#include "cuda/device_pool.cuh"
-#include "cuda/gram.h"
-#include "cuda/launch.cuh"
+#include "cuda/gram/gram.h"
+#include "cuda/primitives/device_pool.cuh"
+#include "cuda/primitives/launch.cuh"
 #include "hullkit/duplicates.h"
 
 namespace hullkit {

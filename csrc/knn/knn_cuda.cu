@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <utility>
 
-#include "cuda/launch.cuh"
-#include "cuda/pieces.h"
-#include "cuda/scan_pass.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/pieces.h"
+#include "cuda/scan/scan_pass.cuh"
 #include "hullkit/knn.h"
 
 namespace hullkit {

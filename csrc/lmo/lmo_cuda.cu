@@ -1,5 +1,5 @@
-#include "cuda/launch.cuh"
-#include "cuda/scan_pass.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/scan/scan_pass.cuh"
 #include "hullkit/lmo.h"
 
 namespace hullkit {

@@ -2,9 +2,10 @@
 // by all threads at once, and the first or the best of them all is made.
 #pragma once
 
-#include "cuda/group.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/prompt.cuh"
+#include "common/limits.h"
+#include "cuda/primitives/group.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/threads.h"
 #include "rounding/quotas.cuh"
 #include "rounding/rounding.h"
 #include "rounding/rounding_cuda.h"

@@ -1,5 +1,5 @@
+#include "finish/finish.h"
 #include "hullkit/round_multiplicities.h"
-#include "select/finish.h"
 
 namespace hullkit {
 

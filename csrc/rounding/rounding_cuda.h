@@ -1,7 +1,7 @@
 // Rounding once the products are there: of a support alone, or of a whole pool it was chosen from.
 #pragma once
 
-#include "cuda/gram.h"
+#include "cuda/gram/gram.h"
 #include "hullkit/round_multiplicities.h"
 
 namespace hullkit {

@@ -1,7 +1,7 @@
 #include <utility>
 #include <vector>
 
-#include "frank_wolfe/active_set_cpu.h"
+#include "frank_wolfe/active_set/active_set_cpu.h"
 #include "hullkit/parallel.h"
 #include "hullkit/select.h"
 #include "rounding/rounding.h"

@@ -1,8 +1,8 @@
-#include "cuda/prompt.cuh"
+#include "common/limits.h"
+#include "finish/finish.h"
 #include "frank_wolfe/frank_wolfe_cuda.h"
 #include "hullkit/round_multiplicities.h"
 #include "hullkit/select.h"
-#include "select/finish.h"
 
 namespace hullkit {
 

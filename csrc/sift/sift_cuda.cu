@@ -4,11 +4,12 @@
 #include <climits>
 #include <cmath>
 
-#include "cuda/device_pool.cuh"
-#include "cuda/gram.h"
-#include "cuda/group.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/prompt.cuh"
+#include "common/limits.h"
+#include "cuda/gram/gram.h"
+#include "cuda/primitives/device_pool.cuh"
+#include "cuda/primitives/group.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/threads.h"
 #include "hullkit/sift.h"
 #include "sift/check_params.h"
 

@@ -39,7 +39,7 @@ struct FrankWolfeParams {
   Variant variant;
   double max_weight;  // > 0; >= 1: no cap
 
-  // Whether frank_wolfe_run.h, or its like on a GPU, does it; if not, active_set.h.
+  // Whether run_cpu.h, or its like on a GPU, does it; if not, active_set.h.
   bool plain() const { return variant == Variant::kVanilla && max_weight >= 1.0; }
 };
 

@@ -10,9 +10,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "frank_wolfe/gram_columns.h"
 #include "frank_wolfe/support.h"
 #include "hullkit/frank_wolfe.h"
+#include "pool/gram_columns.h"
 #include "pool/pool_rows.h"
 #include "simd/simd.h"
 

@@ -1,8 +1,8 @@
 #include <algorithm>
 
-#include "cuda/gram.h"
-#include "cuda/launch.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/gram/gram.h"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/tile.cuh"
 #include "hullkit/frank_wolfe.h"
 
 namespace hullkit {

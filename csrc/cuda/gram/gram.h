@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/pieces.h"
+#include "cuda/primitives/pieces.h"
 #include "hullkit/pool_spec.h"
 
 namespace hullkit {

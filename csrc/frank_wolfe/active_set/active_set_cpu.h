@@ -1,4 +1,4 @@
-// active_set.h for one query on one thread, with the face of frank_wolfe_run.h.
+// active_set.h for one query on one thread, with the face of run_cpu.h.
 #pragma once
 
 #include <limits>
@@ -7,8 +7,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "frank_wolfe/active_set.h"
-#include "frank_wolfe/frank_wolfe_run.h"
+#include "frank_wolfe/active_set/active_set.h"
+#include "frank_wolfe/run/run_cpu.h"
 #include "frank_wolfe/support.h"
 
 namespace hullkit {

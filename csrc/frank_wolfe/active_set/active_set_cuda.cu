@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/device_pool.cuh"
-#include "cuda/gram.h"
-#include "cuda/group.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/prompt.cuh"
-#include "frank_wolfe/active_set.h"
+#include "cuda/gram/gram.h"
+#include "cuda/primitives/device_pool.cuh"
+#include "cuda/primitives/group.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/threads.h"
+#include "frank_wolfe/active_set/active_set.h"
 #include "frank_wolfe/frank_wolfe_cuda.h"
 #include "frank_wolfe/output.cuh"
 

@@ -2,8 +2,8 @@
 // GPU's block of threads. All state is weights and scores of the candidates; sums are over touched vertices, in order.
 #pragma once
 
+#include "frank_wolfe/active_set/cholesky.h"
 #include "frank_wolfe/capped_simplex.h"
-#include "frank_wolfe/cholesky.h"
 
 namespace hullkit {
 

@@ -3,9 +3,9 @@
 // are launched as there may be, and those that no prompt of a group needs end at once.
 #include <cmath>
 
-#include "cuda/launch.cuh"
-#include "cuda/residual.cuh"
-#include "cuda/scan_pass.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/scan/residual.cuh"
+#include "cuda/scan/scan_pass.cuh"
 #include "frank_wolfe/output.cuh"
 
 namespace hullkit {
