@@ -1,8 +1,9 @@
 """Fused optimizers against torch's, on GPT-2 small's 148 tensors: `make bench-optim`.
 
-On a GPU also against the copy bandwidth measured in the same run, with the host's time for a step.
-Every provider passes the gate first: k updates of ours equal k of torch's. Ratios are within the
-run; providers take turns, so that a machine that slows down slows all of them.
+On a GPU also against the copy bandwidth measured in the same run, with the host's time for a step,
+and stochastically rounded halves, of GPT-2 small and of Llama-3.2-1B, against copies of their own
+bytes. Every provider passes the gate first: k updates of ours equal k of torch's. Ratios are within
+the run; providers take turns, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -24,25 +25,33 @@ from rows import append, commit, processor
 from torch import Tensor, nn
 
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
+HALF_STEPS = (1, 2, 8)
 WORD = 4  # bytes of float32
-SHAPE = "GPT-2 small, 148 tensors, 124439808 parameters"
+GPT2 = "GPT-2 small, 148 tensors, 124439808 parameters"
+LLAMA = "Llama-3.2-1B, 146 tensors, 1235814400 parameters"
 
 
-def shapes() -> list[tuple[int, ...]]:
+def shapes(model: str = GPT2) -> list[tuple[int, ...]]:
+    if model == LLAMA:
+        width, inner, keys = 2048, 8192, 512
+        block = [(width, width), (keys, width), (keys, width), (width, width)]
+        block += [(inner, width), (inner, width), (width, inner), (width,), (width,)]
+        return [(128256, width), *block * 16, (width,)]
     width = 768
     block = [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
     block += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
     return [(50257, width), (1024, width), *block * 12, (width,), (width,)]
 
 
-def make(device: str) -> list[nn.Parameter]:
+def make(device: str, model: str = GPT2, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     generator = torch.Generator(device).manual_seed(0)
-    params = [
-        nn.Parameter(torch.randn(shape, generator=generator, device=device) * 0.02)
-        for shape in shapes()
-    ]
+
+    def draw(shape: tuple[int, ...], scale: float) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
+
+    params = [nn.Parameter(draw(shape, 0.02)) for shape in shapes(model)]
     for param in params:
-        param.grad = torch.randn(param.shape, generator=generator, device=device) * 0.01
+        param.grad = draw(tuple(param.shape), 0.01)
     return params
 
 
@@ -65,6 +74,25 @@ def gate(device: str) -> None:
             ):
                 scale = torch.maximum(b.abs(), b.square().mean().sqrt())
                 assert ((a - b).abs() / scale).max().item() <= 2e-6, k
+
+
+def gate_halves(device: str, dtype: torch.dtype) -> None:
+    """k updates of ours are torch's in float32, rounded up or down, without bias."""
+    for k in HALF_STEPS:
+        params = make(device, GPT2, dtype)
+        others = [nn.Parameter(param.detach().float()) for param in params]
+        for param, other in zip(params, others, strict=True):
+            assert param.grad is not None
+            other.grad = param.grad.float()
+        optim.Adam(params, stochastic_rounding=True).step(num_steps=k)
+        theirs = torch.optim.Adam(others)
+        for _ in range(k):
+            theirs.step()
+        errors = torch.cat([(a.float() - b).flatten() for a, b in zip(params, others, strict=True)])
+        units = torch.cat([b.detach().abs().clamp(2.0**-14).flatten() for b in others])
+        units *= torch.finfo(dtype).eps  # at least the distance of neighbours
+        assert (errors.abs() <= units + 1e-5 * 1e-3 * k).all(), k  # and 1e-5 of what k updates move
+        assert abs((errors / units).mean().item()) <= 1e-3, k
 
 
 def timed(calls: dict[str, Callable[[], Any]], device: str) -> dict[str, list[float]]:
@@ -148,6 +176,26 @@ def measure(device: str) -> tuple[dict[str, list[float]], dict[str, list[float]]
     return timed(calls, device), host_times(hosts) if device == "cuda" else {}
 
 
+def measure_halves(model: str, dtype: torch.dtype) -> dict[str, list[float]]:
+    params = make("cuda", model, dtype)
+    source = torch.empty(7 * sum(param.numel() for param in params), device="cuda", dtype=dtype)
+    source, target = source.chunk(2)  # a copy reads one half and writes the other
+    calls: dict[str, Callable[[], Any]] = {"copy of its bytes": lambda: target.copy_(source)}
+    adam = optim.Adam(params, lr=1e-5, stochastic_rounding=True)
+    for k in HALF_STEPS:
+        calls[f"hullkit Adam k={k}, stochastic"] = lambda k=k: adam.step(num_steps=k)
+    return timed(calls, "cuda")
+
+
+def half_bars(times: dict[str, list[float]]) -> list[tuple[str, float, str, bool]]:
+    p50 = {provider: statistics.median(values) for provider, values in times.items()}
+    copy = p50.pop("copy of its bytes")
+    return [
+        (f"{provider} / copy of its bytes", median / copy, "<= 1.25", median <= 1.25 * copy)
+        for provider, median in p50.items()
+    ]
+
+
 def bars(device: str, p50: dict[str, float]) -> list[tuple[str, float, str, bool]]:
     """(what, figure, bar, met)"""
     fused = p50["torch fused Adam"]
@@ -180,36 +228,52 @@ def main() -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
+    parser.add_argument("--halves", action="store_true", help="only half precision (CUDA)")
     arguments = parser.parse_args()
     device = arguments.device
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    gate(device)
-    times, hosts = measure(device)
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    p50 = {provider: statistics.median(values) for provider, values in (times | hosts).items()}
     console = Console(width=120)
-    table = Table(title=f"ms on {name}" + ("" if device == "cuda" else ", two threads"))
-    for column in ("provider", "p50 ms", "times torch's fused Adam"):
-        table.add_column(column, justify="left" if column == "provider" else "right")
-    for provider, median in p50.items():
-        table.add_row(provider, f"{median:.3f}", f"{median / p50['torch fused Adam']:.2f}")
-    console.print(table)
-    for what, figure, bar, met in bars(device, p50):
-        console.print(f"{'met' if met else 'MISSED'}: {what}: {figure:.2f} (bar {bar})")
-    if arguments.out is None:
-        return
-    rows = []
-    for provider, values in (times | hosts).items():
-        p20, mid, p80 = (round(float(q), 5) for q in np.quantile(values, (0.2, 0.5, 0.8)))
-        rows.append(
-            dict(
-                op="optimizer step", provider=provider, shape=SHAPE, dtype="float32", unit="ms",
-                p20=p20, p50=mid, p80=p80, rounds=len(values), device=name,
-                threads=torch.get_num_threads(), torch=torch.__version__, numpy=np.__version__,
-                simd=build_info()["simd"], commit=commit(), command="make bench-optim",
-            )
-        )  # fmt: skip
-    append(arguments.out, rows)
+    rows: list[dict[str, Any]] = []
+
+    def report(
+        times: dict[str, list[float]], shape: str, dtype: torch.dtype,
+        judged: list[tuple[str, float, str, bool]],
+    ) -> None:  # fmt: skip
+        word = str(dtype).removeprefix("torch.")
+        table = Table(title=f"ms on {name}, {word}" + ", two threads" * (device == "cpu"))
+        for column in ("provider", "p50 ms"):
+            table.add_column(column, justify="left" if column == "provider" else "right")
+        for provider, values in times.items():
+            p20, p50, p80 = (round(float(q), 5) for q in np.quantile(values, (0.2, 0.5, 0.8)))
+            table.add_row(provider, f"{p50:.3f}")
+            rows.append(
+                dict(
+                    op="optimizer step", provider=provider, shape=shape, dtype=word, unit="ms",
+                    p20=p20, p50=p50, p80=p80, rounds=len(values), device=name,
+                    threads=torch.get_num_threads(), torch=torch.__version__,
+                    numpy=np.__version__, simd=build_info()["simd"], commit=commit(),
+                    command="make bench-optim",
+                )
+            )  # fmt: skip
+        console.print(shape, table)
+        for what, figure, bar, met in judged:
+            console.print(f"{'met' if met else 'MISSED'}: {what}: {figure:.2f} (bar {bar})")
+
+    if not arguments.halves:
+        gate(device)
+        times, hosts = measure(device)
+        times |= hosts
+        medians = {provider: statistics.median(values) for provider, values in times.items()}
+        report(times, GPT2, torch.float32, bars(device, medians))
+    if device == "cuda":
+        for dtype in (torch.bfloat16, torch.float16):
+            gate_halves(device, dtype)
+            for model in (GPT2, LLAMA):
+                times = measure_halves(model, dtype)
+                report(times, model, dtype, half_bars(times))
+    if arguments.out is not None:
+        append(arguments.out, rows)
 
 
 if __name__ == "__main__":
