@@ -33,8 +33,9 @@ def _finetuned(model: str, lengths: tuple[str, ...], providers: dict[str, str]) 
             apart = "" if row is published else times(ratio)
             cells += [f"{float(row['p50']):.0f}", apart, row["peak_mb"]]
         lines.append([name, *cells])
-    columns = [[f"{tokens} tokens, ms", "times published", "peak MB"] for tokens in lengths]
-    header = [f"{model}, passes", *sum(columns, [])]
+    header = [f"{model}, passes"]
+    for tokens in lengths:
+        header += [f"{tokens} tokens, ms", "times published", "peak MB"]
     return table(header, lines) + "\n\n" + source(_query(model, lengths[0], "published"))
 
 
@@ -169,9 +170,11 @@ SIZES = {
 }
 
 
-@generated
-def model_sizes() -> str:
-    """The newest row of each model; a pass that could not be captured says so."""
+def _sizes() -> tuple[dict[str, dict[str, list[str]]], str]:
+    """By model and kind of weights the newest time and memory; and where it was measured.
+
+    A model whose passes could not be captured says so.
+    """
     cells: dict[str, dict[str, list[str]]] = {}
     commits: dict[str, str] = {}
     for row in find("gpu", op="finetune by size"):
@@ -184,12 +187,36 @@ def model_sizes() -> str:
                 took = [f"{float(row['p50']):.0f}{eager}", gib(row["peak_mb"])]
                 cells.setdefault(model, {})[name] = took
                 commits[f"{model} {name}"] = row["commit"]
-    order = sorted(cells, key=lambda model: _parameters(model))
-    lines = [[m, *sum((cells[m].get(name, ["", ""]) for name in SIZES), [])] for m in order]
-    header = ["", *sum(([f"{name}, ms", "GiB"] for name in SIZES), [])]
     newest = " and ".join(dict.fromkeys(commits.values()))
     row = {**find("gpu", op="finetune by size")[0], "commit": newest}
-    return table(header, lines) + "\n\n" + source(row)
+    order = sorted(cells, key=_parameters)
+    return {model: cells[model] for model in order}, source(row)
+
+
+def _size_table(cells: dict[str, dict[str, list[str]]]) -> str:
+    header = ["model"]
+    for name in SIZES:
+        header += [f"{name}, ms", "GiB"]
+    lines = []
+    for model, kinds in cells.items():
+        line = [model]
+        for name in SIZES:
+            line += kinds.get(name, ["", ""])
+        lines.append(line)
+    return table(header, lines)
+
+
+@generated
+def model_sizes() -> str:
+    cells, where = _sizes()
+    return _size_table(cells) + "\n\n" + where
+
+
+@generated
+def model_sizes_short() -> str:
+    cells, where = _sizes()
+    short = {name: cells[name] for name in ("SmolLM2-135M", "Llama-3.2-1B", "Mistral-7B")}
+    return _size_table(short) + "\n\n" + where
 
 
 def _parameters(model: str) -> int:

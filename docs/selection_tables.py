@@ -76,9 +76,7 @@ def select_cpu_batch() -> str:
             for threads in ("1 thread", "2 threads")
         )
         values = float(single["p50"]), float(double["p50"])
-        lines.append(
-            [f"like text, d = {dims}", *map(figure, values), times(values[0] / values[1])]
-        )
+        lines.append([f"like text, d = {dims}", *map(figure, values), times(values[0] / values[1])])
     header = ["64 prompts, ms a call", "one thread", "two threads", "gain"]
     return table(header, lines)
 

@@ -17,7 +17,7 @@ import finetuning_tables
 import selection_tables
 from rows import ROOT, TABLES
 
-BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SOURCES = (selection_tables, finetuning_tables)  # importing them fills TABLES
 
 
@@ -27,7 +27,7 @@ def pages() -> list[Path]:
 
 def rewritten(text: str) -> str:
     """The page with every block as the rows have it. KeyError for a name that nobody generates."""
-    return BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
 
 
 def main() -> None:
