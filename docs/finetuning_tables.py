@@ -214,9 +214,9 @@ def model_sizes() -> str:
 
 @generated
 def model_sizes_short() -> str:
-    cells, where = _sizes()
+    cells, _ = _sizes()
     short = {name: cells[name] for name in ("SmolLM2-135M", "Llama-3.2-1B", "Mistral-7B")}
-    return _size_table(short) + "\n\n" + where
+    return _size_table(short)
 
 
 def _parameters(model: str) -> int:
