@@ -64,8 +64,9 @@ $(VENV)/.test: $(VENV)/bin/python constraints.txt $(SOURCES)
 	$(PIP) '.[test]'
 	touch $@ $(VENV)/.demo
 
-$(VENV)/.docs: $(VENV)/bin/python constraints.txt $(SOURCES)
-	$(PIP) '.[docs]'
+$(VENV)/.docs: $(VENV)/bin/python constraints.txt pyproject.toml
+	$(PIP) 'pip>=25.1'
+	$(PIP) --group docs
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
