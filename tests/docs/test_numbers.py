@@ -24,6 +24,7 @@ NOT_PROSE = [
 ]
 EXEMPT = [
     r"\b[A-Za-z]+[-_]?\d[\w.]*(-\d+(\.\d+)?[BM])?",  # names: float32, bf16, GPT-2, SmolLM2-135M, H100
+    r"C\+\+\d+",
     r"(?<=\b[nd] = )\d+",  # sizes of a problem
     r"(?<=\brank )\d+",
     r"(?<=\btotal )\d+",

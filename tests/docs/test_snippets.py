@@ -26,7 +26,9 @@ def test_the_pages_that_should_have_snippets_have_them() -> None:
     assert wanted <= set(pages_with_python())
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT
 @pytest.mark.parametrize("page", pages_with_python())
 def test_snippets(
     page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
