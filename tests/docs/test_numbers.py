@@ -23,7 +23,7 @@ NOT_PROSE = [
     r"`[^`]*[A-Za-z_][^`]*`",  # names, calls and commands
 ]
 EXEMPT = [
-    r"\b[A-Za-z]+[-_]?\d[\w.]*(-\d+(\.\d+)?[BM])?",  # names: float32, bf16, GPT-2, SmolLM2-135M, H100
+    r"\b[A-Za-z]+[-_]?\d[\w.]*(-\d+(\.\d+)?[BM])?",  # float32, GPT-2, SmolLM2-135M
     r"C\+\+\d+",
     r"(?<=\b[nd] = )\d+",  # sizes of a problem
     r"(?<=\brank )\d+",

@@ -1,6 +1,6 @@
-"""Every Python block of the README and of the pages runs as it stands, from the repository's root.
+"""Every Python block of the README and of the pages runs as it stands, from the root.
 
-Blocks of a page share one namespace, in order. Where a block `text` follows, it is what was printed.
+Blocks of a page share one namespace, in order. A `text` block behind one is what it prints.
 """
 
 from __future__ import annotations
