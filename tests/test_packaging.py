@@ -273,8 +273,8 @@ assert pathlib.Path(hullkit.__file__).is_relative_to(sys.prefix), hullkit.__file
 torch.set_num_threads(1)
 snippets = 0
 for page in ["README.md", *sorted(map(str, pathlib.Path("docs/guides").glob("*.md")))]:
-    names = {}
-    for snippet in re.findall(r"^```python\\n(.*?)^```", open(page).read(), re.DOTALL | re.MULTILINE):
+    names, text = {}, open(page).read()
+    for snippet in re.findall(r"^```python\\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         exec(compile(snippet, page, "exec"), names)
         snippets += 1
 sys.path.insert(0, "examples")
