@@ -225,6 +225,27 @@ def _parameters(model: str) -> int:
 
 
 @generated
+def first_queries() -> str:
+    found = find("gpu", op="finetune by size, first query", commit="32edfec")
+    lines = []
+    for model in sorted(
+        {row["shape"].partition(" parameters=")[0] for row in found}, key=_parameters
+    ):
+        line = [model]
+        for kind, dtype in SIZES.values():
+            seconds = [
+                figure(float(row["p50"]))
+                for row in found
+                if row["shape"].startswith(f"{model} ")
+                and f"hullkit, {kind}, device snapshot" in row["provider"]
+                and row["dtype"] == dtype
+            ]
+            line.append(" to ".join(seconds))
+        lines.append(line)
+    return table(["model", *(f"{name}, s" for name in SIZES)], lines)
+
+
+@generated
 def model_sizes_old_new() -> str:
     lines = []
     for old in find("gpu", op="finetune by size", commit="1123a40"):
