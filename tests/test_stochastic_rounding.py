@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -49,17 +50,29 @@ def test_same_bits_every_run_others_every_step(way: Way) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_core_and_triton_round_alike() -> None:
+@pytest.mark.parametrize(
+    ("num_steps", "options"),
+    [
+        (1, {}),
+        (2, {}),
+        (5, {"weight_decay": 0.3}),
+        (8, {"weight_decay": 0.3, "decoupled_weight_decay": True}),
+        (8, {"eps": 1e-20}),  # the product of two roots would underflow
+    ],
+)
+def test_core_and_triton_round_alike(num_steps: int, options: dict[str, Any]) -> None:
     device, backend = ("cuda", None) if torch.cuda.is_available() else ("cpu", "triton")
     start = torch.randn(5000).bfloat16()
     core, other = parameters([start]), parameters([start.to(device)])
-    first = optim.Adam(core, lr=1e-3, stochastic_rounding=True)
-    second = optim.Adam(other, lr=1e-3, stochastic_rounding=True, backend=backend)
+    options = {"lr": 1e-2, "stochastic_rounding": True, **options}
+    first = optim.Adam(core, **options)
+    second = optim.Adam(other, **options, backend=backend)
     generator = torch.Generator().manual_seed(0)
     core[0].grad = torch.randn(5000, generator=generator).bfloat16()
+    core[0].grad[:100] *= 1e-25  # nothing beside eps
     other[0].grad = core[0].grad.to(device)
-    first.step(num_steps=2)
-    second.step(num_steps=2)
+    first.step(num_steps=num_steps)
+    second.step(num_steps=num_steps)
     # Where float32 itself differs in its last bit, the noise may tip the other way.
     assert (core[0] == other[0].cpu()).double().mean() > 0.995
 

@@ -16,6 +16,7 @@ from .multi_tensor import (
     COLUMNS,
     FLAGS,
     SEED,
+    fetch,
     gradient,
     locate,
     noise,
@@ -156,18 +157,32 @@ def _moved_often(
 
 
 @triton.jit
+def _fetch(
+    param_at, grad_at, exp_avg_at, exp_avg_sq_at, first, offsets, end,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A block as it lies in memory: parameter, gradient, both moments."""
+    return (
+        fetch(param_at, first, offsets, end, PARAM, WHOLE),
+        fetch(grad_at, first, offsets, end, GRAD, WHOLE),
+        fetch(exp_avg_at, first, offsets, end, STATE, WHOLE),
+        fetch(exp_avg_sq_at, first, offsets, end, STATE, WHOLE),
+    )
+
+
+@triton.jit
 def _update(
-    param_at, grad_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, record, coefficients,
-    num_steps, beta1, rest1, beta2, rest2, l2, keep, scale, key,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COPY: tl.constexpr,
+    param, grad, exp_avg, exp_avg_sq,
+    param_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, coefficients, num_steps,
+    beta1, rest1, beta2, rest2, l2, keep, scale, key,
+    PARAM: tl.constexpr, STATE: tl.constexpr, COPY: tl.constexpr,
     MATH: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A block's updates; which of its gradients are not finite."""
-    param = read(param_at, offsets, end, PARAM, MATH, WHOLE)
-    grad = read(grad_at, offsets, end, GRAD, MATH, WHOLE)
-    exp_avg = read(exp_avg_at, offsets, end, STATE, MATH, WHOLE)
-    exp_avg_sq = read(exp_avg_sq_at, offsets, end, STATE, MATH, WHOLE)
-    grad *= scale
+    """The updates of a block that was fetched; which of its gradients are not finite."""
+    param = param.to(MATH)
+    exp_avg = exp_avg.to(MATH)
+    exp_avg_sq = exp_avg_sq.to(MATH)
+    grad = grad.to(MATH) * scale
     unfit = ~(tl.abs(grad) < float("inf"))
     # Constants where they are what they mostly are: the compiler takes them out of the loop.
     if (l2 != 0) | (keep != 1):
@@ -227,18 +242,38 @@ def adam_kernel(
     whole = whole_blocks(addresses, start, end, BLOCK)
     offsets = start + tl.arange(0, BLOCK)
     broken = offsets < 0
+    # The next block is under way while this one is computed.
+    first = start
+    stop = start + whole * BLOCK
+    param, grad, exp_avg, exp_avg_sq = _fetch(
+        param_at, grad_at, exp_avg_at, exp_avg_sq_at, first, offsets, stop,
+        PARAM, GRAD, STATE, WHOLE=True,
+    )  # fmt: skip
     for _ in range(whole):
-        broken |= _update(
-            param_at, grad_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, record,
-            coefficients, num_steps, beta1, rest1, beta2, rest2, l2, keep, scale, key,
-            PARAM, GRAD, STATE, COPY, MATH, STOCHASTIC, WHOLE=True,
+        first += BLOCK
+        next_param, next_grad, next_exp_avg, next_exp_avg_sq = _fetch(
+            param_at, grad_at, exp_avg_at, exp_avg_sq_at, first, offsets + BLOCK, stop,
+            PARAM, GRAD, STATE, WHOLE=True,
         )  # fmt: skip
+        broken |= _update(
+            param, grad, exp_avg, exp_avg_sq,
+            param_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, coefficients, num_steps,
+            beta1, rest1, beta2, rest2, l2, keep, scale, key,
+            PARAM, STATE, COPY, MATH, STOCHASTIC, WHOLE=True,
+        )  # fmt: skip
+        param, grad = next_param, next_grad
+        exp_avg, exp_avg_sq = next_exp_avg, next_exp_avg_sq
         offsets += BLOCK
     for _ in range(whole, tl.cdiv(end - start, BLOCK)):
+        param, grad, exp_avg, exp_avg_sq = _fetch(
+            param_at, grad_at, exp_avg_at, exp_avg_sq_at, start, offsets, end,
+            PARAM, GRAD, STATE, WHOLE=False,
+        )  # fmt: skip
         broken |= _update(
-            param_at, grad_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, record,
-            coefficients, num_steps, beta1, rest1, beta2, rest2, l2, keep, scale, key,
-            PARAM, GRAD, STATE, COPY, MATH, STOCHASTIC, WHOLE=False,
+            param, grad, exp_avg, exp_avg_sq,
+            param_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, coefficients, num_steps,
+            beta1, rest1, beta2, rest2, l2, keep, scale, key,
+            PARAM, STATE, COPY, MATH, STOCHASTIC, WHOLE=False,
         )  # fmt: skip
         offsets += BLOCK
     tl.store(record + BROKEN + tl.zeros_like(offsets), 1, mask=broken)

@@ -70,6 +70,16 @@ def pointers(address, offsets, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def fetch(address, first, offsets, end, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """[BLOCK] elements as they lie in memory; from `end` on, 0. WHOLE: the block, which begins at
+    `first`, lies before `end` or behind it."""
+    at = pointers(address, offsets, DTYPE, WHOLE)
+    if WHOLE:
+        return tl.load(at, mask=tl.zeros_like(offsets) + first < end, other=0)
+    return tl.load(at, mask=offsets < end, other=0)
+
+
+@triton.jit
 def read(address, offsets, end, DTYPE: tl.constexpr, MATH: tl.constexpr, WHOLE: tl.constexpr):
     """[BLOCK] elements in the arithmetic type; unless WHOLE, 0 from `end` on."""
     at = pointers(address, offsets, DTYPE, WHOLE)

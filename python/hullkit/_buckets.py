@@ -47,7 +47,7 @@ class Sorted:
     def __init__(self, params: Params, buckets: list[Bucket], places: list[list[int]]) -> None:
         self.params = params
         self.buckets = buckets
-        self._layouts = layouts(params)
+        self._layouts = layouts(params, hold=True)  # the optimizer holds them as well
         self._places = places  # of each bucket's parameters in params
         self._grads: Layouts | None = None  # as the latest ones, if the kernels could take those
         self._read: list[int] = []  # addresses of gradients, and the same for each bucket

@@ -71,11 +71,11 @@ if _exchange is not None and not _native.usable_exchange(_exchange):
     _exchange = None
 
 
-def layouts(tensors: list[Tensor]) -> Layouts:
-    """Of tensors with an address. Holds no references: whoever asks for `same_objects` does."""
+def layouts(tensors: list[Tensor], *, hold: bool = False) -> Layouts:
+    """Of tensors with an address. hold: keep them alive, which makes looking at them faster."""
     if _exchange is None:
         return _PlainLayouts(tensors)
-    return _native.Layouts(_exchange, Tensor.is_neg, tensors)
+    return _native.Layouts(_exchange, Tensor.is_neg, tensors, hold)
 
 
 def state_layouts(state: dict[Any, dict[str, Any]]) -> StateLayouts:

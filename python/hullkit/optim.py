@@ -149,8 +149,8 @@ class Adam(_FusedAdam, torch.optim.Adam):
         stochastic_rounding: round bfloat16 and float16 parameters, and their moments, up or down at
             random in proportion, so that updates smaller than half a step of the dtype are not
             lost. Other parameters are updated as ever. One at least must be a half.
-        seed: of that noise, Philox-2x32 over (seed, place of the parameter, step, element): the
-            same bits in every run.
+        seed: of that noise, a hash of (seed, place of the parameter, step, element): the same bits
+            in every run.
         backend: None: the C++ core for CPU tensors, Triton for CUDA tensors. "triton": Triton for
             CPU tensors as well, under its interpreter.
 
