@@ -1,10 +1,11 @@
-"""The generated blocks about finetuning and optimizers, and the README's table."""
+"""The generated blocks about finetuning, and the README's table."""
 
 from __future__ import annotations
 
 import statistics
 
 import selection_tables
+from optimizer_tables import H100_STEPS, step
 from rows import H100, Row, figure, find, generated, gib, one, rows, source, table, times
 
 LATEST = {"commit": "0dfcfdf", "device": H100}
@@ -93,55 +94,6 @@ def finetune_quality() -> str:
     return table(header, lines) + "\n\n" + source(row)
 
 
-MODEL = "GPT-2 small, 148 tensors, 124439808 parameters"
-
-
-def _step(name: str, provider: str) -> Row:
-    """Of several runs the first."""
-    return find(name, op="optimizer step", provider=provider, shape=MODEL)[0]
-
-
-@generated
-def optimizers() -> str:
-    lines = []
-    gpu, cpu = (float(_step(name, "torch fused Adam")["p50"]) for name in ("gpu", "cpu"))
-    copy = float(_step("gpu", "copy of 7 words")["p50"])
-    for k in (1, 2, 4, 8):
-        ours = [float(_step(name, f"hullkit Adam k={k}")["p50"]) for name in ("gpu", "cpu")]
-        cells = [figure(ours[0]), figure(ours[0] / copy), times(k * gpu / ours[0])]
-        lines.append([f"k = {k}", *cells, figure(ours[1]), times(k * cpu / ours[1])])
-    header = ["k updates, one gradient", "H200, ms", "copies", "k by torch's fused Adam"]
-    header += ["CPU, ms", "k by torch's fused Adam"]
-    sources = [source(_step(name, "hullkit Adam k=1")) for name in ("gpu", "cpu")]
-    return table(header, lines) + "\n\n" + "\n".join(sources)
-
-
-@generated
-def optimizers_others() -> str:
-    lines = []
-    for name, provider in (
-        ("`torch._foreach_add_`", "torch _foreach_add_"),
-        ("`accumulate_`, float32 gradients", "hullkit accumulate_ float32"),
-        ("`accumulate_`, bfloat16 gradients", "hullkit accumulate_ bfloat16"),
-        ("torch's SGD with momentum, one update", "torch SGD, momentum"),
-        ("`SGD` with momentum, four updates", "hullkit SGD k=4, momentum"),
-        ("`Adam`, two updates, gradient clipped", "hullkit Adam k=2, clipped"),
-    ):
-        cells = [figure(float(_step(where, provider)["p50"])) for where in ("gpu", "cpu")]
-        lines.append([name, *cells])
-    return table(["call", "H200, ms", "CPU, ms"], lines)
-
-
-@generated
-def optimizers_host() -> str:
-    lines = []
-    for provider in ("torch fused Adam (host)", "hullkit Adam k=2 (host)"):
-        found = find("gpu", op="optimizer step", provider=provider, shape=MODEL)
-        lines.append([provider, *(figure(1000 * float(row["p50"])) for row in found)])
-    runs = ["first run", "second run", "third run"]
-    return table(["a step keeps the host busy, µs", *runs], lines)
-
-
 @generated
 def half_precision() -> str:
     base = {
@@ -168,95 +120,98 @@ SIZES = {
     "all weights, bfloat16": ("all, default passes", "bfloat16"),
     "LoRA": ("LoRA r=16, default passes", "bfloat16"),
 }
+SIZES_RUN = {"commit": "c0127e0"}
+MODELS = ["GPT-2 124M", "SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", "Gemma-2-2B"]
+MODELS += ["Llama-3.2-3B", "Phi-3-mini 3.8B", "Mistral-7B"]
 
 
-def _sizes() -> tuple[dict[str, dict[str, list[str]]], str]:
-    """By model and kind of weights the newest time and memory; and where it was measured.
-
-    A model whose passes could not be captured says so.
-    """
-    cells: dict[str, dict[str, list[str]]] = {}
-    commits: dict[str, str] = {}
-    for row in find("gpu", op="finetune by size"):
-        if "host snapshot" in row["provider"] or row["provider"].startswith("old"):
-            continue
-        model = row["shape"].partition(" parameters=")[0]
-        for name, (kind, dtype) in SIZES.items():
-            if f", {kind}," in row["provider"] and row["dtype"] == dtype:
-                eager = " (eager)" if "eager" in row["provider"] else ""
-                took = [f"{float(row['p50']):.0f}{eager}", gib(row["peak_mb"])]
-                cells.setdefault(model, {})[name] = took
-                commits[f"{model} {name}"] = row["commit"]
-    newest = " and ".join(dict.fromkeys(commits.values()))
-    row = {**find("gpu", op="finetune by size")[0], "commit": newest}
-    order = sorted(cells, key=_parameters)
-    return {model: cells[model] for model in order}, source(row)
+def _size(model: str, name: str, op: str = "finetune by size", snapshot: str = "device") -> Row:
+    """An empty row where nothing was measured."""
+    kind, dtype = SIZES[name]
+    start = f"hullkit, {kind}, {snapshot} snapshot, "
+    found = [
+        row
+        for row in find("gpu", op=op, dtype=dtype, **SIZES_RUN)
+        if row["provider"].startswith(start) and row["shape"].startswith(f"{model} parameters=")
+    ]
+    return found[0] if found else {}
 
 
-def _size_table(cells: dict[str, dict[str, list[str]]]) -> str:
+def _size_cells(row: Row) -> list[str]:
+    """Time and memory; a model whose passes could not be captured says so."""
+    if not row:
+        return ["", ""]
+    if not row["p50"]:
+        return ["out of memory", ""]
+    eager = " (eager)" if ", eager: " in row["provider"] else ""
+    return [f"{float(row['p50']):.0f}{eager}", gib(row["peak_mb"])]
+
+
+def _size_table(models: list[str]) -> str:
     header = ["model"]
     for name in SIZES:
         header += [f"{name}, ms", "GiB"]
     lines = []
-    for model, kinds in cells.items():
+    for model in models:
         line = [model]
         for name in SIZES:
-            line += kinds.get(name, ["", ""])
+            line += _size_cells(_size(model, name))
         lines.append(line)
     return table(header, lines)
 
 
 @generated
 def model_sizes() -> str:
-    cells, where = _sizes()
-    return _size_table(cells) + "\n\n" + where
+    return _size_table(MODELS) + "\n\n" + source(_size(MODELS[0], "LoRA"))
 
 
 @generated
 def model_sizes_short() -> str:
-    cells, _ = _sizes()
-    short = {name: cells[name] for name in ("SmolLM2-135M", "Llama-3.2-1B", "Mistral-7B")}
-    return _size_table(short)
+    return _size_table(["SmolLM2-135M", "Llama-3.2-1B", "Mistral-7B"])
 
 
-def _parameters(model: str) -> int:
-    shapes = (row["shape"].partition(" parameters=") for row in rows("gpu"))
-    return next(int(rest.split()[0]) for name, _, rest in shapes if name == model and rest)
+@generated
+def host_snapshots() -> str:
+    names = ("all weights, float32", "all weights, bfloat16")
+    header = ["copy of the weights on the host"]
+    for name in names:
+        header += [f"{name}, ms", "GiB"]
+    lines = []
+    for model in MODELS:
+        line = [model]
+        for name in names:
+            line += _size_cells(_size(model, name, snapshot="host"))
+        if any(line[1:]):
+            lines.append(line)
+    return table(header, lines)
 
 
 @generated
 def first_queries() -> str:
-    found = find("gpu", op="finetune by size, first query", commit="32edfec")
     lines = []
-    for model in sorted(
-        {row["shape"].partition(" parameters=")[0] for row in found}, key=_parameters
-    ):
-        line = [model]
-        for kind, dtype in SIZES.values():
-            seconds = [
-                figure(float(row["p50"]))
-                for row in found
-                if row["shape"].startswith(f"{model} ")
-                and f"hullkit, {kind}, device snapshot" in row["provider"]
-                and row["dtype"] == dtype
-            ]
-            line.append(" to ".join(seconds))
-        lines.append(line)
+    for model in MODELS:
+        found = [_size(model, name, "finetune by size, first query") for name in SIZES]
+        lines.append([model, *(figure(float(row["p50"])) if row else "" for row in found)])
     return table(["model", *(f"{name}, s" for name in SIZES)], lines)
 
 
 @generated
 def model_sizes_old_new() -> str:
+    """Rows of an old build, each with the next one of a new build: they were measured together."""
     lines = []
-    for old in find("gpu", op="finetune by size", commit="1123a40"):
-        wanted = {"provider": old["provider"].replace("old", "new"), "shape": old["shape"]}
-        new = one("gpu", op="finetune by size", **wanted)
+    found = find("gpu", op="finetune by size")
+    for place, old in enumerate(found):
+        if not old["provider"].startswith("old build"):
+            continue
+        wanted = old["provider"].replace("old build", "new build"), old["shape"]
+        new = next(row for row in found[place:] if (row["provider"], row["shape"]) == wanted)
         what = old["provider"].split(", ")[1]
         model = old["shape"].partition(" parameters=")[0]
+        builds = f"{old['commit']}, {new['commit']}"
         cells = [f"{float(row['p50']):.0f}" for row in (old, new)]
-        lines.append([model, what, old["dtype"], *cells])
-    header = ["one run, ms a query", "trained", "weights", "commit 1123a40", "commit e2a61b4"]
-    return table(header, lines, 3)
+        lines.append([model, what, old["dtype"], builds, *cells])
+    header = ["in one run, ms a query", "trained", "weights", "builds", "old", "new"]
+    return table(header, lines, 4)
 
 
 @generated
@@ -343,7 +298,8 @@ def _on_cpu(provider: str) -> Row:
 
 
 def _four_updates() -> list[str]:
-    ours, torch = (_step("gpu", name) for name in ("hullkit Adam k=4", "torch fused Adam"))
+    names = ("hullkit Adam k=4", "torch fused Adam")
+    ours, torch = (step(H100_STEPS, name) for name in names)
     four = {**torch, "p50": str(4 * float(torch["p50"]))}
     return _measured(
         "`Adam`, four updates with one gradient", (four, "torch, fused"), ours, "optimizers"

@@ -4,7 +4,7 @@
     python docs/tables.py --check    # fail where one differs from what the rows say
 
 A block lies between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function that is marked
-`@generated`, here in `selection_tables.py` or `finetuning_tables.py`.
+`@generated`, in one of the files `*_tables.py` here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 import finetuning_tables
+import optimizer_tables
 import selection_tables
 from rows import ROOT, TABLES
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SOURCES = (selection_tables, finetuning_tables)  # importing them fills TABLES
+SOURCES = (selection_tables, finetuning_tables, optimizer_tables)  # importing them fills TABLES
 
 
 def pages() -> list[Path]:
