@@ -19,7 +19,7 @@ from typing import Any
 import hullkit
 import published
 import torch
-from hullkit._limits import token_limits
+from hullkit.language_model.interface import token_limits
 from rich.console import Console
 from rich.table import Table
 from rows import append, commit, processor
@@ -159,7 +159,7 @@ def measure(
 
 def restoring(model: nn.Module) -> tuple[float, float]:
     """ms of the fused restore and state reset, and of copying as many bytes."""
-    from hullkit._weights import Weights
+    from hullkit.finetune.base_weights import Weights
 
     parameters = list(model.parameters())
     weights = Weights(parameters, host=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from hullkit import _adaptation
+from hullkit.finetune import adaptation
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -140,7 +140,7 @@ class Before:
             [len(p._post_accumulate_grad_hooks or ()) for p in self.model.parameters()],
             [module.training for module in self.model.modules()],
             signal.getsignal(signal.SIGINT),
-            [module for module in self.model.modules() if _adaptation.is_adapted(module)],
+            [module for module in self.model.modules() if adaptation.is_adapted(module)],
             torch.get_float32_matmul_precision(),
             [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")],
             [

@@ -7,10 +7,13 @@ import math
 
 import pytest
 import torch
-from hullkit import _multi_tensor, optim
-from hullkit._graphs import _Offloaded, bucket
-from hullkit._multi_tensor import BROKEN, LIMIT, TensorTable
-from hullkit._weights import adam_options
+from hullkit import optim
+from hullkit.finetune.base_weights import adam_options
+from hullkit.finetune.captured_passes import _Offloaded
+from hullkit.finetune.padding import bucket
+from hullkit.optim import _kernels
+from hullkit.optim._record import BROKEN, LIMIT
+from hullkit.optim._tensor_table import TensorTable
 from torch import Tensor, nn
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -41,11 +44,11 @@ class Updates:
     def run(self, limit: int) -> None:
         self.record[LIMIT] = limit
         self.record[BROKEN] = 0
-        math_dtype = _multi_tensor.arithmetic_dtype(self.dtype)
+        math_dtype = _kernels.arithmetic_dtype(self.dtype)
         coefficients = torch.zeros(len(SIZES), CAPACITY, 2, dtype=math_dtype, device=DEVICE)
-        _multi_tensor.adam_coefficients_(self.table, self.record, coefficients, CAPACITY)
+        _kernels.adam_coefficients_(self.table, self.record, coefficients, CAPACITY)
         for rows in (range(0, 1), range(1, 3)):  # two groups
-            _multi_tensor.adam_chunks_(
+            _kernels.adam_chunks_(
                 self.table, self.table.chunks_of(rows), self.record, coefficients,
                 (self.dtype,) * 3, CAPACITY, False,
             )  # fmt: skip
@@ -93,7 +96,7 @@ def test_restoring(dtype: torch.dtype) -> None:
     )
     updates.run(2)
     record = updates.table.record([b.data_ptr() for b in base], (0.0,) * 10)
-    _multi_tensor.restore_(updates.table, record, dtype)
+    _kernels.restore_(updates.table, record, dtype)
     for param, wanted in zip(updates.params, base, strict=True):
         assert torch.equal(param.detach().view(integer), wanted.view(integer))
     assert all(not bool(moment.any()) for pair in updates.moments for moment in pair)

@@ -7,8 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hullkit import _cross_entropy
-from hullkit._cross_entropy import TiedGradient, linear_next_token_loss, next_token_loss
+from hullkit.language_model import cross_entropy
+from hullkit.language_model.cross_entropy import (
+    TiedGradient,
+    linear_next_token_loss,
+    next_token_loss,
+)
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,7 +139,7 @@ def test_a_loss_without_all_logits(
 ) -> None:
     """In chunks of one row, of five and a rest of one, and in one of all."""
     row_bytes = -(-vocabulary // 64) * 64 * dtype.itemsize
-    monkeypatch.setattr(_cross_entropy, "CHUNK_BYTES", rows * row_bytes)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * row_bytes)
     hidden, weight, labels = linear_problem(dtype, 11, vocabulary)
     loss = linear_next_token_loss(hidden, weight, labels)
     wanted = plain(F.linear(hidden, weight), labels)
@@ -162,7 +166,7 @@ def test_what_needs_no_gradient_gets_none() -> None:
 @pytest.mark.parametrize("rows", [100, 4])
 def test_a_linear_loss_in_lower_precision(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products are in autocast's dtype, gradients in the leaves'; in one chunk and in three."""
-    monkeypatch.setattr(_cross_entropy, "CHUNK_BYTES", rows * 192 * 2)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 192 * 2)
     hidden, weight, labels = linear_problem(torch.float32, 9, 130)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         loss = linear_next_token_loss(hidden, weight, labels)

@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _models import COUNTS, MODELS, Before, plain, state, texts
-from hullkit import _passes
-from hullkit.finetune import TestTimeFinetuner
+from hullkit.finetune import TestTimeFinetuner, eager_passes
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +76,7 @@ def test_bad_mode() -> None:
 def test_failure_while_accumulating(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException], failing: int
 ) -> None:
-    original, calls = _passes.accumulate_, 0
+    original, calls = eager_passes.accumulate_, 0
 
     def fails(*args: Any) -> Any:
         nonlocal calls
@@ -86,7 +85,7 @@ def test_failure_while_accumulating(
             raise error("injected")
         return original(*args)
 
-    monkeypatch.setattr(_passes, "accumulate_", fails)
+    monkeypatch.setattr(eager_passes, "accumulate_", fails)
     model = plain()
     before = Before(model)
     tuner = TestTimeFinetuner(model, mode="accumulate")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from _models import VOCABULARY, texts
-from hullkit._snapshot import Attributes
 from hullkit.finetune import TestTimeFinetuner
+from hullkit.finetune.snapshot import Attributes
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -22,8 +22,7 @@ from _models import (
     state,
     texts,
 )
-from hullkit import _graphs, _weights
-from hullkit.finetune import TestTimeFinetuner
+from hullkit.finetune import TestTimeFinetuner, base_weights, captured_passes, captured_updates
 from torch import Tensor, nn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
@@ -86,7 +85,7 @@ def test_precisions_agree_roughly(precision: str) -> None:
 
 
 def test_one_graph_for_each_length_and_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_graphs, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(captured_passes, "MAX_GRAPHS", 2)
     model = llama().cuda()
     tuner = TestTimeFinetuner(model, capture=True)
     tuner.warmup([5, 20])
@@ -182,14 +181,14 @@ def test_padding_that_would_change_the_loss() -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (_weights.Weights, "__init__"),
-        (_weights.Weights, "save"),
+        (base_weights.Weights, "__init__"),
+        (base_weights.Weights, "save"),
         (torch.cuda.CUDAGraph, "replay"),
-        (_weights.GroupedUpdates, "begin"),
-        (_weights.GroupedUpdates, "ready"),
-        (_weights.GroupedUpdates, "join"),
-        (_weights.GroupedUpdates, "set_gradients"),
-        (_weights.GroupedUpdates, "set_num_steps"),
+        (captured_updates.GroupedUpdates, "begin"),
+        (captured_updates.GroupedUpdates, "ready"),
+        (captured_updates.GroupedUpdates, "join"),
+        (captured_updates.GroupedUpdates, "set_gradients"),
+        (captured_updates.GroupedUpdates, "set_num_steps"),
         (PlainLM, "forward"),
         (torch.Tensor, "backward"),
     ],

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from _models import COUNTS, VOCABULARY, Before, gpt2, llama, plain, state, texts
+from hullkit import bits_per_byte
 from hullkit.finetune import TestTimeFinetuner
-from hullkit.metrics import bits_per_byte
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import torch
 from _models import Before, gpt2, plain, texts
-from hullkit import _adaptation, _loss, _passes, _snapshot, _stand_ins, finetune
-from hullkit.finetune import TestTimeFinetuner
+from hullkit.finetune import TestTimeFinetuner, adaptation, eager_passes, snapshot
+from hullkit.finetune import tuner as tuner_module
+from hullkit.language_model import fused_modules
+from hullkit.language_model import loss as loss_module
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MODULES = (_adaptation, _snapshot, _loss, _passes, finetune)
+MODULES = (adaptation, snapshot, loss_module, eager_passes, tuner_module)
 SIGNALS = {
     signal.SIGINT: KeyboardInterrupt,
     signal.SIGALRM: TimeoutError,
@@ -160,7 +162,7 @@ def test_signal_whose_handler_the_block_has_set(signum: int) -> None:
 
 def test_signal_as_what_models_compute_is_put_back() -> None:
     model = gpt2()
-    at_every = AtEvery(lambda: signal.raise_signal(signal.SIGALRM), modules=(_stand_ins,))
+    at_every = AtEvery(lambda: signal.raise_signal(signal.SIGALRM), modules=(fused_modules,))
 
     def query() -> None:
         try:
@@ -184,7 +186,7 @@ def test_error_at_any_moment_of_the_way_out(error: type[BaseException]) -> None:
     def act() -> None:
         raise error("at any moment")
 
-    at_every = AtEvery(act, modules=(_adaptation, _snapshot))
+    at_every = AtEvery(act, modules=(adaptation, snapshot))
     raised = False
 
     def query() -> None:
@@ -255,18 +257,18 @@ def test_several_signals_at_once() -> None:
         calls.append(signum)
         raise SIGNALS[signal.Signals(signum)]
 
-    def restore(snapshot: _snapshot.Snapshot) -> Exception | None:
+    def restore(own: snapshot.Snapshot) -> Exception | None:
         for signum in SIGNALS:
             signal.raise_signal(signum)
         assert not calls
-        return original(snapshot)
+        return original(own)
 
-    original = _snapshot.Snapshot.restore
+    original = snapshot.Snapshot.restore
     previous = {signum: signal.signal(signum, handler) for signum in SIGNALS}
     try:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as raised:  # noqa: SIM117
             with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2]):
-                patch.setattr(_snapshot.Snapshot, "restore", restore)
+                patch.setattr(snapshot.Snapshot, "restore", restore)
         assert [signal.getsignal(signum) for signum in SIGNALS] == [handler] * 3
     finally:
         for signum, other in previous.items():
@@ -293,12 +295,12 @@ def test_torch_settings_that_a_cut_pass_leaves_behind() -> None:
 
     model = Leaving()
     before = Before(model)
-    depth = _adaptation._autocast_depth()
+    depth = adaptation._autocast_depth()
     with pytest.raises(TimeoutError):
         TestTimeFinetuner(model).adapted(texts(1), [1]).__enter__()
     before.check()
     assert torch.is_grad_enabled()
-    assert _adaptation._autocast_depth() == depth
+    assert adaptation._autocast_depth() == depth
 
 
 def test_system_calls_go_on_after_a_signal_as_before() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from _models import VOCABULARY, llama
 from hullkit import TestTimeFinetuner
-from hullkit._pass_copies import autocast_weights, narrowed_tensors
+from hullkit.language_model.pass_copies import autocast_weights, narrowed_tensors
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

@@ -14,7 +14,7 @@ import hullkit
 import pytest
 import torch
 from _cases import DTYPES, HALVES, batch
-from hullkit import _ops
+from hullkit.native import operators
 from torch import Tensor
 
 SCRIPT_TIMEOUT = 120
@@ -54,7 +54,7 @@ def _assert_same(one: list[Tensor], other: list[Tensor]) -> None:
 )
 def test_outputs_come_poisoned(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the functions allocate, conftest.py has poisoned what the operators must fill."""
-    real = getattr(_ops, operator)
+    real = getattr(operators, operator)
     outputs = [i for i, a in enumerate(real._schema.arguments) if a.alias_info is not None]
     calls = []
 
@@ -64,7 +64,7 @@ def test_outputs_come_poisoned(operator: str, monkeypatch: pytest.MonkeyPatch) -
             assert (args[i].isnan() | (args[i] == poison)).all(), f"output {i} is not poisoned"
         calls.append(real(*args))
 
-    monkeypatch.setattr(_ops, operator, spy)
+    monkeypatch.setattr(operators, operator, spy)
     _all(*batch(torch.float32))
     assert calls
 

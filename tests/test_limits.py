@@ -11,8 +11,8 @@ import torch
 import transformers
 from _models import VOCABULARY, gpt2, llama
 from hullkit import bits_per_byte
-from hullkit._limits import longest_padded, token_limits
 from hullkit.finetune import TestTimeFinetuner
+from hullkit.language_model.interface import longest_padded, token_limits
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

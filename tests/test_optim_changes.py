@@ -12,7 +12,8 @@ import pytest
 import torch
 from _cases import fixed
 from _optim import KINDS, check_equal
-from hullkit import _layouts, optim
+from hullkit import optim
+from hullkit.optim import _layouts
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from _optim import KINDS, equal_bits, gpt2_shapes, odd_tensors, parameters, set_grads
-from hullkit import _multi_tensor, optim
+from hullkit import optim
+from hullkit.optim import _kernels
 from torch import Tensor, nn
 
 
@@ -131,7 +132,7 @@ def test_one_compilation_for_each_combination_of_dtypes() -> None:
                 optimizer.step(num_steps=k + call)
 
     run(torch.float32)
-    _multi_tensor._compiled.clear()  # so that Triton is asked, not our own memory of its answers
+    _kernels._compiled.clear()  # so that Triton is asked, not our own memory of its answers
     before = compiled(adam_kernel), compiled(adam_coefficients_kernel)
     run(torch.float32)
     assert (compiled(adam_kernel), compiled(adam_coefficients_kernel)) == before

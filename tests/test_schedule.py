@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hullkit import Reuse, reuse_schedule
 from hullkit.reference.schedule import updates
-from hullkit.schedule import Reuse, reuse_schedule
 from hypothesis import given
 from hypothesis import strategies as st
 

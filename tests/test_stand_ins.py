@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _models import gpt2, llama, plain
-from hullkit import _stand_ins
-from hullkit._saved import Saved
-from hullkit._stand_ins import stand_ins
+from hullkit.language_model import fused_modules
+from hullkit.language_model.fused_modules import stand_ins
+from hullkit.language_model.saved_tensors import Saved
 from torch import Tensor, nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,8 +37,8 @@ def passed(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
 
 def test_the_classes_exist() -> None:
     """Under these names, in the transformers that is installed; else nothing would be replaced."""
-    named = (*_stand_ins._ACTIVATIONS, *_stand_ins._RMS_NORMS, *_stand_ins._HEADS)
-    for name in (*named, *_stand_ins._PASSING_ON, _stand_ins._LOSS):
+    named = (*fused_modules._ACTIVATIONS, *fused_modules._RMS_NORMS, *fused_modules._HEADS)
+    for name in (*named, *fused_modules._PASSING_ON, fused_modules._LOSS):
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
 

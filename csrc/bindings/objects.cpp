@@ -2,7 +2,8 @@
 //
 // An optimizer keeps a table of addresses. Between two steps a user may replace, move, cut or transpose any tensor, in
 // place too. So every step looks at every tensor: its class, and its address, dtype, device, shape and strides as
-// DLPack's C functions show them. `python/hullkit/_layouts.py` says the same in Python, for a torch without those.
+// DLPack's C functions show them. `python/hullkit/optim/_layouts.py` says the same in Python, for a torch without
+// those.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>

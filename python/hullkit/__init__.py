@@ -6,22 +6,24 @@ Method: HullFT, arXiv 2605.30337.
 """
 
 from . import optim
-from ._native import __version__, build_info
-from .finetune import AdaptReport, TestTimeFinetuner
-from .greedy import SIFTResult, sift
-from .metrics import bits_per_byte
-from .multiset import Multiset, select
-from .rounding import apportion, round_multiplicities
-from .schedule import Reuse, reuse_schedule
+from .finetune import AdaptReport, Reuse, TestTimeFinetuner, reuse_schedule
+from .language_model import bits_per_byte
+from .native.kernels import __version__, build_info
 from .selection import (
     FrankWolfeResult,
     KNNResult,
     LMOResult,
+    Multiset,
+    SIFTResult,
     Status,
+    apportion,
     duplicates,
     frank_wolfe,
     knn,
     lmo,
+    round_multiplicities,
+    select,
+    sift,
 )
 
 __all__ = [

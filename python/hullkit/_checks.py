@@ -7,7 +7,7 @@ wait, the results say so.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,27 +16,6 @@ _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
 _UNSIGNED = (torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 MAX_TOTAL = 2**40  # quotas are float64: their floors are exact far beyond any budget up to here
-
-
-class Problem(NamedTuple):
-    """Checked inputs of a selection, as the operators take them: batched or not."""
-
-    pool: Tensor  # [n, d] or [B, n, d], unit stride along d
-    query: Tensor  # [d] or [B, d] or, where several are allowed, [B, m, d]; unit stride along d
-    lengths: Tensor | None  # [] or [B] int64
-    candidates: Tensor | None  # [n] or [B, n] int64
-
-    @property
-    def positions(self) -> int:
-        """n, the number of candidate positions of each query."""
-        return self.pool.shape[-2] if self.candidates is None else self.candidates.shape[-1]
-
-    def empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Uninitialised output, `shape` behind the batch dimension if there is one."""
-        if self.query.ndim > 1:
-            shape = (self.query.shape[0], *shape)
-        # Single sizes: reading a tuple takes torch half as long again, a torch.Size twice as long.
-        return self.query.new_empty(*(shape or ((),)), dtype=dtype)
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
@@ -114,12 +93,12 @@ def check_device(operation: str, tensor: Tensor, backend: str | None) -> None:
         )
 
 
-def _same(name: str, tensor: Tensor, pool: Tensor) -> None:
+def check_like(name: str, tensor: Tensor, pool: Tensor) -> None:
     if tensor.device != pool.device:
         raise ValueError(f"{name}: expected the pool's device {pool.device}, got {tensor.device}")
 
 
-def _readable(tensor: Tensor) -> Tensor:
+def as_readable(tensor: Tensor) -> Tensor:
     """Kernels walk coordinates with stride 1 and know no autograd; any other stride is copied."""
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -156,68 +135,5 @@ def check_integers(name: str, value: Any, shape: tuple[int, ...], pool: Tensor) 
     tensor = as_int64(name, check_tensor(name, value))
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    _same(name, tensor, pool)
+    check_like(name, tensor, pool)
     return tensor
-
-
-def check_pool_query(
-    pool: Any,
-    query: Any,
-    lengths: Any = None,
-    candidates: Any = None,
-    *,
-    query_name: str = "query",
-    several: bool = False,
-) -> Problem:
-    """Checks the inputs that every selection shares.
-
-    pool (n, d) with query (d,): one problem. pool (n, d) with query (B, d): one pool for all.
-    pool (B, n, d) with query (B, d): a pool each. candidates needs a shared pool.
-    several: query (B, m, d) is a batch of prompts of m vectors each.
-    """
-    pool = check_floating("pool", pool)
-    query = check_floating(query_name, query)
-    if query.dtype != pool.dtype:
-        raise TypeError(f"{query_name}: expected the pool's dtype {pool.dtype}, got {query.dtype}")
-    _same(query_name, query, pool)
-    rows, row = pool.shape, query.shape  # read once: every look at a tensor takes time
-    if len(rows) not in (2, 3):
-        raise ValueError(f"pool: expected shape (n, d) or (B, n, d), got {tuple(rows)}")
-    if len(row) not in (1, 2) and not (several and len(row) == 3 and row[1] > 0):
-        shapes = "(d,), (B, d) or (B, m, d) with m >= 1" if several else "(d,) or (B, d)"
-        raise ValueError(f"{query_name}: expected shape {shapes}, got {tuple(row)}")
-    if len(rows) == 3 and (len(row) == 1 or row[0] != rows[0]):
-        raise ValueError(
-            f"{query_name}: expected shape ({rows[0]}, {rows[2]}) for a pool of shape "
-            f"{tuple(rows)}, got {tuple(row)}"
-        )
-    if row[-1] != rows[-1]:
-        raise ValueError(
-            f"{query_name}: expected d = {rows[-1]} coordinates as in the pool, got {row[-1]}"
-        )
-    if rows[-1] == 0 or rows[-2] == 0:
-        raise ValueError(
-            f"pool: expected at least one row and one coordinate, got shape {tuple(rows)}"
-        )
-    if lengths is None and candidates is None:
-        return Problem(_readable(pool), _readable(query), None, None)
-    leading = tuple(row[: min(len(row) - 1, 1)])  # () or (B,)
-    if lengths is not None:
-        lengths = check_integers("lengths", lengths, leading, pool)
-    if candidates is not None:
-        candidates = check_tensor("candidates", candidates)
-        if len(rows) != 2:
-            raise ValueError(
-                "candidates: expected a shared pool of shape (M, d), "
-                f"got a pool of shape {tuple(rows)}"
-            )
-        if candidates.ndim != len(leading) + 1 or candidates.shape[-1] == 0:
-            raise ValueError(
-                f"candidates: expected shape {(*leading, 'n')} with n >= 1, "
-                f"got {tuple(candidates.shape)}"
-            )
-        candidates = check_integers(
-            "candidates", candidates, (*leading, candidates.shape[-1]), pool
-        )
-
-    return Problem(_readable(pool), _readable(query), lengths, candidates)

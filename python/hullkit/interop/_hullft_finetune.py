@@ -13,7 +13,7 @@ import torch
 
 from .._checks import check_choice
 from ..finetune import TestTimeFinetuner
-from ..metrics import IGNORED, forward_parameters
+from ..language_model.interface import IGNORED, forward_parameters
 from ..optim import Adam
 
 METHODS = ("standard", "gradient_refresh", "sift_global_refresh", "sift_consecutive_refresh")

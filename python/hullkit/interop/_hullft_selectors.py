@@ -14,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._arrays import tensor_of, to_numpy
 from .._checks import check_int
-from ..greedy import sift
-from ..selection import frank_wolfe, knn
+from ..selection import frank_wolfe, knn, sift
+from ..selection._arrays import tensor_of, to_numpy
 from .activeft import sift_values
 
 Array = NDArray[Any]

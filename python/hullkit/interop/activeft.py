@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .._arrays import to_numpy
-from ..greedy import sift
+from ..selection import sift
+from ..selection._arrays import to_numpy
 
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .._arrays import tensor_of, to_numpy
-from ..rounding import apportion, round_multiplicities
+from ..selection import apportion, round_multiplicities
+from ..selection._arrays import tensor_of, to_numpy
 from ._hullft_finetune import finetune_on_texts, finetune_with_approach, release
 from ._hullft_selectors import FWSelector, KNNSelector, SIFTSelector, floating
 from ._patching import PackagePatch

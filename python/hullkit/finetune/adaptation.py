@@ -1,0 +1,185 @@
+"""The way into an adapted model and, whatever happens, the way back."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..native.kernels import WithBlock
+from .report import AdaptReport, Clock, PhaseSeconds, peak_memory
+from .schedule import Reuse
+from .snapshot import Snapshot, tensors_of
+
+if TYPE_CHECKING:
+    from .tuner import TestTimeFinetuner
+
+
+class Adaptation(WithBlock):
+    """One with-block of `TestTimeFinetuner.adapted`.
+
+    A signal's handler may raise at any moment, also as `__exit__` is called, before its first line,
+    where no try can catch it. So `__enter__` and `__exit__` are functions of C++: they call the
+    methods below. Signals reach `_enter` and the block at once. During `_claim` and `_leave` they
+    are held back, whoever handles them; whatever else cuts `_leave` short, it is called again until
+    it returns.
+    """
+
+    def __init__(
+        self,
+        tuner: TestTimeFinetuner,
+        inputs: list[dict[str, Tensor]],
+        schedule: list[Reuse],
+        select_seconds: float | None,
+    ) -> None:
+        super().__init__()
+        self._tuner = tuner
+        self._inputs = inputs
+        self._schedule = schedule
+        self._select_seconds = select_seconds
+        self._claimed: list[nn.Module] = []
+        self._key = object()
+        self._keeping = False
+        self._settings: _Settings | None = None
+        self._snapshot: Snapshot | None = None
+        self._timed = False
+        self._clock: Clock | None = None
+        self._failure: Exception | None = None
+
+    def keep(self) -> None:
+        """Enter, and stay adapted: trained weights and buffers are left as the passes left them."""
+        self._keeping = True
+        with self:
+            pass
+
+    def _claim(self) -> None:
+        # Modules, not only the model: a wrapper or a part of it shares its weights. In one order
+        # for all: of two that begin together, one gets the first module that they share.
+        self._claimed = list(self._tuner.model.modules())
+        for module in sorted(self._claimed, key=id):
+            if _OWNERS.setdefault(module, self._key) is not self._key:
+                raise RuntimeError(
+                    "adapted(): expected a model that is not being adapted, got one inside an "
+                    "adapted() block of this tuner or of one that shares modules with it"
+                )
+
+    def _enter(self) -> nn.Module:
+        tuner = self._tuner
+        tuner.last_report = None
+        self._settings = _Settings()
+        clock = Clock(_device(tuner.model))
+        with torch.inference_mode(False), torch.enable_grad():
+            parameters, buffers = tensors_of(self._claimed)
+            graphs = tuner._graphs(parameters, buffers)
+            # Nothing is written before it is complete.
+            weights = None if graphs is None else graphs.weights
+            self._snapshot = snapshot = Snapshot(
+                self._claimed, parameters, buffers, tuner.snapshot, weights
+            )
+            for module in self._claimed:
+                # The flag itself, not .eval(): that may be overridden to do more (merge adapters).
+                if module.training:
+                    module.training = False
+            snapshot.drop_gradients()
+            losses, captured = tuner._run(snapshot, graphs, self._inputs, self._schedule, clock)
+        seconds = clock.seconds()
+        report = AdaptReport(
+            num_updates=sum(burst.num_steps for burst in self._schedule)
+            if tuner.mode == "reuse"
+            else min(1, len(losses)),
+            num_passes=len(losses),
+            losses=tuple(losses),
+            seconds=PhaseSeconds(
+                select=self._select_seconds,
+                prepare=seconds.get("prepare", 0.0),
+                passes=seconds.get("passes", 0.0),
+                updates=seconds.get("updates"),
+                restore=None,
+            ),
+            peak_memory=peak_memory(clock.device),
+            path="captured" if captured else "eager",
+            reason=None if captured else tuner._eager_reason(clock.device),
+        )
+        self._settings = None  # nothing was left early: what is set from now on, the block has set
+        if self._keeping:
+            snapshot.forget_values()
+        tuner.last_report = report
+        self._timed = True
+        return tuner.model
+
+    def _leave(self) -> None:
+        """Undo all of _claim and _enter, as far as they got."""
+        if self._settings is None:
+            self._settings = _Settings()  # restoring, too, may be cut short in the midst of one
+        if self._timed:
+            self._timed = False
+            with suppress(RuntimeError):  # a lost device; restoring tells
+                self._clock = Clock(_device(self._tuner.model))
+        if self._snapshot is not None:
+            self._failure = self._snapshot.restore()
+            self._snapshot = None
+        self._settings.put_back()
+        for module in self._claimed:
+            if _OWNERS.get(module) is self._key:
+                _OWNERS.pop(module, None)
+        clock, self._clock = self._clock, None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        if clock is not None:
+            self._report_restore(clock)
+
+    def _report_restore(self, clock: Clock) -> None:
+        report = self._tuner.last_report
+        if report is None:  # another query of this tuner has begun, in another thread
+            return
+        clock.lap("restore")
+        seconds = report.seconds._replace(restore=clock.seconds()["restore"])
+        self._tuner.last_report = report._replace(seconds=seconds)
+
+
+class _Settings:
+    """torch's, as they are now: a context manager that is cut short may leave its own behind."""
+
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._matmul = torch.get_float32_matmul_precision()
+        self._autocast = [
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+        ]
+        self._cached = torch.is_autocast_cache_enabled()
+        self._depth = _autocast_depth()
+
+    def put_back(self) -> None:
+        torch.set_grad_enabled(self._grad)
+        torch.set_float32_matmul_precision(self._matmul)
+        for device, enabled, dtype in self._autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self._cached)
+        while _autocast_depth() > self._depth:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
+
+
+# The adaptation that a module is part of. No lock, which could be left locked: each claim is one
+# step.
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
+
+
+def is_adapted(module: nn.Module) -> bool:
+    return module in _OWNERS
+
+
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    depth: int = torch.autocast_decrement_nesting()
+    return depth
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,143 @@
+"""Trained parameters, their base values and Adam's moments, where captured graphs find them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..language_model.pass_copies import PassCopies
+from ..optim import _kernels
+from ..optim._record import NUM_OPTIONS
+from ..optim._tensor_table import DTYPES, HALVES, TensorTable, check_disjoint, is_dense
+from .rounding import Rounding, moment_dtype
+
+Options = tuple[float, ...]
+
+
+def adam_options(lr: float, betas: tuple[float, float], eps: float) -> Options:
+    """Ten numbers, as `triton_kernels/adam.py` reads them: no weight decay, no clipping."""
+    logs = (_kernels.log2(betas[0]), _kernels.log2(betas[1]))
+    return (lr, *betas, *logs, eps, 0.0, 0.0, 1.0, 1.0)
+
+
+class NotCapturable(Exception):
+    """Why a model's passes cannot be recorded."""
+
+
+class Weights:
+    """Memory for one query after the other on one CUDA device: base values and two moments beside
+    the parameters. `save` before a query, `restore` after it: one launch for each dtype, which also
+    resets Adam's state. Base values may lie in pinned host memory; the kernel reads them there.
+
+    copies: what passes read in place of parameters.
+
+    Raises NotCapturable for parameters that the kernels cannot take.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        host: bool,
+        copies: PassCopies,
+        rounding: Rounding,
+    ) -> None:
+        device = parameters[0].device
+        for parameter in parameters:
+            if parameter.dtype not in DTYPES or not is_dense(parameter):
+                raise NotCapturable(
+                    "parameters: expected dense ones of float64, float32, float16 or bfloat16, got "
+                    f"{parameter.dtype} with strides {parameter.stride()}"
+                )
+            if parameter.device != device:
+                raise NotCapturable(
+                    f"parameters: expected one device, got {device} and {parameter.device}"
+                )
+        try:
+            check_disjoint("parameters", parameters)
+        except ValueError as error:
+            raise NotCapturable(str(error)) from error
+        self.parameters = list(parameters)
+        self.device = device
+        self.copies, self.rounding = copies, rounding
+        self.base = [pinned_like(p) for p in parameters] if host else _like(parameters)
+        pairs = zip(_moments(parameters), _moments(parameters), strict=True)
+        self.moments = dict(zip(parameters, pairs, strict=True))
+        steps = torch.empty(len(parameters), dtype=torch.float32, device=device)
+        self.steps = dict(zip(parameters, steps.unbind(), strict=True))
+        self._data = [p.data for p in parameters]
+        self._all_steps = steps
+        self._reset()
+        base = dict(zip(parameters, self.base, strict=True))
+        self._restoring = []
+        for dtype, own in by_dtype(parameters).items():
+            table = self.table(own)
+            addresses = [base[parameter].data_ptr() for parameter in own]
+            record = table.record(addresses, (0.0,) * NUM_OPTIONS)
+            self._restoring.append((table, record, dtype))
+
+    def table(self, parameters: Sequence[nn.Parameter]) -> TensorTable:
+        """Rows for parameters of one dtype."""
+        rows = []
+        for p in parameters:
+            tensors = (self.copies.data_of(p), *self.moments[p], self.steps[p])
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            rows.append((*addresses, p.numel(), self.rounding.salts[id(p)] << 1))
+        return TensorTable(rows, self.device, triton=True)
+
+    def _reset(self) -> None:
+        torch._foreach_zero_([moment for pair in self.moments.values() for moment in pair])
+        self._all_steps.zero_()
+        self._fresh = True  # whether moments and step counters are 0
+
+    def save(self) -> None:
+        if not self._fresh:  # the latest query was not taken back
+            self._reset()
+        self._fresh = False
+        with torch.no_grad():
+            torch._foreach_copy_(self.base, self._data)
+
+    def restore(self) -> None:
+        """May be cut short and begun again."""
+        for table, record, dtype in self._restoring:
+            _kernels.restore_(table, record, dtype)
+        self._fresh = True
+        torch.autograd.graph.increment_version(self.parameters)
+
+
+def by_dtype(parameters: Sequence[nn.Parameter]) -> dict[torch.dtype, list[nn.Parameter]]:
+    parts: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        parts.setdefault(parameter.dtype, []).append(parameter)
+    return parts
+
+
+def _moments(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [
+        tensor.view(moment_dtype(tensor.dtype)) if tensor.dtype in HALVES else tensor
+        for tensor in _like(parameters)
+    ]
+
+
+def _like(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Tensors laid out as the parameters, not filled in, side by side: the allocator's blocks would
+    be some percent larger than they are."""
+    found: dict[nn.Parameter, Tensor] = {}
+    for dtype, own in by_dtype(parameters).items():
+        aligned = 512 // dtype.itemsize
+        sizes = [-(-p.numel() // aligned) * aligned for p in own]
+        memory = torch.empty(sum(sizes), dtype=dtype, device=own[0].device)
+        for parameter, stretch in zip(own, torch.split(memory, sizes), strict=True):
+            found[parameter] = stretch.as_strided(
+                parameter.shape, parameter.stride(), stretch.storage_offset()
+            )
+    return [found[parameter] for parameter in parameters]
+
+
+def pinned_like(parameter: Tensor) -> Tensor:
+    """Pinned: copies need not wait, and the device can read it."""
+    return torch.empty_strided(
+        parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu", pin_memory=True
+    )

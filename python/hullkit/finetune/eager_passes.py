@@ -1,0 +1,133 @@
+"""A query's passes and updates one by one, as any device runs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..language_model.loss import CausalLoss
+from ..language_model.pass_copies import PassCopies
+from ..optim import accumulate_
+from .report import Clock
+from .rounding import Rounding, RoundingAdam
+from .schedule import Reuse
+
+Inputs = dict[str, Tensor]
+
+
+def check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{name}: expected a finite number, got {value}")
+
+
+def warm_up(loss_of: CausalLoss, inputs: list[Inputs], parameters: list[nn.Parameter]) -> None:
+    """A pass for each, for what is compiled at the first; nothing is updated."""
+    for example in inputs:
+        loss_of(example).backward()
+        for parameter in parameters:
+            parameter.grad = None
+
+
+class Trained:
+    """Parameters of a query with their optimizer, which updates the parameters' own values while
+    passes read copies of some.
+
+    Made, and used, inside `copies.in_place()`.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        copies: PassCopies,
+        rounding: Rounding,
+        **options: Any,
+    ) -> None:
+        self.parameters = parameters
+        self._copies = copies
+        # Leaves of their own where passes read copies: a parameter is then of the copy's dtype.
+        tensors = [p if copies.of(p) is None else copies.data_of(p) for p in parameters]
+        self._own = dict(zip(parameters, tensors, strict=True))
+        self._optimizer = RoundingAdam(tensors, parameters, rounding, **options)
+
+    def step_with(self, grads: dict[nn.Parameter, Tensor], num_steps: int) -> None:
+        self._optimizer.step_with({self._own[p]: g for p, g in grads.items()}, num_steps=num_steps)
+        self._copies.refresh(grads)
+
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        return {p: p.grad for p in self.parameters if p.grad is not None}
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def reset(self) -> None:
+        self._optimizer.reset()
+
+
+def reuse(
+    loss_of: CausalLoss,
+    inputs: list[Inputs],
+    schedule: list[Reuse],
+    trained: Trained,
+    clock: Clock,
+) -> list[float]:
+    """Finetune in place; the losses. Gradients are None before and after."""
+    losses = []
+    for example, num_steps in schedule:
+        losses.append(_pass(loss_of, inputs[example], example, trained.parameters))
+        clock.lap("passes")
+        trained.step_with(trained.gradients(), num_steps)
+        trained.zero_grad()
+        clock.lap("updates")
+    return losses
+
+
+def accumulate(
+    loss_of: CausalLoss,
+    inputs: list[Inputs],
+    schedule: list[Reuse],
+    trained: Trained,
+    clock: Clock,
+) -> list[float]:
+    """The same with one update, of the count-weighted mean gradient."""
+    total = sum(burst.num_steps for burst in schedule)
+    sums: dict[nn.Parameter, Tensor] = {}  # of the parameters that had a gradient
+    losses = []
+    for example, count in schedule:
+        losses.append(_pass(loss_of, inputs[example], example, trained.parameters))
+        clock.lap("passes")
+        grads = trained.gradients()
+        for parameter in grads.keys() - sums.keys():
+            sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+        accumulate_([sums[p] for p in grads], list(grads.values()), count / total)
+        del grads
+        trained.zero_grad()
+        clock.lap("updates")
+    trained.step_with(sums, 1)
+    clock.lap("updates")
+    return losses
+
+
+def _pass(
+    loss_of: CausalLoss, inputs: Inputs, example: int, parameters: list[nn.Parameter]
+) -> float:
+    """Forward and backward, gradients into .grad; the loss. Both must be finite."""
+    loss = loss_of(inputs)
+    loss.backward()
+    value = loss.item()
+    check_finite(f"loss of examples[{example}]", value)
+    grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel() > 0]
+    if not math.isfinite(_largest(torch._foreach_norm(grads, 2))):
+        # Or a square overflowed: the maximum norm knows, which takes a CPU eight times as long.
+        largest = _largest(torch._foreach_norm(grads, math.inf))
+        check_finite(f"largest gradient entry of examples[{example}]", largest)
+    return value
+
+
+def _largest(norms: Sequence[Tensor]) -> float:
+    """NaN if there is one."""
+    return torch.stack(list(norms)).max().item()

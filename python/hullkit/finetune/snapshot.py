@@ -1,0 +1,221 @@
+"""What a query may change in a model, and its way back."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..native.kernels import unlike_dicts
+from .base_weights import Weights, pinned_like
+
+
+class Snapshot:
+    """What a query may change in a model. Restoring may be cut short and begun again."""
+
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        parameters: list[nn.Parameter],
+        buffers: list[Tensor],
+        place: str,
+        weights: Weights | None,
+    ) -> None:
+        # The slots too: code in the block may replace a buffer instead of writing to it.
+        self._training = [(m, m.training) for m in modules]
+        self._buffer_slots = [(m._buffers, m._buffers.copy()) for m in modules]
+        self._slots = [
+            (slots, slots.copy()) for m in modules for slots in (m._parameters, m._modules)
+        ]
+        self._attributes = Attributes(modules)
+        known = {*map(id, parameters), *map(id, buffers)}
+        others = [t for t in self._attributes.tensors if id(t) not in known]
+        leaves = [t for t in others if t.requires_grad and t.is_leaf]
+        self._flags = [(p, p.requires_grad, p.grad) for p in (*parameters, *leaves)]
+        # Tied parameters and shared buffers appear once. `data` keeps dtype, device and storage in
+        # case the block moves or casts the model; only what training may write to is copied.
+        self._tensors: list[tuple[Tensor, Tensor, tuple[Any, ...], Tensor | None]] = []
+        self._weights = weights  # with copies of its own
+        elsewhere = set() if weights is None else set(map(id, weights.parameters))
+        for p in parameters:
+            data = p.data
+            copied = p.requires_grad and id(p) not in elsewhere
+            self._tensors.append((p, data, _geometry(p), _copy(data, place) if copied else None))
+        others = [t for t in others if _has_values(t)]
+        self._buffers = [(b, _written(b.data).clone()) for b in (*buffers, *others)]
+        self._tensors += [(b, b.data, _geometry(b), copy) for b, copy in self._buffers]
+        if weights is not None:
+            weights.save()
+
+    def drop_gradients(self) -> None:
+        for tensor, _, grad in self._flags:
+            if grad is not None:
+                tensor.grad = None
+
+    def restore_state(self) -> None:
+        """Buffers and attributes, after passes that were not to count."""
+        _put_back(self._buffer_slots)
+        self._attributes.restore()
+        for buffer, copy in self._buffers:
+            _write(buffer, copy)
+
+    def forget_values(self) -> None:
+        """From now on `restore` puts back flags and gradients, but no values."""
+        self._tensors, self._buffers, self._weights = [], [], None
+        self._slots, self._buffer_slots = [], []
+        self._attributes = Attributes([])
+
+    def restore(self) -> Exception | None:
+        """The error of the first thing that could not be restored; the others are."""
+        failures: list[Exception] = []
+        _put_back(self._slots)
+        _put_back(self._buffer_slots)
+        for module, training in self._training:
+            if module.training != training:
+                module.training = training
+        self._attributes.restore()
+        for tensor, data, geometry, copy in self._tensors:
+            _twice(failures, _restore, tensor, data, geometry, copy)
+        if self._weights is not None:
+            _twice(failures, self._weights.restore)
+        for tensor, requires_grad, grad in self._flags:
+            if tensor.requires_grad != requires_grad:
+                _twice(failures, tensor.requires_grad_, requires_grad)
+            if tensor.grad is not grad:
+                _twice(failures, setattr, tensor, "grad", grad)
+        return failures[0] if failures else None
+
+
+class Attributes:
+    """What modules keep beside parameters, buffers and modules: numbers, tensors, lists of them.
+
+    Objects that are neither a tensor nor one of Python's containers are kept, not looked into.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._modules = [(m.__dict__, m.__dict__.copy()) for m in modules]
+        self._containers: dict[int, tuple[Any, Any]] = {}
+        tensors: dict[int, Tensor] = {}
+        waiting = [
+            value
+            for _, saved in self._modules
+            for name, value in saved.items()
+            if type(value) not in _PLAIN and name not in _MODULES_OWN
+        ]
+        while waiting:
+            value = waiting.pop()
+            kind = type(value)
+            if isinstance(value, Tensor):
+                tensors[id(value)] = value
+            elif kind in _CONTAINERS and id(value) not in self._containers:
+                self._containers[id(value)] = (value, value.copy())
+                inner = value.values() if isinstance(value, dict) else value
+                waiting += [x for x in inner if type(x) not in _PLAIN]
+            elif kind is tuple or (isinstance(value, tuple) and hasattr(kind, "_fields")):
+                waiting += [x for x in value if type(x) not in _PLAIN]
+        self.tensors = list(tensors.values())
+
+    def restore(self) -> None:
+        """Names and contents. Values of the tensors are the snapshot's."""
+        for at in unlike_dicts(self._modules):
+            now, saved = self._modules[at]
+            for name in [n for n in now if n not in saved and n not in _MODULES_OWN]:
+                del now[name]
+            for name, value in saved.items():
+                if name not in _MODULES_OWN and now.get(name, now) is not value:
+                    now[name] = value
+        for now, saved in self._containers.values():
+            if isinstance(now, dict):
+                # Not `unlike_dicts`: an OrderedDict has its order elsewhere.
+                if not (check_like(now, saved) and check_like(now.values(), saved.values())):
+                    now.clear()
+                    now.update(saved)
+            elif isinstance(now, set):
+                if now != saved:
+                    now.clear()
+                    now.update(saved)
+            elif not check_like(now, saved):
+                now.clear()
+                now.extend(saved)
+
+
+# Slots and hooks, and what `Module.compile` adds: nothing of the model's own.
+_MODULES_OWN = frozenset(nn.Module().__dict__.keys() - {"_non_persistent_buffers_set"}) | {
+    "_compiled_call_impl"
+}
+_PLAIN = {int, float, bool, str, type(None), type, frozenset, torch.dtype, torch.device}
+_CONTAINERS = {list, dict, set, OrderedDict, defaultdict, deque}
+
+
+def _put_back(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    for at in unlike_dicts(pairs):
+        now, saved = pairs[at]
+        now.clear()
+        now.update(saved)
+
+
+def check_like(now: Collection[Any], saved: Collection[Any]) -> bool:
+    return len(now) == len(saved) and all(map(is_, now, saved))
+
+
+def _twice(failures: list[Exception], restore: Callable[..., Any], *arguments: Any) -> None:
+    """Once more after an error, which may have come from elsewhere: of another thread, say."""
+    try:
+        restore(*arguments)
+    except Exception:
+        try:
+            restore(*arguments)
+        except Exception as error:
+            failures.append(error)
+
+
+def _restore(tensor: Tensor, data: Tensor, geometry: tuple[Any, ...], copy: Tensor | None) -> None:
+    if _geometry(tensor) != geometry:
+        tensor.data = data
+    if copy is not None:
+        _write(tensor, copy)
+
+
+def _write(tensor: Tensor, copy: Tensor) -> None:
+    # One made in inference mode can be written to in that mode only.
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+        _written(tensor).copy_(copy)
+
+
+def tensors_of(modules: list[nn.Module]) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """Parameters and buffers, tied and shared ones once: one walk for all that ask for them."""
+    parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+    buffers = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
+    return list(parameters.values()), list(buffers.values())
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether it can be state: not what autograd has computed, nor without memory of its own."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.grad_fn is None
+        and tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+    )
+
+
+def _copy(tensor: Tensor, place: str) -> Tensor:
+    if place == "host" and tensor.device.type == "cuda":
+        return pinned_like(tensor).copy_(tensor)
+    return tensor.clone()
+
+
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _written(tensor: Tensor) -> Tensor:
+    """The tensor without the repetitions of an expanded one, which cannot be written to."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:
+            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
+    return tensor

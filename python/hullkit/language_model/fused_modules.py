@@ -1,0 +1,202 @@
+"""Functions that models of transformers write out in many small kernels, in one kernel each.
+
+At the lengths of test-time finetuning such kernels take longer to begin than to run, and each keeps
+a tensor for the backward pass: 15 to 23 % of a GPT-2 query in bf16, and half of what a pass holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cross_entropy import TiedGradient, linear_next_token_loss, next_token_loss
+from .interface import forward_parameters
+from .pass_copies import PassCopies
+from .saved_tensors import Saved
+
+Forward = Callable[[Tensor], Tensor]
+
+# By the class's full name, so that transformers need not be there. Only classes that compute
+# exactly this: others of a similar name add one to the weight, or clip, or scale.
+_ACTIVATIONS: dict[str, Forward] = {
+    "transformers.activations.NewGELUActivation": partial(F.gelu, approximate="tanh"),
+    "transformers.activations.SiLUActivation": F.silu,
+}
+_MODELS = "transformers.models.{0}.modeling_{0}.{1}"
+_FAMILIES = (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+_RMS_NORMS = {_MODELS.format(family, f"{name}RMSNorm") for family, name in _FAMILIES}
+# Their forward hands lm_head's output to the loss, and does nothing else with it but return it.
+_HEADS = {_MODELS.format(family, f"{name}ForCausalLM") for family, name in _FAMILIES}
+_HEADS.add(_MODELS.format("gpt2", "GPT2LMHeadModel"))
+_PASSING_ON = {"peft.peft_model.PeftModelForCausalLM"}  # what forwards of these return, likewise
+_LOSS = "transformers.loss.loss_utils.ForCausalLMLoss"
+_REWEIGHTED = ("num_items_in_batch", "shift_labels", "ignore_index")  # what changes that loss
+
+
+def _rms_norm(module: Any) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        weight = module.weight
+        # On a CPU torch takes the same steps; of two dtypes, the result is to have the weight's.
+        if not x.is_cuda or x.dtype is not weight.dtype:
+            return type(module).forward(module, x)  # type: ignore[no-any-return]
+        return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
+
+    return forward
+
+
+class _Loss:
+    """The loss of transformers' causal models, of logits or of what `lm_head` was given for them.
+
+    Where nobody else sees the logits, `lm_head` returns its input, and the loss multiplies.
+    """
+
+    def __init__(
+        self,
+        own: Callable[..., Tensor],
+        lm_head: nn.Linear | None,
+        tied: TiedGradient | None,
+        copies: PassCopies | None,
+    ) -> None:
+        self._own = own
+        self._tied = tied
+        self._weight = None if lm_head is None else lm_head.weight
+        self._copy = (
+            copies.of(lm_head.weight) if copies is not None and lm_head is not None else None
+        )
+        self._hidden: Tensor | None = None
+
+    def hold(self, hidden: Tensor) -> Tensor:
+        self._hidden = hidden
+        return hidden
+
+    def __call__(self, logits: Tensor, labels: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        hidden, self._hidden = self._hidden, None
+        if hidden is not None and logits is not hidden:
+            raise RuntimeError("expected a loss of what lm_head returned, got another tensor")
+        reweighted = any(options.get(name) is not None for name in _REWEIGHTED)
+        # A CPU gains nothing; float64 logits are cut to float32 there, and the numbers stay its.
+        fused = not reweighted and logits.is_cuda and logits.dtype is not torch.float64
+        if hidden is not None and self._weight is not None:
+            if fused and hidden.shape[:2] == labels.shape:
+                return linear_next_token_loss(hidden, self._weight, labels, self._tied, self._copy)
+            logits = F.linear(hidden, self._weight)
+        return (
+            next_token_loss(logits, labels)
+            if fused
+            else self._own(logits, labels, *sizes, **options)
+        )
+
+
+@contextmanager
+def stand_ins(
+    model: nn.Module,
+    saved: Saved | None = None,
+    checkpointed: Sequence[nn.Module] = (),
+    copies: PassCopies | None = None,
+) -> Iterator[None]:
+    """Inside the block the model computes the same, cheaper. What somebody else replaced stays.
+
+    saved: what is told of activations, whose outputs then need not be saved. checkpointed: layers
+    that run again in the backward pass, outside of the block: as they are. copies: what the last
+    layer's product reads in place of its weight.
+    """
+    again = {module for layer in checkpointed for module in layer.modules()}
+    replaced: list[tuple[nn.Module, str]] = []
+
+    def replace(module: Any, name: str, stand_in: Callable[..., Tensor]) -> None:
+        replaced.append((module, name))
+        setattr(module, name, stand_in)
+
+    try:
+        for module in model.modules():
+            if "forward" in module.__dict__ or module in again:
+                continue
+            name = _full_name(type(module))
+            activation = _ACTIVATIONS.get(name)
+            if activation is not None:
+                replace(
+                    module, "forward", partial(saved.cheap, activation) if saved else activation
+                )
+            elif name in _RMS_NORMS:
+                replace(module, "forward", _rms_norm(module))
+        head = _head_with_known_loss(model)
+        if head is not None:
+            lm_head = _lm_head(model, head)
+            embedding = None if lm_head is None else _tied_embedding(head, lm_head.weight)
+            tied = None if embedding is None else TiedGradient()
+            loss = _Loss(head.loss_function, lm_head, tied, copies)
+            replace(head, "_loss_function", loss)
+            if lm_head is not None:
+                replace(lm_head, "forward", loss.hold)
+            if tied is not None:
+                replace(embedding, "forward", partial(tied.embedding, weight=lm_head.weight))
+        yield
+    finally:
+        for module, name in replaced:
+            module.__dict__.pop(name, None)
+
+
+def fused_head_weight(model: nn.Module) -> Tensor | None:
+    """The weight of the last layer, where its product goes with the loss."""
+    head = _head_with_known_loss(model)
+    lm_head = None if head is None else _lm_head(model, head)
+    return None if lm_head is None else lm_head.weight
+
+
+def _head_with_known_loss(model: nn.Module) -> Any:
+    head = _head(model)
+    return head if head is not None and _full_name(head.loss_function) == _LOSS else None
+
+
+def _head(model: nn.Module) -> Any:
+    """The model of transformers, in whatever is wrapped around it, if its loss is its class's."""
+    for module in model.modules():
+        if hasattr(type(module), "loss_function") and "labels" in forward_parameters(module):
+            return None if "_loss_function" in module.__dict__ else module
+    return None
+
+
+def _lm_head(model: nn.Module, head: Any) -> Any:
+    """The last layer, if only the loss gets to see what it returns."""
+    around = [] if model is head else [model]
+    lm_head: Any = getattr(head, "lm_head", None)
+    name = _full_name(type(head))
+    if (
+        _full_name(type(lm_head)) != "torch.nn.modules.linear.Linear"
+        or lm_head.bias is not None
+        or not lm_head.weight.is_cuda
+        or name not in _HEADS
+        or _full_name(type(head).forward) != f"{name}.forward"
+        or any(_full_name(type(module)) not in _PASSING_ON for module in around)
+    ):
+        return None
+    for module in (*around, head, lm_head):
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+            return None
+    return lm_head
+
+
+def _tied_embedding(head: Any, weight: Tensor) -> nn.Embedding | None:
+    """The embedding with the last layer's weight, if it does nothing but look up."""
+    embedding = head.get_input_embeddings()
+    if (
+        _full_name(type(embedding)) != "torch.nn.modules.sparse.Embedding"
+        or embedding.weight is not weight
+        or "forward" in embedding.__dict__
+        or embedding.max_norm is not None
+        or embedding.scale_grad_by_freq
+        or embedding.sparse
+        or embedding.padding_idx is not None
+    ):
+        return None
+    return embedding  # type: ignore[no-any-return]
+
+
+def _full_name(named: Any) -> str:
+    return f"{named.__module__}.{getattr(named, '__qualname__', '')}"

@@ -1,0 +1,245 @@
+"""What can be asked of a model: which ids it takes, how many of them, and whether it can train."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_tensor
+
+IGNORED = -100  # the label of a token that is not scored, as in F.cross_entropy
+
+
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def device_of(model: nn.Module, default: Tensor) -> torch.device:
+    """Where the model takes its inputs. Offloaded weights are nowhere until their layer runs, and
+    its hooks move what it is given."""
+    here = (p.device for p in model.parameters() if not p.is_meta)
+    return next(here, default.device)
+
+
+def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the model's forward, also behind torch.compile."""
+    return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+
+
+def logits_of(output: Any, ids: Tensor, before: int = 0) -> Tensor:
+    """The logits (1, T, V) in what a causal language model returned for ids (1, T); or
+    (1, before + T, V), if it has put so many positions of its own before them."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            "model output: expected a tensor of logits or an object with .logits, "
+            f"got {type(output).__name__}"
+        )
+    lengths = (ids.shape[1], ids.shape[1] + before)
+    if logits.ndim != 3 or logits.shape[0] != 1 or logits.shape[1] not in lengths:
+        expected = f"(1, {ids.shape[1]}, V)"
+        raise ValueError(f"logits: expected shape {expected}, got {tuple(logits.shape)}")
+    return logits
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class TokenLimits(NamedTuple):
+    """What a sequence must keep to: on a GPU an index outside a table ends the process."""
+
+    vocabulary: int | None  # token ids; None where that cannot be told, here and below
+    labels: int | None  # ids that are predicted
+    positions: int | None  # tokens that the model has positions for
+
+
+_NOT_HERE = (
+    "expected parameters in memory, got {!r} on the meta device (offloaded, or not loaded yet)"
+)
+
+
+def check_scorable(model: nn.Module) -> None:
+    """Offloaded parameters are fine where accelerate's hooks bring them."""
+    missing = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if missing is not None and not any("_hf_hook" in vars(m) for m in model.modules()):
+        raise ValueError(f"model: {_NOT_HERE.format(missing)}")
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Before anything is touched: what torch would say of it in the midst of a pass or later."""
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{path}.{key}".lstrip(".")
+            if parameter.is_meta:
+                raise ValueError(f"model: {_NOT_HERE.format(name)}")
+            if parameter.is_inference():
+                raise ValueError(
+                    "model: expected parameters that autograd can use, got one made in "
+                    f"torch.inference_mode(): {name!r}"
+                )
+        embeds = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        if embeds and module.sparse and module.weight.requires_grad:
+            raise ValueError(
+                f"model: expected dense gradients, got an embedding with sparse=True: {path!r}"
+            )
+
+
+def token_limits(model: nn.Module) -> TokenLimits:
+    vocabulary = _vocabulary_size(model)
+    return TokenLimits(vocabulary, _predicted(model) or vocabulary, _positions(model))
+
+
+def check_token_ids(name: str, ids: Any, limits: TokenLimits) -> Tensor:
+    """`ids` as (1, T), after checking type, dtype, rank, T and the range of the ids."""
+    tokens = check_tensor(name, ids)
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"{name}: expected dtype torch.int64, got {tokens.dtype}")
+    if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and tokens.shape[0] != 1):
+        raise ValueError(f"{name}: expected shape (T,) or (1, T), got {tuple(tokens.shape)}")
+    if tokens.shape[-1] < 2:
+        raise ValueError(f"{name}: expected at least 2 tokens, got {tokens.shape[-1]}")
+    if limits.positions is not None and tokens.shape[-1] > limits.positions:
+        raise ValueError(
+            f"{name}: expected at most {limits.positions} tokens, the model's positions, "
+            f"got {tokens.shape[-1]}"
+        )
+    _check_range(name, tokens, limits.vocabulary)
+    return tokens.reshape(1, -1)
+
+
+def check_labels(name: str, labels: Tensor, limits: TokenLimits) -> None:
+    """Labels are indices into the logits: out of range they end a CUDA process, as ids do."""
+    _check_range(name, labels, limits.labels)
+
+
+def _check_range(name: str, ids: Tensor, end: int | None) -> None:
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or (end is not None and high >= end):
+        wanted = "ids >= 0" if end is None else f"ids in [0, {end})"
+        raise ValueError(f"{name}: expected {wanted}, got {low if low < 0 else high}")
+
+
+def longest_padded(model: nn.Module) -> int:
+    """How far a sequence may be padded without running over a table of positions.
+
+    Where no table is known, what the model's configuration says, for which its authors have tried
+    it; else the rows of its smallest embedding, whichever that is.
+    """
+    known = _positions(model)
+    if known is not None:
+        return known
+    configured = _configured(model)
+    if configured:
+        return max(0, min(configured) - virtual_tokens(model))
+    return min(
+        (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0
+    )
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Positions that PEFT's learned prompts and prefixes take before the first token."""
+    try:
+        active = getattr(model, "active_peft_config", None)
+    except (AttributeError, KeyError):
+        return 0
+    count = getattr(active, "num_virtual_tokens", None)
+    return count if isinstance(count, int) else 0
+
+
+def _vocabulary_size(model: nn.Module) -> int | None:
+    """The number of token ids `model` has rows for, or None where that cannot be told."""
+    known = getattr(_embeddings(model, "input"), "num_embeddings", None)
+    if isinstance(known, int):
+        return known
+    size = getattr(_config(model), "vocab_size", None)
+    if isinstance(size, int):
+        return size
+    # A plain model: its positions may be an embedding too, so only the largest one bounds the ids.
+    rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    return max(rows, default=None)
+
+
+def _predicted(model: nn.Module) -> int | None:
+    """The rows of the last layer. They are those of the embedding, unless one alone was resized."""
+    size = getattr(_embeddings(model, "output"), "out_features", None)
+    return size if isinstance(size, int) else None
+
+
+# What models of transformers call their number of positions.
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_target_positions",
+    "max_seq_len",
+    "n_ctx",
+)
+# A table of absolute positions, by the words of its name: `wpe`, `embed_positions`, `pos_emb`, ...
+_POSITION = {"wpe", "pos", "position", "positions", "positional"}
+_OTHERWISE = {"rel", "relative", "rotary", "rope", "alibi", "bias", "type", "types", "ids"}
+# Where positions are not those of tokens.
+_NOT_TEXT = re.compile("vision|visual|image|pixel|patch|video|audio|speech")
+# What PEFT puts around an embedding.
+_WRAPPING = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]*)$")
+
+
+def _positions(model: nn.Module) -> int | None:
+    """The tokens that a table of absolute positions has rows for, if the model has one.
+
+    A table is told by its name, and by a number of rows that the configuration confirms: other
+    tables of such a name may be of an image's patches. Without a configuration the name will do.
+    None where positions are computed (rotary, ALiBi, or tables that grow), which have no such end.
+    """
+    config = _config(model)
+    configured = _configured(model)
+    # ALiBi as MPT has it in transformers: computed for so many positions, and cut from there.
+    limits = [*configured] if getattr(config, "model_type", None) == "mpt" else []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            rows = module.num_embeddings
+            offset = getattr(module, "offset", 0)
+            start = offset if isinstance(offset, int) else 0
+            if module.padding_idx is not None and start == 0:
+                start = module.padding_idx + 1
+            path = _WRAPPING.sub("", path)
+            if _is_position_table(path) and (config is None or configured & {rows, rows - start}):
+                limits.append(rows - start)
+        for name, buffer in module._buffers.items():
+            rows = len(buffer) if buffer is not None and buffer.ndim == 2 else 0
+            if rows in configured and _is_position_table(f"{path}.{name}"):
+                limits.append(rows)
+    return max(0, min(limits) - virtual_tokens(model)) if limits else None
+
+
+def _is_position_table(path: str) -> bool:
+    words = set(path.rpartition(".")[2].lower().split("_"))
+    return bool(words & _POSITION) and not words & _OTHERWISE and not _NOT_TEXT.search(path.lower())
+
+
+def _configured(model: nn.Module) -> set[int]:
+    config = _config(model)
+    lengths = (getattr(config, name, None) for name in _LENGTHS)
+    return {length for length in lengths if isinstance(length, int) and length > 0}
+
+
+def _config(model: nn.Module) -> Any:
+    """The configuration of what reads text, where a model has several parts."""
+    config = getattr(model, "config", None)
+    find = getattr(config, "get_text_config", None)
+    return find(decoder=True) if callable(find) else config
+
+
+def _embeddings(model: nn.Module, which: str) -> Any:
+    find = getattr(model, f"get_{which}_embeddings", None)
+    try:
+        return find() if callable(find) else None
+    except (NotImplementedError, AttributeError):
+        return None

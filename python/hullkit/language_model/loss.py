@@ -1,0 +1,86 @@
+"""The loss of one example under a causal language model, and in what precision it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cross_entropy import next_token_loss
+from .fused_modules import stand_ins
+from .interface import device_of, forward_parameters, logits_of
+from .pass_copies import PassCopies
+from .recompute import checkpointed_layers, checkpointing
+from .saved_tensors import Saved
+
+PRECISIONS = ("float32", "tf32", "bf16")
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """torch's setting for float32 products: TensorFloat-32 for "tf32", else all bits."""
+    wanted = "high" if precision == "tf32" else "highest"
+    before = torch.get_float32_matmul_precision()
+    if before == wanted:
+        yield
+        return
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class CausalLoss:
+    """The model's own `.loss` if its forward takes `labels`, else the mean next-token cross entropy
+    of its logits, in float32. Called with an example's keyword inputs, batch of one."""
+
+    def __init__(self, model: nn.Module, precision: str, compile: bool) -> None:
+        self._model = model
+        self.autocast = precision == "bf16"
+        self._forward = forward_parameters(model)
+        self._call: Callable[..., Any] = torch.compile(model) if compile else model
+        self.compiled = compile
+
+    def __call__(
+        self,
+        inputs: dict[str, Tensor],
+        saved: Saved | None = None,
+        copies: PassCopies | None = None,
+    ) -> Tensor:
+        """saved: what sees to the tensors that the backward pass needs, if not autograd alone.
+        copies: of weights that the loss multiplies with."""
+        if self.compiled:  # the compiler fuses what it finds itself, and saves what it likes
+            return self._of(self._call, inputs, self.autocast)
+        layers = checkpointed_layers(self._model)
+        with (
+            stand_ins(self._model, saved, layers, copies),
+            checkpointing(layers),
+            nullcontext() if saved is None else saved.hooks(),
+        ):
+            return self._of(self._call, inputs, self.autocast)
+
+    def plain(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The model's own, neither compiled nor in lower precision than the model's."""
+        with matmul_precision("float32"):
+            return self._of(self._model, inputs, autocast=False)
+
+    def _of(self, call: Callable[..., Any], inputs: dict[str, Tensor], autocast: bool) -> Tensor:
+        device = device_of(self._model, inputs["input_ids"])
+        moved: dict[str, Any] = {}
+        for key, tensor in inputs.items():  # autograd takes only a copy of an inference tensor
+            moved[key] = (tensor.clone() if tensor.is_inference() else tensor).to(device)
+        if "use_cache" in self._forward:
+            moved.setdefault("use_cache", False)  # keys and values kept for generation
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            if "labels" in self._forward:
+                loss = getattr(call(**moved), "loss", None)
+                if not isinstance(loss, Tensor) or loss.ndim != 0:
+                    got = type(loss).__name__
+                    raise TypeError(f"model output: expected .loss, a scalar tensor, got {got}")
+                return loss
+            ids, labels = moved.pop("input_ids"), moved.pop("labels")
+            return next_token_loss(logits_of(call(ids, **moved), ids), labels)

@@ -1,0 +1,119 @@
+"""Parameters sorted into buckets, one for each launch of a fused optimizer's step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._layouts import Layouts, address, check_plain, layouts
+from ._tensor_table import DTYPES, TensorTable, same_layout
+
+Params = list[Tensor]
+
+
+class Bucket:
+    """Parameters that one launch updates: same group, same device, same dtypes.
+
+    dtypes: of parameter, gradient and state.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        table: TensorTable,
+        fresh: bool,
+    ) -> None:
+        self.params = params
+        self.dtypes = dtypes
+        self.table = table
+        self.fresh = fresh  # whether state is set by the first launch, not read
+
+
+class Launch(NamedTuple):
+    """One pass to be made."""
+
+    group: dict[str, Any]
+    bucket: Bucket
+    addresses: list[int]  # of the gradients
+    kept: list[Tensor]  # gradients nobody else may hold
+
+
+class Sorted:
+    """Buckets of some parameters, and what must be as it was for them to hold."""
+
+    def __init__(self, params: Params, buckets: list[Bucket], places: list[list[int]]) -> None:
+        self.params = params
+        self.buckets = buckets
+        self._layouts = layouts(params, hold=True)  # the optimizer holds them as well
+        self._places = places  # of each bucket's parameters in params
+        self._grads: Layouts | None = None  # as the latest ones, if the kernels could take those
+        self._read: list[int] = []  # addresses of gradients, and the same for each bucket
+        self._split: list[list[int]] = []
+
+    def holds(self, params: Params) -> bool:
+        """Whether these are the parameters, and they are as they were."""
+        return self._layouts.unmoved(params, True)
+
+    def launches(
+        self, group: dict[str, Any], tensors: list[Tensor], of_gradients: bool = False
+    ) -> list[Launch] | None:
+        """With these gradients (of_gradients: those of these parameters), or None unless they are
+        as the latest ones but for the address."""
+        if self._grads is None:
+            return None
+        read = self._grads.addresses(tensors, of_gradients)
+        if read is None:
+            return None
+        if read is not self._read:
+            self._read = read
+            self._split = [[read[place] for place in places] for places in self._places]
+        made = zip(self.buckets, self._split, strict=True)
+        return [Launch(group, bucket, addresses, []) for bucket, addresses in made]
+
+    def first_launches(self, group: dict[str, Any], grads: list[Tensor]) -> list[Launch] | None:
+        """With gradients not seen before: checked, and copied where they are laid out otherwise
+        than their parameters. None if one is of another dtype than its bucket."""
+        launches, copied = [], False
+        for bucket, places in zip(self.buckets, self._places, strict=True):
+            addresses: list[int] = []
+            kept: list[Tensor] = []
+            for param, place in zip(bucket.params, places, strict=True):
+                grad = grads[place]
+                check_grad(param, grad)
+                if grad.dtype != bucket.dtypes[1]:
+                    return None
+                if not same_layout(grad, param):
+                    grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+                    kept.append(grad)
+                addresses.append(address(_grad_name(param), grad))
+            copied |= bool(kept)
+            launches.append(Launch(group, bucket, addresses, kept))
+        self._grads = None if copied else layouts(grads)
+        self._read = []
+        return launches
+
+
+def _grad_name(param: Tensor) -> str:
+    return f"grad of a parameter of shape {tuple(param.shape)}"
+
+
+def check_grad(param: Tensor, grad: Tensor) -> None:
+    name = _grad_name(param)
+    check_plain(name, grad)
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense gradient, got {grad.layout}; pass sparse=False to the "
+            "embedding that made it"
+        )
+    if grad.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: expected dtype float64, float32, float16 or bfloat16, got {grad.dtype}"
+        )
+    if grad.shape != param.shape or grad.device != param.device:
+        raise ValueError(
+            f"{name}: expected that shape on {param.device}, got {tuple(grad.shape)} on "
+            f"{grad.device}"
+        )

@@ -1,0 +1,65 @@
+"""A step whose updates run while the backward pass does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from .._checks import check_int
+from ._watched import after_step, before_step, untraced
+
+
+@contextmanager
+def update_in_backward(optimizer: Any, num_steps: int) -> Iterator[None]:
+    """See `FusedOptimizer.update_in_backward`."""
+    kwargs, hooks = _begin(optimizer, num_steps)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    after_step(optimizer, kwargs)
+
+
+@untraced
+def _begin(optimizer: Any, num_steps: int) -> tuple[dict[str, Any], list[Any]]:
+    """What hooks of steps get to see, and the hooks of the parameters."""
+    check_int("num_steps", num_steps, 1)
+    if optimizer.max_grad_norm is not None:
+        raise ValueError(
+            "max_grad_norm: expected None for an update in backward, got "
+            f"{optimizer.max_grad_norm}: the global norm is known only after it"
+        )
+    params = {param: group for group in optimizer.param_groups for param in group["params"]}
+    left = sum(param.grad is not None for param in params)
+    if left:
+        raise ValueError(
+            f"params: expected no gradients before an update in backward, got {left}; call "
+            "zero_grad() first"
+        )
+    kwargs = before_step(optimizer, {"num_steps": num_steps})
+    num_steps = check_int("num_steps", kwargs.get("num_steps", 1), 1)
+    optimizer._forget_if_replaced()
+    done: set[int] = set()
+
+    @untraced
+    def update(param: Tensor) -> None:
+        grad, param.grad = param.grad, None
+        if id(param) in done:
+            raise RuntimeError(
+                f"update_in_backward: expected one gradient for each parameter, got a second "
+                f"one for a parameter of shape {tuple(param.shape)} (another backward pass, or "
+                "reentrant checkpointing)"
+            )
+        done.add(id(param))
+        assert grad is not None
+        launches = optimizer._launches(id(param), params[param], [param], [grad])
+        optimizer._run(launches, num_steps)
+
+    hooks = [
+        param.register_post_accumulate_grad_hook(update) for param in params if param.requires_grad
+    ]
+    return kwargs, hooks

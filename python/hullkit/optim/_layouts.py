@@ -1,0 +1,145 @@
+"""Where tensors lie: the one place that takes addresses, and whether all is as it was.
+
+The optimizers keep tables of addresses. Between two calls a user may replace any tensor, or give it
+other memory, strides, shape or dtype in place. So tables are used again only after every tensor has
+been looked at: by DLPack's C functions where torch offers them, in Python where it does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..native import kernels
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether this is a class of tensors that leaves it to torch what operations do."""
+    return issubclass(kind, Tensor) and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Kernels read and write memory. A class with a `__torch_dispatch__` of its own (DTensor,
+    FakeTensor, quantised wrappers) says itself what an update is, and may have no memory."""
+    kind = type(tensor)
+    if _is_plain(kind):
+        return
+    message = f"{name}: expected a tensor with memory of its own, got a {kind.__name__}"
+    if kind.__name__ == "DTensor":
+        message += "; update the shard of this rank, .to_local(), or use torch.optim"
+    raise TypeError(message)
+
+
+def address(name: str, tensor: Tensor) -> int:
+    """Of the first element, 0 only where there is none."""
+    check_plain(name, tensor)
+    if tensor.is_neg():
+        raise ValueError(f"{name}: expected a tensor without negative bit; call .resolve_neg()")
+    found = address_or_none(tensor)
+    if found is None:
+        raise TypeError(
+            f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__} of "
+            f"shape {tuple(tensor.shape)} without"
+        )
+    return found
+
+
+class Layouts(Protocol):
+    """Class, address, dtype, device, shape and strides of each of some tensors."""
+
+    def unmoved(self, tensors: list[Tensor], same_objects: bool, /) -> bool:
+        """Whether all is as it was; same_objects: and these are the very tensors."""
+
+    def addresses(self, tensors: list[Tensor], of_gradients: bool, /) -> list[int] | None:
+        """Where these tensors (of_gradients: their `.grad`) lie, if all else is as it was.
+
+        The same list as last time if they have not moved.
+        """
+
+
+class StateLayouts(Protocol):
+    """The same of the tensors in an optimizer's state."""
+
+    def unmoved(self, state: dict[Any, dict[str, Any]], /) -> bool: ...
+
+
+# What torch 2.13 offers; older ones have none or another name.
+_exchange: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+if _exchange is not None and not kernels.usable_exchange(_exchange):
+    _exchange = None
+
+
+def layouts(tensors: list[Tensor], *, hold: bool = False) -> Layouts:
+    """Of tensors with an address. hold: keep them alive, which makes looking at them faster."""
+    if _exchange is None:
+        return _PlainLayouts(tensors)
+    return kernels.Layouts(_exchange, Tensor.is_neg, tensors, hold)
+
+
+def state_layouts(state: dict[Any, dict[str, Any]]) -> StateLayouts:
+    if _exchange is None:
+        return _PlainStateLayouts(state)
+    return kernels.StateLayouts(_exchange, state)
+
+
+def _layout(value: Any) -> tuple[Any, ...]:
+    """All but the address; of anything but a plain tensor the class alone."""
+    kind = type(value)
+    if not _is_plain(kind):
+        return (kind,)
+    strides = value.stride() if value.layout is torch.strided else value.layout
+    return (kind, value.dtype, value.device, value.shape, strides, value.is_neg())
+
+
+def address_or_none(value: Any) -> int | None:
+    """Of what may be no tensor, or one without memory."""
+    if not _is_plain(type(value)):
+        return None
+    try:
+        found: int = value.data_ptr()
+    except RuntimeError:  # torch's wrappers for tracing and for functional transformations
+        return None
+    return found if found or not value.numel() else None
+
+
+class _PlainLayouts:
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._layouts = list(map(_layout, tensors))
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._objects = list(map(id, tensors))
+
+    def unmoved(self, tensors: list[Tensor], same_objects: bool) -> bool:
+        return (
+            (not same_objects or list(map(id, tensors)) == self._objects)
+            and list(map(_layout, tensors)) == self._layouts
+            and list(map(address_or_none, tensors)) == self._addresses
+        )
+
+    def addresses(self, tensors: list[Tensor], of_gradients: bool) -> list[int] | None:
+        values: list[Any] = [t.grad for t in tensors] if of_gradients else tensors
+        if list(map(_layout, values)) != self._layouts:
+            return None
+        addresses: list[Any] = list(map(address_or_none, values))
+        if None in addresses:
+            return None
+        if addresses != self._addresses:
+            self._addresses = addresses
+        return self._addresses
+
+
+class _PlainStateLayouts:
+    def __init__(self, state: dict[Any, dict[str, Any]]) -> None:
+        self._found = self._look(state)
+
+    def unmoved(self, state: dict[Any, dict[str, Any]]) -> bool:
+        return self._look(state) == self._found
+
+    @staticmethod
+    def _look(state: dict[Any, dict[str, Any]]) -> list[Any]:
+        return [
+            (id(param), name, _layout(value), address_or_none(value) or id(value))
+            for param, own in state.items()
+            for name, value in own.items()
+        ]

@@ -1,0 +1,27 @@
+"""State tensors of an optimizer, in the layout of their parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._tensor_table import same_layout
+
+State = tuple[list[Tensor | None], bool]
+
+
+def state_like(state: dict[str, Any], name: str, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """The state tensor of this name in the parameter's layout, made if missing."""
+    tensor: Tensor | None = state.get(name)
+    if tensor is None:
+        tensor = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    elif tensor.dtype != dtype or not same_layout(tensor, param):
+        if tensor.shape != param.shape:
+            raise ValueError(
+                f"state[{name!r}]: expected shape {tuple(param.shape)}, got {tuple(tensor.shape)}"
+            )
+        tensor = torch.empty_like(param, dtype=dtype).copy_(tensor)
+    state[name] = tensor = tensor.to(param.device)
+    return tensor

@@ -1,0 +1,49 @@
+"""Largest-remainder apportionment."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import check_device, check_floating, check_total
+from ..native import operators
+from ..reference import batched
+from ._arrays import takes_arrays
+
+
+@takes_arrays
+def apportion(weights: Tensor, total: int, *, backend: str | None = None) -> Tensor:
+    """Largest-remainder (Hamilton) apportionment of `total` units.
+
+    `counts_i = floor(total * w_i / sum w)`, plus one for the largest remainders (lowest index on a
+    tie) until `sum counts = total`.
+
+    Args:
+        weights: `(S,)` or `(B, S)` floating; negative weights count as 0, all zero as uniform.
+        total: 1 <= total <= 2**40.
+        backend: None for the kernels, "reference" for the oracle.
+    Returns:
+        counts int64 of the same shape.
+    Raises:
+        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf. On a CUDA
+            device an entry with such values gets counts of -1 instead.
+        NotImplementedError: tensors on a device without kernels.
+
+    Quotas and remainders are float64. Cost: O(S log S).
+    """
+    weights = check_floating("weights", weights)
+    check_device("apportion", weights, backend)
+    check_total(total)
+    if weights.ndim not in (1, 2) or weights.shape[-1] == 0:
+        raise ValueError(
+            f"weights: expected shape (S,) or (B, S) with S >= 1, got {tuple(weights.shape)}"
+        )
+    weights = as_float64(weights)
+    counts = torch.empty(weights.shape, dtype=torch.int64, device=weights.device)
+    run = operators.apportion if backend is None else batched.apportion
+    run(weights, total, counts)
+    return counts
+
+
+def as_float64(weights: Tensor) -> Tensor:
+    return weights.detach().to(torch.float64).contiguous()

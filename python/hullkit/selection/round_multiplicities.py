@@ -1,0 +1,100 @@
+"""From convex weights to integer counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._checks import (
+    check_cap,
+    check_device,
+    check_floating,
+    check_int,
+    check_integers,
+    check_total,
+)
+from ..native import operators
+from ..reference import batched
+from ._arrays import takes_arrays
+from ._problem import check_pool_query
+from .apportion import as_float64
+
+if TYPE_CHECKING:
+    from .results import FrankWolfeResult
+
+
+@takes_arrays
+def round_multiplicities(
+    pool: Tensor,
+    query: Tensor,
+    result: FrankWolfeResult,
+    total: int,
+    *,
+    exchange_passes: int = 2,
+    max_multiplicity: int | None = None,
+    candidates: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Integer multiplicities that reconstruct the query about as well as the convex weights.
+
+    Finds counts `c >= 0`, `sum c = total`, with small
+    `L(c) = ||query - sum_i (c_i / total) s_i||^2` over the support points s_i of `result`: floors
+    of the quotas `total * w_i / sum w`, then greedy completion (lowest index on a tie), then up to
+    `exchange_passes` passes that move single units where that lowers L by more than 1e-14. The
+    donors of a pass are the positive counts it starts with, and a donor gives only while it has
+    something to give. No count exceeds `max_multiplicity`: floors are cut to it, and nothing is
+    added to a count that has it.
+    Equivalent to: `hullkit.reference.round_multiplicities`, for every query.
+
+    Args:
+        pool, query, candidates, backend: as in the call that made `result`.
+        result: a FrankWolfeResult, or anything with `indices (B, S)` (-1 = padding, at the end) and
+            `weights (B, S)`; negative weights count as 0, all zero as uniform.
+        total: multiset size, 1 <= total <= 2**40.
+        exchange_passes: >= 0.
+        max_multiplicity: largest count, >= 1 and at least total / (number of support points); None
+            for no limit.
+    Returns:
+        counts `(B, S)` int64, aligned with `result.indices`, 0 for padding; `(S,)` unbatched.
+    Raises:
+        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf, and for too
+            few support points. On a CUDA device such an entry gets counts of -1 instead.
+        NotImplementedError: tensors on a device without kernels; on CUDA for S > 4096.
+
+    Numerics: the support's Gram matrix as in :func:`hullkit.lmo`, everything after it in float64.
+    Cost: O(m^2 d) for m support points, O(m) for a greedy unit, O(m^2) for an exchange pass.
+    Source: HullFT, arXiv 2605.30337, without its negative counts.
+    """
+    problem = check_pool_query(pool, query, None, candidates)
+    check_device("round_multiplicities", problem.pool, backend)
+    check_total(total)
+    check_int("exchange_passes", exchange_passes, 0)
+    leading = problem.query.shape[:-1]
+    weights = check_floating("result.weights", result.weights)
+    shape = weights.shape
+    if shape[:-1] != leading or len(shape) != len(leading) + 1 or shape[-1] == 0:
+        raise ValueError(
+            f"result.weights: expected shape {(*leading, 'S')} with S >= 1, got {tuple(shape)}"
+        )
+    indices = check_integers("result.indices", result.indices, tuple(shape), pool)
+    if weights.device != pool.device:
+        raise ValueError(
+            f"result.weights: expected the pool's device {pool.device}, got {weights.device}"
+        )
+    cap = check_cap(max_multiplicity, shape[-1], total, "support points")
+    counts = problem.empty(torch.int64, shape[-1])
+    run = operators.round_multiplicities if backend is None else batched.round_multiplicities
+    run(
+        problem.pool,
+        problem.query,
+        indices.contiguous(),
+        as_float64(weights),
+        problem.candidates,
+        total,
+        exchange_passes,
+        cap,
+        counts,
+    )
+    return counts
