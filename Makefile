@@ -35,7 +35,7 @@ bench-retriever: $(VENV)/.test
 
 sanitize: $(VENV)/.test
 	for tool in memcheck racecheck initcheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/every_call.py || exit 1; \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/helpers/every_call.py || exit 1; \
 	done
 
 lint: $(VENV)/.lint

@@ -23,7 +23,7 @@ from transformers import (
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """One token a byte."""
-    folder = Path(__file__).parents[1] / "bench" / "assets" / "pybytes"
+    folder = Path(__file__).parents[2] / "bench" / "assets" / "pybytes"
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

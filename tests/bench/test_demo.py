@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("faiss", reason="the demo's extra is not installed")
 
-DEMO = Path(__file__).resolve().parents[1] / "bench" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "bench" / "demo"
 MODULES = ("run", "corpus", "embedding", "figures", "language_model", "methods", "report")
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 WORDS += ["iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "pi"]

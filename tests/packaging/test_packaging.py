@@ -19,7 +19,7 @@ import pytest
 import torch
 from hullkit import _core
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 MODULE = Path(_core.__file__)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 pytest.importorskip("peft", reason="the test extra is not installed")
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 MODULES = ("model_sizes", "finetune", "published", "rows")
 # As published.
 PARAMETERS = {

@@ -341,7 +341,7 @@ torch.save(list(hullkit.select(pool, query, 20)[:3]), sys.argv[2])
 
 
 def _run(script: str, *arguments: str, **environment: str) -> None:
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1] / "helpers")
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env={**os.environ, "PYTHONPATH": tests, **environment},

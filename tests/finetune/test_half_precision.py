@@ -208,7 +208,7 @@ def test_the_demo_model_gains_as_much_in_half_precision() -> None:
     The least that costs is one stochastic rounding of the weights that float32 ends with. Rounding
     after each of n bursts adds up to n times that, whether its bias or its spread decides.
     """
-    folder = Path(__file__).resolve().parents[1] / "bench" / "assets" / "pybytes"
+    folder = Path(__file__).resolve().parents[2] / "bench" / "assets" / "pybytes"
     prompt, *chosen = stdlib_texts(7, 256)
     counts = [2] * len(chosen)
 
