@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test bench bench-optim bench-finetune bench-gpu bench-retriever sanitize lint format clean
+.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-retriever sanitize lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python bench/demo/run.py $(ARGS)
@@ -13,25 +13,29 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/pytest $(ARGS)
 
+docs: $(VENV)/.docs
+	$(BIN)/python docs/tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.test
-	$(BIN)/python bench/run.py $(ARGS)
+	$(BIN)/python -m bench.harness.run $(ARGS)
 
 bench-optim: $(VENV)/.test
-	$(BIN)/python bench/optim.py $(ARGS)
+	$(BIN)/python -m bench.ops.optim $(ARGS)
 
 bench-finetune: $(VENV)/.test
-	$(BIN)/python bench/finetune.py $(ARGS)
+	$(BIN)/python -m bench.ops.finetune $(ARGS)
 
 bench-gpu: $(VENV)/.test
-	$(BIN)/python bench/selection_gpu.py $(ARGS)
-	$(BIN)/python bench/sift_gpu.py $(ARGS)
+	$(BIN)/python -m bench.ops.selection_gpu $(ARGS)
+	$(BIN)/python -m bench.ops.sift_gpu $(ARGS)
 
 bench-retriever: $(VENV)/.test
-	$(BIN)/python bench/retriever.py $(ARGS)
+	$(BIN)/python -m bench.ops.retriever $(ARGS)
 
 sanitize: $(VENV)/.test
 	for tool in memcheck racecheck initcheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/every_call.py || exit 1; \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/helpers/every_call.py || exit 1; \
 	done
 
 lint: $(VENV)/.lint
@@ -59,6 +63,11 @@ $(VENV)/.demo: $(VENV)/bin/python constraints.txt $(SOURCES)
 $(VENV)/.test: $(VENV)/bin/python constraints.txt $(SOURCES)
 	$(PIP) '.[test]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(VENV)/bin/python constraints.txt pyproject.toml
+	$(PIP) 'pip>=25.1'
+	$(PIP) --group docs
+	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) '.[lint]'

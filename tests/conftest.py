@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import _hullft
@@ -19,6 +20,9 @@ if not torch.cuda.is_available():
 # the real ones, not of those that a test replaces.
 with torch.device("cpu"):
     torch.empty(0)
+# torch.compile makes such a list of functions as well.
+with suppress(RuntimeError):  # a Python too new for this torch's compiler
+    torch.compile(torch.zeros_like, backend="eager")(torch.ones(1))
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

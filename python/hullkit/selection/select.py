@@ -28,7 +28,7 @@ from .knn import knn
 from .results import FrankWolfeResult, KNNResult, Multiset, SIFTResult
 from .sift import sift
 
-# total="auto". bench/selection_quality.py --calibrate: of these the largest, in steps of 0.01, that
+# total="auto". bench/quality/selection.py --calibrate: of these the largest, in steps of 0.01, that
 # keeps 90 % of what MAX updates gain, with and without a cap.
 ALPHA = 0.08
 MAX = 50
@@ -73,7 +73,7 @@ def select(
     max_total if there is none (`hullkit.reference.auto_total`), and the weights of that one run are
     rounded to T. So updates go where the pool has more to say, about in proportion to 1 / r. It
     saves choosing a total; it was not shown to score better than one total for all prompts with the
-    same mean passes (README).
+    same mean passes (docs: What a selection is worth).
 
     Options of another method must be left alone.
 
