@@ -90,10 +90,6 @@ __global__ void __launch_bounds__(GramTile<E, kOwn>::kThreads, 2)
 
 }  // namespace
 
-int64_t gram_workspace_bytes(int64_t batch, int64_t positions) {
-  return gram_batch(batch, positions) * gram_bytes_of_one(positions);
-}
-
 void gram_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& support, int64_t first, int64_t count,
                double* gram, void* stream) {
   const int64_t vectors = query.rank == 3 ? query.shape[1] : 1;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "frank_wolfe/active_set/active_set.h"
+#include "frank_wolfe/choose_solver.h"
 #include "frank_wolfe/run/run_cpu.h"
 #include "frank_wolfe/support.h"
 
@@ -180,7 +181,7 @@ class ActiveSetCpu {
 template <typename T, typename Solved>
 void run_frank_wolfe(const PoolRows<T>& rows, const T* query, const FrankWolfeParams& params, int64_t b,
                      int num_threads, Solved&& solved) {
-  if (params.plain()) {
+  if (choose_solver_cpu(params) == Solver::kRun) {
     FrankWolfeRun<T> run(rows, query, params, num_threads);
     const Status status = run.run();
     solved(run, status);

@@ -224,9 +224,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t active_set_workspace_bytes(int64_t batch, int64_t positions, int64_t width) {
-  const int64_t factor = width * (width + 1) / 2 * static_cast<int64_t>(sizeof(double));
-  return gram_batch(batch, positions) * (gram_bytes_of_one(positions) + factor);
+int64_t active_set_workspace_bytes(const PoolSpec& pool, const FrankWolfeParams& params,
+                                   const FrankWolfeResult& result) {
+  const int64_t n = pool.positions();
+  const ActiveSetLayout layout(n, result.indices.shape[1], params, CappedSimplex(params.max_weight));
+  return gram_batch(pool.batch(), n) * (gram_bytes_of_one(n) + layout.factor * static_cast<int64_t>(sizeof(double)));
 }
 
 void active_set_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,

@@ -270,11 +270,8 @@ __global__ void __launch_bounds__(max_threads(kPerThread), 1)
 
 }  // namespace
 
-void frank_wolfe_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
-                         const FrankWolfeResult& result, int64_t first, int64_t count, double* gram, void* stream) {
-  if (!params.plain() || params.gap_tol >= 0.0) {
-    return active_set_on_gram(pool, query, params, result, first, count, gram, stream);
-  }
+void run_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                 const FrankWolfeResult& result, int64_t first, int64_t count, double* gram, void* stream) {
   const int64_t n = pool.positions();
   const bool few = n <= kMaxWithFew;
   const auto kernel = few ? frank_wolfe_kernel<kFew> : frank_wolfe_kernel<kMany>;
