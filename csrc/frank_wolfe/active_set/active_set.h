@@ -3,8 +3,8 @@
 #pragma once
 
 #include "frank_wolfe/active_set/cholesky.h"
-#include "frank_wolfe/step.h"
 #include "frank_wolfe/capped_simplex.h"
+#include "frank_wolfe/step.h"
 
 namespace hullkit {
 
