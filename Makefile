@@ -18,20 +18,20 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.test
-	$(BIN)/python bench/run.py $(ARGS)
+	$(BIN)/python -m bench.harness.run $(ARGS)
 
 bench-optim: $(VENV)/.test
-	$(BIN)/python bench/optim.py $(ARGS)
+	$(BIN)/python -m bench.ops.optim $(ARGS)
 
 bench-finetune: $(VENV)/.test
-	$(BIN)/python bench/finetune.py $(ARGS)
+	$(BIN)/python -m bench.ops.finetune $(ARGS)
 
 bench-gpu: $(VENV)/.test
-	$(BIN)/python bench/selection_gpu.py $(ARGS)
-	$(BIN)/python bench/sift_gpu.py $(ARGS)
+	$(BIN)/python -m bench.ops.selection_gpu $(ARGS)
+	$(BIN)/python -m bench.ops.sift_gpu $(ARGS)
 
 bench-retriever: $(VENV)/.test
-	$(BIN)/python bench/retriever.py $(ARGS)
+	$(BIN)/python -m bench.ops.retriever $(ARGS)
 
 sanitize: $(VENV)/.test
 	for tool in memcheck racecheck initcheck; do \

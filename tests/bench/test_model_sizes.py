@@ -1,4 +1,4 @@
-"""bench/model_sizes.py on tiny versions of its shapes, and the sizes of the whole ones."""
+"""bench/ops/model_sizes.py on tiny versions of its shapes, and the sizes of the whole ones."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 pytest.importorskip("peft", reason="the test extra is not installed")
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-MODULES = ("model_sizes", "finetune", "published", "rows")
+ROOT = Path(__file__).resolve().parents[2]
 # As published.
 PARAMETERS = {
     "gpt2": 124_439_808,
@@ -32,14 +31,11 @@ PARAMETERS = {
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    """The script as a module, its neighbours as top-level modules."""
-    sys.path.insert(0, str(BENCH))
-    import model_sizes
+    sys.path.insert(0, str(ROOT))
+    from bench.ops import model_sizes
 
     yield model_sizes
-    sys.path.remove(str(BENCH))
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    sys.path.remove(str(ROOT))
 
 
 def read(path: Path) -> list[dict[str, str]]:

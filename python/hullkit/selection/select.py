@@ -28,7 +28,7 @@ from .knn import knn
 from .results import FrankWolfeResult, KNNResult, Multiset, SIFTResult
 from .sift import sift
 
-# total="auto". bench/selection_quality.py --calibrate: of these the largest, in steps of 0.01, that
+# total="auto". bench/quality/selection.py --calibrate: of these the largest, in steps of 0.01, that
 # keeps 90 % of what MAX updates gain, with and without a cap.
 ALPHA = 0.08
 MAX = 50

@@ -1,6 +1,6 @@
 """Selection rules side by side on real embeddings: what they leave of a query, and what they cost.
 
-    python bench/variants.py FOLDER [--device cuda] [--out rows.csv] [--picture picture.png]
+    python -m bench.quality.variants FOLDER [--device cuda] [--out rows.csv] [--picture picture.png]
 
 FOLDER holds, for every subset S, S.emb.npy (M, d), S.query_emb.npy (Q, d) and S.candidates.npy
 (Q, n). Prints a table and writes one CSV row for each subset and method: means over the queries of
@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 import hullkit
 import numpy as np
-import texts
 import torch
 from rich.console import Console
 from rich.table import Table
-from rows import commit, processor
+
+from bench.harness import texts
+from bench.harness.rows import commit, processor
 
 FIELDS = ["subset", "method", "queries", "n", "d", "dtype", "total", "limit", "hull_residual"]
 FIELDS += ["residual", "dual_gap", "touched", "distinct", "largest_count", "passes", "iterations"]
@@ -190,7 +191,7 @@ def main() -> None:
         "device": processor() if device == "cpu" else torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "commit": commit(),
-        "command": f"bench/variants.py FOLDER --device {arguments.device}",
+        "command": f"python -m bench.quality.variants FOLDER --device {arguments.device}",
     }
     rows = []
     for subset in subsets(arguments.folder, device, getattr(torch, arguments.dtype)):

@@ -18,8 +18,9 @@ import hullkit
 import torch
 from rich.console import Console
 from rich.table import Table
-from rows import append, timings
 from torch import Tensor
+
+from bench.harness.rows import append, timings
 
 TOTAL, N, DIM = 50, 200, 1024
 Case = tuple[str, str, str, str]  # operation, provider, dtype, shape

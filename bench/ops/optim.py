@@ -21,8 +21,9 @@ import torch
 from hullkit import build_info, optim
 from rich.console import Console
 from rich.table import Table
-from rows import append, commit, processor
 from torch import Tensor, nn
+
+from bench.harness.rows import append, commit, processor
 
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
 HALF_STEPS = (1, 2, 8)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import hullkit
 import numpy as np
-import quality_report
-import texts
-from quality_report import Point, Query, Rows, rule_name
 from rich.console import Console
 from rich.table import Table
+
+from bench.harness import texts
+from bench.quality import report as quality_report
+from bench.quality.report import Point, Query, Rows, rule_name
 
 CALIBRATED_ON = ("python", "kernel_docs"), 10  # subsets, and their first queries
 KEPT = 0.9  # of what the largest total gains: by each of RULES

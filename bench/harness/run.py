@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from rows import HERE, append, commit, processor
+
+from bench.harness.rows import ROOT, append, commit, processor
 
 # (op, start of the shape, provider, rival, least ratio of their medians)
 BARS = (
@@ -39,16 +40,24 @@ def _measure(keyword: str) -> list[dict[str, Any]]:
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "pytest", str(HERE / "bench_ops.py"), "-q", "-k", keyword]
-        command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"]
-        command += ["-o", f"pythonpath={HERE}", "--benchmark-json", str(report)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(ROOT / "bench" / "harness" / "timed_ops.py"),
+            "-q",
+            "-k",
+            keyword,
+        ]
+        command += ["-o", "python_files=timed_*.py", "-o", "python_functions=bench_*"]
+        command += ["-o", f"pythonpath={ROOT}", "--benchmark-json", str(report)]
         command += [
             "--benchmark-warmup=on",
             "--benchmark-min-rounds=15",
             "--benchmark-max-time=0.7",
         ]
         command += ["--benchmark-disable-gc", "--benchmark-columns=median", "--benchmark-sort=name"]
-        subprocess.run(command, cwd=HERE, env=os.environ | threads, check=True)
+        subprocess.run(command, cwd=ROOT, env=os.environ | threads, check=True)
         benchmarks: list[dict[str, Any]] = json.loads(report.read_text())["benchmarks"]
     return benchmarks
 

@@ -1,15 +1,15 @@
 """What each selection rule is worth: bits per byte after finetuning on its choice, by total updates
 and by forward-backward passes, on real text with a real model.
 
-    python bench/selection_quality.py --texts DIR --model DIR [--subsets A B] [--queries 20]
-    python bench/selection_quality.py --report          # table and picture from the CSV, no model
-    python bench/selection_quality.py --calibrate --texts DIR       # total="auto", from the CSV
+    python -m bench.quality.selection --texts DIR --model DIR [--subsets A B] [--queries 20]
+    python -m bench.quality.selection --report          # table and picture from the CSV, no model
+    python -m bench.quality.selection --calibrate --texts DIR       # total="auto", from the CSV
 
-What the folders hold: bench/texts.py. Every rule's examples are visited in the order `select`
-returns, two updates a gradient, in bf16 passes. Queries go round the subsets, and their rows are
-written as they come: a run that ends early has measured all subsets alike. Rules and totals that
-choose the same multiset share a finetuning. "hull, one run" is the hull of the largest total,
-rounded to each total: what total="auto" chooses from.
+What the folders hold: bench/harness/texts.py. Every rule's examples are visited in the order that
+`select` returns, two updates a gradient, in bf16 passes. Queries go round the subsets, and their
+rows are written as they come: a run that ends early has measured all subsets alike. Rules and
+totals that choose the same multiset share a finetuning. "hull, one run" is the hull of the largest
+total, rounded to each total: what total="auto" chooses from.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import auto_total
 import hullkit
-import quality_report
-import texts
 import torch
-from rows import HERE, append, commit, processor
 from torch import Tensor
 from tqdm import tqdm
-from variants import residual_norms
 
-CSV = HERE / "results" / "selection_quality.csv"
-PICTURE = HERE.parent / "docs" / "selection_quality.png"
+from bench.harness import texts
+from bench.harness.rows import RESULTS, ROOT, append, commit, processor
+from bench.quality import auto_total
+from bench.quality import report as quality_report
+from bench.quality.variants import residual_norms
+
+CSV = RESULTS / "selection_quality.csv"
+PICTURE = ROOT / "docs" / "selection_quality.png"
 INTERVAL = 2  # updates a gradient, and the cap
 
 
@@ -115,7 +116,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "torch": torch.__version__,
         "commit": commit(),
-        "command": f"bench/selection_quality.py --max-length {arguments.max_length}",
+        "command": f"python -m bench.quality.selection --max-length {arguments.max_length}",
     }
     work = []
     for subset in arguments.subsets:

@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
     options = f"--steps {args.steps} --batch {args.batch} --lr {args.lr:g} --device {args.device}"
-    args.command = f"python bench/train_model.py {options}"
+    args.command = f"python -m bench.assets.train_model {options}"
 
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True

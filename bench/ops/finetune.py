@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import hullkit
-import published
 import torch
 from hullkit.language_model.interface import token_limits
 from rich.console import Console
 from rich.table import Table
-from rows import append, commit, processor
 from torch import Tensor, nn
+
+from bench.harness.rows import append, commit, processor
+from bench.rivals import published
 
 COUNTS = [9, 7, 6, 5, 5, 4, 3, 3, 2, 2, 1, 1, 1, 1]
 OURS: dict[str, dict[str, Any]] = {

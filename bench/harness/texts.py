@@ -77,7 +77,7 @@ def language_model(path: Path, device: torch.device) -> nn.Module:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    parser.add_argument("--texts", type=Path, required=required, help="see bench/texts.py")
+    parser.add_argument("--texts", type=Path, required=required, help="see bench/harness/texts.py")
     parser.add_argument("--model", type=Path, required=required)
     parser.add_argument("--queries", type=int, default=20, help="of each subset")
     parser.add_argument("--start", help="token before a text, default: the tokenizer's bos")

@@ -1,10 +1,10 @@
 """Whether fast finetuning is as good: bits per byte of held-out texts after the published procedure
 and after ours, on real text with a real model.
 
-    python bench/finetune_quality.py --texts DIR --model DIR [--subsets A B] [--queries 20]
+    python -m bench.quality.finetune --texts DIR --model DIR [--subsets A B] [--queries 20]
 
-What the folders hold: bench/texts.py. Each query's examples are the hull's. Every provider
-finetunes on the same tokens; the published procedure runs without dropout.
+What the folders hold: bench/harness/texts.py. Each query's examples are the hull's. Every
+provider finetunes on the same tokens; the published procedure runs without dropout.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import hullkit
-import published
-import texts
 import torch
 from rich.console import Console
 from rich.table import Table
-from rows import append, commit
 from torch import Tensor
 from tqdm import tqdm
+
+from bench.harness import texts
+from bench.harness.rows import append, commit
+from bench.rivals import published
 
 BASE, PUBLISHED = "unadapted", "published"
 BARS = {"hullkit": 1e-3, "hullkit, bf16": 5e-3}
@@ -104,7 +105,7 @@ def report(arguments: argparse.Namespace, found: dict[tuple[str, str], list[floa
             {"op": "bits per byte", "provider": name, "shape": f"{subset} {shape}"}
             | {"dtype": "float32", "p50": round(statistics.mean(values), 6), "unit": "mean BPB"}
             | {"rounds": len(values), "device": device, "torch": torch.__version__}
-            | {"commit": commit(), "command": "python bench/finetune_quality.py"}
+            | {"commit": commit(), "command": "python -m bench.quality.finetune"}
             for (subset, name), values in found.items()
         ]
         append(arguments.out, rows)

@@ -1,10 +1,10 @@
 """What finetuning in half precision loses: bits per byte of a model loaded in float32, bfloat16 and
 float16, with every default of TestTimeFinetuner, on the same queries.
 
-    python bench/half_precision.py --texts DIR --model DIR [--queries 10] [--subsets A B]
-    python bench/half_precision.py --report             # the table from the CSV, no model
+    python -m bench.quality.half_precision --texts DIR --model DIR [--queries 10] [--subsets A B]
+    python -m bench.quality.half_precision --report             # the table from the CSV, no model
 
-What the folders hold: bench/texts.py. Percentages are of the unadapted float32 model.
+What the folders hold: bench/harness/texts.py. Percentages are of the unadapted float32 model.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import hullkit
-import texts
 import torch
 from rich.console import Console
 from rich.table import Table
-from rows import HERE, append, commit, processor
 from torch import Tensor
 from tqdm import tqdm
 
-CSV = HERE / "results" / "half_precision.csv"
+from bench.harness import texts
+from bench.harness.rows import RESULTS, append, commit, processor
+
+CSV = RESULTS / "half_precision.csv"
 FIELDS = ["subset", "query", "rule", "lr", "weights", "rounding", "passes", "base_bpb", "bpb"]
 FIELDS += ["device", "torch", "commit", "command"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,7 +68,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "torch": torch.__version__,
         "commit": commit(),
-        "command": f"bench/half_precision.py --max-length {arguments.max_length}",
+        "command": f"python -m bench.quality.half_precision --max-length {arguments.max_length}",
     }
     for weights in arguments.weights:
         model = texts.language_model(arguments.model, device).to(DTYPES[weights])

@@ -1,4 +1,4 @@
-"""Times every case of the registry. Collected by `bench/run.py`; no number without a green gate."""
+"""Times every case of the registry, for `make bench`; no number without a green gate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from registry import Case, cases
+
+from bench.ops.registry import Case, cases
 
 ALL = {(case.id, provider): case for case in cases() for provider in case.providers}
 

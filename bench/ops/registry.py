@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import eager_torch
 import hullkit
 import numpy as np
 import torch
 from hullkit import reference
 from hullkit.interop import hullft
-from problems import KINDS, Selection
+
+from bench.harness.problems import KINDS, Selection
+from bench.rivals import eager_torch
 
 TOTAL = 50  # updates, and the limit of the support
 

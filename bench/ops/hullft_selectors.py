@@ -1,5 +1,5 @@
 """The kNN and SIFT selectors that `hullkit.interop.hullft.patch` puts into a package of HullFT's
-shape, and what they replace: `python bench/hullft_selectors.py`.
+shape, and what they replace: `python -m bench.ops.hullft_selectors`.
 
 Replaced: a flat faiss index for each query, for SIFT with activeft's Retriever over it. The gate:
 the same choices.
@@ -17,10 +17,11 @@ import faiss
 import numpy as np
 from activeft.sift import Retriever
 from hullkit.interop import hullft
-from problems import neighbours
 from rich.console import Console
 from rich.table import Table
-from rows import append, processor, timings
+
+from bench.harness.problems import neighbours
+from bench.harness.rows import append, processor, timings
 
 
 def flat(pool: Any) -> Any:
@@ -73,7 +74,7 @@ def main() -> None:
         table.add_row(name, provider, f"{p50:.3f}", f"{p50 / statistics.median(patched):.1f}")
     Console(width=100).print(table)
     if arguments.out is not None:
-        rows = timings(times, processor(), "python bench/hullft_selectors.py")
+        rows = timings(times, processor(), "python -m bench.ops.hullft_selectors")
         append(arguments.out, rows)
 
 

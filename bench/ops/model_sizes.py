@@ -1,4 +1,4 @@
-"""Which model fits in what, and how long a query takes: `python bench/model_sizes.py`.
+"""Which model fits in what, and how long a query takes: `python -m bench.ops.model_sizes`.
 
 Models of the published shapes with random weights, one at a time. A query: 50 updates with 30
 gradients on texts of 400 tokens, then the base weights are back. PYTHONPATH may point at another
@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import hullkit
 import torch
-from finetune import synchronize, timed
 from rich.console import Console
 from rich.table import Table
-from rows import append, commit, processor
 from torch import nn
+
+from bench.harness.rows import append, commit, processor
+from bench.ops.finetune import synchronize, timed
 
 COUNTS = [2] * 20 + [1] * 10
 
@@ -187,7 +188,7 @@ def csv_rows(
         f"updates={sum(COUNTS)} gradients={len(COUNTS)}",
         dtype=str(case.dtype).removeprefix("torch."), device=device, threads=threads,
         peak_mb="" if found.peak is None else round(found.peak / 2**20),
-        torch=torch.__version__, commit=commit(), command="python bench/model_sizes.py",
+        torch=torch.__version__, commit=commit(), command="python -m bench.ops.model_sizes",
     )  # fmt: skip
     if not found.times:
         return [shared | dict(p20="", p50="", p80="", unit="ms", rounds=0)]

@@ -19,7 +19,8 @@ from activeft.sift import Retriever as Theirs
 from hullkit.interop.activeft import Retriever
 from rich.console import Console
 from rich.table import Table
-from rows import append, commit, processor
+
+from bench.harness.rows import append, commit, processor
 
 SIZE, K, N = 20_000, 200, 50
 BAR = 100

@@ -16,9 +16,10 @@ import hullkit
 import torch
 from rich.console import Console
 from rich.table import Table
-from rows import append, timings
-from selection_gpu import DIM, TOTAL, Bar, Case, N, clustered, timed
 from torch import Tensor
+
+from bench.harness.rows import append, timings
+from bench.ops.selection_gpu import DIM, TOTAL, Bar, Case, N, clustered, timed
 
 NOISE = 0.01
 

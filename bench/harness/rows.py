@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
 FIELDS = ["op", "provider", "shape", "dtype", "p20", "p50", "p80", "unit", "rounds", "peak_mb"]
 FIELDS += ["device", "threads", "torch", "numpy", "simd", "commit", "command"]
 
@@ -24,7 +25,7 @@ def processor() -> str:
 
 def commit() -> str:
     result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
     return result.stdout.strip() or "unknown"
 
