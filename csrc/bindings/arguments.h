@@ -1,83 +1,166 @@
-// How tensors arrive from Python.
+// How an operation's arguments arrive from Python, and what Python is told about them.
+//
+// An operation lists its arguments once, in each_argument(visit) (operations.cpp). Three visitors go over this list:
+// Signature writes the operator's schema and the arguments' names, from which Python defines the operator and checks
+// its own records as it is imported; Reader reads the values of a call in that order; Batched gives every tensor its
+// batch dimension. So an argument has one name and one place on both sides.
+//
+// The methods of a visitor are the roles that an argument can have:
+//   shared    a tensor that a batch may share: the pool
+//   input     a tensor, one entry for each problem of the batch
+//   optional  an input that may be absent
+//   output    a tensor that the operation writes
+//   option    a number
+//   options, outputs   all fields of a struct (hullkit/fields.h)
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include "hullkit/frank_wolfe.h"
-#include "hullkit/sift.h"
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "hullkit/pool_spec.h"
 
 namespace hullkit {
 
 namespace py = pybind11;
 
-// A tensor arrives as (address, dtype code, shape, strides in elements), an absent one as None.
-// Read by hand: a call passes a dozen of them and pybind11's own conversion costs more than the kernel's start.
-inline TensorView view(py::handle object) {
-  TensorView view;
-  if (object.is_none()) return view;
-  PyObject* const tuple = object.ptr();
-  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 4) {
-    throw py::type_error("expected a tensor as (address, dtype, shape, strides)");
+template <typename Visitor>
+class ArgumentVisitor {
+ public:
+  template <typename Options>
+  void options(Options& options) {
+    each_field(options, [this](const char* name, auto& value) { self().option(name, value); });
   }
-  view.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, 0));
-  view.dtype = static_cast<DType>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 1)));
-  PyObject* const shape = PyTuple_GET_ITEM(tuple, 2);
-  PyObject* const stride = PyTuple_GET_ITEM(tuple, 3);
-  if (!PyTuple_Check(shape) || !PyTuple_Check(stride) || PyTuple_GET_SIZE(shape) != PyTuple_GET_SIZE(stride) ||
-      PyTuple_GET_SIZE(shape) > kMaxRank) {
-    throw py::type_error("expected a shape and strides of one length, at most 4");
-  }
-  view.rank = static_cast<int>(PyTuple_GET_SIZE(shape));
-  for (int i = 0; i < view.rank; ++i) {
-    view.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
-    view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride, i));
-  }
-  if (PyErr_Occurred()) throw py::error_already_set();
-  return view;
-}
-
-// `tensor` with `batch` in front if it has `rank` dimensions: an unbatched argument, or one shared by a batch.
-inline TensorView batched(TensorView tensor, int rank, int64_t batch) {
-  if (!tensor.defined() || tensor.rank != rank) return tensor;
-  for (int i = rank; i > 0; --i) {
-    tensor.shape[i] = tensor.shape[i - 1];
-    tensor.stride[i] = tensor.stride[i - 1];
-  }
-  tensor.rank = rank + 1;
-  tensor.shape[0] = batch;
-  tensor.stride[0] = 0;
-  return tensor;
-}
-
-inline PoolSpec pool_of(py::handle rows, py::handle lengths, py::handle candidates, int64_t batch) {
-  return {batched(view(rows), 2, batch), batched(view(lengths), 0, batch), batched(view(candidates), 1, batch)};
-}
-
-// The arguments every selection shares, and its outputs, with a batch dimension.
-struct Problem {
-  Problem(py::handle rows, py::handle query_tensor, py::handle lengths, py::handle candidates)
-      : query(batched(view(query_tensor), 1, 1)),
-        batch(query.shape[0]),
-        pool(pool_of(rows, lengths, candidates, batch)) {}
-
-  TensorView scalars(py::handle tensor) const { return batched(view(tensor), 0, batch); }
-  TensorView vectors(py::handle tensor) const { return batched(view(tensor), 1, batch); }
-
-  FrankWolfeResult frank_wolfe(py::handle indices, py::handle weights, py::handle support_size,
-                               py::handle residual_norm, py::handle dual_gap, py::handle num_iters,
-                               py::handle status) const {
-    return {vectors(indices),  vectors(weights),   scalars(support_size), scalars(residual_norm),
-            scalars(dual_gap), scalars(num_iters), scalars(status)};
+  template <typename Outputs>
+  void outputs(Outputs& outputs) {
+    each_field(outputs, [this](const char* name, TensorView& view) { self().output(name, view); });
   }
 
-  SiftResult sift(py::handle order, py::handle variance, py::handle indices, py::handle counts,
-                  py::handle num_steps) const {
-    return {vectors(order), vectors(variance), vectors(indices), vectors(counts), scalars(num_steps)};
+ private:
+  Visitor& self() { return static_cast<Visitor&>(*this); }
+};
+
+// "lmo(Tensor pool, ..., Tensor(a!) index) -> ()", and the names alone.
+class Signature : public ArgumentVisitor<Signature> {
+ public:
+  void shared(const char* name, TensorView&) { add("Tensor", name); }
+  void input(const char* name, TensorView&) { add("Tensor", name); }
+  void optional(const char* name, TensorView&) { add("Tensor?", name); }
+  void output(const char* name, TensorView&) { add(std::string("Tensor(") + letter_++ + "!)", name); }
+  template <typename Value>
+  void option(const char* name, Value&) {
+    add(std::is_floating_point_v<Value> ? "float" : std::is_same_v<Value, bool> ? "bool" : "int", name);
   }
 
-  TensorView query;  // [B, d], or [B, m, d] where an operation takes several vectors a prompt
-  int64_t batch;
-  PoolSpec pool;
+  std::string schema(const std::string& operation) const { return operation + "(" + list_ + ") -> ()"; }
+  py::tuple names() const { return py::cast(names_); }
+
+ private:
+  void add(const std::string& type, const char* name) {
+    list_ += (list_.empty() ? "" : ", ") + type + " " + name;
+    names_.emplace_back(name);
+  }
+
+  std::string list_;
+  std::vector<std::string> names_;
+  char letter_ = 'a';
+};
+
+// Reads the values of one call. By hand: a call passes a dozen tensors, and pybind11's own conversion of them costs
+// more than a kernel's start.
+class Reader : public ArgumentVisitor<Reader> {
+ public:
+  explicit Reader(const py::args& arguments) : arguments_(arguments.ptr()) {}
+
+  void shared(const char* name, TensorView& view) { read(name, view); }
+  void input(const char* name, TensorView& view) { read(name, view); }
+  void optional(const char* name, TensorView& view) { read(name, view); }
+  void output(const char* name, TensorView& view) { read(name, view); }
+  template <typename Value>
+  void option(const char* name, Value& value) {
+    PyObject* const object = next(name);
+    if constexpr (std::is_floating_point_v<Value>) {
+      value = PyFloat_AsDouble(object);
+    } else {
+      value = static_cast<Value>(PyLong_AsLongLong(object));
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();
+  }
+
+  // After the last argument.
+  void end() const {
+    if (at_ != PyTuple_GET_SIZE(arguments_)) throw py::type_error("expected " + std::to_string(at_) + " arguments");
+  }
+
+ private:
+  PyObject* next(const char* name) {
+    if (at_ == PyTuple_GET_SIZE(arguments_)) throw py::type_error(std::string(name) + ": expected a value, got none");
+    return PyTuple_GET_ITEM(arguments_, at_++);
+  }
+
+  // A tensor arrives as (address, dtype code, shape, strides in elements), an absent one as None.
+  void read(const char* name, TensorView& view) {
+    PyObject* const tuple = next(name);
+    if (tuple == Py_None) return;
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 4) {
+      throw py::type_error(std::string(name) + ": expected a tensor as (address, dtype, shape, strides)");
+    }
+    view.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, 0));
+    view.dtype = static_cast<DType>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 1)));
+    PyObject* const shape = PyTuple_GET_ITEM(tuple, 2);
+    PyObject* const stride = PyTuple_GET_ITEM(tuple, 3);
+    if (!PyTuple_Check(shape) || !PyTuple_Check(stride) || PyTuple_GET_SIZE(shape) != PyTuple_GET_SIZE(stride) ||
+        PyTuple_GET_SIZE(shape) > kMaxRank) {
+      throw py::type_error(std::string(name) + ": expected a shape and strides of one length, at most 4");
+    }
+    view.rank = static_cast<int>(PyTuple_GET_SIZE(shape));
+    for (int i = 0; i < view.rank; ++i) {
+      view.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+      view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride, i));
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();
+  }
+
+  PyObject* const arguments_;
+  Py_ssize_t at_ = 0;
+};
+
+// Gives the tensors of an unbatched call a batch of one, and a shared pool [M, d] one of stride 0.
+class Batched : public ArgumentVisitor<Batched> {
+ public:
+  // lead: a tensor of one dimension in an unbatched call.
+  explicit Batched(const TensorView& lead) : unbatched_(lead.rank == 1), batch_(unbatched_ ? 1 : lead.shape[0]) {}
+
+  void shared(const char*, TensorView& view) {
+    if (view.rank == 2) prepend(view);
+  }
+  void input(const char*, TensorView& view) {
+    if (unbatched_) prepend(view);
+  }
+  void optional(const char*, TensorView& view) {
+    if (unbatched_ && view.defined()) prepend(view);
+  }
+  void output(const char*, TensorView& view) {
+    if (unbatched_) prepend(view);
+  }
+  template <typename Value>
+  void option(const char*, Value&) {}
+
+ private:
+  void prepend(TensorView& view) const {
+    for (int i = view.rank; i > 0; --i) {
+      view.shape[i] = view.shape[i - 1];
+      view.stride[i] = view.stride[i - 1];
+    }
+    ++view.rank;
+    view.shape[0] = batch_;
+    view.stride[0] = 0;
+  }
+
+  bool unbatched_;
+  int64_t batch_;
 };
 
 }  // namespace hullkit

@@ -12,8 +12,7 @@ namespace hullkit {
 
 void bind_objects(py::module_& module);
 void bind_optim(py::module_& module);
-void bind_selection_cpu(py::module_& module);
-void bind_selection_cuda(py::module_& module);
+void bind_operations(py::module_& module);
 void bind_with_block(py::module_& module);
 
 namespace {
@@ -43,12 +42,11 @@ PYBIND11_MODULE(_core, module) {
       if (error) std::rethrow_exception(error);
     } catch (const hullkit::ValueError& e) {
       PyErr_SetString(PyExc_ValueError, e.what());
+    } catch (const hullkit::NotImplementedError& e) {
+      PyErr_SetString(PyExc_NotImplementedError, e.what());
     }
   });
-  hullkit::bind_selection_cpu(module);
-#ifdef HULLKIT_WITH_CUDA
-  hullkit::bind_selection_cuda(module);
-#endif
+  hullkit::bind_operations(module);
   hullkit::bind_optim(module);
   hullkit::bind_objects(module);
   hullkit::bind_with_block(module);

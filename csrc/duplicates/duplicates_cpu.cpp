@@ -2,9 +2,9 @@
 #include <limits>
 #include <vector>
 
-#include "frank_wolfe/gram_columns.h"
 #include "hullkit/duplicates.h"
 #include "hullkit/parallel.h"
+#include "pool/gram_columns.h"
 #include "pool/pool_rows.h"
 
 namespace hullkit {

@@ -1,6 +1,7 @@
-#include "cuda/device_pool.cuh"
-#include "cuda/gram.h"
-#include "cuda/launch.cuh"
+#include "common/limits.h"
+#include "cuda/gram/gram.h"
+#include "cuda/primitives/device_pool.cuh"
+#include "cuda/primitives/launch.cuh"
 #include "hullkit/duplicates.h"
 
 namespace hullkit {
@@ -41,6 +42,13 @@ __global__ void __launch_bounds__(kThreads) duplicates_kernel(const DevicePool p
 }
 
 }  // namespace
+
+int64_t duplicates_workspace_bytes(const PoolSpec& pool) {
+  const int64_t n = pool.positions();
+  HULLKIT_SUPPORTED(n <= kMaxOnDevice, "pool: expected at most ", kMaxOnDevice, " candidates on a CUDA device, got ", n,
+                    ". Move the inputs with .cpu(), or pass candidates");
+  return gram_workspace_bytes(pool.batch(), n);
+}
 
 void duplicates_cuda(const PoolSpec& pool, double eps, const TensorView& representatives, void* workspace,
                      void* stream) {

@@ -1,8 +1,8 @@
 // Certificates of what Frank-Wolfe returned, from the weights returned: they do not trust the run's recurrences.
 #pragma once
 
-#include "cuda/device_pool.cuh"
-#include "cuda/group.cuh"
+#include "cuda/primitives/device_pool.cuh"
+#include "cuda/primitives/group.cuh"
 #include "frank_wolfe/capped_simplex.h"
 #include "frank_wolfe/output.cuh"
 

@@ -1,4 +1,4 @@
-#include "frank_wolfe/active_set_cpu.h"
+#include "frank_wolfe/active_set/active_set_cpu.h"
 #include "hullkit/frank_wolfe.h"
 #include "hullkit/parallel.h"
 

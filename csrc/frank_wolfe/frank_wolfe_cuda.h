@@ -1,18 +1,31 @@
-// Frank-Wolfe once the Gram matrices are there; select goes on from the same ones.
+// The solvers on a GPU. frank_wolfe and select launch them.
 #pragma once
 
+#include "frank_wolfe/choose_solver.h"
 #include "hullkit/frank_wolfe.h"
 
 namespace hullkit {
 
-// gram [count, n + 1, gram_stride(n)] of entries first, ..., first + count - 1. Leaves the certificates to
-// finish_on_gram.
-void frank_wolfe_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
-                         const FrankWolfeResult& result, int64_t first, int64_t count, double* gram, void* stream);
-
-// Does for it what active_set.h describes: everything but the vanilla variant without gap_tol and cap. The factors lie
-// behind the Gram matrices (active_set_workspace_bytes).
+// What a launch on Gram matrices works on: entries first, ..., first + count - 1 of a batch, and their matrices
+// gram [count, n + 1, gram_stride(n)]. The certificates are left to finish_on_gram.
+// run_on_gram is Solver::kRun, active_set_on_gram is Solver::kActiveSet; its Cholesky factors lie behind the matrices.
+void run_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                 const FrankWolfeResult& result, int64_t first, int64_t count, double* gram, void* stream);
 void active_set_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                         const FrankWolfeResult& result, int64_t first, int64_t count, double* gram, void* stream);
+int64_t active_set_workspace_bytes(const PoolSpec& pool, const FrankWolfeParams& params,
+                                   const FrankWolfeResult& result);
+
+// Solver::kCorpus: the whole batch, certificates included.
+void corpus_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                 const FrankWolfeResult& result, void* workspace, void* stream);
+int64_t corpus_workspace_bytes(const PoolSpec& pool, const FrankWolfeResult& result);
+
+// run_on_gram or active_set_on_gram, as `solver` says.
+inline void solve_on_gram(Solver solver, const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                          const FrankWolfeResult& result, int64_t first, int64_t count, double* gram, void* stream) {
+  const auto solve = solver == Solver::kRun ? run_on_gram : active_set_on_gram;
+  solve(pool, query, params, result, first, count, gram, stream);
+}
 
 }  // namespace hullkit

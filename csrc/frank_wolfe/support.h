@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "frank_wolfe/capped_simplex.h"
-#include "frank_wolfe/gram_columns.h"
 #include "hullkit/frank_wolfe.h"
+#include "pool/gram_columns.h"
 #include "pool/pool_rows.h"
 #include "simd/simd.h"
 

@@ -3,15 +3,19 @@
 #include <algorithm>
 #include <utility>
 
-#include "cuda/launch.cuh"
-#include "cuda/pieces.h"
-#include "cuda/scan_pass.cuh"
+#include "common/limits.h"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/pieces.h"
+#include "cuda/scan/scan_pass.cuh"
 #include "hullkit/knn.h"
 
 namespace hullkit {
 namespace {
 
-constexpr int kSorted = 4096;
+// A block sorts all candidates of a small prompt; of a large one it keeps at most half of what it sorted, so that
+// every round leaves fewer.
+constexpr int kSorted = static_cast<int>(kMaxOnDevice);
+static_assert(2 * kMaxNeighbours <= kSorted, "a round halves what is left");
 constexpr int kSortThreads = 1024;
 
 // from [B, size]: each block sorts kSorted; to [B, blocks * k]: the first k of each, or the answer of the last round.
@@ -94,7 +98,10 @@ void run_piece(const PoolSpec& pool, const TensorView& query, const TensorView& 
 
 }  // namespace
 
-int64_t knn_workspace_bytes(int64_t batch, int64_t positions, int64_t k) {
+int64_t knn_workspace_bytes(const PoolSpec& pool, const TensorView& indices) {
+  const int64_t batch = pool.batch(), positions = pool.positions(), k = indices.shape[1];
+  HULLKIT_SUPPORTED(positions <= kMaxOnDevice || k <= kMaxNeighbours, "k: expected at most ", kMaxNeighbours,
+                    " for more than ", kMaxOnDevice, " candidates on a CUDA device, got ", k);
   return piece(batch, positions, k) * (positions + kept(positions, k)) * static_cast<int64_t>(sizeof(Best));
 }
 

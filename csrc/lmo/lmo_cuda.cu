@@ -1,5 +1,5 @@
-#include "cuda/launch.cuh"
-#include "cuda/scan_pass.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/scan/scan_pass.cuh"
 #include "hullkit/lmo.h"
 
 namespace hullkit {
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 }  // namespace
 
-int64_t lmo_workspace_bytes(int64_t batch, int64_t positions) { return scan_best_bytes(batch, positions); }
+int64_t lmo_workspace_bytes(const PoolSpec& pool) { return scan_best_bytes(pool.batch(), pool.positions()); }
 
 void lmo_cuda(const PoolSpec& pool, const TensorView& direction, const TensorView& index, const TensorView& value,
               void* workspace, void* stream) {

@@ -1,8 +1,8 @@
 #include <numeric>
 
+#include "common/dtype.h"
 #include "hullkit/accumulate.h"
 #include "optim/chunks.h"
-#include "pool/pool_rows.h"
 
 namespace hullkit {
 namespace {

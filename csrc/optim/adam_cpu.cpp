@@ -1,10 +1,10 @@
 #include <cmath>
 #include <limits>
 
+#include "common/dtype.h"
 #include "hullkit/adam.h"
 #include "hullkit/check.h"
 #include "optim/chunks.h"
-#include "pool/pool_rows.h"
 
 namespace hullkit {
 namespace {

@@ -1,6 +1,6 @@
+#include "common/dtype.h"
 #include "hullkit/sgd.h"
 #include "optim/chunks.h"
-#include "pool/pool_rows.h"
 
 namespace hullkit {
 

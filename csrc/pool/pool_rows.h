@@ -10,23 +10,11 @@
 #include <utility>
 #include <vector>
 
+#include "common/dtype.h"
 #include "hullkit/pool_spec.h"
 #include "simd/simd.h"
 
 namespace hullkit {
-
-// Arithmetic type of an input type: float64 stays, everything else is float32.
-inline bool computes_in_double(DType dtype) { return dtype == DType::kFloat64; }
-
-// Calls kernel(T{}) with T the arithmetic type.
-template <typename Kernel>
-void with_compute_type(DType dtype, Kernel&& kernel) {
-  if (computes_in_double(dtype)) {
-    kernel(double{});
-  } else {
-    kernel(float{});
-  }
-}
 
 // Where the first NaN or Inf stands, `count` if there is none.
 template <typename T>

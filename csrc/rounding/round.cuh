@@ -2,9 +2,10 @@
 // by all threads at once, and the first or the best of them all is made.
 #pragma once
 
-#include "cuda/group.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/prompt.cuh"
+#include "common/limits.h"
+#include "cuda/primitives/group.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/threads.h"
 #include "rounding/quotas.cuh"
 #include "rounding/rounding.h"
 #include "rounding/rounding_cuda.h"
@@ -28,7 +29,7 @@ class DeviceRounding {
       : gram_(supports.gram + entry * (supports.n + 1) * supports.stride),
         stride_(supports.stride),
         query_at_(supports.n),
-        max_count_(supports.max_count),
+        max_multiplicity_(supports.max_multiplicity),
         total_(static_cast<double>(supports.total)),
         weights_(static_cast<double*>(memory)),
         slope_(weights_ + supports.width),
@@ -107,13 +108,13 @@ class DeviceRounding {
   // Floors of the quotas. False if a product or a weight is not finite.
   __device__ bool start(int64_t total) {
     const Quotas quotas(weights_, size_, total);
-    bool broken = quotas.broken || max_count_ < (total + size_ - 1) / size_;
-    const double slack = max_count_ < total ? 1.0 + 1e-13 : 1.0;  // as in rounding.h
+    bool broken = quotas.broken || max_multiplicity_ < (total + size_ - 1) / size_;
+    const double slack = max_multiplicity_ < total ? 1.0 + 1e-13 : 1.0;  // as in rounding.h
 #pragma unroll 1
     for (int i = threadIdx.x; i < size_; i += blockDim.x) {
       diagonal_[i] = product(i, i);
       slope_[i] = -total_ * gram_[query_at_ * stride_ + place_[i]];
-      const double whole = fmin(floor(quotas[i] * slack), static_cast<double>(max_count_));
+      const double whole = fmin(floor(quotas[i] * slack), static_cast<double>(max_multiplicity_));
       counts_[i] = broken ? 0 : static_cast<int64_t>(whole);
       broken |= !isfinite(diagonal_[i]) || !isfinite(slope_[i]);
     }
@@ -140,7 +141,7 @@ class DeviceRounding {
     for (; remaining_ > 0; --remaining_) {
       Best best = no_best();
       for (int i = threadIdx.x; i < size_; i += blockDim.x) {
-        if (counts_[i] >= max_count_) continue;
+        if (counts_[i] >= max_multiplicity_) continue;
         const Best here{key_of(2.0 * slope_[i] + diagonal_[i]), static_cast<uint32_t>(i), 0};
         if (precedes(here, best)) best = here;
       }
@@ -200,7 +201,7 @@ class DeviceRounding {
           const double change = 2.0 * slope_[j] + diagonal_[j] - 2.0 * product(i, j) + own;
           const uint32_t here = position(i, j);
           // A donor has units at the start of the pass, and one left; a receiver has room.
-          if (change < threshold && here >= from && j != i && counts_[i] > 0 && counts_[j] < max_count_) {
+          if (change < threshold && here >= from && j != i && counts_[i] > 0 && counts_[j] < max_multiplicity_) {
             first = min(first, here);
           }
         }
@@ -222,7 +223,7 @@ class DeviceRounding {
   static constexpr uint32_t kNowhere = ~0u;
 
   const double* gram_;  // of the entry, [n + 1, stride]
-  int64_t stride_, query_at_, max_count_;
+  int64_t stride_, query_at_, max_multiplicity_;
   double total_;
   double* weights_;
   double* slope_;  // h = G c - N b

@@ -13,12 +13,12 @@ namespace {
 template <typename T>
 void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const int64_t* indices, int64_t width,
                const double* weights, const RoundingParams& params, int64_t* counts) {
-  const auto [total, exchange_passes, max_count] = params;
+  const auto [total, exchange_passes, max_multiplicity] = params;
   const QueryVector<T> query_vector(query, b, "query");
   const PoolRows<T> rows(pool, b, indices, width);
   const int64_t m = rows.size();
-  HULLKIT_CHECK(max_count >= (total + m - 1) / m, "max_multiplicity: expected at least ", (total + m - 1) / m,
-                " for a total of ", total, " over the ", m, " support points of entry ", b, ", got ", max_count);
+  HULLKIT_CHECK(max_multiplicity >= (total + m - 1) / m, "max_multiplicity: expected at least ", (total + m - 1) / m,
+                " for a total of ", total, " over the ", m, " support points of entry ", b, ", got ", max_multiplicity);
   std::vector<double> products(m);
   std::vector<T> column(m), next_column(m);
   rows.dots(query_vector.data(), column.data(), 1);
@@ -43,7 +43,7 @@ void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const i
     }
   }
 
-  Rounding rounding(std::move(gram), std::move(products), weights, total, max_count);
+  Rounding rounding(std::move(gram), std::move(products), weights, total, max_multiplicity);
   rounding.run(exchange_passes, counts, width);
 }
 

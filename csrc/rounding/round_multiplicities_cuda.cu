@@ -1,5 +1,6 @@
+#include "common/limits.h"
+#include "finish/finish.h"
 #include "hullkit/round_multiplicities.h"
-#include "select/finish.h"
 
 namespace hullkit {
 
@@ -14,6 +15,13 @@ void round_supports(const PoolSpec& pool, const TensorView& query, const TensorV
     gram_cuda(pool, query, indices, first, count, gram, stream);
     finish_on_gram(pool, query, 1.0, {}, supports, Finish::kRound, first, count, stream);
   }
+}
+
+int64_t round_multiplicities_workspace_bytes(const PoolSpec& pool, const TensorView& indices) {
+  const int64_t width = indices.shape[1];
+  HULLKIT_SUPPORTED(width <= kMaxOnDevice, "result.indices: expected a support of at most ", kMaxOnDevice,
+                    " points on a CUDA device, got ", width);
+  return gram_workspace_bytes(pool.batch(), width);
 }
 
 void round_multiplicities_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& indices,

@@ -16,17 +16,17 @@ namespace hullkit {
 
 inline constexpr double kMinImprovement = 1e-14;
 
-// Weights at a cap are quotas of max_count but for rounding, which must not take a unit from them.
-inline double slack(int64_t max_count, int64_t total) { return max_count < total ? 1.0 + 1e-13 : 1.0; }
+// Weights at a cap are quotas of max_multiplicity but for rounding, which must not take a unit from them.
+inline double slack(int64_t max_multiplicity, int64_t total) { return max_multiplicity < total ? 1.0 + 1e-13 : 1.0; }
 
 class Rounding {
  public:
-  // gram [m, m], products [m] = <s_i, q>, weights [m]; m * max_count >= total
+  // gram [m, m], products [m] = <s_i, q>, weights [m]; m * max_multiplicity >= total
   Rounding(std::vector<double> gram, std::vector<double> products, const double* weights, int64_t total,
-           int64_t max_count)
+           int64_t max_multiplicity)
       : size_(static_cast<int64_t>(products.size())),
         total_(static_cast<double>(total)),
-        max_count_(max_count),
+        max_multiplicity_(max_multiplicity),
         gram_(std::move(gram)),
         products_(std::move(products)),
         slope_(products_),
@@ -38,7 +38,8 @@ class Rounding {
     for (double& h : slope_) h *= -total_;
     remaining_ = total;
     for (int64_t i = 0; i < size_; ++i) {
-      const double whole = std::min(std::floor(quota[i] * slack(max_count, total)), static_cast<double>(max_count));
+      const double whole =
+          std::min(std::floor(quota[i] * slack(max_multiplicity, total)), static_cast<double>(max_multiplicity));
       counts_[i] = static_cast<int64_t>(whole);
       remaining_ -= counts_[i];
       if (whole > 0.0) add_to_slope(i, whole);
@@ -81,7 +82,7 @@ class Rounding {
       double best_change = std::numeric_limits<double>::infinity();
       for (int64_t i = 0; i < size_; ++i) {
         const double change = 2.0 * slope_[i] + diagonal_[i];
-        if (change < best_change && counts_[i] < max_count_) {
+        if (change < best_change && counts_[i] < max_multiplicity_) {
           best = i;
           best_change = change;
         }
@@ -129,7 +130,7 @@ class Rounding {
       }
       const int64_t end = std::min(j + kBlock, size_);
       for (; j < end; ++j) {
-        if (j != i && change(j) < threshold && counts_[j] < max_count_) return j;
+        if (j != i && change(j) < threshold && counts_[j] < max_multiplicity_) return j;
       }
     }
     return size_;
@@ -142,7 +143,7 @@ class Rounding {
 
   int64_t size_;
   double total_;
-  int64_t max_count_;
+  int64_t max_multiplicity_;
   std::vector<double> gram_;      // [m, m]
   std::vector<double> products_;  // [m] b
   std::vector<double> slope_;     // [m] h = G c - N b

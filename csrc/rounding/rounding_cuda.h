@@ -1,7 +1,7 @@
 // Rounding once the products are there: of a support alone, or of a whole pool it was chosen from.
 #pragma once
 
-#include "cuda/gram.h"
+#include "cuda/gram/gram.h"
 #include "hullkit/round_multiplicities.h"
 
 namespace hullkit {
@@ -23,7 +23,7 @@ struct Supports {
         width(indices.shape[1]),
         total(rounding.total),
         exchange_passes(rounding.exchange_passes),
-        max_count(rounding.max_count),
+        max_multiplicity(rounding.max_multiplicity),
         counts(static_cast<int64_t*>(counts.data)),
         residual_norm(static_cast<double*>(residual_norm.data)) {}
 
@@ -33,7 +33,7 @@ struct Supports {
   int64_t positions;
   const int64_t* indices;  // [B, width]
   const double* weights;   // [B, width]
-  int64_t width, total, exchange_passes, max_count;
+  int64_t width, total, exchange_passes, max_multiplicity;
   int64_t* counts;        // [B, width]
   double* residual_norm;  // [B], of the counts; may be null
 };

@@ -1,7 +1,7 @@
 #include <utility>
 #include <vector>
 
-#include "frank_wolfe/active_set_cpu.h"
+#include "frank_wolfe/active_set/active_set_cpu.h"
 #include "hullkit/parallel.h"
 #include "hullkit/select.h"
 #include "rounding/rounding.h"
@@ -11,21 +11,21 @@ namespace hullkit {
 void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                 const RoundingParams& rounding_params, const FrankWolfeResult& result, const TensorView& counts,
                 const TensorView& residual_norm, int num_threads) {
-  const auto [total, exchange_passes, max_count] = rounding_params;
+  const auto [total, exchange_passes, max_multiplicity] = rounding_params;
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr double kRounding = std::is_same_v<T, double> ? 1e-10 : 1e-5;
     for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
       const QueryVector<T> query_vector(query, b, "query");
       const PoolRows<T> rows(pool, b, /*reuse=*/true);
-      HULLKIT_CHECK(max_count >= (total + rows.size() - 1) / rows.size(), "max_multiplicity: expected at least ",
+      HULLKIT_CHECK(max_multiplicity >= (total + rows.size() - 1) / rows.size(), "max_multiplicity: expected at least ",
                     (total + rows.size() - 1) / rows.size(), " for a total of ", total, " over the ", rows.size(),
-                    " candidates of entry ", b, ", got ", max_count);
+                    " candidates of entry ", b, ", got ", max_multiplicity);
       run_frank_wolfe<T>(rows, query_vector.data(), params, b, threads, [&](const auto& run, Status status) {
         run.write(result, b, status);
         std::vector<double> products, gram, weights;
         run.support(&products, &gram, &weights);
-        Rounding rounding(std::move(gram), std::move(products), weights.data(), total, max_count);
+        Rounding rounding(std::move(gram), std::move(products), weights.data(), total, max_multiplicity);
         rounding.run(exchange_passes, counts.at<int64_t>(b), counts.shape[1]);
         const double loss = rounding.loss(run.query_squared());
         *residual_norm.at<double>(b) = rounding.doubtful(loss, run.query_squared(), kRounding)

@@ -5,10 +5,10 @@
 #include <string>
 #include <vector>
 
-#include "frank_wolfe/gram_columns.h"
 #include "hullkit/check.h"
 #include "hullkit/parallel.h"
 #include "hullkit/sift.h"
+#include "pool/gram_columns.h"
 #include "pool/pool_rows.h"
 #include "sift/check_params.h"
 #include "simd/simd.h"

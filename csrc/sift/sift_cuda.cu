@@ -4,11 +4,12 @@
 #include <climits>
 #include <cmath>
 
-#include "cuda/device_pool.cuh"
-#include "cuda/gram.h"
-#include "cuda/group.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/prompt.cuh"
+#include "common/limits.h"
+#include "cuda/gram/gram.h"
+#include "cuda/primitives/device_pool.cuh"
+#include "cuda/primitives/group.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/threads.h"
 #include "hullkit/sift.h"
 #include "sift/check_params.h"
 
@@ -304,8 +305,12 @@ int64_t piece(int64_t batch, int64_t positions, int64_t vectors, int64_t total) 
 
 }  // namespace
 
-int64_t sift_workspace_bytes(int64_t batch, int64_t positions, int64_t vectors, int64_t total) {
-  return piece(batch, positions, vectors, total) * SiftWorkspace::bytes_of_one(positions, vectors, total);
+int64_t sift_workspace_bytes(const PoolSpec& pool, const TensorView& query, const SiftParams& params) {
+  const int64_t n = pool.positions(), vectors = query.rank == 3 ? query.shape[1] : 1;
+  HULLKIT_SUPPORTED(n + vectors - 1 <= kMaxOnDevice, "sift: expected at most ", kMaxOnDevice,
+                    " candidates of a prompt (with its vectors but one) on a CUDA device, got ", n + vectors - 1,
+                    ". Take the nearest first: hullkit.knn");
+  return piece(pool.batch(), n, vectors, params.total) * SiftWorkspace::bytes_of_one(n, vectors, params.total);
 }
 
 void sift_cuda(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,

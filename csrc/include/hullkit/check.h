@@ -12,12 +12,24 @@ class ValueError : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+// The caller asked for more than the kernels of this device do, such as too many candidates.
+class NotImplementedError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 }  // namespace hullkit
 
 // HULLKIT_CHECK(condition, "lengths[", b, "]: expected ..., got ", x) throws ValueError.
 #define HULLKIT_CHECK(condition, ...)                            \
   do {                                                           \
     if (!(condition)) ::hullkit::throw_value_error(__VA_ARGS__); \
+  } while (false)
+
+// HULLKIT_SUPPORTED(size <= most, ...) likewise throws NotImplementedError.
+#define HULLKIT_SUPPORTED(condition, ...)                            \
+  do {                                                               \
+    if (!(condition)) ::hullkit::throw_not_implemented(__VA_ARGS__); \
   } while (false)
 
 namespace hullkit {
@@ -27,6 +39,13 @@ template <typename... Parts>
   std::ostringstream message;
   (message << ... << parts);
   throw ValueError(message.str());
+}
+
+template <typename... Parts>
+[[noreturn]] void throw_not_implemented(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw NotImplementedError(message.str());
 }
 
 }  // namespace hullkit

@@ -17,5 +17,6 @@ void duplicates_cpu(const PoolSpec& pool, double eps, const TensorView& represen
 // candidates out of range, gets -1 everywhere. workspace: gram_workspace_bytes.
 void duplicates_cuda(const PoolSpec& pool, double eps, const TensorView& representatives, void* workspace,
                      void* stream);
+int64_t duplicates_workspace_bytes(const PoolSpec& pool);
 
 }  // namespace hullkit

@@ -5,6 +5,7 @@
 // variants that keep an active set; Wolfe 1976 for the fully corrective one, the minimum-norm point.
 #pragma once
 
+#include "hullkit/fields.h"
 #include "hullkit/pool_spec.h"
 
 namespace hullkit {
@@ -38,10 +39,8 @@ struct FrankWolfeParams {
   double gap_tol;       // on the dual gap, in the input's units squared; negative: off
   Variant variant;
   double max_weight;  // > 0; >= 1: no cap
-
-  // Whether frank_wolfe_run.h, or its like on a GPU, does it; if not, active_set.h.
-  bool plain() const { return variant == Variant::kVanilla && max_weight >= 1.0; }
 };
+HULLKIT_FIELDS(FrankWolfeParams, max_support, max_iters, tol, gap_tol, variant, max_weight)
 
 // S >= min(max_support, number of valid candidates, 1 + max_iters): every touched vertex has a place. With a cap,
 // k = ceil(1 / max_weight) are touched at the start, and a vanilla step may touch k more, for 1 and 1.
@@ -54,6 +53,7 @@ struct FrankWolfeResult {
   TensorView num_iters;      // [B] int64, steps taken
   TensorView status;         // [B] int64
 };
+HULLKIT_FIELDS(FrankWolfeResult, indices, weights, support_size, residual_norm, dual_gap, num_iters, status)
 
 // Numerics: inner products accumulate in float32 (float64 for float64 input) in an order that depends on
 // d alone; everything after them (weights, step sizes, scores) is float64. Residual and gap are recomputed
@@ -65,25 +65,27 @@ struct FrankWolfeResult {
 void frank_wolfe_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                      const FrankWolfeResult& result, int num_threads);
 
-// The same on a GPU, for up to 4096 candidates: the Gram matrices of all prompts in one launch on tensor cores
-// (products and sums in float64, in float32 for half-precision input), their loops in a second. Certificates are
-// recomputed from the weights and the Gram matrix, residuals of half-precision input and those below 1e-3 of the
-// query's length from the input itself. workspace: gram_workspace_bytes; the output is contiguous.
+// The same on a GPU; the output is contiguous. Two ways, chosen by choose_solver.h:
+//
+// Up to kMaxOnDevice candidates (common/limits.h): one launch computes the Gram matrices of all prompts on tensor cores
+// (products and sums in float64, in float32 for half-precision input), a second runs their loops. Certificates are
+// recomputed from the weights and the Gram matrix. The residual of half-precision input, and a residual below 1e-3 of
+// the query's length, is recomputed from the input itself.
+// Workspace: (n + 1)^2 float64 an entry, at most 512 MiB or one entry at a time. Variant::kFullyCorrective adds
+// S (S + 1) / 2 float64 for each of these.
+//
+// More candidates, for the vanilla variant without gap_tol and cap: no Gram matrix. Every iteration is one pass over
+// the pool for up to 16 prompts that share it without lengths or candidates, else for one prompt. max_iters + 2 passes
+// are launched; a pass that none of its prompts needs ends at once. float64 and float32 rows are multiplied with the
+// float64 residual in float64. Half-precision rows are multiplied with the residual rounded to 22 (float16) or 24 bits
+// (bfloat16), in float32. So a vertex is best to within 2^-21 (2^-23) ||residual|| max_i ||pool_i||, and the rounding
+// of the sum. Steps, stopping tests, weights and the residual norm are float64 in every case. Workspace: 16 (d + S)
+// bytes an entry, and 16 KiB for parts of the LMO's answer; nothing grows with B n.
+//
+// More candidates than that with another variant, gap_tol or cap: NotImplementedError from the workspace query.
 void frank_wolfe_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                       const FrankWolfeResult& result, void* workspace, void* stream);
-int64_t gram_workspace_bytes(int64_t batch, int64_t positions);  // (n + 1)^2 float64 an entry, at most 512 MiB or one
-// Behind it for Variant::kFullyCorrective: S (S + 1) / 2 float64 for each entry of a piece.
-int64_t active_set_workspace_bytes(int64_t batch, int64_t positions, int64_t width);
-
-// The same on a GPU for any number of candidates, without a Gram matrix: every iteration is one pass over the pool for
-// up to 16 prompts that share it, without lengths or candidates, or for one prompt; max_iters + 2 passes are launched,
-// and those that none of their prompts needs end at once. Products with float64 and float32 rows are those of the
-// float64 residual, in float64; with halves, those of the residual rounded to 22 (float16) or 24 bits (bfloat16), in
-// float32. So a vertex is best to within 2^-21 (2^-23) ||residual|| max_i ||pool_i||, and the sum's own rounding; the
-// steps, the stopping tests, the weights and the residual norm are float64 in every case. Entries of the workspace grow
-// with B, not with B n: 16 (d + S) bytes each, and 16 KiB for parts of the LMO's answer.
-void frank_wolfe_corpus_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
-                             const FrankWolfeResult& result, void* workspace, void* stream);
-int64_t corpus_workspace_bytes(int64_t batch, int64_t positions, int64_t dim, int64_t width);  // width = S
+int64_t frank_wolfe_workspace_bytes(const PoolSpec& pool, const FrankWolfeParams& params,
+                                    const FrankWolfeResult& result);
 
 }  // namespace hullkit

@@ -14,6 +14,6 @@ void knn_cpu(const PoolSpec& pool, const TensorView& query, const TensorView& in
 // at most 512 MiB or 16 entries.
 void knn_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& values,
               void* workspace, void* stream);
-int64_t knn_workspace_bytes(int64_t batch, int64_t positions, int64_t k);
+int64_t knn_workspace_bytes(const PoolSpec& pool, const TensorView& indices);
 
 }  // namespace hullkit

@@ -16,6 +16,6 @@ void lmo_cpu(const PoolSpec& pool, const TensorView& direction, const TensorView
 // candidate, or with lengths or candidates out of range gets index -1 and value NaN. workspace: lmo_workspace_bytes.
 void lmo_cuda(const PoolSpec& pool, const TensorView& direction, const TensorView& index, const TensorView& value,
               void* workspace, void* stream);
-int64_t lmo_workspace_bytes(int64_t batch, int64_t positions);
+int64_t lmo_workspace_bytes(const PoolSpec& pool);
 
 }  // namespace hullkit

@@ -4,33 +4,36 @@
 // exact experimental design.
 #pragma once
 
+#include "hullkit/fields.h"
 #include "hullkit/pool_spec.h"
 
 namespace hullkit {
 
 struct RoundingParams {
-  int64_t total;            // >= 1
-  int64_t exchange_passes;  // >= 0
-  int64_t max_count;        // total: no limit
+  int64_t total;             // >= 1
+  int64_t exchange_passes;   // >= 0
+  int64_t max_multiplicity;  // of one support point; total: no limit
 };
+HULLKIT_FIELDS(RoundingParams, total, exchange_passes, max_multiplicity)
 
 // query [B, d]; indices [B, S] int64 with -1 for padding; weights [B, S] float64 (negative ones count as
 // 0, all zero as uniform); counts [B, S] int64, 0 where padded.
 // A unit goes from i to j only while c_i > 0 and only if that lowers L by more than 1e-14; the donors of a
 // pass are the positive counts it starts with.
-// No count exceeds max_count, and max_count times the number of support points is at least total: floors are cut to it,
-// and nothing is added to a count that has it. If max_count < total, floors are those of quotas 1e-13 larger: a weight
-// at its cap is a whole quota.
-// Numerics: the support's Gram matrix accumulates in float32 (float64 for float64 input), the rest in float64.
-// Cost: O(m^2 d) for the Gram matrix of m support points, O(m) a greedy unit, O(m^2) an exchange pass.
+// No count exceeds max_multiplicity, and max_multiplicity times the number of support points is at least total: floors
+// are cut to it, and nothing is added to a count that has it. If max_multiplicity < total, floors are those of quotas
+// 1e-13 larger: a weight at its cap is a whole quota. Numerics: the support's Gram matrix accumulates in float32
+// (float64 for float64 input), the rest in float64. Cost: O(m^2 d) for the Gram matrix of m support points, O(m) a
+// greedy unit, O(m^2) an exchange pass.
 void round_multiplicities_cpu(const PoolSpec& pool, const TensorView& query, const TensorView& indices,
                               const TensorView& weights, const RoundingParams& rounding, const TensorView& counts,
                               int num_threads);
 
 // The same on a GPU, for S <= 4096; indices, weights and counts are contiguous. What cannot be rounded (NaN or Inf, an
-// index out of range, too few points for max_count) gets counts of -1. workspace: gram_workspace_bytes(B, S).
+// index out of range, too few points for max_multiplicity) gets counts of -1. workspace: gram_workspace_bytes(B, S).
 void round_multiplicities_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& indices,
                                const TensorView& weights, const RoundingParams& rounding, const TensorView& counts,
                                void* workspace, void* stream);
+int64_t round_multiplicities_workspace_bytes(const PoolSpec& pool, const TensorView& indices);
 
 }  // namespace hullkit

@@ -7,7 +7,7 @@
 
 namespace hullkit {
 
-// params.max_weight is rounding.max_count / rounding.total. counts [B, S] int64, aligned with result.indices;
+// params.max_weight is rounding.max_multiplicity / rounding.total. counts [B, S] int64, aligned with result.indices;
 // residual_norm [B] float64, ||query - sum_i (c_i / total) s_i||: of the counts, as that of the result is of the
 // weights. It is the root of a difference of products; where that may be rounding, the CPU starts from the rows, while
 // a GPU is right to 1e-8 of the norms involved, for half types to 1e-3.
@@ -15,10 +15,11 @@ void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeP
                 const RoundingParams& rounding, const FrankWolfeResult& result, const TensorView& counts,
                 const TensorView& residual_norm, int num_threads);
 
-// The same on a GPU; see frank_wolfe.h. More than 4096 candidates: workspace for frank_wolfe_corpus_cuda and for
-// round_multiplicities_cuda of the support, one after the other.
+// The same on a GPU; see frank_wolfe.h. Where frank_wolfe has no Gram matrix, round_multiplicities computes that of the
+// support in the same workspace.
 void select_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                  const RoundingParams& rounding, const FrankWolfeResult& result, const TensorView& counts,
                  const TensorView& residual_norm, void* workspace, void* stream);
+int64_t select_workspace_bytes(const PoolSpec& pool, const FrankWolfeParams& params, const FrankWolfeResult& result);
 
 }  // namespace hullkit

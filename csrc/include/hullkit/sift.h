@@ -5,6 +5,7 @@
 // that sum is by how much the variance sum_j k_S(query_j, query_j) falls. A candidate may be chosen again.
 #pragma once
 
+#include "hullkit/fields.h"
 #include "hullkit/pool_spec.h"
 
 namespace hullkit {
@@ -15,6 +16,7 @@ struct SiftParams {
   double alpha;              // stop after step t if sqrt(variance) > 1 / (alpha t); 0: never
   int64_t max_multiplicity;  // a candidate is chosen at most so often, >= 1
 };
+HULLKIT_FIELDS(SiftParams, total, noise, alpha, max_multiplicity)
 
 // S >= min(total, number of valid candidates): every chosen candidate has a place.
 struct SiftResult {
@@ -24,6 +26,7 @@ struct SiftResult {
   TensorView counts;     // [B, S] int64, how often each was chosen; 0 = padding
   TensorView num_steps;  // [B] int64
 };
+HULLKIT_FIELDS(SiftResult, order, variance, indices, counts, num_steps)
 
 // query [B, d], or [B, m, d]: prompts of m vectors, whose variances add up.
 // Fewer than total / max_multiplicity valid candidates are a ValueError.
@@ -40,6 +43,6 @@ void sift_cpu(const PoolSpec& pool, const TensorView& query, const SiftParams& p
 // variance NaN. workspace: sift_workspace_bytes; the output is contiguous.
 void sift_cuda(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
                void* workspace, void* stream);
-int64_t sift_workspace_bytes(int64_t batch, int64_t positions, int64_t vectors, int64_t total);
+int64_t sift_workspace_bytes(const PoolSpec& pool, const TensorView& query, const SiftParams& params);
 
 }  // namespace hullkit

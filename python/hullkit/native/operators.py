@@ -1,5 +1,9 @@
 """Every operator of hullkit: schema, CPU and CUDA implementation, fake.
 
+The core declares what an operator takes (csrc/bindings/operations.cpp): its schema is read from
+there, and the records that selections pass are compared with it as they are imported. To read one:
+`print(hullkit.native.operators.frank_wolfe._schema)`.
+
 All are out-variants without a return value: the caller allocates, so buffers can be reused, a fake
 has nothing to get wrong, and `torch.compile(fullgraph=True)` sees only mutated arguments.
 Arguments are batched or unbatched, as in the public functions, which check them.
@@ -18,13 +22,10 @@ from . import kernels
 _LIBRARY = library.Library("hullkit", "DEF")
 
 
-def _operator(
-    schema: str, cpu: Callable[..., None], cuda: Callable[..., None]
-) -> Callable[..., None]:
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, cuda, "CUDA")
+def _operator(name: str) -> Callable[..., None]:
+    _LIBRARY.define(kernels.schema(name))
+    _LIBRARY.impl(name, kernels.cpu_kernel(name), "CPU")
+    _LIBRARY.impl(name, kernels.cuda_kernel(name), "CUDA")
     library.register_fake(f"hullkit::{name}", _fake, lib=_LIBRARY)
     overload: Callable[..., None] = getattr(torch.ops.hullkit, name).default
     return overload
@@ -34,67 +35,24 @@ def _fake(*_: Any) -> None:
     """Outputs are arguments: there is nothing to shape."""
 
 
-# pool [n, d] or [B, n, d]; query [d] or [B, d]; lengths [] or [B]; candidates [n] or [B, n]
-lmo = _operator(
-    "lmo(Tensor pool, Tensor direction, Tensor? lengths, Tensor? candidates,"
-    " Tensor(a!) index, Tensor(b!) value) -> ()",
-    kernels.lmo_cpu,
-    kernels.lmo_cuda,
-)
+lmo = _operator("lmo")
+knn = _operator("knn")
+duplicates = _operator("duplicates")
+frank_wolfe = _operator("frank_wolfe")
+select = _operator("select")
+sift = _operator("sift")
+round_multiplicities = _operator("round_multiplicities")
+apportion = _operator("apportion")
 
-knn = _operator(
-    "knn(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates,"
-    " Tensor(a!) indices, Tensor(b!) values) -> ()",
-    kernels.knn_cpu,
-    kernels.knn_cuda,
-)
 
-duplicates = _operator(
-    "duplicates(Tensor pool, Tensor? lengths, Tensor? candidates, float eps,"
-    " Tensor(a!) representatives) -> ()",
-    kernels.duplicates_cpu,
-    kernels.duplicates_cuda,
-)
+def check_arguments(operation: str, *parts: Any) -> None:
+    """Raises ImportError unless `parts` name the operation's arguments in their order.
 
-frank_wolfe = _operator(
-    "frank_wolfe(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates,"
-    " int max_support, int max_iters, float tol, float gap_tol, int variant, float max_weight,"
-    " Tensor(a!) indices, Tensor(b!) weights, Tensor(c!) support_size, Tensor(d!) residual_norm,"
-    " Tensor(e!) dual_gap, Tensor(f!) num_iters, Tensor(g!) status) -> ()",
-    kernels.frank_wolfe_cpu,
-    kernels.frank_wolfe_cuda,
-)
-
-select = _operator(
-    "select(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates,"
-    " int max_support, int max_iters, float tol, float gap_tol, int variant, float max_weight,"
-    " int total, int exchange_passes, int max_multiplicity,"
-    " Tensor(a!) indices, Tensor(b!) weights, Tensor(c!) support_size, Tensor(d!) residual_norm,"
-    " Tensor(e!) dual_gap, Tensor(f!) num_iters, Tensor(g!) status,"
-    " Tensor(h!) counts, Tensor(i!) counts_residual_norm) -> ()",
-    kernels.select_cpu,
-    kernels.select_cuda,
-)
-
-# query [d], [B, d] or [B, m, d]
-sift = _operator(
-    "sift(Tensor pool, Tensor query, Tensor? lengths, Tensor? candidates, int total, float noise,"
-    " float alpha, int max_multiplicity, Tensor(a!) order, Tensor(b!) variance, Tensor(c!) indices,"
-    " Tensor(d!) counts, Tensor(e!) num_steps) -> ()",
-    kernels.sift_cpu,
-    kernels.sift_cuda,
-)
-
-round_multiplicities = _operator(
-    "round_multiplicities(Tensor pool, Tensor query, Tensor indices, Tensor weights,"
-    " Tensor? candidates, int total, int exchange_passes, int max_multiplicity,"
-    " Tensor(a!) counts) -> ()",
-    kernels.round_multiplicities_cpu,
-    kernels.round_multiplicities_cuda,
-)
-
-apportion = _operator(
-    "apportion(Tensor weights, int total, Tensor(a!) counts) -> ()",
-    kernels.apportion_cpu,
-    kernels.apportion_cuda,
-)
+    parts: classes of named tuples, passed as `*record`, and names of single arguments.
+    """
+    given = [
+        name for part in parts for name in ((part,) if isinstance(part, str) else part._fields)
+    ]
+    expected = [*kernels.argument_names(operation)]
+    if given != expected:
+        raise ImportError(f"hullkit.{operation}: expected arguments {expected}, got {given}")

@@ -6,14 +6,17 @@ like the operators they take batched and unbatched arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..native.kernels import STATUSES, VARIANTS, argument_names
 from . import apportion as _apportion
 from . import duplicates as _duplicates
 from . import frank_wolfe as _frank_wolfe
@@ -23,8 +26,26 @@ from . import round_multiplicities as _round_multiplicities
 from . import sift as _sift
 from .lmo import Array
 
-_STATUS_CODES = {"CONVERGED": 0, "MAX_SUPPORT": 1, "MAX_ITERS": 2, "STALLED": 3, "GAP_TOL": 5}
-_VARIANTS = ("vanilla", "away", "pairwise", "fully_corrective")
+_VARIANTS = {code: name for name, code in VARIANTS.items()}
+
+
+def _operator(oracle: Callable[..., None]) -> Callable[..., None]:
+    """`oracle`, called as the operator of its name: it gets every argument by name.
+
+    ImportError unless the two take the same arguments. `**options` stands for any more.
+    """
+    names = argument_names(oracle.__name__)
+    parameters = inspect.signature(oracle).parameters.values()
+    named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    if not named <= set(names) or (len(named) == len(parameters) and named != set(names)):
+        raise ImportError(f"{oracle.__name__}: expected arguments {names}, got {sorted(named)}")
+
+    @wraps(oracle)
+    def run(*arguments: Any, **by_name: Any) -> None:
+        by_place = dict(zip(names[: len(arguments)], arguments, strict=True))
+        oracle(**by_place, **by_name)
+
+    return run
 
 
 class _Problem(NamedTuple):
@@ -85,6 +106,7 @@ def _fill(out: Tensor, values: Array | NDArray[np.int64], padding: float) -> Non
     out[: len(values)] = torch.from_numpy(np.ascontiguousarray(values)).to(out.device)
 
 
+@_operator
 def lmo(
     pool: Tensor,
     direction: Tensor,
@@ -99,6 +121,7 @@ def lmo(
         index[b] = int(problem.positions[best])
 
 
+@_operator
 def knn(
     pool: Tensor,
     query: Tensor,
@@ -114,6 +137,7 @@ def knn(
         _fill(values[b], products, -np.inf)
 
 
+@_operator
 def duplicates(
     pool: Tensor,
     lengths: Tensor | None,
@@ -131,14 +155,12 @@ def duplicates(
         ).to(pool.device)
 
 
+@_operator
 def frank_wolfe(
     pool: Tensor,
     query: Tensor,
     lengths: Tensor | None,
     candidates: Tensor | None,
-    max_support: int,
-    max_iters: int,
-    tol: float,
     gap_tol: float,
     variant: int,
     max_weight: float,
@@ -149,6 +171,7 @@ def frank_wolfe(
     dual_gap: Tensor,
     num_iters: Tensor,
     status: Tensor,
+    **options: Any,
 ) -> None:
     indices, weights = _entries(indices, weights, rank=1)
     scalars = _entries(support_size, residual_norm, dual_gap, num_iters, status, rank=0)
@@ -161,12 +184,10 @@ def frank_wolfe(
         outcome = _frank_wolfe(
             problem.pool,
             problem.query,
-            max_support,
-            max_iters,
-            tol,
             gap_tol=None if gap_tol < 0 else gap_tol,
             variant=_VARIANTS[variant],
             max_weight=max_weight,
+            **options,
         )
         _fill(indices[b], problem.positions[outcome.indices], -1)
         _fill(weights[b], outcome.weights, 0)
@@ -175,62 +196,62 @@ def frank_wolfe(
             outcome.residual_norm,
             outcome.dual_gap,
             outcome.num_iters,
-            _STATUS_CODES[outcome.status],
+            STATUSES[outcome.status],
         )
         for out, scalar in zip(scalars, certificates, strict=True):
             out[b] = scalar
 
 
+@_operator
 def select(
     pool: Tensor,
     query: Tensor,
     lengths: Tensor | None,
     candidates: Tensor | None,
-    max_support: int,
-    max_iters: int,
-    tol: float,
-    gap_tol: float,
-    variant: int,
-    max_weight: float,
     total: int,
     exchange_passes: int,
     max_multiplicity: int,
     indices: Tensor,
     weights: Tensor,
-    *certificates_and_counts: Tensor,
+    counts: Tensor,
+    counts_residual_norm: Tensor,
+    **options_and_certificates: Any,
 ) -> None:
-    *certificates, counts, counts_residual_norm = certificates_and_counts
-    inputs = (pool, query, lengths, candidates)
-    for b, problem in _problems(*inputs):
+    problems: dict[str, Any] = {
+        "pool": pool,
+        "query": query,
+        "lengths": lengths,
+        "candidates": candidates,
+    }
+    for b, problem in _problems(**problems):
         if max_multiplicity * len(problem.pool) < total:
             raise ValueError(
                 f"max_multiplicity: expected at least {-(-total // len(problem.pool))} for a total "
                 f"of {total} over the {len(problem.pool)} candidates of entry {b}, "
                 f"got {max_multiplicity}"
             )
-    frank_wolfe(
-        *inputs,
-        max_support,
-        max_iters,
-        tol,
-        gap_tol,
-        variant,
-        max_weight,
-        indices,
-        weights,
-        *certificates,
+    support = {"indices": indices, "weights": weights}
+    frank_wolfe(**problems, **support, **options_and_certificates)
+    round_multiplicities(
+        pool=pool,
+        query=query,
+        candidates=candidates,
+        **support,
+        total=total,
+        exchange_passes=exchange_passes,
+        max_multiplicity=max_multiplicity,
+        counts=counts,
     )
-    rounding = (total, exchange_passes, max_multiplicity)
-    round_multiplicities(pool, query, indices, weights, candidates, *rounding, counts)
     indices, counts = _entries(indices, counts, rank=1)
     (norms,) = _entries(counts_residual_norm, rank=0)
-    for b, problem in _problems(*inputs):
+    for b, problem in _problems(**problems):
         used = indices[b] >= 0
-        support = np.searchsorted(problem.positions, indices[b, used].cpu().numpy())
+        places = np.searchsorted(problem.positions, indices[b, used].cpu().numpy())
         shares = counts[b, used].cpu().numpy() / total
-        norms[b] = float(np.linalg.norm(problem.query - shares @ problem.pool[support]))
+        norms[b] = float(np.linalg.norm(problem.query - shares @ problem.pool[places]))
 
 
+@_operator
 def sift(
     pool: Tensor,
     query: Tensor,
@@ -286,6 +307,7 @@ def _weights(tensor: Tensor) -> Array:
     return values
 
 
+@_operator
 def round_multiplicities(
     pool: Tensor,
     query: Tensor,
@@ -318,6 +340,7 @@ def round_multiplicities(
         _fill(counts[b], result, 0)
 
 
+@_operator
 def apportion(weights: Tensor, total: int, counts: Tensor) -> None:
     weights, counts = _entries(weights, counts, rank=1)
     for b in range(weights.shape[0]):

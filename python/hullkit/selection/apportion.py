@@ -10,6 +10,8 @@ from ..native import operators
 from ..reference import batched
 from ._arrays import takes_arrays
 
+operators.check_arguments("apportion", "weights", "total", "counts")
+
 
 @takes_arrays
 def apportion(weights: Tensor, total: int, *, backend: str | None = None) -> Tensor:

@@ -13,6 +13,8 @@ from ..reference import batched
 from ._arrays import takes_arrays
 from ._problem import check_pool_query
 
+operators.check_arguments("duplicates", "pool", "lengths", "candidates", "eps", "representatives")
+
 
 @takes_arrays
 def duplicates(

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_device, check_int, check_number
 from ..native import operators
+from ..native.kernels import VARIANTS
 from ..reference import batched
 from ._arrays import takes_arrays
 from ._problem import Problem, check_pool_query
-from .results import VARIANTS, FrankWolfeResult
+from .results import FrankWolfeResult
+
+
+class FrankWolfeOptions(NamedTuple):
+    """Checked options as the operators take them."""
+
+    max_support: int
+    max_iters: int
+    tol: float
+    gap_tol: float  # -inf: off
+    variant: int
+    max_weight: float
+
+
+operators.check_arguments("frank_wolfe", Problem, FrankWolfeOptions, FrankWolfeResult)
 
 
 @takes_arrays
@@ -128,12 +144,12 @@ def frank_wolfe_options(
     gap_tol: float | None,
     variant: str,
     max_weight: float,
-) -> tuple[tuple[int, int, float, float, int, float], FrankWolfeResult]:
-    """Checked options as the operators take them, and the outputs to fill."""
+) -> tuple[FrankWolfeOptions, FrankWolfeResult]:
+    """Checked options, and the outputs to fill."""
     check_int("max_iters", max_iters, 0)
     tol = check_number("tol", tol, 0.0)
     gap_tol = -math.inf if gap_tol is None else check_number("gap_tol", gap_tol, 0.0)
-    check_choice("variant", variant, VARIANTS)
+    check_choice("variant", variant, tuple(VARIANTS))
     at_start = 1  # rows touched, and by each iteration:
     by_step = 1
     if max_weight < 1.0:
@@ -161,4 +177,12 @@ def frank_wolfe_options(
         num_iters=torch.empty_like(count),
         status=torch.empty_like(count),
     )
-    return (max_support, max_iters, tol, gap_tol, VARIANTS.index(variant), max_weight), out
+    options = FrankWolfeOptions(
+        max_support=max_support,
+        max_iters=max_iters,
+        tol=tol,
+        gap_tol=gap_tol,
+        variant=VARIANTS[variant],
+        max_weight=max_weight,
+    )
+    return options, out

@@ -9,8 +9,10 @@ from .._checks import check_device, check_int
 from ..native import operators
 from ..reference import batched
 from ._arrays import takes_arrays
-from ._problem import check_pool_query
+from ._problem import Problem, check_pool_query
 from .results import KNNResult
+
+operators.check_arguments("knn", Problem, KNNResult)
 
 
 @takes_arrays

@@ -12,6 +12,8 @@ from ._arrays import takes_arrays
 from ._problem import check_pool_query
 from .results import LMOResult
 
+operators.check_arguments("lmo", "pool", "direction", "lengths", "candidates", LMOResult)
+
 
 @takes_arrays
 def lmo(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..native.kernels import STATUSES
+
 
 class Status(IntEnum):
     """Why a Frank-Wolfe run ended; `FrankWolfeResult.status` holds these numbers."""
@@ -21,7 +23,8 @@ class Status(IntEnum):
     GAP_TOL = 5  # dual gap <= gap_tol
 
 
-VARIANTS = ("vanilla", "away", "pairwise", "fully_corrective")  # in the order of their codes
+if {status.name: status.value for status in Status} != STATUSES:
+    raise ImportError(f"hullkit.Status: expected {STATUSES}, as compiled, got {list(Status)}")
 
 
 class LMOResult(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,22 @@ from .apportion import as_float64
 
 if TYPE_CHECKING:
     from .results import FrankWolfeResult
+
+
+class RoundingOptions(NamedTuple):
+    """Checked options as the operators take them."""
+
+    total: int
+    exchange_passes: int
+    max_multiplicity: int
+
+
+operators.check_arguments(
+    "round_multiplicities",
+    *("pool", "query", "indices", "weights", "candidates"),
+    RoundingOptions,
+    "counts",
+)
 
 
 @takes_arrays
@@ -92,9 +108,7 @@ def round_multiplicities(
         indices.contiguous(),
         as_float64(weights),
         problem.candidates,
-        total,
-        exchange_passes,
-        cap,
+        *RoundingOptions(total, exchange_passes, cap),
         counts,
     )
     return counts

@@ -23,15 +23,23 @@ from ..reference import batched, ladder
 from ._arrays import takes_arrays
 from ._problem import Problem, check_pool_query
 from .duplicates import duplicates
-from .frank_wolfe import frank_wolfe_options
+from .frank_wolfe import FrankWolfeOptions, frank_wolfe_options
 from .knn import knn
 from .results import FrankWolfeResult, KNNResult, Multiset, SIFTResult
+from .round_multiplicities import RoundingOptions
 from .sift import sift
 
 # total="auto". bench/quality/selection.py --calibrate: of these the largest, in steps of 0.01, that
 # keeps 90 % of what MAX updates gain, with and without a cap.
 ALPHA = 0.08
 MAX = 50
+
+
+operators.check_arguments(
+    "select",
+    *(Problem, FrankWolfeOptions, RoundingOptions, FrankWolfeResult),
+    *("counts", "counts_residual_norm"),
+)
 
 
 @takes_arrays
@@ -150,7 +158,8 @@ def select(
         counts = torch.empty_like(result.indices)
         residual_norm = torch.empty_like(result.residual_norm)
         run: Callable[..., None] = operators.select if backend is None else batched.select
-        run(*problem, *options, most, exchange_passes, cap, *result, counts, residual_norm)
+        rounding = RoundingOptions(most, exchange_passes, cap)
+        run(*problem, *options, *rounding, *result, counts, residual_norm)
         if alpha is not None:  # auto: alone it is SIFT's
             counts, totals = _rounded_to_auto(
                 problem, result, counts, most, alpha, exchange_passes, cap, backend
@@ -207,7 +216,7 @@ def _rounded_to_auto(
     totals = torch.full_like(result.num_iters, max_total)
     for total in reversed(ladder(max_total)[:-1]):
         rounded = torch.empty_like(counts)
-        run(*inputs, total, exchange_passes, min(cap, total), rounded)
+        run(*inputs, *RoundingOptions(total, exchange_passes, min(cap, total)), rounded)
         enough = result.residual_norm > 1.0 / (alpha * total)
         counts = torch.where(enough[..., None], rounded, counts)
         totals = torch.where(enough, total, totals)

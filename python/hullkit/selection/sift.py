@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,20 @@ from .._checks import check_cap, check_device, check_positive, check_total
 from ..native import operators
 from ..reference import batched
 from ._arrays import takes_arrays
-from ._problem import check_pool_query
+from ._problem import Problem, check_pool_query
 from .results import SIFTResult
+
+
+class SIFTOptions(NamedTuple):
+    """Checked options as the operator takes them."""
+
+    total: int
+    noise: float
+    alpha: float  # 0: never stop before `total`
+    max_multiplicity: int
+
+
+operators.check_arguments("sift", Problem, SIFTOptions, SIFTResult)
 
 
 @takes_arrays
@@ -82,5 +96,5 @@ def sift(
         num_steps=problem.empty(torch.int64),
     )
     run = operators.sift if backend is None else batched.sift
-    run(*problem, total, noise, alpha, cap, *out)
+    run(*problem, *SIFTOptions(total, noise, alpha, cap), *out)
     return out

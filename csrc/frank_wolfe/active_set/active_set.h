@@ -2,8 +2,9 @@
 // GPU's block of threads. All state is weights and scores of the candidates; sums are over touched vertices, in order.
 #pragma once
 
+#include "frank_wolfe/active_set/cholesky.h"
 #include "frank_wolfe/capped_simplex.h"
-#include "frank_wolfe/cholesky.h"
+#include "frank_wolfe/step.h"
 
 namespace hullkit {
 
@@ -50,8 +51,8 @@ class ActiveSetRun {
         find_vertex();
         if (vertex_score_ - residual_iterate_ <= params_.gap_tol) return Status::kGapTol;
       }
-      const Status status = step();
-      if (status != Status::kMaxIters) return status;
+      const Step step = this->step();
+      if (step != Step::kContinue) return static_cast<Status>(step);
       ++num_iters_;
     }
     return support_full() ? Status::kMaxSupport : Status::kMaxIters;
@@ -136,8 +137,8 @@ class ActiveSetRun {
     return std::sqrt(larger(squared, 0.0)) < params_.tol;
   }
 
-  // One iteration; kMaxIters if it may go on.
-  HULLKIT_DEVICE Status step() {
+  // One iteration.
+  HULLKIT_DEVICE Step step() {
     switch (params_.variant) {
       case Variant::kVanilla:
         return capped_step();
@@ -151,11 +152,11 @@ class ActiveSetRun {
   }
 
   // Towards the LMO's answer, a mean of k candidates.
-  HULLKIT_DEVICE Status capped_step() {
+  HULLKIT_DEVICE Step capped_step() {
     const int n = p_.size(), k = static_cast<int>(simplex_.size);
     int fresh = 0;
     for (int r = 0; r < k; ++r) fresh += m_.slot[m_.vertex[r]] < 0;
-    if (num_touched_ + fresh > params_.max_support) return Status::kMaxSupport;
+    if (num_touched_ + fresh > params_.max_support) return Step::kMaxSupport;
     for (int r = 0; r < k; ++r) touch(m_.vertex[r]);
     double* const products = m_.direction;
     p_.each(0, n, [&](int j) { products[j] = 0.0; });
@@ -173,7 +174,7 @@ class ActiveSetRun {
     const double iterate_squared = query_iterate_ - residual_iterate_;
     const double length_squared = vertex_squared - 2.0 * vertex_iterate + iterate_squared;
     const double slope = vertex_score_ - residual_iterate_;
-    if (length_squared < kStalledSquaredNorm || slope <= gain()) return Status::kStalled;
+    if (length_squared < kStalledSquaredNorm || slope <= gain()) return Step::kStalled;
     const double step = smaller(slope / length_squared, 1.0);
     p_.sync();
     p_.each(0, n, [&](int j) {
@@ -184,7 +185,7 @@ class ActiveSetRun {
       double& weight = m_.weights[m_.vertex[r]];
       weight = smaller(weight + step * vertex_weight(r), simplex_.cap);
     });
-    return Status::kMaxIters;
+    return Step::kContinue;
   }
 
   // The touched vertex with the least score among those with weight.
@@ -198,10 +199,10 @@ class ActiveSetRun {
     return worst;
   }
 
-  HULLKIT_DEVICE Status away_step() {
+  HULLKIT_DEVICE Step away_step() {
     const int best = m_.vertex[0], worst = this->worst();
     const double toward = vertex_score_ - residual_iterate_, away = residual_iterate_ - m_.scores[worst];
-    if (toward <= gain()) return Status::kStalled;
+    if (toward <= gain()) return Step::kStalled;
     const bool forward = toward >= away;
     const int i = forward ? best : worst;
     touch(i);
@@ -219,14 +220,14 @@ class ActiveSetRun {
       m_.weights[j] = j != i ? moved : dropped ? 0.0 : larger(moved + share, 0.0);
       m_.scores[j] = (1.0 - share) * m_.scores[j] + share * (p_.base(j) - static_cast<double>(column[j]));
     });
-    return Status::kMaxIters;
+    return Step::kContinue;
   }
 
-  HULLKIT_DEVICE Status pairwise_step() {
+  HULLKIT_DEVICE Step pairwise_step() {
     const auto best = p_.best([&](int i) { return m_.weights[i] < simplex_.cap ? m_.scores[i] : -INFINITY; });
     const int to = best.index, from = worst();
     const double slope = best.value - m_.scores[from];
-    if (to < 0 || slope <= gain()) return Status::kStalled;
+    if (to < 0 || slope <= gain()) return Step::kStalled;
     touch(to);
     const auto* const gained = p_.column(to);
     const auto* const lost = p_.column(from);
@@ -241,11 +242,11 @@ class ActiveSetRun {
       m_.weights[to] = step == room ? simplex_.cap : m_.weights[to] + step;
       m_.weights[from] = step == own ? 0.0 : own - step;
     });
-    return Status::kMaxIters;
+    return Step::kContinue;
   }
 
   // Frees the candidate that gains most, from 0 or from the cap, and solves for all that are free.
-  HULLKIT_DEVICE Status corrective_step() {
+  HULLKIT_DEVICE Step corrective_step() {
     if (factor_.size() == 0) {  // all weights are at a bound: the cheapest of them is what another may take from
       join(worst());
     }
@@ -264,12 +265,12 @@ class ActiveSetRun {
       entering = rise >= fall ? up.index : down.index;
       join(entering);
     } else if (most - least <= gain()) {
-      return Status::kStalled;
+      return Step::kStalled;
     }
     const bool moved = correct();
     p_.subtract_iterate(m_.touched, m_.weights, num_touched_, m_.scores);
     // Another's bound may have kept it from moving, but that one has left.
-    return moved || (entering >= 0 && m_.is_free[entering]) ? Status::kMaxIters : Status::kStalled;
+    return moved || (entering >= 0 && m_.is_free[entering]) ? Step::kContinue : Step::kStalled;
   }
 
   HULLKIT_DEVICE bool at_cap(int i) const { return m_.weights[i] >= simplex_.cap && !m_.is_free[i]; }

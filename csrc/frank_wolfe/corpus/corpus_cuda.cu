@@ -3,9 +3,10 @@
 // are launched as there may be, and those that no prompt of a group needs end at once.
 #include <cmath>
 
-#include "cuda/launch.cuh"
-#include "cuda/residual.cuh"
-#include "cuda/scan_pass.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/scan/residual.cuh"
+#include "cuda/scan/scan_pass.cuh"
+#include "frank_wolfe/frank_wolfe_cuda.h"
 #include "frank_wolfe/output.cuh"
 
 namespace hullkit {
@@ -291,12 +292,12 @@ __global__ void __launch_bounds__(kStepThreads)
 
 }  // namespace
 
-int64_t corpus_workspace_bytes(int64_t batch, int64_t positions, int64_t dim, int64_t width) {
-  return Workspace(nullptr, batch, positions, dim, width).end;
+int64_t corpus_workspace_bytes(const PoolSpec& pool, const FrankWolfeResult& result) {
+  return Workspace(nullptr, pool.batch(), pool.positions(), pool.dim(), result.indices.shape[1]).end;
 }
 
-void frank_wolfe_corpus_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
-                             const FrankWolfeResult& result, void* memory, void* stream) {
+void corpus_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
+                 const FrankWolfeResult& result, void* memory, void* stream) {
   const int64_t batch = pool.batch(), dim = pool.dim(), width = result.indices.shape[1];
   const Workspace workspace(memory, batch, pool.positions(), dim, width);
   const FrankWolfeOutput out(result);

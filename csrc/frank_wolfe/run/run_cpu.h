@@ -10,9 +10,10 @@
 #include <type_traits>
 #include <vector>
 
-#include "frank_wolfe/gram_columns.h"
+#include "frank_wolfe/step.h"
 #include "frank_wolfe/support.h"
 #include "hullkit/frank_wolfe.h"
+#include "pool/gram_columns.h"
 #include "pool/pool_rows.h"
 #include "simd/simd.h"
 
@@ -40,8 +41,8 @@ class FrankWolfeRun {
       const double residual = refined(query_squared_ - 2.0 * query_iterate_ + iterate_squared_,
                                       [this] { return support_.minus_iterate(query_).squared; });
       if (std::sqrt(std::max(residual, 0.0)) < params_.tol) return Status::kConverged;
-      const Status status = step();
-      if (status != Status::kMaxIters) return status;
+      const Step step = this->step();
+      if (step != Step::kContinue) return static_cast<Status>(step);
       if (support_full()) return Status::kMaxSupport;
     }
     return Status::kMaxIters;
@@ -86,11 +87,11 @@ class FrankWolfeRun {
     best_ = simd().advance(scores_.data(), nearest.target, 1.0, n);
   }
 
-  // One LMO answer (already in best_), line search and move; kMaxIters if it may go on.
-  Status step() {
+  // One LMO answer (already in best_), line search and move.
+  Step step() {
     const int64_t vertex = best_;
     const double slope = scores_[vertex] - (query_iterate_ - iterate_squared_);  // the dual gap
-    if (slope <= params_.gap_tol) return Status::kGapTol;
+    if (slope <= params_.gap_tol) return Step::kGapTol;
     const bool fresh = slot_[vertex] < 0;
     const Vertex known = fresh ? examine(vertex, scores_.data()) : vertices_[slot_[vertex]];
     scale_squared_ = std::max(scale_squared_, known.squared);
@@ -99,7 +100,7 @@ class FrankWolfeRun {
       std::vector<T> buffer(rows_.dim());
       return support_.minus_iterate(rows_.row(vertex, buffer.data())).squared;
     });
-    if (length_squared < kStalledSquaredNorm) return Status::kStalled;
+    if (length_squared < kStalledSquaredNorm) return Step::kStalled;
     const double step = std::min(std::max(slope / length_squared, 0.0), 1.0);
 
     const double keep = 1.0 - step;
@@ -111,7 +112,7 @@ class FrankWolfeRun {
         keep * keep * iterate_squared_ + 2.0 * step * keep * vertex_iterate + step * step * known.squared;
     if (!support_full()) best_ = simd().advance(scores_.data(), known.target, step, rows_.size());
     ++num_iters_;
-    return Status::kMaxIters;
+    return Step::kContinue;
   }
 
   // A squared length from the recurrences carries an error of about eps times the largest squared norm that

@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/device_pool.cuh"
-#include "cuda/gram.h"
-#include "cuda/group.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/prompt.cuh"
-#include "frank_wolfe/active_set.h"
+#include "cuda/gram/gram.h"
+#include "cuda/primitives/device_pool.cuh"
+#include "cuda/primitives/group.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/threads.h"
+#include "frank_wolfe/active_set/active_set.h"
 #include "frank_wolfe/frank_wolfe_cuda.h"
 #include "frank_wolfe/output.cuh"
 
@@ -224,9 +224,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t active_set_workspace_bytes(int64_t batch, int64_t positions, int64_t width) {
-  const int64_t factor = width * (width + 1) / 2 * static_cast<int64_t>(sizeof(double));
-  return gram_batch(batch, positions) * (gram_bytes_of_one(positions) + factor);
+int64_t active_set_workspace_bytes(const PoolSpec& pool, const FrankWolfeParams& params,
+                                   const FrankWolfeResult& result) {
+  const int64_t n = pool.positions();
+  const ActiveSetLayout layout(n, result.indices.shape[1], params, CappedSimplex(params.max_weight));
+  return gram_batch(pool.batch(), n) * (gram_bytes_of_one(n) + layout.factor * static_cast<int64_t>(sizeof(double)));
 }
 
 void active_set_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,

@@ -1,8 +1,8 @@
 #include <algorithm>
 
+#include "finish/finish.h"
 #include "frank_wolfe/certify.cuh"
 #include "rounding/round.cuh"
-#include "select/finish.h"
 
 namespace hullkit {
 namespace {

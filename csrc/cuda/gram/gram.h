@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/pieces.h"
+#include "cuda/primitives/pieces.h"
 #include "hullkit/pool_spec.h"
 
 namespace hullkit {
@@ -13,7 +13,9 @@ namespace hullkit {
 inline int64_t gram_stride(int64_t n) { return (n + 4) / 4 * 4; }
 inline int64_t gram_bytes_of_one(int64_t n) { return (n + 1) * gram_stride(n) * static_cast<int64_t>(sizeof(double)); }
 
+// Entries that are done at a time, and the memory for their matrices.
 inline int64_t gram_batch(int64_t batch, int64_t n) { return entries_of_piece(batch, gram_bytes_of_one(n)); }
+inline int64_t gram_workspace_bytes(int64_t batch, int64_t n) { return gram_batch(batch, n) * gram_bytes_of_one(n); }
 
 // gram [count, n + 1, gram_stride(n)] of entries first, ..., first + count - 1; rows of what is no candidate are 0.
 // `support` [B, S], optional: its positions are the candidates, n = S. query [B, m, d]: the last m rows are its

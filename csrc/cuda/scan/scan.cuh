@@ -5,8 +5,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cuda/scan_pass.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/primitives/tile.cuh"
+#include "cuda/scan/scan_pass.cuh"
 
 namespace hullkit {
 

@@ -1,5 +1,5 @@
-#include "cuda/group.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/primitives/group.cuh"
+#include "cuda/primitives/launch.cuh"
 #include "hullkit/apportion.h"
 #include "rounding/quotas.cuh"
 

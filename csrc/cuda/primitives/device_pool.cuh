@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "cuda/ptx.cuh"
+#include "cuda/primitives/ptx.cuh"
 #include "hullkit/pool_spec.h"
 
 namespace hullkit {

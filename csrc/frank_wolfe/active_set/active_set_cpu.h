@@ -1,4 +1,4 @@
-// active_set.h for one query on one thread, with the face of frank_wolfe_run.h.
+// active_set.h for one query on one thread, with the face of run_cpu.h.
 #pragma once
 
 #include <limits>
@@ -7,8 +7,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "frank_wolfe/active_set.h"
-#include "frank_wolfe/frank_wolfe_run.h"
+#include "frank_wolfe/active_set/active_set.h"
+#include "frank_wolfe/choose_solver.h"
+#include "frank_wolfe/run/run_cpu.h"
 #include "frank_wolfe/support.h"
 
 namespace hullkit {
@@ -180,7 +181,7 @@ class ActiveSetCpu {
 template <typename T, typename Solved>
 void run_frank_wolfe(const PoolRows<T>& rows, const T* query, const FrankWolfeParams& params, int64_t b,
                      int num_threads, Solved&& solved) {
-  if (params.plain()) {
+  if (choose_solver_cpu(params) == Solver::kRun) {
     FrankWolfeRun<T> run(rows, query, params, num_threads);
     const Status status = run.run();
     solved(run, status);

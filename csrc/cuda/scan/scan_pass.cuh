@@ -1,8 +1,8 @@
 // A pass over every entry's candidates, for what needs their products with one direction only.
 #pragma once
 
-#include "cuda/device_pool.cuh"
-#include "cuda/group.cuh"
+#include "cuda/primitives/device_pool.cuh"
+#include "cuda/primitives/group.cuh"
 
 namespace hullkit {
 

@@ -1,8 +1,8 @@
 #include <algorithm>
 
-#include "cuda/gram.h"
-#include "cuda/launch.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/gram/gram.h"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/primitives/tile.cuh"
 #include "hullkit/frank_wolfe.h"
 
 namespace hullkit {
@@ -89,10 +89,6 @@ __global__ void __launch_bounds__(GramTile<E, kOwn>::kThreads, 2)
 }
 
 }  // namespace
-
-int64_t gram_workspace_bytes(int64_t batch, int64_t positions) {
-  return gram_batch(batch, positions) * gram_bytes_of_one(positions);
-}
 
 void gram_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& support, int64_t first, int64_t count,
                double* gram, void* stream) {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/ptx.cuh"
+#include "cuda/primitives/ptx.cuh"
 
 namespace hullkit {
 

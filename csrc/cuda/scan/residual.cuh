@@ -4,7 +4,7 @@
 // sums of these products.
 #pragma once
 
-#include "cuda/device_pool.cuh"
+#include "cuda/primitives/device_pool.cuh"
 
 namespace hullkit {
 

@@ -1,6 +1,6 @@
-#include "cuda/launch.cuh"
-#include "cuda/residual.cuh"
-#include "cuda/scan.cuh"
+#include "cuda/primitives/launch.cuh"
+#include "cuda/scan/residual.cuh"
+#include "cuda/scan/scan.cuh"
 
 namespace hullkit {
 namespace {

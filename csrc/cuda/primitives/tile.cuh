@@ -3,8 +3,8 @@
 // float32. The order of a sum depends on d alone, so a product has the same bits in any tile, either way round.
 #pragma once
 
-#include "cuda/device_pool.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/primitives/device_pool.cuh"
+#include "cuda/primitives/ptx.cuh"
 
 namespace hullkit {
 

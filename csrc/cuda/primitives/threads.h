@@ -5,8 +5,6 @@
 
 namespace hullkit {
 
-inline constexpr int64_t kMaxOnDevice = 4096;  // candidates of a prompt, or points of a support
-
 // Whole warps for n candidates, `per_thread` to a thread: candidate k * threads + t is thread t's k-th.
 inline int threads_for(int64_t n, int per_thread) {
   const int64_t by_warp = int64_t{32} * per_thread;

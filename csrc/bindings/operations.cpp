@@ -1,0 +1,301 @@
+// Every selection operation: its arguments, in the order of its operator, and the kernels they go to.
+// Shapes: pool [n, d] or [B, n, d]; query [d] or [B, d]; lengths [] or [B]; candidates [n] or [B, n].
+#include <initializer_list>
+#include <utility>
+
+#include "bindings/arguments.h"
+#include "hullkit/apportion.h"
+#include "hullkit/duplicates.h"
+#include "hullkit/knn.h"
+#include "hullkit/lmo.h"
+#include "hullkit/round_multiplicities.h"
+#include "hullkit/select.h"
+#include "hullkit/sift.h"
+
+namespace hullkit {
+namespace {
+
+// What lmo, knn, frank_wolfe, select and sift begin with.
+struct Problem {
+  PoolSpec pool;
+  TensorView query;
+  const TensorView& lead() const { return query; }
+
+  template <typename Visitor>
+  void each(Visitor& visit, const char* query_name = "query") {
+    visit.shared("pool", pool.rows);
+    visit.input(query_name, query);
+    visit.optional("lengths", pool.lengths);
+    visit.optional("candidates", pool.candidates);
+  }
+};
+
+struct Lmo : Problem {
+  static constexpr const char* kName = "lmo";
+  TensorView index, value;  // [B]
+
+  template <typename Visitor>
+  void each_argument(Visitor& visit) {
+    each(visit, "direction");
+    visit.output("index", index);
+    visit.output("value", value);
+  }
+  void cpu(int num_threads) const { lmo_cpu(pool, query, index, value, num_threads); }
+#ifdef HULLKIT_WITH_CUDA
+  int64_t workspace_bytes() const { return lmo_workspace_bytes(pool); }
+  void cuda(void* workspace, void* stream) const { lmo_cuda(pool, query, index, value, workspace, stream); }
+#endif
+};
+
+struct Knn : Problem {
+  static constexpr const char* kName = "knn";
+  TensorView indices, values;  // [B, k]
+
+  template <typename Visitor>
+  void each_argument(Visitor& visit) {
+    each(visit);
+    visit.output("indices", indices);
+    visit.output("values", values);
+  }
+  void cpu(int num_threads) const { knn_cpu(pool, query, indices, values, num_threads); }
+#ifdef HULLKIT_WITH_CUDA
+  int64_t workspace_bytes() const { return knn_workspace_bytes(pool, indices); }
+  void cuda(void* workspace, void* stream) const { knn_cuda(pool, query, indices, values, workspace, stream); }
+#endif
+};
+
+struct Duplicates {
+  static constexpr const char* kName = "duplicates";
+  PoolSpec pool;
+  double eps;
+  TensorView representatives;  // [B, n]
+  const TensorView& lead() const { return representatives; }
+
+  template <typename Visitor>
+  void each_argument(Visitor& visit) {
+    visit.shared("pool", pool.rows);
+    visit.optional("lengths", pool.lengths);
+    visit.optional("candidates", pool.candidates);
+    visit.option("eps", eps);
+    visit.output("representatives", representatives);
+  }
+  void cpu(int num_threads) const { duplicates_cpu(pool, eps, representatives, num_threads); }
+#ifdef HULLKIT_WITH_CUDA
+  int64_t workspace_bytes() const { return duplicates_workspace_bytes(pool); }
+  void cuda(void* workspace, void* stream) const { duplicates_cuda(pool, eps, representatives, workspace, stream); }
+#endif
+};
+
+struct FrankWolfe : Problem {
+  static constexpr const char* kName = "frank_wolfe";
+  FrankWolfeParams params;
+  FrankWolfeResult result;
+
+  template <typename Visitor>
+  void each_argument(Visitor& visit) {
+    each(visit);
+    visit.options(params);
+    visit.outputs(result);
+  }
+  void cpu(int num_threads) const { frank_wolfe_cpu(pool, query, params, result, num_threads); }
+#ifdef HULLKIT_WITH_CUDA
+  int64_t workspace_bytes() const { return frank_wolfe_workspace_bytes(pool, params, result); }
+  void cuda(void* workspace, void* stream) const { frank_wolfe_cuda(pool, query, params, result, workspace, stream); }
+#endif
+};
+
+struct Select : Problem {
+  static constexpr const char* kName = "select";
+  FrankWolfeParams params;
+  RoundingParams rounding;
+  FrankWolfeResult result;
+  TensorView counts;                // [B, S]
+  TensorView counts_residual_norm;  // [B]
+
+  template <typename Visitor>
+  void each_argument(Visitor& visit) {
+    each(visit);
+    visit.options(params);
+    visit.options(rounding);
+    visit.outputs(result);
+    visit.output("counts", counts);
+    visit.output("counts_residual_norm", counts_residual_norm);
+  }
+  void cpu(int num_threads) const {
+    select_cpu(pool, query, params, rounding, result, counts, counts_residual_norm, num_threads);
+  }
+#ifdef HULLKIT_WITH_CUDA
+  int64_t workspace_bytes() const { return select_workspace_bytes(pool, params, result); }
+  void cuda(void* workspace, void* stream) const {
+    select_cuda(pool, query, params, rounding, result, counts, counts_residual_norm, workspace, stream);
+  }
+#endif
+};
+
+struct Sift : Problem {  // query [d], [B, d] or [B, m, d]
+  static constexpr const char* kName = "sift";
+  SiftParams params;
+  SiftResult result;
+
+  template <typename Visitor>
+  void each_argument(Visitor& visit) {
+    each(visit);
+    visit.options(params);
+    visit.outputs(result);
+  }
+  void cpu(int num_threads) const { sift_cpu(pool, query, params, result, num_threads); }
+#ifdef HULLKIT_WITH_CUDA
+  int64_t workspace_bytes() const { return sift_workspace_bytes(pool, query, params); }
+  void cuda(void* workspace, void* stream) const { sift_cuda(pool, query, params, result, workspace, stream); }
+#endif
+};
+
+struct RoundMultiplicities {
+  static constexpr const char* kName = "round_multiplicities";
+  PoolSpec pool;
+  TensorView query, indices, weights;  // [B, d], [B, S], [B, S]
+  RoundingParams rounding;
+  TensorView counts;  // [B, S]
+  const TensorView& lead() const { return query; }
+
+  template <typename Visitor>
+  void each_argument(Visitor& visit) {
+    visit.shared("pool", pool.rows);
+    visit.input("query", query);
+    visit.input("indices", indices);
+    visit.input("weights", weights);
+    visit.optional("candidates", pool.candidates);
+    visit.options(rounding);
+    visit.output("counts", counts);
+  }
+  void cpu(int num_threads) const {
+    round_multiplicities_cpu(pool, query, indices, weights, rounding, counts, num_threads);
+  }
+#ifdef HULLKIT_WITH_CUDA
+  int64_t workspace_bytes() const { return round_multiplicities_workspace_bytes(pool, indices); }
+  void cuda(void* workspace, void* stream) const {
+    round_multiplicities_cuda(pool, query, indices, weights, rounding, counts, workspace, stream);
+  }
+#endif
+};
+
+struct Apportion {
+  static constexpr const char* kName = "apportion";
+  TensorView weights;  // [B, S]
+  int64_t total;
+  TensorView counts;  // [B, S]
+  const TensorView& lead() const { return weights; }
+
+  template <typename Visitor>
+  void each_argument(Visitor& visit) {
+    visit.input("weights", weights);
+    visit.option("total", total);
+    visit.output("counts", counts);
+  }
+  void cpu(int num_threads) const { apportion_cpu(weights, total, counts, num_threads); }
+#ifdef HULLKIT_WITH_CUDA
+  int64_t workspace_bytes() const { return 0; }
+  void cuda(void*, void* stream) const { apportion_cuda(weights, total, counts, stream); }
+#endif
+};
+
+// Where a CPU call runs, and a GPU call.
+struct Threads {
+  int num_threads;
+};
+HULLKIT_FIELDS(Threads, num_threads)
+struct Launch {
+  int64_t workspace, stream;  // addresses
+};
+HULLKIT_FIELDS(Launch, workspace, stream)
+
+// Reads a call: the operation's arguments, then those of `where`.
+template <typename Op, typename... Where>
+Op read(const py::args& arguments, Where&... where) {
+  Op operation{};
+  Reader reader(arguments);
+  operation.each_argument(reader);
+  (reader.options(where), ...);
+  reader.end();
+  Batched batched(operation.lead());
+  operation.each_argument(batched);
+  return operation;
+}
+
+// What Python sees of an operation.
+struct Operation {
+  std::string schema;          // of its operator
+  py::tuple arguments;         // their names
+  py::object cpu;              // (*arguments, num_threads)
+  py::object workspace_bytes;  // (*arguments); None without CUDA, as the next
+  py::object cuda;             // (*arguments, address of the workspace, stream)
+};
+
+template <typename Op>
+void bind(py::dict& operations) {
+  Op operation{};
+  Signature signature;
+  operation.each_argument(signature);
+  py::object workspace_bytes = py::none(), cuda = py::none();
+  const py::cpp_function cpu([](const py::args& arguments) {
+    Threads threads{};
+    const Op call = read<Op>(arguments, threads);
+    const py::gil_scoped_release release;
+    call.cpu(threads.num_threads);
+  });
+#ifdef HULLKIT_WITH_CUDA
+  workspace_bytes = py::cpp_function([](const py::args& arguments) { return read<Op>(arguments).workspace_bytes(); });
+  cuda = py::cpp_function([](const py::args& arguments) {
+    Launch launch{};
+    const Op call = read<Op>(arguments, launch);
+    call.cuda(reinterpret_cast<void*>(launch.workspace), reinterpret_cast<void*>(launch.stream));
+  });
+#endif
+  operations[Op::kName] = Operation{signature.schema(Op::kName), signature.names(), cpu, workspace_bytes, cuda};
+}
+
+// Names to the numbers that cross for them.
+template <typename Enum>
+py::dict codes(std::initializer_list<std::pair<const char*, Enum>> members) {
+  py::dict codes;
+  for (const auto& [name, code] : members) codes[name] = static_cast<int64_t>(code);
+  return codes;
+}
+
+}  // namespace
+
+void bind_operations(py::module_& module) {
+  py::class_<Operation>(module, "Operation")
+      .def_readonly("schema", &Operation::schema)
+      .def_readonly("arguments", &Operation::arguments)
+      .def_readonly("cpu", &Operation::cpu)
+      .def_readonly("workspace_bytes", &Operation::workspace_bytes)
+      .def_readonly("cuda", &Operation::cuda);
+  py::dict operations;
+  bind<Lmo>(operations);
+  bind<Knn>(operations);
+  bind<Duplicates>(operations);
+  bind<FrankWolfe>(operations);
+  bind<Select>(operations);
+  bind<Sift>(operations);
+  bind<RoundMultiplicities>(operations);
+  bind<Apportion>(operations);
+  module.attr("operations") = operations;
+  module.attr("dtypes") = codes<DType>({{"float64", DType::kFloat64},
+                                        {"float32", DType::kFloat32},
+                                        {"float16", DType::kFloat16},
+                                        {"bfloat16", DType::kBFloat16},
+                                        {"int64", DType::kInt64}});
+  module.attr("statuses") = codes<Status>({{"CONVERGED", Status::kConverged},
+                                           {"MAX_SUPPORT", Status::kMaxSupport},
+                                           {"MAX_ITERS", Status::kMaxIters},
+                                           {"STALLED", Status::kStalled},
+                                           {"BROKEN", Status::kBroken},
+                                           {"GAP_TOL", Status::kGapTol}});
+  module.attr("variants") = codes<Variant>({{"vanilla", Variant::kVanilla},
+                                            {"away", Variant::kAway},
+                                            {"pairwise", Variant::kPairwise},
+                                            {"fully_corrective", Variant::kFullyCorrective}});
+}
+
+}  // namespace hullkit

@@ -1,0 +1,14 @@
+// Sizes at which GPU kernels stop. Headers name these constants, error messages print them.
+#pragma once
+
+#include <cstdint>
+
+namespace hullkit {
+
+// Candidates of a prompt that has a Gram matrix, or points of a support.
+inline constexpr int64_t kMaxOnDevice = 4096;
+
+// Neighbours of one query among more than kMaxOnDevice candidates.
+inline constexpr int64_t kMaxNeighbours = 2048;
+
+}  // namespace hullkit
