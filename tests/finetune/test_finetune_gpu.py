@@ -15,6 +15,7 @@ from _models import (
     Before,
     FailingCall,
     PlainLM,
+    distance,
     gpt2,
     injected,
     llama,
@@ -38,13 +39,6 @@ def no_fallback() -> Iterator[None]:
 def adapted_state(tuner: TestTimeFinetuner, examples: Any, counts: Any) -> dict[str, Tensor]:
     with tuner.adapted(examples, counts) as model:
         return state(model)
-
-
-def distance(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Relative, of all weights together (one alone may be noise: GPT-2's key biases are)."""
-    pairs = [(state[n].double(), other[n].double()) for n in state if n != "calls"]
-    squared = sum((a - b).square().sum() for a, b in pairs)
-    return float((squared / sum(b.square().sum() for _, b in pairs)).sqrt())
 
 
 @pytest.mark.parametrize("snapshot", ["device", "host"])

@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     snapshot: str
     rounding: str
     seed: int
+    fuse: bool
 
 
 class ModelPasses:
@@ -41,7 +42,7 @@ class ModelPasses:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
-        self.loss = CausalLoss(model, settings.precision, settings.compile)
+        self.loss = CausalLoss(model, settings.precision, settings.compile, settings.fuse)
         self.captured: CapturedPasses | None = None
         self._not_capturable: str | None = None  # why, once an attempt has failed
 
@@ -114,6 +115,7 @@ class QueryRun:
         self._schedule = schedule
         self._select_seconds = select_seconds
         self._captured: CapturedPasses | None = None
+        self._fused: tuple[str, ...] = ()
 
     def prepare(self, parameters: list[nn.Parameter], buffers: list[Tensor]) -> Weights | None:
         """The memory that keeps base values for captured passes; None where passes run eagerly.
@@ -128,12 +130,14 @@ class QueryRun:
         # Not kept: graphs that the tuner releases in the block give their memory back at once.
         captured, self._captured = self._captured, None
         losses: list[float] | None = None
+        self._passes.loss.fused = ()
         with matmul_precision(self._settings.precision):
             if captured is not None:
                 losses = self._replay(captured, snapshot, clock)
             path = "eager" if losses is None else "captured"
             if losses is None:
                 losses = self._run_eagerly(clock)
+                self._fused = self._passes.loss.fused
         return self._report(path, losses, clock)
 
     def _replay(
@@ -152,6 +156,8 @@ class QueryRun:
         snapshot.restore_state()
         clock.lap("prepare")
         options = adam_options(settings.lr, settings.betas, settings.eps)
+        names = {name for recorded, _ in passes.values() for name in recorded.fused}
+        self._fused = tuple(sorted(names))
         results = captured.run(passes, schedule, options)
         clock.lap("passes")
         for burst, (loss, finite) in zip(schedule, results, strict=True):
@@ -209,6 +215,7 @@ class QueryRun:
             peak_memory=peak_memory(clock.device),
             path=path,
             reason=self._passes.eager_reason(clock.device, self._settings) if eager else None,
+            fused=self._fused,
         )
 
 

@@ -64,7 +64,7 @@ class TestTimeFinetuner:
     loss, a chunk of the logits at a time, and a tied embedding adds to its gradient in place; else
     the gradient takes the place of the logits. The same functions, rounded otherwise. Not where
     `compile` fuses, nor what somebody else has replaced (a module's `forward`, the model's
-    `loss_function`). Captured passes compute gelu and silu again instead of keeping the result.
+    `loss_function`). `last_report.fused` names what passes replaced, `fuse=False` replaces nothing. Captured passes compute gelu and silu again instead of keeping the result.
 
     On a CUDA device passes and their updates are recorded as CUDA graphs, at the first example of a
     length or by :meth:`warmup`, and replayed: launches cost the host next to nothing, and updates
@@ -89,6 +89,8 @@ class TestTimeFinetuner:
             so the first time and again when lengths first differ.
         rounding: of half-precision parameters and their moments after a burst: "stochastic", up or
             down at random in proportion, or "nearest", which loses most of what small steps do.
+        fuse: whether passes may replace a model's methods and functions as described above. With
+            False the model's own run, its loss and last layer too; gradient checkpointing stays on.
         seed: of that noise, a function of seed, parameter's name, update and element: the same
             bits in every run, whatever else is trained.
         snapshot: "device" keeps base weights beside the parameters, "host" in pinned memory of the
@@ -132,6 +134,7 @@ class TestTimeFinetuner:
         snapshot: str = "device",
         rounding: str = "stochastic",
         seed: int = 0,
+        fuse: bool = True,
     ) -> None:
         check_module(model)
         self.model = model
@@ -149,9 +152,11 @@ class TestTimeFinetuner:
         check_choice("rounding", rounding, ROUNDINGS)
         check_choice("capture", capture, (None, True, False))
         check_choice("compile", compile, (True, False))
+        check_choice("fuse", fuse, (True, False))
         self.precision = precision
         self.capture = capture
         self.compile = compile
+        self.fuse = fuse
         self.snapshot = snapshot
         self.rounding = rounding
         self.seed = check_int("seed", seed, 0, (1 << 63) - 1)
