@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test bench bench-optim bench-finetune bench-gpu bench-retriever sanitize lint format clean
+.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-retriever sanitize lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python bench/demo/run.py $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/pytest $(ARGS)
+
+docs: $(VENV)/.docs
+	$(BIN)/python docs/tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench.harness.run $(ARGS)
@@ -59,6 +63,11 @@ $(VENV)/.demo: $(VENV)/bin/python constraints.txt $(SOURCES)
 $(VENV)/.test: $(VENV)/bin/python constraints.txt $(SOURCES)
 	$(PIP) '.[test]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(VENV)/bin/python constraints.txt pyproject.toml
+	$(PIP) 'pip>=25.1'
+	$(PIP) --group docs
+	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) '.[lint]'

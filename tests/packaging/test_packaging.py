@@ -264,26 +264,31 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_a_strangers_path(stranger: tuple[Path, Path]) -> None:
-    """From the sdist alone: each snippet of the README and each example."""
+    """From the sdist alone: each snippet of the README and the guides, and each example."""
     python, source = stranger
     script = """
 import pathlib, re, runpy, sys, torch
 import hullkit
 assert pathlib.Path(hullkit.__file__).is_relative_to(sys.prefix), hullkit.__file__
 torch.set_num_threads(1)
-snippets = re.findall(r"^```python\\n(.*?)^```", open("README.md").read(), re.DOTALL | re.MULTILINE)
-for number, snippet in enumerate(snippets):
-    exec(compile(snippet, f"README.md, snippet {number}", "exec"), {})
+snippets = 0
+for page in ["README.md", *sorted(map(str, pathlib.Path("docs/guides").glob("*.md")))]:
+    names, text = {}, open(page).read()
+    for snippet in re.findall(r"^```python\\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        exec(compile(snippet, page, "exec"), names)
+        snippets += 1
 sys.path.insert(0, "examples")
 examples = sorted(pathlib.Path("examples").glob("[0-9]*.py"))
 for example in examples:
     runpy.run_path(str(example), run_name="__main__")
-print("ran", len(snippets), len(examples))
+print("ran", snippets, len(examples))
 """
     done = subprocess.run(
         [str(python), "-c", script], cwd=source, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     examples = list((ROOT / "examples").glob("[0-9]*.py"))
-    snippets = (ROOT / "README.md").read_text().count("\n```python\n")
+    pages = [ROOT / "README.md", *(ROOT / "docs" / "guides").glob("*.md")]
+    snippets = sum(page.read_text().count("\n```python\n") for page in pages)
+    assert snippets > 10
     assert done.stdout.splitlines()[-1] == f"ran {snippets} {len(examples)}"

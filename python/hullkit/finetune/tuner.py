@@ -64,7 +64,8 @@ class TestTimeFinetuner:
     loss, a chunk of the logits at a time, and a tied embedding adds to its gradient in place; else
     the gradient takes the place of the logits. The same functions, rounded otherwise. Not where
     `compile` fuses, nor what somebody else has replaced (a module's `forward`, the model's
-    `loss_function`). `last_report.fused` names what passes replaced, `fuse=False` replaces nothing. Captured passes compute gelu and silu again instead of keeping the result.
+    `loss_function`). `last_report.fused` names what passes replaced, `fuse=False` replaces nothing.
+    Captured passes compute gelu and silu again instead of keeping the result.
 
     On a CUDA device passes and their updates are recorded as CUDA graphs, at the first example of a
     length or by :meth:`warmup`, and replayed: launches cost the host next to nothing, and updates

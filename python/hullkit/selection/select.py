@@ -73,7 +73,7 @@ def select(
     max_total if there is none (`hullkit.reference.auto_total`), and the weights of that one run are
     rounded to T. So updates go where the pool has more to say, about in proportion to 1 / r. It
     saves choosing a total; it was not shown to score better than one total for all prompts with the
-    same mean passes (README).
+    same mean passes (docs: What a selection is worth).
 
     Options of another method must be left alone.
 

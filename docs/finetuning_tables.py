@@ -1,0 +1,306 @@
+"""The generated blocks about finetuning, and the README's table."""
+
+from __future__ import annotations
+
+import statistics
+
+import selection_tables
+from optimizer_tables import H100_STEPS, step
+from rows import H100, Row, figure, find, generated, gib, one, rows, source, table, times
+
+LATEST = {"commit": "0dfcfdf", "device": H100}
+PASSES = {
+    "published": "published",
+    "float32": "hullkit",
+    "tf32": "hullkit, tf32",
+    "bf16": "hullkit, bf16",
+    'bf16, `snapshot="host"`': "hullkit, bf16, host snapshot",
+    "float32, eager": "hullkit eager",
+}
+
+
+def _query(model: str, tokens: str, provider: str) -> Row:
+    shape = f"{model} tokens={tokens} updates=50 gradients=30"
+    return one("gpu", op="finetune", provider=provider, shape=shape, **LATEST)
+
+
+def _finetuned(model: str, lengths: tuple[str, ...], providers: dict[str, str]) -> str:
+    lines = []
+    for name, provider in providers.items():
+        cells: list[str] = []
+        for tokens in lengths:
+            row, published = (_query(model, tokens, p) for p in (provider, "published"))
+            ratio = float(published["p50"]) / float(row["p50"])
+            apart = "" if row is published else times(ratio)
+            cells += [f"{float(row['p50']):.0f}", apart, row["peak_mb"]]
+        lines.append([name, *cells])
+    header = [f"{model}, passes"]
+    for tokens in lengths:
+        header += [f"{tokens} tokens, ms", "times published", "peak MB"]
+    return table(header, lines) + "\n\n" + source(_query(model, lengths[0], "published"))
+
+
+@generated
+def finetune_gpt2() -> str:
+    return _finetuned("GPT-2 small", ("400", "1024"), PASSES)
+
+
+@generated
+def finetune_smollm2() -> str:
+    providers = {name: PASSES[name] for name in ("published", "float32", "bf16")}
+    return _finetuned("smollm2-135m", ("400",), providers)
+
+
+@generated
+def finetune_published_runs() -> str:
+    lines = []
+    for row in find("gpu", op="finetune", provider="published"):
+        wanted = {"shape": row["shape"], "commit": row["commit"], "provider": "hullkit, bf16"}
+        ours = one("gpu", op="finetune", **wanted)
+        ratio = float(row["p50"]) / float(ours["p50"])
+        cells = [f"{float(r['p50']):.0f}" for r in (row, ours)]
+        lines.append([row["shape"], row["commit"], *cells, times(ratio)])
+    return table(["one query, ms", "commit", "published", "bf16", "ratio"], lines, 2)
+
+
+@generated
+def finetune_cpu() -> str:
+    lines = []
+    published = 0.0
+    for row in find("cpu", op="finetune"):
+        model, tokens, *_ = row["shape"].split()
+        if row["provider"] == "published":
+            published = float(row["p50"])
+        name = row["provider"].removeprefix("hullkit").removeprefix(",").strip()
+        ratio = "" if row["provider"] == "published" else times(published / float(row["p50"]))
+        cells = [figure(float(row["p50"]) / 1000), ratio]
+        lines.append([model, tokens, name, row["commit"], *cells])
+    header = ["model", "example", "passes", "commit", "s a query", "times published"]
+    return table(header, lines, 4) + "\n\n" + source(find("cpu", op="finetune")[0])
+
+
+@generated
+def finetune_quality() -> str:
+    lines = []
+    for subset, name in (("python", "Python"), ("sotu", "speeches")):
+        shape = f"{subset} smollm2-135m queries=20 updates=20"
+        cells = []
+        for provider in ("unadapted", "published", "hullkit", "hullkit, bf16"):
+            row = one("gpu", op="bits per byte", provider=provider, shape=shape, **LATEST)
+            cells.append(f"{float(row['p50']):.5f}")
+        lines.append([name, *cells])
+    header = ["mean bits per byte", "unadapted", "published", "float32", "bf16"]
+    row = find("gpu", op="bits per byte", **LATEST)[0]
+    return table(header, lines) + "\n\n" + source(row)
+
+
+@generated
+def half_precision() -> str:
+    base = {
+        (row["subset"], row["query"]): float(row["base_bpb"])
+        for row in find("half_precision", weights="float32")
+    }
+    lines = []
+    for rule, name in (("knn 20", "kNN, 20 updates"), ("hull 40, at most 2", "hull, 40 updates")):
+        for rate in ("5e-05", "0.0001"):
+            cells = []
+            for weights in ("float32", "bfloat16", "float16"):
+                found = find("half_precision", rule=rule, lr=rate, weights=weights)
+                shares = [
+                    100 * float(row["bpb"]) / base[row["subset"], row["query"]] for row in found
+                ]
+                cells.append(f"{statistics.mean(shares):.2f}")
+            lines.append([name, rate, *cells])
+    header = ["selection", "lr", "float32", "bfloat16", "float16"]
+    return table(header, lines, 2) + "\n\n" + source(rows("half_precision")[0])
+
+
+SIZES = {
+    "all weights, float32": ("all, bf16 passes", "float32"),
+    "all weights, bfloat16": ("all, default passes", "bfloat16"),
+    "LoRA": ("LoRA r=16, default passes", "bfloat16"),
+}
+SIZES_RUN = {"commit": "c0127e0"}
+MODELS = ["GPT-2 124M", "SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", "Gemma-2-2B"]
+MODELS += ["Llama-3.2-3B", "Phi-3-mini 3.8B", "Mistral-7B"]
+
+
+def _size(model: str, name: str, op: str = "finetune by size", snapshot: str = "device") -> Row:
+    """An empty row where nothing was measured."""
+    kind, dtype = SIZES[name]
+    start = f"hullkit, {kind}, {snapshot} snapshot, "
+    found = [
+        row
+        for row in find("gpu", op=op, dtype=dtype, **SIZES_RUN)
+        if row["provider"].startswith(start) and row["shape"].startswith(f"{model} parameters=")
+    ]
+    return found[0] if found else {}
+
+
+def _size_cells(row: Row) -> list[str]:
+    """Time and memory; a model whose passes could not be captured says so."""
+    if not row:
+        return ["", ""]
+    if not row["p50"]:
+        return ["out of memory", ""]
+    eager = " (eager)" if ", eager: " in row["provider"] else ""
+    return [f"{float(row['p50']):.0f}{eager}", gib(row["peak_mb"])]
+
+
+def _size_table(models: list[str]) -> str:
+    header = ["model"]
+    for name in SIZES:
+        header += [f"{name}, ms", "GiB"]
+    lines = []
+    for model in models:
+        line = [model]
+        for name in SIZES:
+            line += _size_cells(_size(model, name))
+        lines.append(line)
+    return table(header, lines)
+
+
+@generated
+def model_sizes() -> str:
+    return _size_table(MODELS) + "\n\n" + source(_size(MODELS[0], "LoRA"))
+
+
+@generated
+def model_sizes_short() -> str:
+    return _size_table(["SmolLM2-135M", "Llama-3.2-1B", "Mistral-7B"])
+
+
+@generated
+def host_snapshots() -> str:
+    names = ("all weights, float32", "all weights, bfloat16")
+    header = ["copy of the weights on the host"]
+    for name in names:
+        header += [f"{name}, ms", "GiB"]
+    lines = []
+    for model in MODELS:
+        line = [model]
+        for name in names:
+            line += _size_cells(_size(model, name, snapshot="host"))
+        if any(line[1:]):
+            lines.append(line)
+    return table(header, lines)
+
+
+@generated
+def first_queries() -> str:
+    lines = []
+    for model in MODELS:
+        found = [_size(model, name, "finetune by size, first query") for name in SIZES]
+        lines.append([model, *(figure(float(row["p50"])) if row else "" for row in found)])
+    return table(["model", *(f"{name}, s" for name in SIZES)], lines)
+
+
+@generated
+def model_sizes_old_new() -> str:
+    """Rows of an old build, each with the next one of a new build: they were measured together."""
+    lines = []
+    found = find("gpu", op="finetune by size")
+    for place, old in enumerate(found):
+        if not old["provider"].startswith("old build"):
+            continue
+        wanted = old["provider"].replace("old build", "new build"), old["shape"]
+        new = next(row for row in found[place:] if (row["provider"], row["shape"]) == wanted)
+        what = old["provider"].split(", ")[1]
+        model = old["shape"].partition(" parameters=")[0]
+        builds = f"{old['commit']}, {new['commit']}"
+        cells = [f"{float(row['p50']):.0f}" for row in (old, new)]
+        lines.append([model, what, old["dtype"], builds, *cells])
+    header = ["in one run, ms a query", "trained", "weights", "builds", "old", "new"]
+    return table(header, lines, 4)
+
+
+@generated
+def embeddings() -> str:
+    lines = []
+    for row in rows("embeddings"):
+        score = f"{float(row['% of base']):.1f} ± {float(row['s.e.']):.1f}"
+        lines.append([row["embedding"], row["lr"], row["updates"], row["queries"], score])
+    header = ["embedding", "lr", "updates", "queries", "BPB, % of base ± s.e."]
+    first = rows("embeddings")[0]
+    where = f"{first['device']}, torch {first['torch']}, {first['date']}, `{first['command']}`."
+    return table(header, lines) + "\n\n" + where
+
+
+def _measured(name: str, rival: Row | tuple[Row, str], ours: Row, page: str) -> list[str]:
+    """A line of the README's table."""
+    row, what = rival if isinstance(rival, tuple) else (rival, rival["provider"])
+    values = float(row["p50"]), float(ours["p50"])
+    slow = max(values) > 10_000
+    unit, scale = ("s", 1000) if slow else ("ms", 1)
+    cells = [f"{figure(value / scale)} {unit}" for value in values]
+    ratio = times(values[0] / values[1])
+    device = ours["device"].removesuffix(" 80GB HBM3")
+    link = f"[{device}](docs/results/{page}.md)"
+    return [name, f"{cells[0]} ({what})", cells[1], ratio, link]
+
+
+@generated
+def headline() -> str:
+    gpu = {"dtype": "float32", **selection_tables.GPU}
+    near = "neighbours n=200 d=384 total=50"
+    naive, ours, _ = selection_tables._run("select", near, **selection_tables.CPU)
+    batch = {"shape": "clustered B=512 n=200 d=1024 total=50", **gpu}
+    lines = [
+        _measured("`select`, one prompt, 200 candidates", (naive, "NumPy"), ours, "selection_cpu"),
+        _measured(
+            "`select`, 512 prompts at once",
+            (one("gpu", op="frank_wolfe", provider="naive batched torch", **batch), "eager torch"),
+            one("gpu", op="select", provider="hullkit", **batch),
+            "selection_gpu",
+        ),
+        _measured(
+            "`sift`, one prompt",
+            one("cpu", op="sift", provider="activeft", shape=near),
+            one("cpu", op="sift", provider="hullkit", shape=near),
+            "selection_cpu",
+        ),
+        _measured(
+            "`knn`, one small pool",
+            find("cpu", op="knn", provider="torch", shape="n=200 d=384 k=50", **SMALL)[0],
+            find("cpu", op="knn", provider="hullkit", shape="n=200 d=384 k=50", **SMALL)[0],
+            "selection_cpu",
+        ),
+        *(
+            _measured(
+                f"finetune {name}, 50 updates, {passes}",
+                (_query(model, "400", "published"), "published loop"),
+                _query(model, "400", PASSES[passes]),
+                "finetuning",
+            )
+            for name, model, passes in (
+                ("GPT-2 small", "GPT-2 small", "float32"),
+                ("GPT-2 small", "GPT-2 small", "bf16"),
+                ("SmolLM2-135M", "smollm2-135m", "bf16"),
+            )
+        ),
+        _measured(
+            "finetune SmolLM2-135M on a CPU, bf16",
+            (_on_cpu("published"), "published loop"),
+            _on_cpu("hullkit, bf16"),
+            "finetuning",
+        ),
+        _four_updates(),
+    ]
+    return table(["what", "before", "hullkit", "ratio", "measured on"], lines)
+
+
+SMALL = selection_tables.CPU
+
+
+def _on_cpu(provider: str) -> Row:
+    shape = "smollm2-135m tokens=256 updates=50 gradients=30"
+    return one("cpu", op="finetune", provider=provider, shape=shape)
+
+
+def _four_updates() -> list[str]:
+    names = ("hullkit Adam k=4", "torch fused Adam")
+    ours, torch = (step(H100_STEPS, name) for name in names)
+    four = {**torch, "p50": str(4 * float(torch["p50"]))}
+    return _measured(
+        "`Adam`, four updates with one gradient", (four, "torch, fused"), ours, "optimizers"
+    )

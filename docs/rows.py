@@ -1,0 +1,81 @@
+"""The committed rows of bench/results, and how a figure is written."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+Row = dict[str, str]
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@functools.cache
+def rows(name: str) -> tuple[Row, ...]:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return tuple(csv.DictReader(file))
+
+
+def find(name: str, **wanted: str) -> list[Row]:
+    """Rows of one file whose columns have exactly these values."""
+    return [row for row in rows(name) if all(row[key] == value for key, value in wanted.items())]
+
+
+def one(name: str, **wanted: str) -> Row:
+    """The only such row. More than one, or none, is an error: a table must say what it shows."""
+    found = find(name, **wanted)
+    if len(found) != 1:
+        raise LookupError(f"{name}.csv: expected one row with {wanted}, got {len(found)}")
+    return found[0]
+
+
+def median(name: str, **wanted: str) -> float:
+    return float(one(name, **wanted)["p50"])
+
+
+def mean(found: Iterable[Row], column: str) -> float:
+    return statistics.mean(float(row[column]) for row in found)
+
+
+def figure(value: float, digits: int = 3) -> str:
+    """`digits` significant ones, never in powers of ten."""
+    text = f"{value:#.{digits}g}".rstrip(".")
+    return f"{value:.0f}" if "e" in text else text
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{figure(ratio, 2)}x"
+
+
+def gib(megabytes: str) -> str:
+    return f"{float(megabytes) / 1024:.1f}"
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table; all columns but the first few are right-aligned."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+
+
+def source(row: Row) -> str:
+    """Where rows like this one were measured."""
+    place = [row["device"]]
+    if row["device"].startswith("AMD"):
+        place += [row["simd"]] if row.get("simd") else []
+        place += {"1": ["one thread"], "2": ["two threads"]}.get(row.get("threads", ""), [])
+    torch, commit = f"torch {row['torch']}", f"commit {row['commit']}"
+    return ", ".join([*place, torch, commit, f"`{row['command']}`"]) + "."
+
+
+TABLES: dict[str, Callable[[], str]] = {}
+
+
+def generated(function: Callable[[], str]) -> Callable[[], str]:
+    """Registers a block under its function's name."""
+    TABLES[function.__name__] = function
+    return function

@@ -1,0 +1,42 @@
+"""Tables and pictures of the documentation are what the committed rows and scripts say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_tables_are_those_of_the_rows() -> None:
+    result = run("docs/tables.py", "--check")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_table_is_on_a_page() -> None:
+    scripts = [*(ROOT / "docs").glob("*_tables.py")]
+    defined = {
+        name
+        for script in scripts
+        for name in re.findall(r"^@generated\ndef (\w+)", script.read_text(), re.MULTILINE)
+    }
+    used = {name for page in PAGES for name in re.findall(r"<!-- table: (\w+)", page.read_text())}
+    assert defined == used
+
+
+def test_pictures_are_those_of_the_script() -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'docs'); import pictures;"
+        "sys.exit([p.name for p, s in pictures.drawn().items() if p.read_text() != s] or 0)"
+    )
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
