@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torch_private import raw_stream
+
 try:
     from .. import _core
 except ImportError as error:  # a source tree on sys.path, or a build for another Python
@@ -77,8 +79,7 @@ def _cuda_kernel(name: str, workspace_bytes: Callable[..., int]) -> Callable[...
         size = workspace_bytes(*arguments)
         with torch.cuda.device(device):
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
-            stream = torch._C._cuda_getCurrentRawStream(device.index)
-            native(*map(_native_argument, arguments), workspace.data_ptr(), stream)
+            native(*map(_native_argument, arguments), workspace.data_ptr(), raw_stream(device))
 
     return run
 
@@ -266,8 +267,3 @@ def build_info() -> dict[str, Any]:
     the first call initialises them.
     """
     return _core.build_info()
-
-
-def raw_stream(device: torch.device) -> int:
-    """The stream that copies and kernels of a CUDA device go to now."""
-    return torch._C._cuda_getCurrentRawStream(device.index)  # as torch's own compiled code does
