@@ -1,5 +1,6 @@
 # Each target makes its own .venv; nothing else to know. ARGS="..." goes to the demo or to pytest.
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -11,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python bench/demo/run.py $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/python docs/tables.py --check

@@ -15,6 +15,7 @@ from _models import (
     Before,
     FailingCall,
     PlainLM,
+    distance,
     gpt2,
     injected,
     llama,
@@ -38,13 +39,6 @@ def no_fallback() -> Iterator[None]:
 def adapted_state(tuner: TestTimeFinetuner, examples: Any, counts: Any) -> dict[str, Tensor]:
     with tuner.adapted(examples, counts) as model:
         return state(model)
-
-
-def distance(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Relative, of all weights together (one alone may be noise: GPT-2's key biases are)."""
-    pairs = [(state[n].double(), other[n].double()) for n in state if n != "calls"]
-    squared = sum((a - b).square().sum() for a, b in pairs)
-    return float((squared / sum(b.square().sum() for _, b in pairs)).sqrt())
 
 
 @pytest.mark.parametrize("snapshot", ["device", "host"])
@@ -89,37 +83,38 @@ def test_one_graph_for_each_length_and_a_bound(monkeypatch: pytest.MonkeyPatch) 
     model = llama().cuda()
     tuner = TestTimeFinetuner(model, capture=True)
     tuner.warmup([5, 20])
-    assert tuner._captured is not None
-    (recorded,) = tuner._captured._passes.values()  # bounded by the vocabulary: positions unknown
+    assert tuner._passes.captured is not None
+    # Bounded by the vocabulary: positions are unknown.
+    (recorded,) = tuner._passes.captured._passes.values()
     with tuner.adapted([torch.arange(7)], [3]):
         pass
-    assert list(tuner._captured._passes.values()) == [recorded]
+    assert list(tuner._passes.captured._passes.values()) == [recorded]
     examples = [torch.arange(n) % VOCABULARY for n in (40, 50, 60, 9)]
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
         ours = adapted_state(tuner, [examples[i] for i in order], [2, 1, 1, 1])
         eager = TestTimeFinetuner(model, capture=False)
         theirs = adapted_state(eager, [examples[i] for i in order], [2, 1, 1, 1])
         assert all(torch.allclose(ours[n], theirs[n], rtol=1e-4, atol=1e-5) for n in ours)
-    assert len(tuner._captured._passes) <= 2
+    assert len(tuner._passes.captured._passes) <= 2
 
 
 def test_a_changed_model_is_recorded_again() -> None:
     model = gpt2().cuda()
     tuner = TestTimeFinetuner(model, lr=1e-3, capture=True)
     adapted_state(tuner, texts(), COUNTS)
-    first = tuner._captured
+    first = tuner._passes.captured
     model.half().float()  # other addresses
     assert torch.isfinite(adapted_state(tuner, texts(), COUNTS)["transformer.wte.weight"]).all()
-    assert tuner._captured is not first
-    second = tuner._captured
+    assert tuner._passes.captured is not first
+    second = tuner._passes.captured
     model.transformer.h[0].requires_grad_(False)
     base = state(model)
     changed = adapted_state(tuner, texts(), COUNTS)
-    assert tuner._captured is not second
+    assert tuner._passes.captured is not second
     assert all(torch.equal(changed[n], base[n]) for n in base if ".h.0." in n)
     assert not torch.equal(changed["transformer.wte.weight"], base["transformer.wte.weight"])
     tuner.release()
-    assert tuner._captured is None
+    assert tuner._passes.captured is None
     tuner.lr = 0.0  # read at every query
     tuner.warmup([17])
     same = adapted_state(tuner, texts(), COUNTS)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from _models import Before, gpt2, plain, texts
-from hullkit.finetune import TestTimeFinetuner, adaptation, eager_passes, snapshot
+from hullkit.finetune import TestTimeFinetuner, adaptation, eager_passes, query_run, snapshot
 from hullkit.finetune import tuner as tuner_module
 from hullkit.language_model import fused_modules
 from hullkit.language_model import loss as loss_module
@@ -24,7 +24,7 @@ from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MODULES = (adaptation, snapshot, loss_module, eager_passes, tuner_module)
+MODULES = (adaptation, snapshot, loss_module, eager_passes, query_run, tuner_module)
 SIGNALS = {
     signal.SIGINT: KeyboardInterrupt,
     signal.SIGALRM: TimeoutError,
@@ -125,7 +125,7 @@ def test_signal_at_any_moment(signum: int, opcodes: bool) -> None:
         at_every.run(query, check)
     assert at_every.where >= set(EDGES)
     if not opcodes:
-        assert at_every.where >= {"_run", "_of", "_pass", "reuse", "restore", "__init__"}
+        assert at_every.where >= {"run", "_of", "_pass", "reuse", "restore", "__init__"}
 
 
 @pytest.mark.parametrize("signum", SIGNALS, ids=[s.name for s in SIGNALS])

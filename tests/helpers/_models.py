@@ -108,6 +108,13 @@ def injected(tuner: Any, error: type[BaseException]) -> bool:
     return False
 
 
+def distance(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Relative, of all weights together (one alone may be noise: GPT-2's key biases are)."""
+    pairs = [(state[n].double(), other[n].double()) for n in state if n != "calls"]
+    squared = sum((a - b).square().sum() for a, b in pairs)
+    return float((squared / sum(b.square().sum() for _, b in pairs)).sqrt())
+
+
 def same_bits(tensor: Tensor, other: Tensor) -> bool:
     pair = (t.detach().cpu().numpy().tobytes() for t in (tensor, other))
     return next(pair) == next(pair)

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..native.kernels import WithBlock
-from .report import AdaptReport, Clock, PhaseSeconds, peak_memory
-from .schedule import Reuse
+from .base_weights import Weights
+from .report import AdaptReport, Clock
 from .snapshot import Snapshot, tensors_of
 
-if TYPE_CHECKING:
-    from .tuner import TestTimeFinetuner
+
+class Query(Protocol):
+    """The finetuning that happens on entry, between the snapshot and the body of the block."""
+
+    snapshot_place: str  # "device" or "host"
+
+    def prepare(self, parameters: list[nn.Parameter], buffers: list[Tensor]) -> Weights | None:
+        """Before the snapshot; returns what keeps base values, if not the snapshot itself."""
+
+    def run(self, snapshot: Snapshot, clock: Clock) -> AdaptReport:
+        """Finetunes the model in place."""
+
+
+class KeepsReport(Protocol):
+    """The owner of the latest query's report."""
+
+    last_report: AdaptReport | None
 
 
 class Adaptation(WithBlock):
-    """One with-block of `TestTimeFinetuner.adapted`.
+    """One with-block of `TestTimeFinetuner.adapted`: snapshot, query, the user's code, way back.
 
     A signal's handler may raise at any moment, also as `__exit__` is called, before its first line,
     where no try can catch it. So `__enter__` and `__exit__` are functions of C++: they call the
@@ -28,23 +43,17 @@ class Adaptation(WithBlock):
     it returns.
     """
 
-    def __init__(
-        self,
-        tuner: TestTimeFinetuner,
-        inputs: list[dict[str, Tensor]],
-        schedule: list[Reuse],
-        select_seconds: float | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, query: Query, owner: KeepsReport) -> None:
         super().__init__()
-        self._tuner = tuner
-        self._inputs = inputs
-        self._schedule = schedule
-        self._select_seconds = select_seconds
+        self._model = model
+        self._query = query
+        self._owner = owner
         self._claimed: list[nn.Module] = []
         self._key = object()
         self._keeping = False
         self._settings: _Settings | None = None
         self._snapshot: Snapshot | None = None
+        self._report: AdaptReport | None = None
         self._timed = False
         self._clock: Clock | None = None
         self._failure: Exception | None = None
@@ -58,7 +67,7 @@ class Adaptation(WithBlock):
     def _claim(self) -> None:
         # Modules, not only the model: a wrapper or a part of it shares its weights. In one order
         # for all: of two that begin together, one gets the first module that they share.
-        self._claimed = list(self._tuner.model.modules())
+        self._claimed = list(self._model.modules())
         for module in sorted(self._claimed, key=id):
             if _OWNERS.setdefault(module, self._key) is not self._key:
                 raise RuntimeError(
@@ -67,48 +76,29 @@ class Adaptation(WithBlock):
                 )
 
     def _enter(self) -> nn.Module:
-        tuner = self._tuner
-        tuner.last_report = None
+        query, owner = self._query, self._owner
+        owner.last_report = None
         self._settings = _Settings()
-        clock = Clock(_device(tuner.model))
+        clock = Clock(_device(self._model))
         with torch.inference_mode(False), torch.enable_grad():
             parameters, buffers = tensors_of(self._claimed)
-            graphs = tuner._graphs(parameters, buffers)
+            weights = query.prepare(parameters, buffers)
             # Nothing is written before it is complete.
-            weights = None if graphs is None else graphs.weights
             self._snapshot = snapshot = Snapshot(
-                self._claimed, parameters, buffers, tuner.snapshot, weights
+                self._claimed, parameters, buffers, query.snapshot_place, weights
             )
             for module in self._claimed:
                 # The flag itself, not .eval(): that may be overridden to do more (merge adapters).
                 if module.training:
                     module.training = False
             snapshot.drop_gradients()
-            losses, captured = tuner._run(snapshot, graphs, self._inputs, self._schedule, clock)
-        seconds = clock.seconds()
-        report = AdaptReport(
-            num_updates=sum(burst.num_steps for burst in self._schedule)
-            if tuner.mode == "reuse"
-            else min(1, len(losses)),
-            num_passes=len(losses),
-            losses=tuple(losses),
-            seconds=PhaseSeconds(
-                select=self._select_seconds,
-                prepare=seconds.get("prepare", 0.0),
-                passes=seconds.get("passes", 0.0),
-                updates=seconds.get("updates"),
-                restore=None,
-            ),
-            peak_memory=peak_memory(clock.device),
-            path="captured" if captured else "eager",
-            reason=None if captured else tuner._eager_reason(clock.device),
-        )
+            report = query.run(snapshot, clock)
         self._settings = None  # nothing was left early: what is set from now on, the block has set
         if self._keeping:
             snapshot.forget_values()
-        tuner.last_report = report
+        owner.last_report = self._report = report
         self._timed = True
-        return tuner.model
+        return self._model
 
     def _leave(self) -> None:
         """Undo all of _claim and _enter, as far as they got."""
@@ -117,7 +107,7 @@ class Adaptation(WithBlock):
         if self._timed:
             self._timed = False
             with suppress(RuntimeError):  # a lost device; restoring tells
-                self._clock = Clock(_device(self._tuner.model))
+                self._clock = Clock(_device(self._model))
         if self._snapshot is not None:
             self._failure = self._snapshot.restore()
             self._snapshot = None
@@ -133,12 +123,13 @@ class Adaptation(WithBlock):
             self._report_restore(clock)
 
     def _report_restore(self, clock: Clock) -> None:
-        report = self._tuner.last_report
-        if report is None:  # another query of this tuner has begun, in another thread
+        report = self._report
+        # The model is free by now: another thread may have begun another query.
+        if report is None or self._owner.last_report is not report:
             return
         clock.lap("restore")
         seconds = report.seconds._replace(restore=clock.seconds()["restore"])
-        self._tuner.last_report = report._replace(seconds=seconds)
+        self._owner.last_report = report._replace(seconds=seconds)
 
 
 class _Settings:

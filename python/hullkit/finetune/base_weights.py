@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..language_model.pass_copies import PassCopies
+from ..native.torch_private import foreach_copy_, foreach_zero_
 from ..optim import _kernels
 from ..optim._record import NUM_OPTIONS, AdamOptions, TensorRow, flags_of
 from ..optim._tensor_table import DTYPES, HALVES, TensorTable, check_disjoint, is_dense
@@ -95,7 +96,7 @@ class Weights:
         return TensorTable(rows, self.device, triton=True)
 
     def _reset(self) -> None:
-        torch._foreach_zero_([moment for pair in self.moments.values() for moment in pair])
+        foreach_zero_([moment for pair in self.moments.values() for moment in pair])
         self._all_steps.zero_()
         self._fresh = True  # whether moments and step counters are 0
 
@@ -104,7 +105,7 @@ class Weights:
             self._reset()
         self._fresh = False
         with torch.no_grad():
-            torch._foreach_copy_(self.base, self._data)
+            foreach_copy_(self.base, self._data)
 
     def restore(self) -> None:
         """May be cut short and begun again."""

@@ -219,6 +219,7 @@ class _Pass:
             if failure is not None:
                 raise failure
             self.updates.set_gradients()
+            self.fused = owner._loss_of.fused
         finally:
             failure = None  # it holds this frame, this frame the pass's tensors
             _drop_gradients(parameters)  # the pool keeps their memory for the graph
@@ -252,7 +253,7 @@ def _copies(model: nn.Module, loss_of: CausalLoss) -> PassCopies:
     narrowed = narrowed_tensors(model)
     if not loss_of.autocast or loss_of.compiled:  # the compiler fuses casts with what reads them
         return PassCopies(narrowed)
-    head = fused_head_weight(model)
+    head = fused_head_weight(model) if loss_of.fuses else None
     replaced = dict.fromkeys((*narrowed, *autocast_weights(model)))
     if head is None or head.dtype is not torch.float32:
         return PassCopies(replaced)

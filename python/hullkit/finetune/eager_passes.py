@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies
+from ..native.torch_private import foreach_norm
 from ..optim import accumulate_
 from .report import Clock
 from .rounding import Rounding, RoundingAdam
@@ -121,9 +122,9 @@ def _pass(
     value = loss.item()
     check_finite(f"loss of examples[{example}]", value)
     grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel() > 0]
-    if not math.isfinite(_largest(torch._foreach_norm(grads, 2))):
+    if not math.isfinite(_largest(foreach_norm(grads, 2))):
         # Or a square overflowed: the maximum norm knows, which takes a CPU eight times as long.
-        largest = _largest(torch._foreach_norm(grads, math.inf))
+        largest = _largest(foreach_norm(grads, math.inf))
         check_finite(f"largest gradient entry of examples[{example}]", largest)
     return value
 

@@ -30,6 +30,9 @@ class AdaptReport(NamedTuple):
     peak_memory: int  # bytes: what torch's allocator holds of the device; of a CPU, the process
     path: str  # "captured": passes are replayed CUDA graphs; or "eager"
     reason: str | None  # why not captured
+    # The methods and functions that passes replaced while they ran, by name, sorted:
+    # "package.Class.forward" or "module.function".
+    fused: tuple[str, ...]
 
 
 class Clock:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,16 +21,12 @@ from ..language_model.interface import (
     forward_parameters,
     token_limits,
 )
-from ..language_model.loss import PRECISIONS, CausalLoss, matmul_precision
-from ..language_model.pass_copies import PassCopies, narrowed_tensors
-from . import eager_passes
+from ..language_model.loss import PRECISIONS
 from .adaptation import Adaptation, is_adapted
-from .base_weights import NotCapturable, adam_options
-from .captured_passes import CapturedPasses
-from .report import AdaptReport, Clock
-from .rounding import ROUNDINGS, rounding_of
-from .schedule import Reuse, reuse_schedule
-from .snapshot import Snapshot
+from .query_run import ModelPasses, QueryRun, Settings, trained_parameters
+from .report import AdaptReport
+from .rounding import ROUNDINGS
+from .schedule import reuse_schedule
 
 
 class TestTimeFinetuner:
@@ -69,7 +64,8 @@ class TestTimeFinetuner:
     loss, a chunk of the logits at a time, and a tied embedding adds to its gradient in place; else
     the gradient takes the place of the logits. The same functions, rounded otherwise. Not where
     `compile` fuses, nor what somebody else has replaced (a module's `forward`, the model's
-    `loss_function`). Captured passes compute gelu and silu again instead of keeping the result.
+    `loss_function`). `last_report.fused` names what passes replaced, `fuse=False` replaces nothing.
+    Captured passes compute gelu and silu again instead of keeping the result.
 
     On a CUDA device passes and their updates are recorded as CUDA graphs, at the first example of a
     length or by :meth:`warmup`, and replayed: launches cost the host next to nothing, and updates
@@ -94,6 +90,8 @@ class TestTimeFinetuner:
             so the first time and again when lengths first differ.
         rounding: of half-precision parameters and their moments after a burst: "stochastic", up or
             down at random in proportion, or "nearest", which loses most of what small steps do.
+        fuse: whether passes may replace a model's methods and functions as described above. With
+            False the model's own run, its loss and last layer too; gradient checkpointing stays on.
         seed: of that noise, a function of seed, parameter's name, update and element: the same
             bits in every run, whatever else is trained.
         snapshot: "device" keeps base weights beside the parameters, "host" in pinned memory of the
@@ -137,6 +135,7 @@ class TestTimeFinetuner:
         snapshot: str = "device",
         rounding: str = "stochastic",
         seed: int = 0,
+        fuse: bool = True,
     ) -> None:
         check_module(model)
         self.model = model
@@ -154,9 +153,11 @@ class TestTimeFinetuner:
         check_choice("rounding", rounding, ROUNDINGS)
         check_choice("capture", capture, (None, True, False))
         check_choice("compile", compile, (True, False))
+        check_choice("fuse", fuse, (True, False))
         self.precision = precision
         self.capture = capture
         self.compile = compile
+        self.fuse = fuse
         self.snapshot = snapshot
         self.rounding = rounding
         self.seed = check_int("seed", seed, 0, (1 << 63) - 1)
@@ -164,14 +165,12 @@ class TestTimeFinetuner:
             raise ValueError("capture: expected None or False for mode='accumulate', got True")
         self.last_report: AdaptReport | None = None
         check_trainable(model)
-        _trained(model.parameters())
+        trained_parameters(model.parameters())
         self._set_up()
 
     def _set_up(self) -> None:
-        """What is made of the arguments, and does not travel."""
-        self._loss = CausalLoss(self.model, self.precision, self.compile)
-        self._captured: CapturedPasses | None = None
-        self._reason: str | None = None  # why the model cannot be captured
+        """Makes what depends on the arguments alone, and is not copied or pickled."""
+        self._passes = ModelPasses(self.model, self._settings())
         self._forward = forward_parameters(self.model)
         self._open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._forward.values())
 
@@ -181,12 +180,16 @@ class TestTimeFinetuner:
                 "copying or pickling a tuner: expected a model that is not being adapted, got one "
                 "inside an adapted() block"
             )
-        made = ("_loss", "_captured", "_reason", "_forward", "_open")
+        made = ("_passes", "_forward", "_open")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._set_up()
+
+    def _settings(self) -> Settings:
+        """The attributes as they are now: a user may set them between two queries."""
+        return Settings(**{name: getattr(self, name) for name in Settings._fields})
 
     def adapted(
         self, examples: Any, counts: Any, *, select_seconds: float | None = None
@@ -233,7 +236,8 @@ class TestTimeFinetuner:
         inputs = [self._inputs(f"examples[{i}]", e, limits) for i, e in enumerate(examples)]
         if select_seconds is not None:
             select_seconds = check_number("select_seconds", select_seconds, 0.0)
-        return Adaptation(self, inputs, schedule, select_seconds)
+        run = QueryRun(self._passes, self._settings(), inputs, schedule, select_seconds)
+        return Adaptation(self.model, run, self)
 
     def adapt_(
         self, examples: Any, counts: Any, *, select_seconds: float | None = None
@@ -285,7 +289,7 @@ class TestTimeFinetuner:
         sizes = [check_int("lengths", n, 2) for n in lengths]
         ids = [torch.zeros(size, dtype=torch.int64, device="cpu") for size in sizes]
         inputs = [self._inputs(f"lengths[{i}]", x, limits) for i, x in enumerate(ids)]
-        with Adaptation(self, inputs, [], None):
+        with Adaptation(self.model, QueryRun(self._passes, self._settings(), inputs, []), self):
             pass
 
     def release(self) -> None:
@@ -293,116 +297,7 @@ class TestTimeFinetuner:
 
         The next query makes them anew, and tries again to capture what could not be captured.
         """
-        self._captured = self._reason = None
-
-    def _graphs(
-        self, parameters: list[nn.Parameter], buffers: list[Tensor]
-    ) -> CapturedPasses | None:
-        """For the model as it is now, or None where its passes run one by one."""
-        trained = _trained(parameters)
-        tensors = [*parameters, *buffers]
-        if self._captured is not None and not self._captured.fits(tensors):
-            self._captured = None
-        if self._captured is None and self._eager_reason(trained[0].device) is None:
-            try:
-                self._captured = CapturedPasses(
-                    self.model,
-                    tensors,
-                    trained,
-                    self._loss,
-                    host_snapshot=self.snapshot == "host",
-                    rounding=rounding_of(self.model, self.rounding, self.seed),
-                )
-            except NotCapturable as error:
-                self._fall_back(error)
-        return self._captured
-
-    def _eager_reason(self, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            if self.precision == "tf32":
-                raise ValueError(f"precision: expected a CUDA device for 'tf32', got {device}")
-            if self.capture:
-                raise ValueError(f"capture: expected a CUDA device, got {device}")
-            return f"device {device}"
-        if self.capture is False:
-            return "capture=False"
-        if self.mode == "accumulate":
-            return "mode='accumulate'"
-        return self._reason
-
-    def _fall_back(self, error: NotCapturable) -> None:
-        if self.capture:
-            raise RuntimeError(f"capture: expected a model that can be captured, got {error}")
-        self._captured, self._reason = None, str(error)
-        warnings.warn(f"hullkit: passes are not captured: {error}", stacklevel=2)
-
-    def _run(
-        self,
-        snapshot: Snapshot,
-        graphs: CapturedPasses | None,
-        inputs: list[dict[str, Tensor]],
-        schedule: list[Reuse],
-        clock: Clock,
-    ) -> tuple[list[float], bool]:
-        """Finetune the model in place; the losses, and whether passes were captured ones.
-
-        Gradients are None before and after. `schedule` may be empty: then all is prepared only.
-        """
-        with matmul_precision(self.precision):
-            if graphs is not None:
-                most = max((burst.num_steps for burst in schedule), default=1)
-                used = {burst.example for burst in schedule} or range(len(inputs))
-                try:
-                    passes = graphs.prepare({i: inputs[i] for i in used}, most)
-                except NotCapturable as error:
-                    self._fall_back(error)
-                else:
-                    snapshot.restore_state()
-                    clock.lap("prepare")
-                    options = adam_options(self.lr, self.betas, self.eps)
-                    results = graphs.run(passes, schedule, options)
-                    clock.lap("passes")
-                    for burst, (loss, finite) in zip(schedule, results, strict=True):
-                        name = f"examples[{burst.example}]"
-                        eager_passes.check_finite(f"loss of {name}", loss)
-                        if not finite:
-                            raise FloatingPointError(
-                                f"largest gradient entry of {name}: expected a finite number, got "
-                                "NaN or infinity"
-                            )
-                    return [loss for loss, _ in results], True
-                snapshot.restore_state()
-            return self._run_eagerly(inputs, schedule, clock), False
-
-    def _run_eagerly(
-        self, inputs: list[dict[str, Tensor]], schedule: list[Reuse], clock: Clock
-    ) -> list[float]:
-        parameters = _trained(self.model.parameters())
-        if not schedule and not self.compile:
-            return []
-        copies = PassCopies(narrowed_tensors(self.model))
-        copies.refresh()
-        with copies.in_place():
-            if not schedule:
-                eager_passes.warm_up(self._loss, inputs, parameters)
-                return []
-            clock.lap("prepare")
-            rounding = rounding_of(self.model, self.rounding, self.seed)
-            options: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
-            trained = eager_passes.Trained(parameters, copies, rounding, **options)
-            run = eager_passes.reuse if self.mode == "reuse" else eager_passes.accumulate
-            try:
-                return run(self._loss, inputs, schedule, trained, clock)
-            finally:
-                # A traceback keeps this frame; it must not keep the moments.
-                trained.reset()
-
-
-def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    parameters = [p for p in parameters if p.requires_grad]
-    if not parameters:
-        raise ValueError("model: expected a parameter with requires_grad, got none")
-    return parameters
+        self._passes.release()
 
 
 def _finite(name: str, value: Any, below: float = math.inf) -> float:

@@ -29,12 +29,17 @@ def next_token_loss(logits: Tensor, labels: Tensor, *, backend: str | None = Non
     the backward pass gets torch's error about a tensor that was changed. backend="triton" runs
     the kernels on CPU tensors too, in the interpreter.
     """
-    rows = logits.flatten(0, 1)  # [T, V]; logits[0] would copy the gradient
-    targets = _targets(labels)
     if uses_triton("logits", logits.device, backend):
-        loss: Tensor = _Fused.apply(rows, targets)  # type: ignore[no-untyped-call]
+        rows = logits.flatten(0, 1)  # [T, V]; logits[0] would copy the gradient
+        loss: Tensor = _Fused.apply(rows, _targets(labels))  # type: ignore[no-untyped-call]
         return loss
-    return F.cross_entropy(at_least_float32(rows), targets, ignore_index=IGNORED)
+    return plain_next_token_loss(logits, labels)
+
+
+def plain_next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """`next_token_loss` by torch alone, on any device. Logits stay as they are."""
+    rows = at_least_float32(logits.flatten(0, 1))
+    return F.cross_entropy(rows, _targets(labels), ignore_index=IGNORED)
 
 
 class TiedGradient:

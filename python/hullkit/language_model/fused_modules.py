@@ -99,8 +99,10 @@ def stand_ins(
     saved: Saved | None = None,
     checkpointed: Sequence[nn.Module] = (),
     copies: PassCopies | None = None,
-) -> Iterator[None]:
+) -> Iterator[tuple[str, ...]]:
     """Inside the block the model computes the same, cheaper. What somebody else replaced stays.
+
+    The block gets the names of the replaced methods and functions, sorted and each once.
 
     saved: what is told of activations, whose outputs then need not be saved. checkpointed: layers
     that run again in the backward pass, outside of the block: as they are. copies: what the last
@@ -108,10 +110,15 @@ def stand_ins(
     """
     again = {module for layer in checkpointed for module in layer.modules()}
     replaced: list[tuple[nn.Module, str]] = []
+    names: set[str] = set()
 
-    def replace(module: Any, name: str, stand_in: Callable[..., Tensor]) -> None:
-        replaced.append((module, name))
-        setattr(module, name, stand_in)
+    def replace(module: Any, attribute: str, stand_in: Callable[..., Tensor], name: str) -> None:
+        names.add(name)
+        replaced.append((module, attribute))
+        setattr(module, attribute, stand_in)
+
+    def replace_forward(module: Any, stand_in: Forward) -> None:
+        replace(module, "forward", stand_in, f"{_full_name(type(module))}.forward")
 
     try:
         for module in model.modules():
@@ -120,26 +127,24 @@ def stand_ins(
             name = _full_name(type(module))
             activation = _ACTIVATIONS.get(name)
             if activation is not None:
-                replace(
-                    module, "forward", partial(saved.cheap, activation) if saved else activation
-                )
+                replace_forward(module, partial(saved.cheap, activation) if saved else activation)
             elif name in _RMS_NORMS:
-                replace(module, "forward", _rms_norm(module))
+                replace_forward(module, _rms_norm(module))
         head = _head_with_known_loss(model)
         if head is not None:
             lm_head = _lm_head(model, head)
             embedding = None if lm_head is None else _tied_embedding(head, lm_head.weight)
             tied = None if embedding is None else TiedGradient()
             loss = _Loss(head.loss_function, lm_head, tied, copies)
-            replace(head, "_loss_function", loss)
+            replace(head, "_loss_function", loss, _LOSS)
             if lm_head is not None:
-                replace(lm_head, "forward", loss.hold)
+                replace_forward(lm_head, loss.hold)
             if tied is not None:
-                replace(embedding, "forward", partial(tied.embedding, weight=lm_head.weight))
-        yield
+                replace_forward(embedding, partial(tied.embedding, weight=lm_head.weight))
+        yield tuple(sorted(names))
     finally:
-        for module, name in replaced:
-            module.__dict__.pop(name, None)
+        for module, attribute in replaced:
+            module.__dict__.pop(attribute, None)
 
 
 def fused_head_weight(model: nn.Module) -> Tensor | None:

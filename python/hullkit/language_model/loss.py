@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cross_entropy import next_token_loss
+from .cross_entropy import next_token_loss, plain_next_token_loss
 from .fused_modules import stand_ins
 from .interface import device_of, forward_parameters, logits_of
 from .pass_copies import PassCopies
-from .recompute import checkpointed_layers, checkpointing
+from .recompute import REPLACED, checkpointed_layers, checkpointing
 from .saved_tensors import Saved
 
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -36,10 +36,16 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 class CausalLoss:
     """The model's own `.loss` if its forward takes `labels`, else the mean next-token cross entropy
-    of its logits, in float32. Called with an example's keyword inputs, batch of one."""
+    of its logits, in float32. Called with an example's keyword inputs, batch of one.
 
-    def __init__(self, model: nn.Module, precision: str, compile: bool) -> None:
+    fuse: whether passes run cheaper pieces in place of the model's own (`fused_modules.py`).
+    """
+
+    def __init__(self, model: nn.Module, precision: str, compile: bool, fuse: bool) -> None:
         self._model = model
+        self.fuses = fuse and not compile  # the compiler fuses what it finds itself
+        self.fused: tuple[str, ...] = ()  # names of what the latest pass replaced
+        self._of_logits = next_token_loss if fuse else plain_next_token_loss
         self.autocast = precision == "bf16"
         self._forward = forward_parameters(model)
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
@@ -53,14 +59,14 @@ class CausalLoss:
     ) -> Tensor:
         """saved: what sees to the tensors that the backward pass needs, if not autograd alone.
         copies: of weights that the loss multiplies with."""
-        if self.compiled:  # the compiler fuses what it finds itself, and saves what it likes
+        if self.compiled:  # the compiler saves what it likes, and checkpoints nothing
+            self.fused = ()
             return self._of(self._call, inputs, self.autocast)
         layers = checkpointed_layers(self._model)
-        with (
-            stand_ins(self._model, saved, layers, copies),
-            checkpointing(layers),
-            nullcontext() if saved is None else saved.hooks(),
-        ):
+        pieces = stand_ins(self._model, saved, layers, copies) if self.fuses else nullcontext(())
+        hooks = nullcontext() if saved is None else saved.hooks()
+        with pieces as names, checkpointing(layers), hooks:
+            self.fused = tuple(sorted((*names, REPLACED))) if layers else names
             return self._of(self._call, inputs, self.autocast)
 
     def plain(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -83,4 +89,4 @@ class CausalLoss:
                     raise TypeError(f"model output: expected .loss, a scalar tensor, got {got}")
                 return loss
             ids, labels = moved.pop("input_ids"), moved.pop("labels")
-            return next_token_loss(logits_of(call(ids, **moved), ids), labels)
+            return self._of_logits(logits_of(call(ids, **moved), ids), labels)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..native.torch_private import foreach_copy_
+
 # The factors of PEFT's layers, by the names under which these keep them.
 _LORA_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
@@ -39,7 +41,7 @@ class PassCopies:
         if chosen:
             with torch.no_grad():
                 copies, data = [self._copies[t] for t in chosen], [self._data[t] for t in chosen]
-                torch._foreach_copy_(copies, data)
+                foreach_copy_(copies, data)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

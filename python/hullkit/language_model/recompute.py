@@ -13,6 +13,8 @@ from torch import nn
 
 # By name, so that transformers need not be there.
 _LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
+_FUNCTION = "_gradient_checkpointing_func"
+REPLACED = f"{_LAYER}.{_FUNCTION}"  # the name under which reports list it
 
 
 def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
@@ -21,7 +23,7 @@ def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
     layers = [
         module
         for module in on
-        if "_gradient_checkpointing_func" in module.__dict__
+        if _FUNCTION in module.__dict__
         and any(f"{c.__module__}.{c.__qualname__}" == _LAYER for c in type(module).__mro__)
     ]
     if on and not layers:
@@ -40,14 +42,14 @@ def checkpointing(layers: list[nn.Module]) -> Iterator[None]:
     replaced: list[tuple[Any, Any, bool]] = []
     try:
         for layer in layers:
-            own: Any = layer.__dict__["_gradient_checkpointing_func"]
+            own: Any = layer.__dict__[_FUNCTION]
             replaced.append((layer, own, layer.training))
-            layer.__dict__["_gradient_checkpointing_func"] = _InEvalMode(layer, own)
+            layer.__dict__[_FUNCTION] = _InEvalMode(layer, own)
             layer.training = True
         yield
     finally:
         for layer, own, training in replaced:
-            layer.__dict__["_gradient_checkpointing_func"] = own
+            layer.__dict__[_FUNCTION] = own
             layer.training = training
 
 

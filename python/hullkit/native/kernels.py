@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torch_private import raw_stream
+
 try:
     from .. import _core
 except ImportError as error:  # a source tree on sys.path, or a build for another Python
@@ -163,8 +165,3 @@ def build_info() -> dict[str, Any]:
     the first call initialises them.
     """
     return _core.build_info()
-
-
-def raw_stream(device: torch.device) -> int:
-    """The stream that copies and kernels of a CUDA device go to now."""
-    return torch._C._cuda_getCurrentRawStream(device.index)  # as torch's own compiled code does

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from ..native import kernels
-from ..native.kernels import raw_stream
 from ._tensor_table import TensorTable
+from ._triton_launch import Launcher, launcher
 
 _ROWS = 128  # of a table, for one program of Adam's coefficients
 
 
-# Kernels by what they were compiled for, with the constants among their arguments. Triton's own way
-# to a launch works this out anew every time, and asks the driver about every pointer: that takes
-# longer than all the rest of a step takes on the host.
-_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+# Launchers by what their kernels were compiled for.
+_compiled: dict[Any, Launcher] = {}
 
 
 def _launch(name: str, table: TensorTable, *arguments: Any, **constants: Any) -> None:
@@ -36,19 +34,15 @@ def _run(name: str, table: TensorTable, programs: int, *arguments: Any, **consta
             return _run(name, table, programs, *arguments, **constants)
     key = (name, device, *constants.values())
     known = _compiled.get(key)
-    if known is None:
-        from ..triton_kernels.launch import launch
-
-        compiled, values = launch(name, programs, arguments, constants)
-        if compiled is not None:  # the interpreter compiles nothing
-            _compiled[key] = compiled, values
+    if known is not None:
+        known(programs, arguments)
         return
-    compiled, values = known
-    words = [word.data_ptr() if isinstance(word, Tensor) else word for word in arguments]
-    compiled.run(
-        programs, 1, 1, raw_stream(device), compiled.function, compiled.packed_metadata,
-        None, None, None, *words, *values,
-    )  # fmt: skip
+    from ..triton_kernels.launch import launch
+
+    compiled, values = launch(name, programs, arguments, constants)
+    direct = launcher(compiled, values, device)
+    if direct is not None:
+        _compiled[key] = direct
 
 
 def adam_(

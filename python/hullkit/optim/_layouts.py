@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..native import kernels
+from ..native.torch_private import dlpack_exchange
 
 
 def _is_plain(kind: type) -> bool:
@@ -65,8 +66,7 @@ class StateLayouts(Protocol):
     def unmoved(self, state: dict[Any, dict[str, Any]], /) -> bool: ...
 
 
-# What torch 2.13 offers; older ones have none or another name.
-_exchange: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+_exchange: Any = dlpack_exchange()
 if _exchange is not None and not kernels.usable_exchange(_exchange):
     _exchange = None
 

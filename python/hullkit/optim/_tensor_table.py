@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..native.kernels import raw_stream
+from ..native.torch_private import raw_stream
 from ._layouts import address
 from ._record import BROKEN, HEAD, LIMIT, NO_LIMIT, NUM_OPTIONS, SEED, Options, TensorRow
 

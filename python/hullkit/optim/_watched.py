@@ -8,9 +8,11 @@ from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from ..native.torch_private import profiler_enabled, step_hooks
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_pre_hooks, _post_hooks = step_hooks or ({}, {})
 
 
 def untraced(function: Function) -> Function:
@@ -32,17 +34,20 @@ def untraced(function: Function) -> Function:
 def watched(optimizer: Any) -> bool:
     """Whether anybody wants to know of a step."""
     return bool(
-        torch._C._autograd._profiler_enabled()
+        profiler_enabled()
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
+        or _pre_hooks
+        or _post_hooks
+        or step_hooks is None
     )
 
 
 def before_step(optimizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Runs pre-step hooks of a step that is no call; the arguments they want."""
-    hooks = (_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks)
+    if step_hooks is None:
+        return kwargs  # `after_step` has torch run them
+    hooks = (_pre_hooks, optimizer._optimizer_step_pre_hooks)
     for hook in chain.from_iterable(list(own.values()) for own in hooks):
         changed = hook(optimizer, (optimizer,), kwargs)
         if changed is not None:
@@ -53,6 +58,13 @@ def before_step(optimizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 @untraced
 def after_step(optimizer: Any, kwargs: dict[str, Any]) -> None:
     optimizer._opt_called = True  # what torch's schedulers look for
-    hooks = (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks)
+    if step_hooks is None:
+        torch.optim.Optimizer.profile_hook_step(_no_step)(optimizer, **kwargs)
+        return
+    hooks = (optimizer._optimizer_step_post_hooks, _post_hooks)
     for hook in chain.from_iterable(list(own.values()) for own in hooks):
         hook(optimizer, (optimizer,), kwargs)
+
+
+def _no_step(optimizer: Any, **kwargs: Any) -> None:
+    """The step is done: torch's wrapper of a step is to run the hooks alone."""

@@ -1,0 +1,227 @@
+"""One query's passes and updates: replayed CUDA graphs, or eager passes and why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..language_model.loss import CausalLoss, matmul_precision
+from ..language_model.pass_copies import PassCopies, narrowed_tensors
+from . import eager_passes
+from .base_weights import NotCapturable, Weights, adam_options
+from .captured_passes import CapturedPasses
+from .eager_passes import Inputs
+from .report import AdaptReport, Clock, PhaseSeconds, peak_memory
+from .rounding import rounding_of
+from .schedule import Reuse
+from .snapshot import Snapshot
+
+
+class Settings(NamedTuple):
+    """The arguments of `TestTimeFinetuner` that a query reads; they are explained there."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    mode: str
+    precision: str
+    capture: bool | None
+    compile: bool
+    snapshot: str
+    rounding: str
+    seed: int
+    fuse: bool
+
+
+class ModelPasses:
+    """A model's loss, and the CUDA graphs of its passes, which stay from query to query."""
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model = model
+        self.loss = CausalLoss(model, settings.precision, settings.compile, settings.fuse)
+        self.captured: CapturedPasses | None = None
+        self._not_capturable: str | None = None  # why, once an attempt has failed
+
+    def release(self) -> None:
+        """Forgets the graphs, and that this model could not be captured."""
+        self.captured = self._not_capturable = None
+
+    def capture(
+        self, parameters: list[nn.Parameter], buffers: list[Tensor], settings: Settings
+    ) -> CapturedPasses | None:
+        """The graphs for the model as it is now, or None if its passes run eagerly."""
+        trained = trained_parameters(parameters)
+        tensors = [*parameters, *buffers]
+        if self.captured is not None and not self.captured.fits(tensors):
+            self.captured = None
+        if self.captured is None and self.eager_reason(trained[0].device, settings) is None:
+            try:
+                self.captured = CapturedPasses(
+                    self.model,
+                    tensors,
+                    trained,
+                    self.loss,
+                    host_snapshot=settings.snapshot == "host",
+                    rounding=rounding_of(self.model, settings.rounding, settings.seed),
+                )
+            except NotCapturable as error:
+                self.fall_back(error, settings)
+        return self.captured
+
+    def eager_reason(self, device: torch.device, settings: Settings) -> str | None:
+        """Why passes run eagerly; None if they are captured, or an attempt is to be made."""
+        if device.type != "cuda":
+            if settings.precision == "tf32":
+                raise ValueError(f"precision: expected a CUDA device for 'tf32', got {device}")
+            if settings.capture:
+                raise ValueError(f"capture: expected a CUDA device, got {device}")
+            return f"device {device}"
+        if settings.capture is False:
+            return "capture=False"
+        if settings.mode == "accumulate":
+            return "mode='accumulate'"
+        return self._not_capturable
+
+    def fall_back(self, error: NotCapturable, settings: Settings) -> None:
+        """From now on passes run eagerly; a RuntimeError if the user asked for captured ones."""
+        if settings.capture:
+            raise RuntimeError(f"capture: expected a model that can be captured, got {error}")
+        self.captured, self._not_capturable = None, str(error)
+        warnings.warn(f"hullkit: passes are not captured: {error}", stacklevel=2)
+
+
+class QueryRun:
+    """The finetuning of one query, in place: `prepare`, then `run` once a snapshot is taken.
+
+    An empty schedule prepares the passes of `inputs` (graphs, compilation) and updates nothing.
+    """
+
+    def __init__(
+        self,
+        passes: ModelPasses,
+        settings: Settings,
+        inputs: list[Inputs],
+        schedule: list[Reuse],
+        select_seconds: float | None = None,
+    ) -> None:
+        self.snapshot_place = settings.snapshot
+        self._passes = passes
+        self._settings = settings
+        self._inputs = inputs
+        self._schedule = schedule
+        self._select_seconds = select_seconds
+        self._captured: CapturedPasses | None = None
+        self._fused: tuple[str, ...] = ()
+
+    def prepare(self, parameters: list[nn.Parameter], buffers: list[Tensor]) -> Weights | None:
+        """The memory that keeps base values for captured passes; None where passes run eagerly.
+
+        Nothing of the model is written.
+        """
+        self._captured = self._passes.capture(parameters, buffers, self._settings)
+        return None if self._captured is None else self._captured.weights
+
+    def run(self, snapshot: Snapshot, clock: Clock) -> AdaptReport:
+        """Finetunes the model and reports. Gradients are None before and after."""
+        # Not kept: graphs that the tuner releases in the block give their memory back at once.
+        captured, self._captured = self._captured, None
+        losses: list[float] | None = None
+        self._passes.loss.fused = ()
+        with matmul_precision(self._settings.precision):
+            if captured is not None:
+                losses = self._replay(captured, snapshot, clock)
+            path = "eager" if losses is None else "captured"
+            if losses is None:
+                losses = self._run_eagerly(clock)
+                self._fused = self._passes.loss.fused
+        return self._report(path, losses, clock)
+
+    def _replay(
+        self, captured: CapturedPasses, snapshot: Snapshot, clock: Clock
+    ) -> list[float] | None:
+        """The losses of captured passes; None if these examples cannot be captured."""
+        settings, schedule = self._settings, self._schedule
+        most = max((burst.num_steps for burst in schedule), default=1)
+        used = {burst.example for burst in schedule} or range(len(self._inputs))
+        try:
+            passes = captured.prepare({i: self._inputs[i] for i in used}, most)
+        except NotCapturable as error:
+            self._passes.fall_back(error, settings)
+            snapshot.restore_state()
+            return None
+        snapshot.restore_state()
+        clock.lap("prepare")
+        options = adam_options(settings.lr, settings.betas, settings.eps)
+        names = {name for recorded, _ in passes.values() for name in recorded.fused}
+        self._fused = tuple(sorted(names))
+        results = captured.run(passes, schedule, options)
+        clock.lap("passes")
+        for burst, (loss, finite) in zip(schedule, results, strict=True):
+            name = f"examples[{burst.example}]"
+            eager_passes.check_finite(f"loss of {name}", loss)
+            if not finite:
+                raise FloatingPointError(
+                    f"largest gradient entry of {name}: expected a finite number, got NaN or "
+                    "infinity"
+                )
+        return [loss for loss, _ in results]
+
+    def _run_eagerly(self, clock: Clock) -> list[float]:
+        settings, model, loss_of = self._settings, self._passes.model, self._passes.loss
+        parameters = trained_parameters(model.parameters())
+        if not self._schedule and not settings.compile:
+            return []
+        copies = PassCopies(narrowed_tensors(model))
+        copies.refresh()
+        with copies.in_place():
+            if not self._schedule:
+                eager_passes.warm_up(loss_of, self._inputs, parameters)
+                return []
+            clock.lap("prepare")
+            trained = eager_passes.Trained(
+                parameters,
+                copies,
+                rounding_of(model, settings.rounding, settings.seed),
+                lr=settings.lr,
+                betas=settings.betas,
+                eps=settings.eps,
+            )
+            run = eager_passes.reuse if settings.mode == "reuse" else eager_passes.accumulate
+            try:
+                return run(loss_of, self._inputs, self._schedule, trained, clock)
+            finally:
+                # A traceback keeps this frame; it must not keep the moments.
+                trained.reset()
+
+    def _report(self, path: str, losses: list[float], clock: Clock) -> AdaptReport:
+        seconds = clock.seconds()
+        updates = sum(burst.num_steps for burst in self._schedule)
+        eager = path == "eager"
+        return AdaptReport(
+            num_updates=updates if self._settings.mode == "reuse" else min(1, len(losses)),
+            num_passes=len(losses),
+            losses=tuple(losses),
+            seconds=PhaseSeconds(
+                select=self._select_seconds,
+                prepare=seconds.get("prepare", 0.0),
+                passes=seconds.get("passes", 0.0),
+                updates=seconds.get("updates"),
+                restore=None,
+            ),
+            peak_memory=peak_memory(clock.device),
+            path=path,
+            reason=self._passes.eager_reason(clock.device, self._settings) if eager else None,
+            fused=self._fused,
+        )
+
+
+def trained_parameters(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters with `requires_grad`; a ValueError if there is none."""
+    trained = [p for p in parameters if p.requires_grad]
+    if not trained:
+        raise ValueError("model: expected a parameter with requires_grad, got none")
+    return trained
