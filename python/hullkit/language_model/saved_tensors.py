@@ -51,7 +51,7 @@ class Saved:
         return self.keep(tensor)
 
     def keep(self, tensor: Tensor) -> Packed:
-        """The object that is kept for a tensor: the tensor itself, or a function that returns it."""
+        """The object that is kept for a tensor: itself, or a function that returns one like it."""
         return _Again(torch.Tensor.detach, tensor, None)
 
 
