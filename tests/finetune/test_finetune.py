@@ -174,6 +174,16 @@ def test_in_place(build: Callable[[], nn.Module]) -> None:
         assert all(torch.equal(wanted[name], tensor) for name, tensor in state(model).items())
 
 
+def test_the_report_of_another_query_is_left_alone() -> None:
+    """Another thread may finish one while the first is restored."""
+    tuner = TestTimeFinetuner(plain())
+    with tuner.adapted(texts(), COUNTS):
+        assert tuner.last_report is not None
+        other = tuner.last_report = tuner.last_report._replace(num_passes=99)
+    assert tuner.last_report is other
+    assert tuner.last_report.seconds.restore is None
+
+
 def test_in_place_is_undone_if_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = plain()
     before = Before(model)

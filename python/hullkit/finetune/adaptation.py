@@ -1,4 +1,4 @@
-"""The way into an adapted model and, whatever happens, the way back."""
+"""The with-block: it runs a query on entry and, whatever happens, restores the model."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class KeepsReport(Protocol):
 class Adaptation(WithBlock):
     """One with-block of `TestTimeFinetuner.adapted`: snapshot, query, the user's code, way back.
 
-    A signal's handler may raise at any moment, also as `__exit__` is called, before its first line,
-    where no try can catch it. So `__enter__` and `__exit__` are functions of C++: they call the
-    methods below. Signals reach `_enter` and the block at once. During `_claim` and `_leave` they
-    are held back, whoever handles them; whatever else cuts `_leave` short, it is called again until
-    it returns.
+    A signal's handler may raise at any moment. If it does so between the call of `__exit__` and its
+    first line, no try can catch that. So `__enter__` and `__exit__` are functions of C++, which
+    call the methods below. `_enter` and the block get signals at once. `_claim` and `_leave` run
+    with signals held back. If another error cuts `_leave` short, it is called again until it
+    returns.
     """
 
     def __init__(self, model: nn.Module, query: Query, owner: KeepsReport) -> None:
@@ -59,14 +59,14 @@ class Adaptation(WithBlock):
         self._failure: Exception | None = None
 
     def keep(self) -> None:
-        """Enter, and stay adapted: trained weights and buffers are left as the passes left them."""
+        """Enters, and leaves trained weights and buffers as the passes left them."""
         self._keeping = True
         with self:
             pass
 
     def _claim(self) -> None:
-        # Modules, not only the model: a wrapper or a part of it shares its weights. In one order
-        # for all: of two that begin together, one gets the first module that they share.
+        # All modules are claimed, since a wrapper or a part of the model shares its weights. They
+        # are claimed in one order: if two adaptations begin together, one of them gets all.
         self._claimed = list(self._model.modules())
         for module in sorted(self._claimed, key=id):
             if _OWNERS.setdefault(module, self._key) is not self._key:
@@ -83,17 +83,17 @@ class Adaptation(WithBlock):
         with torch.inference_mode(False), torch.enable_grad():
             parameters, buffers = tensors_of(self._claimed)
             weights = query.prepare(parameters, buffers)
-            # Nothing is written before it is complete.
+            # Nothing of the model is written before the snapshot is complete.
             self._snapshot = snapshot = Snapshot(
                 self._claimed, parameters, buffers, query.snapshot_place, weights
             )
             for module in self._claimed:
-                # The flag itself, not .eval(): that may be overridden to do more (merge adapters).
+                # Not .eval(): a model may override it to do more, such as merging adapters.
                 if module.training:
                     module.training = False
             snapshot.drop_gradients()
             report = query.run(snapshot, clock)
-        self._settings = None  # nothing was left early: what is set from now on, the block has set
+        self._settings = None  # no torch setting was left behind; the block may set its own
         if self._keeping:
             snapshot.forget_values()
         owner.last_report = self._report = report
@@ -101,12 +101,12 @@ class Adaptation(WithBlock):
         return self._model
 
     def _leave(self) -> None:
-        """Undo all of _claim and _enter, as far as they got."""
+        """Undoes _claim and _enter, as far as they got."""
         if self._settings is None:
-            self._settings = _Settings()  # restoring, too, may be cut short in the midst of one
+            self._settings = _Settings()  # an error may cut a context manager of the restoring, too
         if self._timed:
             self._timed = False
-            with suppress(RuntimeError):  # a lost device; restoring tells
+            with suppress(RuntimeError):  # the device is lost; the restoring will raise
                 self._clock = Clock(_device(self._model))
         if self._snapshot is not None:
             self._failure = self._snapshot.restore()
@@ -133,7 +133,10 @@ class Adaptation(WithBlock):
 
 
 class _Settings:
-    """torch's, as they are now: a context manager that is cut short may leave its own behind."""
+    """torch's settings at this moment.
+
+    A context manager of torch whose `__exit__` is cut short leaves its setting behind.
+    """
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
@@ -157,12 +160,13 @@ class _Settings:
                 torch.clear_autocast_cache()
 
 
-# The adaptation that a module is part of. No lock, which could be left locked: each claim is one
-# step.
+# The adaptation that a module is part of. There is no lock, since a signal could leave one locked:
+# each claim is a single operation of the dictionary.
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
 
 def is_adapted(module: nn.Module) -> bool:
+    """Whether the module is inside an adapted() block."""
     return module in _OWNERS
 
 

@@ -1,4 +1,4 @@
-"""Trained parameters, their base values and Adam's moments, where captured graphs find them."""
+"""Trained parameters, base values and Adam's moments at addresses that captured graphs know."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from .rounding import Rounding, moment_dtype
 
 
 def adam_options(lr: float, betas: tuple[float, float], eps: float) -> AdamOptions:
-    """No weight decay, no clipping."""
+    """The options of a record for `triton_kernels/adam.py`, without weight decay or clipping."""
     logs = (_kernels.log2(betas[0]), _kernels.log2(betas[1]))
     return AdamOptions(lr, *betas, *logs, eps)
 
 
 class NotCapturable(Exception):
-    """Why a model's passes cannot be recorded."""
+    """A model's passes cannot be recorded; the message says why."""
 
 
 class Weights:
-    """Memory for one query after the other on one CUDA device: base values and two moments beside
-    the parameters. `save` before a query, `restore` after it: one launch for each dtype, which also
-    resets Adam's state. Base values may lie in pinned host memory; the kernel reads them there.
+    """Base values and Adam's moments of parameters on one CUDA device, for query after query.
 
-    copies: what passes read in place of parameters.
+    `save` copies the parameters before a query. `restore` puts them back with one launch for each
+    dtype, which also resets Adam's state. Base values may lie in pinned host memory, where the
+    kernel reads them.
+
+    copies: the bfloat16 copies that passes read in place of some parameters.
 
     Raises NotCapturable for parameters that the kernels cannot take.
     """
@@ -101,14 +103,14 @@ class Weights:
         self._fresh = True  # whether moments and step counters are 0
 
     def save(self) -> None:
-        if not self._fresh:  # the latest query was not taken back
+        if not self._fresh:  # the latest query was kept, not restored
             self._reset()
         self._fresh = False
         with torch.no_grad():
             foreach_copy_(self.base, self._data)
 
     def restore(self) -> None:
-        """May be cut short and begun again."""
+        """Puts base values back and resets Adam's state. May be cut short and begun again."""
         for table, record, dtype in self._restoring:
             _kernels.restore_(table, record, dtype)
         self._fresh = True
@@ -130,8 +132,10 @@ def _moments(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def _like(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Tensors laid out as the parameters, not filled in, side by side: the allocator's blocks would
-    be some percent larger than they are."""
+    """Uninitialised tensors laid out as the parameters, side by side in memory.
+
+    As separate blocks of the allocator they would take some percent more.
+    """
     found: dict[nn.Parameter, Tensor] = {}
     for dtype, own in by_dtype(parameters).items():
         aligned = 512 // dtype.itemsize
@@ -145,7 +149,7 @@ def _like(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def pinned_like(parameter: Tensor) -> Tensor:
-    """Pinned: copies need not wait, and the device can read it."""
+    """Host memory laid out as the parameter. It is pinned, so that the device can read it."""
     return torch.empty_strided(
         parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu", pin_memory=True
     )

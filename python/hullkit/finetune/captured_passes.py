@@ -1,4 +1,4 @@
-"""Passes recorded as CUDA graphs, one for each shape of an example, and replayed."""
+"""Passes as CUDA graphs: recorded once for each shape of an example, and replayed."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ Shape = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 
 class CapturedPasses:
-    """A model's passes with their updates, as graphs. All graphs share their memory.
+    """Graphs of a model's passes and their updates. All graphs share one pool of memory.
 
-    loss_of: the loss of one example's inputs.
+    loss_of: computes the loss of one example's inputs.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class CapturedPasses:
         self._stream = _capture_stream(self.weights.device)
         _take_workspaces(self._stream)
         self._pool = torch.cuda.graph_pool_handle()
-        self._reserved = 0  # bytes of the pool that were asked for at once
+        self._reserved = 0  # bytes of the pool that were allocated in one piece
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
 
     def fits(self, model_tensors: list[Tensor]) -> bool:
@@ -71,9 +71,9 @@ class CapturedPasses:
     def prepare(
         self, examples: dict[int, Inputs], most_steps: int
     ) -> dict[int, tuple[_Pass, Inputs]]:
-        """Each example's pass, recorded if it is not yet, and its inputs on the device.
+        """Each example's pass, recorded now if it is new, and its inputs on the device.
 
-        Warm-ups run the model: its buffers are to be restored afterwards.
+        Recording runs the model, which may write its buffers: the caller restores them afterwards.
 
         Raises NotCapturable; torch.OutOfMemoryError.
         """
@@ -82,7 +82,7 @@ class CapturedPasses:
             self._passes.clear()
             self._reserved = 0
             self._capacity = 1 << (most_steps - 1).bit_length()
-        # The longest first: the others' passes fit into its memory.
+        # The longest comes first: the passes of the others fit into its memory.
         by_size = sorted(examples, key=lambda i: -examples[i]["input_ids"].numel())
         return {i: self._of(examples[i]) for i in by_size}
 
@@ -105,8 +105,8 @@ class CapturedPasses:
         return known, inputs
 
     def _check_padding(self, inputs: Inputs, length: int) -> None:
-        """Lengths stay as they are from now on if the masked tail changes the model's loss."""
-        # Copies that autocast would make are no use without it.
+        """Turns padding off if a masked tail changes the model's loss."""
+        # With autocast the copies stand for its casts; the plain model runs without autocast.
         own = nullcontext() if self._loss_of.autocast else self.copies.in_place()
         with torch.no_grad(), self._apart(), own:
             alone = self._loss_of.plain(inputs).double().item()
@@ -114,7 +114,7 @@ class CapturedPasses:
                 masked = self._loss_of.plain(padded(inputs, length)).double().item()
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # whatever a model says of a sequence that is too long for it
+            except Exception:  # the padded sequence may be too long for the model
                 masked = float("nan")
         if not abs(alone - masked) <= _PADDING_TOLERANCE * abs(alone):
             self._longest = 0
@@ -129,7 +129,7 @@ class CapturedPasses:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            # Not the error itself: its frames keep tensors, and those what belongs to the stream.
+            # The error is not kept: its frames hold tensors, which hold memory of the stream.
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         if reason:
             raise NotCapturable(reason)
@@ -140,10 +140,10 @@ class CapturedPasses:
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
-        """On the stream of captures, with all the memory that nothing lives in."""
+        """Inside the block work goes to the stream of captures, which may use all free memory."""
         current = torch.cuda.current_stream(self.weights.device)
         self._stream.wait_stream(current)
-        torch.cuda.empty_cache()  # memory that was used on another stream is of no use on this one
+        torch.cuda.empty_cache()  # the allocator gives no block of one stream to another
         try:
             with torch.cuda.stream(self._stream):
                 yield
@@ -151,10 +151,10 @@ class CapturedPasses:
             current.wait_stream(self._stream)
 
     def _reserve(self, num_bytes: int) -> None:
-        """Called as a capture begins: one stretch of memory for all that it will hold.
+        """Takes memory for a whole pass in one piece, as its capture begins.
 
-        Piece by piece, the pool would grow to twice as much: what small tensors leave behind, and
-        no large one fits into, stays with it.
+        Piece by piece the pool would grow to twice as much: it keeps gaps that small tensors leave
+        and no large tensor fits into.
         """
         missing = num_bytes - self._reserved
         if missing > 0:
@@ -164,7 +164,7 @@ class CapturedPasses:
     def run(
         self, passes: dict[int, tuple[_Pass, Inputs]], schedule: list[Reuse], options: AdamOptions
     ) -> list[tuple[float, bool]]:
-        """For each burst, the loss, and whether all gradients were finite. Waits for the device."""
+        """Each burst's loss, and whether all its gradients were finite. Waits for the device."""
         for recorded in {id(p): p for p, _ in passes.values()}.values():
             recorded.updates.set_options(options)
         results = torch.zeros(len(schedule), 2, dtype=torch.float64, device=self.weights.device)
@@ -175,21 +175,21 @@ class CapturedPasses:
 
 
 class _Pass:
-    """One graph: forward, backward, and the updates in groups as their gradients are ready."""
+    """One graph: forward pass, backward pass, and each group's updates when its gradients exist."""
 
     def __init__(self, owner: CapturedPasses, inputs: Inputs) -> None:
         parameters = owner.weights.parameters
-        # Read by the graph at every replay; it does not hold them, this object does.
+        # The graph reads these at every replay and does not keep them alive; this object does.
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._result = torch.zeros(2, dtype=torch.float64, device=owner.weights.device)
         order, held = _warm_up(owner, self._inputs)
-        # Tables that the model keeps as attributes, and may replace: the graph reads these.
+        # A model may replace a tensor that it keeps as an attribute; the graph reads the old one.
         self._tables = Attributes(list(owner._model.modules())).tensors
         self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
         self._graph = torch.cuda.CUDAGraph()
         failure: BaseException | None = None
         collecting = gc.isenabled()
-        gc.disable()  # a graph that is destroyed during a capture ends it
+        gc.disable()  # collecting another graph during a capture would end the capture
         try:
             with torch.cuda.graph(
                 self._graph,
@@ -197,7 +197,7 @@ class _Pass:
                 stream=owner._stream,
                 capture_error_mode="thread_local",
             ):
-                try:  # leaving the capture of a failed pass raises an error that says nothing
+                try:  # after a failure the end of the capture raises, too, and hides the reason
                     owner._reserve(held)
                     self.updates.begin()
                     with _hooks(parameters, self.updates.ready):
@@ -208,7 +208,7 @@ class _Pass:
                     self._result[1].copy_(self.updates.broken())
                 except BaseException as error:
                     failure = error
-                    with suppress(Exception):  # streams left apart would be an error of their own
+                    with suppress(Exception):  # a capture must not end with streams apart
                         self.updates.join()
         except Exception as error:
             failure = failure or error
@@ -221,8 +221,8 @@ class _Pass:
             self.updates.set_gradients()
             self.fused = owner._loss_of.fused
         finally:
-            failure = None  # it holds this frame, this frame the pass's tensors
-            _drop_gradients(parameters)  # the pool keeps their memory for the graph
+            failure = None  # the error holds this frame, and the frame holds the pass's tensors
+            _drop_gradients(parameters)  # their memory stays in the graph's pool
 
     def replay(self, inputs: Inputs, num_steps: int, result: Tensor) -> None:
         for name, tensor in self._inputs.items():
@@ -234,10 +234,10 @@ class _Pass:
 
 @contextmanager
 def _hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None]) -> Iterator[None]:
-    """Inside the block, `ready(parameter)` is called for each as its gradient is complete."""
+    """Inside the block `ready(parameter)` is called when a parameter's gradient is complete."""
     hook: Any = ready
     handles: list[Any] = []
-    try:  # around registering too: Ctrl-C may come between two of them
+    try:  # Ctrl-C may come between two registrations
         for parameter in parameters:
             handles.append(parameter.register_post_accumulate_grad_hook(hook))
         yield
@@ -247,8 +247,10 @@ def _hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None]
 
 
 def _copies(model: nn.Module, loss_of: CausalLoss) -> PassCopies:
-    """What captured passes read in bfloat16: that, and what autocast would cast each time. The
-    last layer's weight stays where the loss multiplies with it: its gradient is summed in float32.
+    """The copies that captured passes read: narrowed tensors, and weights that autocast would cast.
+
+    The last layer's weight stays in place where the loss multiplies with it, since its gradient is
+    summed in float32.
     """
     narrowed = narrowed_tensors(model)
     if not loss_of.autocast or loss_of.compiled:  # the compiler fuses casts with what reads them
@@ -262,9 +264,10 @@ def _copies(model: nn.Module, loss_of: CausalLoss) -> PassCopies:
 
 
 def _warm_up(owner: CapturedPasses, inputs: Inputs) -> tuple[dict[nn.Parameter, torch.dtype], int]:
-    """Passes before a capture, for all that is done lazily: the parameters in the order in which
-    they get gradients, with these gradients' dtypes, and the bytes that a pass holds at a time, or
-    0 if the compiler sees to it.
+    """Passes before a capture, so that everything lazy is done.
+
+    Returns the dtype of each parameter's gradient, in the order in which gradients come, and the
+    bytes that a pass holds at a time; 0 with the compiler, which plans memory itself.
     """
     order: dict[nn.Parameter, torch.dtype] = {}
     with _hooks(owner.weights.parameters, functools.partial(_note, order)):
@@ -275,16 +278,16 @@ def _warm_up(owner: CapturedPasses, inputs: Inputs) -> tuple[dict[nn.Parameter, 
             return order, 0
         offloaded = _Offloaded(owner._model)
         owner._loss_of(inputs, offloaded, owner.copies).backward()
-    # As the backward pass begins, all that was saved; a little more for what does not fit without
-    # gaps. Gradients of whole matrices come on top, in pieces of their own.
+    # A pass holds most as its backward half begins: all saved tensors, and a little more for gaps
+    # between them. Gradients of whole matrices get pieces of their own.
     return order, offloaded.num_bytes + offloaded.num_bytes // 16
 
 
 class _Offloaded(Saved):
-    """Saved tensors kept on the host, and their size on the device; but for the model's own ones,
-    which are there anyway.
+    """Keeps saved tensors on the host and adds up their size on the device.
 
-    So that a warm-up needs little memory: the allocator has none in one piece for it yet.
+    So a warm-up needs little memory, before a pass has its memory in one piece. The model's own
+    tensors stay on the device and do not count.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -300,13 +303,14 @@ class _Offloaded(Saved):
         if address in self._own:
             return tensor
         counted = self._counted.get(address)
-        if counted is None or counted.expired():  # an address may have been given away again
+        if counted is None or counted.expired():  # else the address belongs to a known tensor
             self._counted[address] = StorageWeakRef(storage)
             self.num_bytes += storage.nbytes()
         return functools.partial(tensor.cpu().to, tensor.device)
 
 
 def _note(order: dict[nn.Parameter, torch.dtype], parameter: nn.Parameter) -> None:
+    """Notes the dtype of the parameter's gradient, and frees the gradient."""
     assert parameter.grad is not None
     order[parameter] = parameter.grad.dtype
     parameter.grad = None
@@ -318,19 +322,25 @@ def _drop_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def _addresses(tensors: list[Tensor]) -> list[Any]:
-    """What a graph has baked in of a model: where its tensors lie, and which are trained."""
+    """The facts of a model that a graph depends on: where tensors lie, and which are trained."""
     return [(id(t), t.data_ptr(), t.dtype, t.requires_grad) for t in tensors]
 
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Before updates where both have work. One for all, as side_stream."""
+    """The stream of passes. It goes before the updates' where both have work.
+
+    There is one for all models, as with `side_stream`.
+    """
     return torch.cuda.Stream(device, priority=-1)
 
 
 def _take_workspaces(stream: torch.cuda.Stream) -> None:
-    """torch keeps memory for the products of a stream and thread, for ever: now, and not in the
-    middle of a large piece that could then not be given back."""
+    """Has torch take its workspace for matrix products on this stream.
+
+    torch keeps it for ever. Taken later it would lie within a large piece of memory, which could
+    then not be given back.
+    """
     with torch.cuda.stream(stream), matmul_precision("float32"):
         matrix = torch.zeros(8, 8, device=stream.device, requires_grad=True)
         (matrix @ matrix).sum().backward()

@@ -1,4 +1,4 @@
-"""Updates that are recorded beside the passes, group by group."""
+"""Captured updates: recorded group by group, beside the backward pass."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ GROUP_ELEMENTS = 2 << 20
 
 
 class GroupedUpdates:
-    """Adam's updates of one captured pass, in groups that start as their gradients are ready.
+    """Adam's updates of one captured pass, in groups that start when their gradients are ready.
 
-    On a stream of their own, where the gaps of the backward pass hide a part of them (a tenth: both
-    want the memory). A gradient lives until its update: the backward pass waits for the group
-    before last, so that all gradients never exist together.
+    They run on a stream of their own. The gaps of the backward pass hide about a tenth of them;
+    not more, since both want the memory. A gradient lives until its update. The backward pass waits
+    for the group before last, so that all gradients never exist together.
 
-    order: the parameters that get a gradient, in the order in which they do, with its dtype.
+    order: the parameters that get a gradient, in that order, and the dtype of each gradient.
     capacity: the most updates with one gradient.
     """
 
@@ -48,7 +48,7 @@ class GroupedUpdates:
         self._rehearse()
 
     def _rehearse(self) -> None:
-        """Launch everything without an update, so that all is compiled before the capture."""
+        """Launches every kernel with no update, so that all are compiled before the capture."""
         for part in self._parts:
             part.set_addresses([p.data_ptr() for p in part.parameters])  # as large as gradients
             part.set_num_steps(0)
@@ -61,11 +61,11 @@ class GroupedUpdates:
             part.set_options(options)
 
     def set_num_steps(self, num_steps: int) -> None:
-        """Of the next replay."""
+        """Sets the number of updates of the next replay."""
         for part in self._parts:
             part.set_num_steps(num_steps)
 
-    # What a capture records.
+    # A capture records these methods.
 
     def begin(self) -> None:
         self._waiting = {id(g): len(g.parameters) for g in self._group_of.values()}
@@ -75,7 +75,7 @@ class GroupedUpdates:
             part.move_on()
 
     def ready(self, parameter: nn.Parameter) -> None:
-        """Called as the gradient of the parameter is complete; the last of a group launches it."""
+        """Notes that a parameter's gradient is complete; the last of a group launches the group."""
         group = self._group_of[parameter]
         group.addresses[parameter] = _gradient(parameter).data_ptr()
         self._waiting[id(group)] -= 1
@@ -104,17 +104,17 @@ class GroupedUpdates:
         """[] int64, 0 if all gradients were finite."""
         return torch.stack([part.record[BROKEN] for part in self._parts]).amax()
 
-    # After it.
+    # After the capture.
 
     def set_gradients(self) -> None:
-        """Tell the kernels where the captured pass has its gradients."""
+        """Tells the kernels where the captured pass has its gradients."""
         for part in self._parts:
             addresses = {p: a for group in part.groups for p, a in group.addresses.items()}
             part.set_addresses([addresses[p] for p in part.parameters])
 
 
 class _Part:
-    """Parameters of one dtype whose gradients have one, all with copies or none."""
+    """Parameters with one dtype, gradients with one dtype, and copies for all of them or none."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Part:
 
 
 class _Group:
-    """Neighbours in a table, one launch."""
+    """Neighbouring rows of a table, updated by one launch."""
 
     def __init__(self, part: _Part, rows: range) -> None:
         self.parameters = part.parameters[rows.start : rows.stop]
@@ -185,7 +185,7 @@ class _Group:
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all: torch keeps memory for every stream that ever multiplied a matrix."""
+    """The stream of updates. There is one for all models: torch keeps memory for every stream."""
     return torch.cuda.Stream(device)
 
 

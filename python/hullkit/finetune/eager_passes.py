@@ -1,4 +1,4 @@
-"""A query's passes and updates one by one, as any device runs them."""
+"""Eager passes and updates, one by one, on any device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_finite(name: str, value: float) -> None:
 
 
 def warm_up(loss_of: CausalLoss, inputs: list[Inputs], parameters: list[nn.Parameter]) -> None:
-    """A pass for each, for what is compiled at the first; nothing is updated."""
+    """Runs a pass of each example, so that everything is compiled. Nothing is updated."""
     for example in inputs:
         loss_of(example).backward()
         for parameter in parameters:
@@ -34,10 +34,10 @@ def warm_up(loss_of: CausalLoss, inputs: list[Inputs], parameters: list[nn.Param
 
 
 class Trained:
-    """Parameters of a query with their optimizer, which updates the parameters' own values while
-    passes read copies of some.
+    """The trained parameters of a query and their optimizer.
 
-    Made, and used, inside `copies.in_place()`.
+    Passes may read copies of some parameters; the optimizer updates the parameters' own values.
+    Objects are made and used inside `copies.in_place()`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Trained:
     ) -> None:
         self.parameters = parameters
         self._copies = copies
-        # Leaves of their own where passes read copies: a parameter is then of the copy's dtype.
+        # A parameter with a copy has the copy's dtype here, so its own values are another tensor.
         tensors = [p if copies.of(p) is None else copies.data_of(p) for p in parameters]
         self._own = dict(zip(parameters, tensors, strict=True))
         self._optimizer = RoundingAdam(tensors, parameters, rounding, **options)
@@ -76,7 +76,8 @@ def reuse(
     trained: Trained,
     clock: Clock,
 ) -> list[float]:
-    """Finetune in place; the losses. Gradients are None before and after."""
+    """Finetunes in place, burst by burst, and returns the losses. Gradients are None before and
+    after."""
     losses = []
     for example, num_steps in schedule:
         losses.append(_pass(loss_of, inputs[example], example, trained.parameters))
@@ -94,9 +95,9 @@ def accumulate(
     trained: Trained,
     clock: Clock,
 ) -> list[float]:
-    """The same with one update, of the count-weighted mean gradient."""
+    """Finetunes in place by one update with the mean gradient of the multiset; see `reuse`."""
     total = sum(burst.num_steps for burst in schedule)
-    sums: dict[nn.Parameter, Tensor] = {}  # of the parameters that had a gradient
+    sums: dict[nn.Parameter, Tensor] = {}  # only for parameters that had a gradient
     losses = []
     for example, count in schedule:
         losses.append(_pass(loss_of, inputs[example], example, trained.parameters))
@@ -116,19 +117,19 @@ def accumulate(
 def _pass(
     loss_of: CausalLoss, inputs: Inputs, example: int, parameters: list[nn.Parameter]
 ) -> float:
-    """Forward and backward, gradients into .grad; the loss. Both must be finite."""
+    """Runs forward and backward; returns the loss. Loss and gradients must be finite."""
     loss = loss_of(inputs)
     loss.backward()
     value = loss.item()
     check_finite(f"loss of examples[{example}]", value)
     grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel() > 0]
     if not math.isfinite(_largest(foreach_norm(grads, 2))):
-        # Or a square overflowed: the maximum norm knows, which takes a CPU eight times as long.
+        # A square may have overflowed. The maximum norm tells, but takes a CPU eight times as long.
         largest = _largest(foreach_norm(grads, math.inf))
         check_finite(f"largest gradient entry of examples[{example}]", largest)
     return value
 
 
 def _largest(norms: Sequence[Tensor]) -> float:
-    """NaN if there is one."""
+    """The largest number; NaN if one of them is."""
     return torch.stack(list(norms)).max().item()

@@ -1,4 +1,4 @@
-"""What one query took."""
+"""The report of one query: updates, passes, losses, time and memory."""
 
 from __future__ import annotations
 
@@ -11,32 +11,52 @@ import torch
 
 
 class PhaseSeconds(NamedTuple):
-    """Seconds of a query by phase, on a CUDA device as its stream spends them."""
+    """Seconds of a query by phase; on a CUDA device, the time that its stream spends."""
 
     select: float | None  # as told to `adapted`
-    prepare: float  # the snapshot, and what had to be recorded or compiled
-    passes: float  # with the updates, where these run beside them
-    updates: float | None  # None: beside the passes
+    prepare: float  # the snapshot, recording and compilation
+    passes: float  # captured passes: with the updates, which run beside them
+    updates: float | None  # None for captured passes
     restore: float | None  # None until the block is left
 
 
 class AdaptReport(NamedTuple):
-    """What one query took: updates, passes, and the loss (usually nats per token) of each pass."""
+    """The report of one query.
+
+    Attributes:
+        num_updates: Adam updates made.
+        num_passes: forward and backward passes made.
+        losses: the loss of each pass, usually in nats per token.
+        seconds: time by phase: `select` (as told to `adapted`), `prepare`, `passes`, `updates` and
+            `restore`. `updates` is None where they run beside the passes, `restore` is None until
+            the block is left.
+        peak_memory: bytes; of a CUDA device, all that torch's allocator holds, else the peak of the
+            process.
+        path: "captured" if passes were replayed CUDA graphs, else "eager".
+        reason: why passes were not captured; None if they were.
+        fused: the model's methods and functions that a pass replaced while it lasted, sorted by
+            name: "package.Class.forward" or "module.function". On a CPU the norms' and the loss's
+            replacements call the model's own.
+
+    >>> import hullkit, torch
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+    >>> report = hullkit.TestTimeFinetuner(model).adapt_([torch.tensor([1, 2, 3])], [3])
+    >>> report.num_updates, report.num_passes, report.reason, report.fused
+    (3, 2, 'device cpu', ())
+    """
 
     num_updates: int
     num_passes: int
     losses: tuple[float, ...]
     seconds: PhaseSeconds
-    peak_memory: int  # bytes: what torch's allocator holds of the device; of a CPU, the process
-    path: str  # "captured": passes are replayed CUDA graphs; or "eager"
-    reason: str | None  # why not captured
-    # The methods and functions that passes replaced while they ran, by name, sorted:
-    # "package.Class.forward" or "module.function".
+    peak_memory: int
+    path: str
+    reason: str | None
     fused: tuple[str, ...]
 
 
 class Clock:
-    """Laps by name, without waiting for the device until they are asked for."""
+    """A stopwatch with named laps. It waits for the device only when it is read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -50,11 +70,11 @@ class Clock:
         return event
 
     def lap(self, name: str) -> None:
-        """What happened since the last lap was `name`."""
+        """Ends a lap: the time since the last one belongs to `name`."""
         self._moments.append((name, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Sums by name. Waits for the device."""
+        """The seconds of each name. Waits for the device."""
         if self.device.type == "cuda":
             self._moments[-1][1].synchronize()
         sums: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""How half-precision parameters of a query are rounded, and the optimizer of eager passes."""
+"""Rounding of half-precision parameters, and the optimizer of eager passes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ ROUNDINGS = ("stochastic", "nearest")
 
 
 class Rounding(NamedTuple):
-    """stochastic: up or down at random in proportion; else to nearest. salts: by id of a parameter,
-    from its name: its noise does not depend on what else is trained."""
+    """How updated parameters are rounded.
+
+    stochastic: up or down at random in proportion; otherwise to nearest.
+    salts: 32 bits for each parameter, by its id. They are made of its name, so that its noise does
+        not depend on which others are trained.
+    """
 
     stochastic: bool
     seed: int
@@ -30,12 +34,15 @@ def rounding_of(model: nn.Module, kind: str, seed: int) -> Rounding:
 
 
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Adam's moments of parameters of this dtype: never float16, where a square below 6e-8 is 0."""
+    """The dtype of Adam's moments. It is never float16, in which a square below 6e-8 is 0."""
     return torch.bfloat16 if dtype in HALVES else dtype
 
 
 class RoundingAdam(Adam):
-    """Adam over a query's parameters, or over tensors that stand for them."""
+    """Adam whose noise and moments depend on a query's parameters.
+
+    tensors: updated; each is the parameter at its place, or holds that parameter's values.
+    """
 
     def __init__(
         self,

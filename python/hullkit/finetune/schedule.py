@@ -1,4 +1,4 @@
-"""Gradient reuse: when each example passes through the model, and how many updates that serves."""
+"""Gradient reuse: which examples pass through the model, and how many updates each pass serves."""
 
 from __future__ import annotations
 
@@ -9,30 +9,39 @@ from ..selection._arrays import refuse_mask
 
 
 class Reuse(NamedTuple):
-    """One burst: compute the gradient of `example` once, then make `num_steps` updates with it."""
+    """One burst: the gradient of `example` is computed once and serves `num_steps` updates.
+
+    Attributes:
+        example: int, its place among the examples.
+        num_steps: int >= 1.
+
+    >>> import hullkit
+    >>> hullkit.Reuse(example=3, num_steps=2)
+    Reuse(example=3, num_steps=2)
+    """
 
     example: int
     num_steps: int
 
 
 def reuse_schedule(counts: Any, refresh_interval: int = 2) -> list[Reuse]:
-    """Split every example's count into bursts of up to `refresh_interval` updates on one gradient.
+    """Splits every example's count into bursts of up to `refresh_interval` updates on one gradient.
 
     The gradient of an example with count c is computed at its updates 0, r, 2r, ... and reused in
-    between. All updates of an example are consecutive, so its schedule is ceil(c / r) bursts: r
-    updates each, the last one c - r * (ceil(c / r) - 1). Examples come in the order of `counts`
-    (a selection's order is by falling weight: heaviest first); a count of 0 is skipped, and with
-    it the padding of a selection.
+    between. All updates of an example are consecutive. So an example has ceil(c / r) bursts: r
+    updates each, and c - r * (ceil(c / r) - 1) in the last one. Examples come in the order of
+    `counts`; a selection has them by falling weight. A count of 0 is skipped, and so is the padding
+    of a selection.
 
     Equivalent to: `[Reuse(i, min(r, c - t)) for i, c in enumerate(counts) for t in range(0, c, r)]`
 
     Args:
         counts: (n,) integers >= 0, at least one of them > 0: a sequence, NumPy array or tensor.
-        refresh_interval: r >= 1, updates per gradient. 1 is ordinary finetuning.
+        refresh_interval: r >= 1, the most updates with one gradient. 1 is ordinary finetuning.
 
     Returns:
-        sum_i ceil(counts_i / r) bursts. Their `num_steps` sum to `sum(counts)`; their number is the
-        number of forward-backward passes.
+        A list of sum_i ceil(counts_i / r) :class:`Reuse`, one for each forward and backward pass.
+        Their `num_steps` sum to `sum(counts)`.
 
     Raises:
         TypeError: `counts` is no sequence or holds anything but integers (bool included), or
@@ -40,7 +49,11 @@ def reuse_schedule(counts: Any, refresh_interval: int = 2) -> list[Reuse]:
         ValueError: `counts` is not one-dimensional, is empty, has a negative entry or only zeros,
             or `refresh_interval` < 1.
 
-    Complexity: O(n + number of bursts). Counts on a GPU are copied to the host first (a sync).
+    >>> import hullkit
+    >>> hullkit.reuse_schedule([3, 0, 1], refresh_interval=2)
+    [Reuse(example=0, num_steps=2), Reuse(example=0, num_steps=1), Reuse(example=2, num_steps=1)]
+
+    Cost: O(n + number of bursts). Counts on a GPU are copied to the host, which waits for them.
 
     Source: HullFT, arXiv 2605.30337, gradient caching.
     """
@@ -55,7 +68,7 @@ def reuse_schedule(counts: Any, refresh_interval: int = 2) -> list[Reuse]:
 def check_counts(counts: Any) -> list[int]:
     """`counts` as a list of ints >= 0 with a positive sum, or the error that names it."""
     refuse_mask("counts", counts)
-    # NumPy arrays and tensors, on any device.
+    # Only NumPy arrays and tensors have a rank.
     rank = getattr(counts, "ndim", None)
     if rank is not None and rank != 1:
         raise ValueError(f"counts: expected rank 1, got shape {tuple(counts.shape)}")
@@ -80,10 +93,10 @@ def check_counts(counts: Any) -> list[int]:
 
 
 def _integer(value: Any) -> int | None:
-    """The int that `value` is (a Python int, NumPy integer or 0-d integer tensor), else None."""
+    """A Python int, NumPy integer or 0-d integer tensor as an int; None for anything else."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
-    # bool is an int to Python; a mask in the place of counts is a mistake.
+    # Python counts bool as int, but a mask given for counts is a mistake.
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 

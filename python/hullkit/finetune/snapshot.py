@@ -1,4 +1,4 @@
-"""What a query may change in a model, and its way back."""
+"""A snapshot of everything that a query may change in a model, and the restoring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from .base_weights import Weights, pinned_like
 
 
 class Snapshot:
-    """What a query may change in a model. Restoring may be cut short and begun again."""
+    """The state of a model before a query. `restore` may be cut short and called again.
+
+    place: "device" or "host", where copies of trained parameters lie.
+    weights: has its own copies of trained parameters, for captured passes.
+    """
 
     def __init__(
         self,
@@ -25,7 +29,7 @@ class Snapshot:
         place: str,
         weights: Weights | None,
     ) -> None:
-        # The slots too: code in the block may replace a buffer instead of writing to it.
+        # Code in the block may replace a buffer instead of writing to it, so slots are kept too.
         self._training = [(m, m.training) for m in modules]
         self._buffer_slots = [(m._buffers, m._buffers.copy()) for m in modules]
         self._slots = [
@@ -37,9 +41,9 @@ class Snapshot:
         leaves = [t for t in others if t.requires_grad and t.is_leaf]
         self._flags = [(p, p.requires_grad, p.grad) for p in (*parameters, *leaves)]
         # Tied parameters and shared buffers appear once. `data` keeps dtype, device and storage in
-        # case the block moves or casts the model; only what training may write to is copied.
+        # case the block moves or casts the model. Values are copied only where training may write.
         self._tensors: list[tuple[Tensor, Tensor, tuple[Any, ...], Tensor | None]] = []
-        self._weights = weights  # with copies of its own
+        self._weights = weights
         elsewhere = set() if weights is None else set(map(id, weights.parameters))
         for p in parameters:
             data = p.data
@@ -57,20 +61,20 @@ class Snapshot:
                 tensor.grad = None
 
     def restore_state(self) -> None:
-        """Buffers and attributes, after passes that were not to count."""
+        """Restores buffers and attributes, after passes that only prepared others."""
         _put_back(self._buffer_slots)
         self._attributes.restore()
         for buffer, copy in self._buffers:
             _write(buffer, copy)
 
     def forget_values(self) -> None:
-        """From now on `restore` puts back flags and gradients, but no values."""
+        """From now on `restore` restores flags and gradients, but no values."""
         self._tensors, self._buffers, self._weights = [], [], None
         self._slots, self._buffer_slots = [], []
         self._attributes = Attributes([])
 
     def restore(self) -> Exception | None:
-        """The error of the first thing that could not be restored; the others are."""
+        """Restores everything. Returns the first error, after which the rest was still restored."""
         failures: list[Exception] = []
         _put_back(self._slots)
         _put_back(self._buffer_slots)
@@ -91,9 +95,9 @@ class Snapshot:
 
 
 class Attributes:
-    """What modules keep beside parameters, buffers and modules: numbers, tensors, lists of them.
+    """The other attributes of modules: neither parameters, buffers nor modules.
 
-    Objects that are neither a tensor nor one of Python's containers are kept, not looked into.
+    Tensors and Python's containers are looked into. Any other object is kept as it is.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -120,7 +124,7 @@ class Attributes:
         self.tensors = list(tensors.values())
 
     def restore(self) -> None:
-        """Names and contents. Values of the tensors are the snapshot's."""
+        """Restores names and contents. The snapshot restores the values of tensors."""
         for at in unlike_dicts(self._modules):
             now, saved = self._modules[at]
             for name in [n for n in now if n not in saved and n not in _MODULES_OWN]:
@@ -130,7 +134,7 @@ class Attributes:
                     now[name] = value
         for now, saved in self._containers.values():
             if isinstance(now, dict):
-                # Not `unlike_dicts`: an OrderedDict has its order elsewhere.
+                # `unlike_dicts` does not see the order of an OrderedDict.
                 if not (check_like(now, saved) and check_like(now.values(), saved.values())):
                     now.clear()
                     now.update(saved)
@@ -143,7 +147,7 @@ class Attributes:
                 now.extend(saved)
 
 
-# Slots and hooks, and what `Module.compile` adds: nothing of the model's own.
+# Attributes that every module has (slots, hooks), and the one that `Module.compile` adds.
 _MODULES_OWN = frozenset(nn.Module().__dict__.keys() - {"_non_persistent_buffers_set"}) | {
     "_compiled_call_impl"
 }
@@ -159,11 +163,12 @@ def _put_back(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
 
 
 def check_like(now: Collection[Any], saved: Collection[Any]) -> bool:
+    """Whether both have the very same objects in one order."""
     return len(now) == len(saved) and all(map(is_, now, saved))
 
 
 def _twice(failures: list[Exception], restore: Callable[..., Any], *arguments: Any) -> None:
-    """Once more after an error, which may have come from elsewhere: of another thread, say."""
+    """Calls again after an error, which another thread may have raised in this one."""
     try:
         restore(*arguments)
     except Exception:
@@ -181,20 +186,20 @@ def _restore(tensor: Tensor, data: Tensor, geometry: tuple[Any, ...], copy: Tens
 
 
 def _write(tensor: Tensor, copy: Tensor) -> None:
-    # One made in inference mode can be written to in that mode only.
+    # A tensor made in inference mode can be written to in that mode only.
     with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
         _written(tensor).copy_(copy)
 
 
 def tensors_of(modules: list[nn.Module]) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """Parameters and buffers, tied and shared ones once: one walk for all that ask for them."""
+    """All parameters and buffers, tied and shared ones once."""
     parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
     buffers = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
     return list(parameters.values()), list(buffers.values())
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether it can be state: not what autograd has computed, nor without memory of its own."""
+    """Whether the tensor has values to restore: autograd did not compute it, and it has memory."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.grad_fn is None
@@ -214,7 +219,7 @@ def _geometry(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _written(tensor: Tensor) -> Tensor:
-    """The tensor without the repetitions of an expanded one, which cannot be written to."""
+    """The tensor without the repetitions of an expanded tensor, which cannot be written to."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0:
             tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))

@@ -1,4 +1,4 @@
-"""Test-time finetuning: a model adapted to one query in a with-block, its base weights after it."""
+"""Test-time finetuning: a model adapted to one query in a with-block, and restored after it."""
 
 from __future__ import annotations
 
@@ -30,95 +30,75 @@ from .schedule import reuse_schedule
 
 
 class TestTimeFinetuner:
-    """Finetune a causal language model on a query's selected examples, and take it back afterwards.
+    """Finetunes a causal language model for one prompt in a with-block, and takes it back.
 
-        tuner = TestTimeFinetuner(model)
-        with tuner.adapted(examples, counts) as model:
-            ...                                  # score or generate with the adapted model
-        # base weights are back, bit for bit
+    `reuse_schedule(counts, refresh_interval)` gives bursts `(example, k)`. A burst is one forward
+    and backward pass of the example alone, then k Adam updates with its gradient g:
 
-    For each burst `(example, num_steps)` of `reuse_schedule(counts, refresh_interval)`: one forward
-    and backward pass of the example alone (batch of one), then `num_steps` consecutive
-    Adam updates with that gradient. An update with a reused gradient advances the step counter, the
-    moments and the bias correction as any other; nothing is cached or cloned for it: a burst is one
-    fused pass over memory (:class:`hullkit.optim.Adam`, no weight decay, fresh for every query).
+        t = t + 1;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+        p = p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+    m, v and t are 0 at the beginning of every query. There is no weight decay. The k updates of a
+    burst are one pass over memory (:class:`hullkit.optim.Adam`).
+
+    mode="accumulate" makes one pass for each distinct example and one single update. Its gradient
+    is the mean over the multiset, `sum_i counts_i g_i / sum_i counts_i`, summed in float32.
+
+    The loss is the model's own `.loss` if its forward takes `labels`, as in transformers. Otherwise
+    it is the mean next-token cross entropy, in float32, of the logits `model(input_ids)`.
+
+    The model runs in eval mode, so there is no dropout; the published code leaves it on. Gradient
+    checkpointing of transformers works in eval mode too, but not with `compile`.
 
     Equivalent to, in eval mode: for each example, for each of its c updates: `if update % r == 0:
-    recompute the gradient`, `optimizer.step()`. Written out in `hullkit.reference.finetune`.
-
-    mode="accumulate" uses multiplicities the other way: one pass for each distinct example, and one
-    Adam update with the mean gradient of the multiset, `sum_i counts_i g_i / sum_i counts_i`,
-    summed in float32 (:func:`hullkit.optim.accumulate_`).
-
-    The loss is the model's own `.loss` if its forward takes `labels` (Hugging Face; looked up once,
-    here), else the mean next-token cross entropy, in float32, of the logits `model(input_ids)`.
-
-    The model runs in eval mode, in the passes and in the with-block: no dropout (the published code
-    leaves it on). Gradient checkpointing of transformers' layers works all the same, but under
-    `compile`; a model that cannot do it in eval mode gets a warning. Parameters with
-    `requires_grad` are trained, whichever they are: all weights, some layers, adapters (LoRA).
-
-    What models of transformers write out in many kernels runs in one each while a pass lasts:
-    GPT-2's gelu and, on CUDA, the norms of Llama, Mistral and Qwen and the loss. Where nobody else
-    sees the logits (these models themselves or in PEFT, no hooks), the last layer goes with the
-    loss, a chunk of the logits at a time, and a tied embedding adds to its gradient in place; else
-    the gradient takes the place of the logits. The same functions, rounded otherwise. Not where
-    `compile` fuses, nor what somebody else has replaced (a module's `forward`, the model's
-    `loss_function`). `last_report.fused` names what passes replaced, `fuse=False` replaces nothing.
-    Captured passes compute gelu and silu again instead of keeping the result.
-
-    On a CUDA device passes and their updates are recorded as CUDA graphs, at the first example of a
-    length or by :meth:`warmup`, and replayed: launches cost the host next to nothing, and updates
-    run beside the backward pass. A sequence is padded to one of 8 lengths for every doubling (32
-    tokens apart up to 512), with a tail that is not scored; a causal model's loss and gradients do
-    not see it. Whether that is so is checked once, and if not, every length gets its own graph.
-    At most 32 graphs are kept, in one pool of memory. They hold while parameters and buffers lie
-    where they lay; a model that was moved, cast or changed is recorded again. One that cannot be
-    recorded (host decisions on values, say) runs eagerly: with a warning, and the reason in
-    `last_report`. So does mode="accumulate".
+    recompute the gradient`, `optimizer.step()`. `hullkit.reference.finetune` writes it out.
 
     Args:
-        model: a `torch.nn.Module` on one device. Nothing is written to it here.
+        model: a `torch.nn.Module` on one device. The parameters with `requires_grad` are trained:
+            all weights, some layers, or adapters (LoRA). The constructor writes nothing to it.
         lr, betas, eps: Adam's; lr >= 0, betas in [0, 1), eps >= 0.
-        refresh_interval: r >= 1, updates per gradient; without meaning for "accumulate".
+        refresh_interval: r >= 1, the most updates with one gradient. "accumulate" ignores it.
         mode: "reuse" or "accumulate".
-        precision: of the passes: "float32" is the model's own dtype with full products (whatever
-            torch's setting outside), "tf32" rounds the inputs of float32 products to 11 bits (CUDA
-            only), "bf16" is autocast. Updates are in the parameters' dtype always.
-        capture: None as above; True to raise where passes cannot be captured; False for eager ones.
-        compile: whether passes go through `torch.compile`: fewer, larger kernels, for a minute or
-            so the first time and again when lengths first differ.
-        rounding: of half-precision parameters and their moments after a burst: "stochastic", up or
-            down at random in proportion, or "nearest", which loses most of what small steps do.
-        fuse: whether passes may replace a model's methods and functions as described above. With
-            False the model's own run, its loss and last layer too; gradient checkpointing stays on.
-        seed: of that noise, a function of seed, parameter's name, update and element: the same
-            bits in every run, whatever else is trained.
-        snapshot: "device" keeps base weights beside the parameters, "host" in pinned memory of the
-            host: the device's memory for the time of the copies.
+        precision: of the passes. "float32" is the model's own dtype with full products, whatever
+            torch's setting is. "tf32" rounds the inputs of float32 products to 11 bits (CUDA only).
+            "bf16" is autocast. Updates are made in the parameters' dtype.
+        capture: whether passes are recorded as CUDA graphs. None: where that is possible, else
+            eager passes with a warning. True: an error where it is not possible. False: never.
+        compile: whether passes go through `torch.compile`.
+        rounding: how half-precision parameters and moments are rounded after a burst. "stochastic":
+            up or down at random in proportion. "nearest": most of a small step is lost.
+        seed: seed of that noise, a hash of seed, parameter name, update and element.
+        snapshot: "device" keeps base weights on the device, "host" in pinned memory of the host.
+        fuse: whether a pass may run faster functions in place of the model's own: gelu, RMS norms,
+            the loss, the last layer. They compute the same, rounded otherwise. With False nothing
+            is replaced; gradient checkpointing stays on. `last_report.fused` names what was
+            replaced. What others have replaced is left alone, and so is all with `compile`.
 
-    Half-precision parameters have their moments in bfloat16. Passes of a float16 model read
-    bfloat16 copies of its tensors (float16's range ends where many gradients are, below 6e-8, and
-    activations beyond 65504), and passes of PEFT's float32 adapters on a half-precision base copies
-    of the adapters; updates are made to the tensors themselves. Captured bf16 passes of a float32
-    model read copies of its linear layers' weights, which the updates write: nothing is cast.
+    Attributes:
+        last_report: the AdaptReport of the latest query; None if it failed.
 
-    `last_report` is the AdaptReport of the latest query, None if it failed.
+    Raises:
+        TypeError, ValueError: a bad argument; no parameter with `requires_grad`; a parameter on the
+            meta device (offloaded), made in inference mode, or of a sparse embedding.
 
-    Raises TypeError or ValueError at a bad argument, if no parameter requires a gradient, or if one
-    is on the meta device (offloaded), was made in inference mode, or is a sparse embedding's. A
-    tuner can be copied and pickled with its model, except while it adapts; graphs are made anew.
+    >>> import hullkit, torch
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+    >>> tuner = hullkit.TestTimeFinetuner(model, lr=0.1, refresh_interval=2)
+    >>> with tuner.adapted([torch.tensor([1, 2, 3])], [5]) as model: report = tuner.last_report
+    >>> report.num_updates, report.num_passes, report.path
+    (5, 3, 'eager')
 
-    Complexity, per query: sum_i ceil(counts_i / r) passes and sum(counts) updates; to accumulate,
-    a pass for each positive count and one update. Memory: beside the passes' activations, a copy of
-    the trained parameters and of all buffers (until the block ends), a gradient, its float32 sum if
-    accumulating, and Adam's two moments (until the block begins). Where passes are captured, all of
-    these but the buffers' copy stay until :meth:`release`.
+    Numerics: half-precision parameters have bfloat16 moments; passes of float16 models read
+    bfloat16 copies of the weights.
+    Cost: sum_i ceil(counts_i / r) passes and sum(counts) updates. Memory: activations, and a
+    gradient, a copy and two moments of what is trained; graphs keep them until :meth:`release`.
+
+    A tuner can be copied and pickled with its model, except while it adapts; graphs are made anew.
 
     Source: HullFT, arXiv 2605.30337, gradient caching.
     """
 
-    __test__ = False  # the name begins with Test; it is no test class
+    __test__ = False  # pytest would take a class of this name for tests
 
     def __init__(
         self,
@@ -196,37 +176,48 @@ class TestTimeFinetuner:
     ) -> Adaptation:
         """A with-block in which the model is finetuned on `examples`; it yields the model.
 
-        Everything is checked by this call, before any weight is touched; finetuning happens on
-        entry. Inside the block the parameters' `.grad` is None. When the block is left, or entering
-        it fails, whatever the reason (an exception, out of memory, a signal's handler that raises
-        at any moment): trained parameters and buffers have their former bits, and `.grad` objects,
-        `requires_grad` and training flags are as before. Signals that arrive during the restoring
-        are handled once it is finished.
+        This call checks everything and touches no weight. Finetuning happens on entry. Inside the
+        block the parameters' `.grad` is None.
 
-        So is what modules keep beside: their submodules and attributes are the former objects, new
-        attributes are gone, tensors among them have their former values, and Python's containers
-        (lists, dicts, sets, deques, nested) their former content. Not undone: hooks, and
-        `Module.compile`; what other objects keep (a config, a cache object, a module that is not
-        registered); what is no attribute (globals, closures). Parameters that do not require a
-        gradient are not copied: do not write to them in the block.
+        After the block, trained parameters and buffers have their former bits. `.grad` objects,
+        `requires_grad`, training flags and the modules' attributes are as before. Tensors and
+        Python's containers among the attributes have their former content. That holds after any
+        exception, also on entry and from a signal's handler. A signal that arrives during the
+        restoring is handled once it is finished.
+
+        Not undone: hooks; `Module.compile`; what objects other than modules keep (a config, a
+        cache); globals and closures. Parameters without `requires_grad` are not copied: do not
+        write to them in the block.
 
         Args:
-            examples: a sequence with one entry per unique example, visited in this order: int64
-                token ids (T,) or (1, T), T >= 2, which are their own labels; or a dict of tensors,
+            examples: a sequence with one entry per unique example, visited in this order. An entry
+                is int64 token ids (T,) or (1, T), T >= 2, which are their own labels; or a dict of
                 the model's keyword inputs: `input_ids` as above, `labels` (default: input_ids; -100
-                is not scored) and others; one-dimensional ones get the batch dimension.
-            counts: (n,) integers >= 0, updates for each example; 0 skips it. See `reuse_schedule`.
-            select_seconds: what choosing them took, for the report alone.
+                is not scored) and others. One-dimensional inputs get the batch dimension.
+            counts: (n,) integers >= 0, updates for each example; 0 skips it.
+            select_seconds: the time that choosing them took, for the report alone.
+
+        Returns:
+            The with-block. It can be entered once.
 
         Raises:
             TypeError, ValueError: a bad example or count, named.
-            RuntimeError: on entry, if the model or a part of it is being adapted already.
+            RuntimeError: on entry: the model or a part of it is being adapted already.
             FloatingPointError: on entry: a loss or gradient is not finite; names the example.
             torch.OutOfMemoryError: on entry, in a pass, its capture or an update.
+
+        >>> import hullkit, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+        >>> base = model[0].weight.clone()
+        >>> block = hullkit.TestTimeFinetuner(model).adapted([torch.tensor([1, 2, 3])], [1])
+        >>> with block as adapted: print(torch.equal(adapted[0].weight, base))
+        False
+        >>> torch.equal(model[0].weight, base)
+        True
         """
         if isinstance(examples, str) or not isinstance(examples, Sequence):
             raise TypeError(f"examples: expected a list of examples, got {type(examples).__name__}")
-        # Accumulating, an example is one burst whatever its count.
+        # mode="accumulate" makes one burst of an example, whatever its count.
         interval = self.refresh_interval if self.mode == "reuse" else MAX_TOTAL
         schedule = reuse_schedule(counts, interval)
         if len(examples) != len(counts):
@@ -242,10 +233,20 @@ class TestTimeFinetuner:
     def adapt_(
         self, examples: Any, counts: Any, *, select_seconds: float | None = None
     ) -> AdaptReport:
-        """Finetune the model in place, for code that puts weights back itself.
+        """Finetunes the model in place, for code that restores weights itself.
 
-        As entering :meth:`adapted` and never leaving it, but for gradients and flags, which are as
-        before; so are weights and buffers if it fails. The next query starts with fresh moments.
+        Weights and buffers stay as the query left them; `.grad` and flags are as before. If it
+        fails, weights and buffers are as before too. The next query starts with fresh moments.
+
+        Args, Raises: as :meth:`adapted`, with all errors raised by this call.
+
+        Returns:
+            The report, also in `last_report`.
+
+        >>> import hullkit, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+        >>> hullkit.TestTimeFinetuner(model).adapt_([torch.tensor([1, 2, 3])], [3]).num_passes
+        2
         """
         self.adapted(examples, counts, select_seconds=select_seconds).keep()
         assert self.last_report is not None
@@ -279,10 +280,25 @@ class TestTimeFinetuner:
         return inputs
 
     def warmup(self, lengths: Iterable[int]) -> None:
-        """Record, or compile, the passes of examples of these lengths in tokens, ahead of the first
-        query that has them. The model is as before afterwards.
+        """Records, or compiles, the passes of examples of these lengths ahead of the first query.
 
-        Raises as `adapted` and its block do.
+        A CUDA graph is recorded at the first example of a length: this does it in advance. The
+        model is as before afterwards. Without capture or `compile` there is nothing to do.
+
+        Sequences are padded to one of 8 lengths for every doubling, 32 tokens apart up to 512, with
+        a tail that is not scored. The loss of a causal model does not see the tail; that is checked
+        once, and if it does, every length has its own graph. At most 32 graphs are kept. A model
+        that was moved, cast or changed is recorded again.
+
+        Args:
+            lengths: numbers of tokens, each >= 2.
+
+        Raises:
+            What :meth:`adapted` and entering its block raise.
+
+        >>> import hullkit, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+        >>> hullkit.TestTimeFinetuner(model).warmup([128, 256])
         """
         check_trainable(self.model)
         limits = token_limits(self.model)
@@ -293,9 +309,14 @@ class TestTimeFinetuner:
             pass
 
     def release(self) -> None:
-        """Give back what is kept from query to query: graphs, moments, the copy of the weights.
+        """Gives back the memory kept between queries: graphs, moments, the copy of the weights.
 
-        The next query makes them anew, and tries again to capture what could not be captured.
+        The next query makes them anew. It tries again to capture a model that could not be
+        captured.
+
+        >>> import hullkit, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+        >>> hullkit.TestTimeFinetuner(model).release()
         """
         self._passes.release()
 

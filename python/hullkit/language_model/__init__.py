@@ -1,4 +1,4 @@
-"""A language model in a pass: its interface, its loss, and the pieces that run in its place."""
+"""Language models: their interface, their loss, and the faster functions that a pass runs."""
 
 from .bits_per_byte import bits_per_byte
 

@@ -24,29 +24,27 @@ from .interface import (
     virtual_tokens,
 )
 
-# Elements of logits that are turned into float32 log-probabilities at a time (64 MiB).
+# So many logits at a time become float32 log-probabilities: 64 MiB.
 _CHUNK_ELEMENTS = 1 << 24
 
 
 def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
-    """Negative log-likelihood, in bits, of a sequence's scored tokens per byte of text they spell.
+    """Negative log-likelihood of a text in bits, per byte of the text.
 
     `-sum_{t=1}^{T-1} log2 p(x_t | x_0 .. x_{t-1}) / num_bytes`. The first token has no prediction
-    and is not scored, so its bytes do not belong to `num_bytes`; neither do bytes of text that was
-    cut off before tokenisation ended.
+    and is not scored: do not count its bytes. Do not count bytes of text that was cut off either.
 
     Equivalent to: `cross_entropy(logits[:-1], input_ids[1:], reduction="sum") / log(2) / num_bytes`
 
     Args:
         model: a causal language model: `model(ids)` with ids (1, T) returns logits (1, T, V), or an
-            object with such `.logits` (Hugging Face). Run in eval mode (no dropout) without
-            gradients, on its own device; every module's training flag is put back.
+            object with such `.logits` (transformers). It runs on its own device, in eval mode and
+            without gradients. Every module's training flag is as before afterwards.
         input_ids: (T,) or (1, T) int64 token ids, T >= 2, on any device.
         num_bytes: UTF-8 bytes that the scored tokens `input_ids[1:]` spell, > 0.
 
     Returns:
-        Bits per byte, a Python float. Log-softmax is taken in float32 (for float64 logits in
-        float64), the sum over tokens in float64.
+        Bits per byte, a Python float.
 
     Raises:
         TypeError: an argument of the wrong kind or dtype, or a model output without logits.
@@ -54,8 +52,14 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
             vocabulary, num_bytes < 1, or logits of another shape than (1, T, V).
         FloatingPointError: the negative log-likelihood is infinite or NaN.
 
-    Complexity: one forward pass, plus O(T V) time and at most 64 MiB (or one token's row) for the
-    log-softmax: it goes over the tokens in chunks. One synchronisation.
+    >>> import hullkit, torch
+    >>> uniform = torch.nn.Embedding(4, 4, _weight=torch.zeros(4, 4))  # 4 tokens, equally likely
+    >>> round(hullkit.bits_per_byte(uniform, torch.tensor([0, 1, 2]), num_bytes=2), 6)
+    2.0
+
+    Numerics: log-softmax in float32, or float64 for float64 logits; the sum over tokens in float64.
+    Cost: one forward pass, O(T V) time and at most 64 MiB, or one token's row, for the log-softmax.
+    It waits for the device once.
 
     Source: the score of HullFT, arXiv 2605.30337, whose code divides by the bytes of the whole text
     even where the text is cut.
@@ -69,7 +73,7 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
     ids = ids.to(device_of(model, ids))
     cache = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
     with torch.no_grad(), eval_mode(model):
-        # A learned prompt before the tokens has logits, too.
+        # PEFT puts learned positions before the tokens, and they have logits too.
         output = logits_of(model(ids, **cache), ids, virtual_tokens(model))
         logits = output[0, -ids.shape[1] : -1]  # [T - 1, V]
         step = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
@@ -85,9 +89,10 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside the block all modules are in eval mode. Their flags are as before afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     try:
-        # The flag itself, not .eval(): that may be overridden to do more (merge adapters).
+        # Not .eval(): a model may override it to do more, such as merging adapters.
         for module, _ in flags:
             module.training = False
         yield

@@ -1,5 +1,7 @@
-"""The loss of a causal language model from its logits, or from what they are computed of, fused on
-CUDA."""
+"""The loss of a causal language model, from its logits or from its last layer's input.
+
+On CUDA tensors it is computed by fused kernels.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,25 @@ from ..optim import _kernels
 from ..optim._tensor_table import uses_triton
 from .interface import IGNORED, at_least_float32
 
-CHUNK_BYTES = 80 << 20  # of logits at a time: 416 tokens of GPT-2 in float32
-_ALIGNED = 64  # elements
-_PRODUCTS_WIDEN = hasattr(torch.ops.aten.mm, "dtype_out")  # halves into float32 without a copy
-_TENSOR_CORES = 8  # the elements that a matrix's sides are multiples of where they are fast
+CHUNK_BYTES = 80 << 20  # so many logits at a time: 416 tokens of GPT-2 in float32
+_ALIGNED = 64  # a row of logits begins at a multiple of so many elements
+_PRODUCTS_WIDEN = hasattr(torch.ops.aten.mm, "dtype_out")  # torch multiplies halves into float32
+_TENSOR_CORES = 8  # tensor cores are fast where a matrix's sides are multiples of this
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, *, backend: str | None = None) -> Tensor:
     """Mean of -log softmax(logits[t])[labels[t + 1]] over the t whose label is not -100.
 
-    logits (1, T, V), floating; labels (1, T) int64, one scored at least; [] of float32, or float64
-    for such logits. On CUDA one kernel reads the logits, and in the backward pass another writes
-    the gradient over them: the logits exist once, in their own dtype. Whoever else saved them for
-    the backward pass gets torch's error about a tensor that was changed. backend="triton" runs
-    the kernels on CPU tensors too, in the interpreter.
+    On CUDA one kernel reads the logits. In the backward pass another one writes the gradient over
+    them, so the logits exist once, in their own dtype. If another function saved them for its
+    backward pass, torch raises its error about a tensor that was changed.
+
+    Args:
+        logits: (1, T, V), floating.
+        labels: (1, T) int64, at least one of them scored.
+        backend: "triton" runs the kernels on CPU tensors too, in Triton's interpreter.
+    Returns:
+        A 0-d float32 tensor; float64 for float64 logits.
     """
     if uses_triton("logits", logits.device, backend):
         rows = logits.flatten(0, 1)  # [T, V]; logits[0] would copy the gradient
@@ -43,8 +50,10 @@ def plain_next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class TiedGradient:
-    """Of a matrix that is both the embedding and the last layer: what the last layer's backward
-    pass returned, for the embedding's to add to. Autograd itself would make two matrices more.
+    """The gradient of a matrix that is both the embedding and the last layer.
+
+    The last layer's backward pass leaves its gradient here, and the embedding's adds to it in
+    place. Autograd itself would make two more matrices.
     """
 
     def __init__(self) -> None:
@@ -63,13 +72,17 @@ def linear_next_token_loss(
     tied: TiedGradient | None = None,
     copy: Tensor | None = None,
 ) -> Tensor:
-    """`next_token_loss(F.linear(hidden, weight), labels)` by Triton's kernels, never with all
-    logits in memory.
+    """`next_token_loss(F.linear(hidden, weight), labels)` without all logits in memory.
 
-    hidden (1, T, D), weight (V, D), products in autocast's dtype where that is on. A chunk's logits
-    give the loss and, at once, both gradients, which wait for the backward pass in their place.
-    tied: what `embedding` of this object looks up has this weight, too. copy: the weight in the
-    products' dtype, if somebody has it.
+    Triton's kernels compute it chunk by chunk. A chunk's logits give the loss and, at once, both
+    gradients, which are kept for the backward pass in place of the logits.
+
+    Args:
+        hidden: (1, T, D). Products are in autocast's dtype where that is on.
+        weight: (V, D).
+        labels: (1, T) int64, at least one of them scored.
+        tied: the object whose `embedding` looks up rows of the same weight.
+        copy: the weight in the products' dtype, if there is one already.
     """
     arguments = (hidden.flatten(0, 1), weight, _targets(labels), tied, copy)
     loss: Tensor = _FusedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -77,7 +90,7 @@ def linear_next_token_loss(
 
 
 def _targets(labels: Tensor) -> Tensor:
-    """[T]: what each position is to predict; nothing the last one."""
+    """The label that each position predicts (T,); -100 for the last position."""
     return F.pad(labels[0, 1:], (0, 1), value=IGNORED)
 
 
@@ -132,7 +145,7 @@ class _FusedLinear(torch.autograd.Function):
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight = ctx.gradients
-        ctx.gradients = None  # autograd copies a gradient that somebody else has too
+        ctx.gradients = None  # autograd copies a gradient that has another reference
         for computed in (d_hidden, d_weight):
             if computed is not None:
                 _rescale(computed, gradient.reshape(1))
@@ -153,10 +166,10 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         (ids,) = ctx.saved_tensors
         taken, ctx.tied.taken = ctx.tied.taken, None
-        if taken is None:  # the last layer took no part, or another lookup was here
+        if taken is None:  # the last layer took no part, or another lookup has used its gradient
             dense = torch.ops.aten.embedding_dense_backward(gradient, ids, ctx.num_rows, -1, False)
             return dense, None, None
-        # In an order that does not change from run to run, unlike index_add_.
+        # Sums have the same order in every run, unlike those of index_add_.
         taken.index_put_((ids.flatten(),), gradient.flatten(0, -2), accumulate=True)
         return None, None, None
 
@@ -169,8 +182,10 @@ def _of_chunks(
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and its gradients by hidden (T, D) and weight (V, D) where they are wanted, the
-    second as `wide`."""
+    """The loss, and its gradients by hidden (T, D) and weight (V, D) where they are wanted.
+
+    wide: dtype of the weight's gradient.
+    """
     length, columns = len(hidden), len(weight)
     stride = -(-columns // _ALIGNED) * _ALIGNED
     chunks = -(-length * stride * hidden.itemsize // CHUNK_BYTES)
@@ -178,7 +193,7 @@ def _of_chunks(
     losses, normalisers, count = _row_results(hidden.dtype, targets)
     scale = count.to(losses.dtype).reciprocal().reshape(1)
     d_hidden = torch.empty_like(hidden) if of_hidden else None
-    # Before the logits: it stays, they go.
+    # This outlives the logits, so it is allocated before them.
     d_weight = torch.empty_like(weight, dtype=wide) if of_weight else None
     memory = hidden.new_empty(step, stride)
     for first in range(0, length, step):
@@ -202,7 +217,7 @@ def _of_chunks(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
-    """total += a @ b, or = where nothing is in it yet."""
+    """total += a @ b; with `fresh`, total = a @ b."""
     if total.dtype is a.dtype:
         total.addmm_(a, b, beta=int(not fresh))
     elif fresh:
@@ -212,16 +227,16 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
 
 
 def _parts(columns: int) -> list[slice]:
-    """All of them, but for the few that would keep a product from tensor cores: those apart.
+    """The columns in two parts: as many as tensor cores take, and the few others.
 
-    With 50257 columns in bfloat16 that is four times as fast (H100).
+    With 50257 columns in bfloat16 that is four times as fast as one product (H100).
     """
     most = columns // _TENSOR_CORES * _TENSOR_CORES
     return [part for part in (slice(0, most), slice(most, columns)) if part.start < part.stop]
 
 
 def _row_results(dtype: torch.dtype, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for each row's loss and normaliser, and how many are scored."""
+    """Memory for each row's loss and normaliser, and the number of scored rows."""
     math = _kernels.arithmetic_dtype(dtype)
     losses = torch.zeros(len(targets), dtype=math, device=targets.device)
     return losses, torch.empty_like(losses), (targets != IGNORED).sum()
@@ -232,11 +247,12 @@ def _launch(name: str, logits: Tensor, *arguments: Tensor) -> None:
 
     math = _kernels.arithmetic_dtype(logits.dtype)
     sizes = (logits.stride(0), logits.shape[1])
-    with torch.cuda.device_of(logits):  # nothing for one on the CPU
+    with torch.cuda.device_of(logits):  # does nothing for a CPU tensor
         launch(name, len(logits), (logits, *arguments, *sizes), {"MATH": math})
 
 
 def _rescale(values: Tensor, scale: Tensor) -> None:
+    """values *= scale, in one launch; scale (1,)."""
     from ..triton_kernels.cross_entropy import BLOCK_SIZE
     from ..triton_kernels.launch import launch
 

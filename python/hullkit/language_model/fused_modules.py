@@ -1,7 +1,8 @@
-"""Functions that models of transformers write out in many small kernels, in one kernel each.
+"""Faster functions that run in place of a model's own while a pass lasts.
 
-At the lengths of test-time finetuning such kernels take longer to begin than to run, and each keeps
-a tensor for the backward pass: 15 to 23 % of a GPT-2 query in bf16, and half of what a pass holds.
+Models of transformers write some functions out in many small kernels; here each is one kernel. At
+the lengths of test-time finetuning small kernels take longer to begin than to run, and each keeps
+a tensor for the backward pass: 15 to 23 % of a GPT-2 query in bf16, and half of a pass's memory.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .saved_tensors import Saved
 
 Forward = Callable[[Tensor], Tensor]
 
-# By the class's full name, so that transformers need not be there. Only classes that compute
-# exactly this: others of a similar name add one to the weight, or clip, or scale.
+# Classes are known by their full names, so transformers is never imported. Only classes that
+# compute exactly this are here: others of a similar name add one to the weight, clip or scale.
 _ACTIVATIONS: dict[str, Forward] = {
     "transformers.activations.NewGELUActivation": partial(F.gelu, approximate="tanh"),
     "transformers.activations.SiLUActivation": F.silu,
@@ -31,18 +32,19 @@ _ACTIVATIONS: dict[str, Forward] = {
 _MODELS = "transformers.models.{0}.modeling_{0}.{1}"
 _FAMILIES = (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
 _RMS_NORMS = {_MODELS.format(family, f"{name}RMSNorm") for family, name in _FAMILIES}
-# Their forward hands lm_head's output to the loss, and does nothing else with it but return it.
+# The forward of these gives lm_head's output to the loss and returns it, and no more.
 _HEADS = {_MODELS.format(family, f"{name}ForCausalLM") for family, name in _FAMILIES}
 _HEADS.add(_MODELS.format("gpt2", "GPT2LMHeadModel"))
-_PASSING_ON = {"peft.peft_model.PeftModelForCausalLM"}  # what forwards of these return, likewise
+_PASSING_ON = {"peft.peft_model.PeftModelForCausalLM"}  # wrappers that only return what those do
 _LOSS = "transformers.loss.loss_utils.ForCausalLMLoss"
-_REWEIGHTED = ("num_items_in_batch", "shift_labels", "ignore_index")  # what changes that loss
+_REWEIGHTED = ("num_items_in_batch", "shift_labels", "ignore_index")  # options that change the loss
 
 
 def _rms_norm(module: Any) -> Forward:
     def forward(x: Tensor) -> Tensor:
         weight = module.weight
-        # On a CPU torch takes the same steps; of two dtypes, the result is to have the weight's.
+        # On a CPU torch takes the same steps as the model. With two dtypes the result must have the
+        # weight's, which the model's own forward sees to.
         if not x.is_cuda or x.dtype is not weight.dtype:
             return type(module).forward(module, x)  # type: ignore[no-any-return]
         return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
@@ -51,9 +53,9 @@ def _rms_norm(module: Any) -> Forward:
 
 
 class _Loss:
-    """The loss of transformers' causal models, of logits or of what `lm_head` was given for them.
+    """The loss of transformers' causal models, from logits or from the input of `lm_head`.
 
-    Where nobody else sees the logits, `lm_head` returns its input, and the loss multiplies.
+    Where nothing else sees the logits, `lm_head` returns its input, and the loss multiplies.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class _Loss:
         self._hidden: Tensor | None = None
 
     def hold(self, hidden: Tensor) -> Tensor:
+        """The forward of `lm_head`: keeps its input for the loss."""
         self._hidden = hidden
         return hidden
 
@@ -80,7 +83,7 @@ class _Loss:
         if hidden is not None and logits is not hidden:
             raise RuntimeError("expected a loss of what lm_head returned, got another tensor")
         reweighted = any(options.get(name) is not None for name in _REWEIGHTED)
-        # A CPU gains nothing; float64 logits are cut to float32 there, and the numbers stay its.
+        # A CPU gains nothing. The model's own loss casts float64 logits to float32, and runs then.
         fused = not reweighted and logits.is_cuda and logits.dtype is not torch.float64
         if hidden is not None and self._weight is not None:
             if fused and hidden.shape[:2] == labels.shape:
@@ -100,13 +103,14 @@ def stand_ins(
     checkpointed: Sequence[nn.Module] = (),
     copies: PassCopies | None = None,
 ) -> Iterator[tuple[str, ...]]:
-    """Inside the block the model computes the same, cheaper. What somebody else replaced stays.
+    """Inside the block the model computes the same, cheaper. What others have replaced stays.
 
     The block gets the names of the replaced methods and functions, sorted and each once.
 
-    saved: what is told of activations, whose outputs then need not be saved. checkpointed: layers
-    that run again in the backward pass, outside of the block: as they are. copies: what the last
-    layer's product reads in place of its weight.
+    saved: recomputes the outputs of activations, so that they need not be saved.
+    checkpointed: layers that run again in the backward pass, outside of the block. Nothing in them
+        is replaced.
+    copies: may have a copy of the last layer's weight, which its product then reads.
     """
     again = {module for layer in checkpointed for module in layer.modules()}
     replaced: list[tuple[nn.Module, str]] = []
@@ -148,19 +152,20 @@ def stand_ins(
 
 
 def fused_head_weight(model: nn.Module) -> Tensor | None:
-    """The weight of the last layer, where its product goes with the loss."""
+    """The weight of the last layer, if `stand_ins` lets the loss compute its product; else None."""
     head = _head_with_known_loss(model)
     lm_head = None if head is None else _lm_head(model, head)
     return None if lm_head is None else lm_head.weight
 
 
 def _head_with_known_loss(model: nn.Module) -> Any:
+    """The model of transformers, if its loss is the mean next-token cross entropy; else None."""
     head = _head(model)
     return head if head is not None and _full_name(head.loss_function) == _LOSS else None
 
 
 def _head(model: nn.Module) -> Any:
-    """The model of transformers, in whatever is wrapped around it, if its loss is its class's."""
+    """The model of transformers inside its wrappers, if its loss is its class's own; else None."""
     for module in model.modules():
         if hasattr(type(module), "loss_function") and "labels" in forward_parameters(module):
             return None if "_loss_function" in module.__dict__ else module
@@ -168,7 +173,7 @@ def _head(model: nn.Module) -> Any:
 
 
 def _lm_head(model: nn.Module, head: Any) -> Any:
-    """The last layer, if only the loss gets to see what it returns."""
+    """The last layer, if only the loss sees its output; else None."""
     around = [] if model is head else [model]
     lm_head: Any = getattr(head, "lm_head", None)
     name = _full_name(type(head))
@@ -188,7 +193,7 @@ def _lm_head(model: nn.Module, head: Any) -> Any:
 
 
 def _tied_embedding(head: Any, weight: Tensor) -> nn.Embedding | None:
-    """The embedding with the last layer's weight, if it does nothing but look up."""
+    """The embedding with the last layer's weight, if it only looks up rows; else None."""
     embedding = head.get_input_embeddings()
     if (
         _full_name(type(embedding)) != "torch.nn.modules.sparse.Embedding"

@@ -1,4 +1,4 @@
-"""What can be asked of a model: which ids it takes, how many of them, and whether it can train."""
+"""The interface of a language model: its inputs, its limits, and whether it can train."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def check_module(model: Any) -> None:
 
 
 def device_of(model: nn.Module, default: Tensor) -> torch.device:
-    """Where the model takes its inputs. Offloaded weights are nowhere until their layer runs, and
-    its hooks move what it is given."""
+    """The device of the model's inputs: that of its first parameter in memory, or of `default`.
+
+    Offloaded weights are on the meta device until their layer runs; hooks move its inputs.
+    """
     here = (p.device for p in model.parameters() if not p.is_meta)
     return next(here, default.device)
 
@@ -33,8 +35,10 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def logits_of(output: Any, ids: Tensor, before: int = 0) -> Tensor:
-    """The logits (1, T, V) in what a causal language model returned for ids (1, T); or
-    (1, before + T, V), if it has put so many positions of its own before them."""
+    """The logits (1, T, V) in a causal language model's output for ids (1, T).
+
+    They are (1, before + T, V) if the model puts `before` positions of its own before the ids.
+    """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(
@@ -53,11 +57,14 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 class TokenLimits(NamedTuple):
-    """What a sequence must keep to: on a GPU an index outside a table ends the process."""
+    """The limits of a sequence. None where a limit is not known.
 
-    vocabulary: int | None  # token ids; None where that cannot be told, here and below
-    labels: int | None  # ids that are predicted
-    positions: int | None  # tokens that the model has positions for
+    On a GPU an index outside a table ends the process.
+    """
+
+    vocabulary: int | None  # token ids are below this
+    labels: int | None  # predicted ids are below this
+    positions: int | None  # the most tokens
 
 
 _NOT_HERE = (
@@ -66,14 +73,14 @@ _NOT_HERE = (
 
 
 def check_scorable(model: nn.Module) -> None:
-    """Offloaded parameters are fine where accelerate's hooks bring them."""
+    """Refuses parameters on the meta device, unless accelerate's hooks bring them in a pass."""
     missing = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if missing is not None and not any("_hf_hook" in vars(m) for m in model.modules()):
         raise ValueError(f"model: {_NOT_HERE.format(missing)}")
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Before anything is touched: what torch would say of it in the midst of a pass or later."""
+    """Refuses parameters with which torch would fail in a pass or later."""
     for path, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is None:
@@ -94,6 +101,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def token_limits(model: nn.Module) -> TokenLimits:
+    """The limits that the model's tables and configuration tell."""
     vocabulary = _vocabulary_size(model)
     return TokenLimits(vocabulary, _predicted(model) or vocabulary, _positions(model))
 
@@ -117,7 +125,7 @@ def check_token_ids(name: str, ids: Any, limits: TokenLimits) -> Tensor:
 
 
 def check_labels(name: str, labels: Tensor, limits: TokenLimits) -> None:
-    """Labels are indices into the logits: out of range they end a CUDA process, as ids do."""
+    """Checks the range of labels, which are indices into the logits."""
     _check_range(name, labels, limits.labels)
 
 
@@ -129,10 +137,10 @@ def _check_range(name: str, ids: Tensor, end: int | None) -> None:
 
 
 def longest_padded(model: nn.Module) -> int:
-    """How far a sequence may be padded without running over a table of positions.
+    """The length up to which a sequence may be padded within the model's positions.
 
-    Where no table is known, what the model's configuration says, for which its authors have tried
-    it; else the rows of its smallest embedding, whichever that is.
+    If no table of positions is known, it is the length in the model's configuration. Without one it
+    is the number of rows of the smallest embedding, which may be the table of positions.
     """
     known = _positions(model)
     if known is not None:
@@ -156,25 +164,25 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def _vocabulary_size(model: nn.Module) -> int | None:
-    """The number of token ids `model` has rows for, or None where that cannot be told."""
+    """The number of token ids that the model has rows for; None if that is not known."""
     known = getattr(_embeddings(model, "input"), "num_embeddings", None)
     if isinstance(known, int):
         return known
     size = getattr(_config(model), "vocab_size", None)
     if isinstance(size, int):
         return size
-    # A plain model: its positions may be an embedding too, so only the largest one bounds the ids.
+    # Positions may be an embedding, too, so only the largest embedding bounds the ids.
     rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     return max(rows, default=None)
 
 
 def _predicted(model: nn.Module) -> int | None:
-    """The rows of the last layer. They are those of the embedding, unless one alone was resized."""
+    """The rows of the last layer: as many as the embedding's, unless one of them was resized."""
     size = getattr(_embeddings(model, "output"), "out_features", None)
     return size if isinstance(size, int) else None
 
 
-# What models of transformers call their number of positions.
+# The names that configurations of transformers have for the number of positions.
 _LENGTHS = (
     "max_position_embeddings",
     "n_positions",
@@ -182,25 +190,25 @@ _LENGTHS = (
     "max_seq_len",
     "n_ctx",
 )
-# A table of absolute positions, by the words of its name: `wpe`, `embed_positions`, `pos_emb`, ...
+# Words in the name of a table of absolute positions: `wpe`, `embed_positions`, `pos_emb`, ...
 _POSITION = {"wpe", "pos", "position", "positions", "positional"}
 _OTHERWISE = {"rel", "relative", "rotary", "rope", "alibi", "bias", "type", "types", "ids"}
-# Where positions are not those of tokens.
+# Names of parts whose positions are not those of tokens.
 _NOT_TEXT = re.compile("vision|visual|image|pixel|patch|video|audio|speech")
-# What PEFT puts around an embedding.
+# Names of the modules that PEFT wraps around an embedding.
 _WRAPPING = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]*)$")
 
 
 def _positions(model: nn.Module) -> int | None:
-    """The tokens that a table of absolute positions has rows for, if the model has one.
+    """The number of tokens that a table of absolute positions has rows for; None without a table.
 
-    A table is told by its name, and by a number of rows that the configuration confirms: other
-    tables of such a name may be of an image's patches. Without a configuration the name will do.
-    None where positions are computed (rotary, ALiBi, or tables that grow), which have no such end.
+    A table is recognised by its name, and by a number of rows that the configuration confirms: a
+    table of such a name may also be for an image's patches. Without a configuration the name is
+    enough. Computed positions (rotary, ALiBi, tables that grow) have no limit.
     """
     config = _config(model)
     configured = _configured(model)
-    # ALiBi as MPT has it in transformers: computed for so many positions, and cut from there.
+    # MPT in transformers computes ALiBi for so many positions, and cuts it from there.
     limits = [*configured] if getattr(config, "model_type", None) == "mpt" else []
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding):
@@ -231,7 +239,7 @@ def _configured(model: nn.Module) -> set[int]:
 
 
 def _config(model: nn.Module) -> Any:
-    """The configuration of what reads text, where a model has several parts."""
+    """The model's configuration; in a model of several parts, that of the part that reads text."""
     config = getattr(model, "config", None)
     find = getattr(config, "get_text_config", None)
     return find(decoder=True) if callable(find) else config

@@ -1,4 +1,4 @@
-"""The loss of one example under a causal language model, and in what precision it is taken."""
+"""The loss of one example under a causal language model, and the precision of its passes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRECISIONS = ("float32", "tf32", "bf16")
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """torch's setting for float32 products: TensorFloat-32 for "tf32", else all bits."""
+    """Inside the block float32 products are TensorFloat-32 for "tf32", else full float32."""
     wanted = "high" if precision == "tf32" else "highest"
     before = torch.get_float32_matmul_precision()
     if before == wanted:
@@ -35,8 +35,10 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 class CausalLoss:
-    """The model's own `.loss` if its forward takes `labels`, else the mean next-token cross entropy
-    of its logits, in float32. Called with an example's keyword inputs, batch of one.
+    """The loss of an example's keyword inputs, a batch of one.
+
+    It is the model's own `.loss` if its forward takes `labels`, else the mean next-token cross
+    entropy of its logits, in float32.
 
     fuse: whether passes run cheaper pieces in place of the model's own (`fused_modules.py`).
     """
@@ -57,9 +59,12 @@ class CausalLoss:
         saved: Saved | None = None,
         copies: PassCopies | None = None,
     ) -> Tensor:
-        """saved: what sees to the tensors that the backward pass needs, if not autograd alone.
-        copies: of weights that the loss multiplies with."""
-        if self.compiled:  # the compiler saves what it likes, and checkpoints nothing
+        """The loss of one pass.
+
+        saved: keeps the tensors that the backward pass needs; None leaves that to autograd.
+        copies: copies of weights that the loss multiplies with.
+        """
+        if self.compiled:  # the compiler decides itself what is saved, and checkpoints nothing
             self.fused = ()
             return self._of(self._call, inputs, self.autocast)
         layers = checkpointed_layers(self._model)
@@ -70,17 +75,17 @@ class CausalLoss:
             return self._of(self._call, inputs, self.autocast)
 
     def plain(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The model's own, neither compiled nor in lower precision than the model's."""
+        """The loss of the model as it is: not compiled, and in the model's own precision."""
         with matmul_precision("float32"):
             return self._of(self._model, inputs, autocast=False)
 
     def _of(self, call: Callable[..., Any], inputs: dict[str, Tensor], autocast: bool) -> Tensor:
         device = device_of(self._model, inputs["input_ids"])
         moved: dict[str, Any] = {}
-        for key, tensor in inputs.items():  # autograd takes only a copy of an inference tensor
+        for key, tensor in inputs.items():  # autograd takes no inference tensor, but a copy of it
             moved[key] = (tensor.clone() if tensor.is_inference() else tensor).to(device)
         if "use_cache" in self._forward:
-            moved.setdefault("use_cache", False)  # keys and values kept for generation
+            moved.setdefault("use_cache", False)  # keys and values are of use for generation only
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             if "labels" in self._forward:
                 loss = getattr(call(**moved), "loss", None)

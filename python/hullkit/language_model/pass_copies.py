@@ -1,4 +1,4 @@
-"""bfloat16 copies of a model's tensors, which passes read in place of the tensors themselves."""
+"""bfloat16 copies of some of a model's tensors, which passes read in their place."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from torch import Tensor, nn
 
 from ..native.torch_private import foreach_copy_
 
-# The factors of PEFT's layers, by the names under which these keep them.
+# The attributes under which PEFT's layers keep their factors.
 _LORA_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 class PassCopies:
-    """Copies of some tensors of a model; inside `in_place` they are the tensors' `.data`.
+    """Copies of some tensors of a model. Inside `in_place` they are the tensors' `.data`.
 
-    The model's own tensors stay what updates are made to and what is put back. Copies are written
-    by `refresh`, and by the kernel that updates the tensors.
+    Updates are made to the tensors' own values, and these are restored. `refresh` writes the
+    copies, and so does the kernel that updates the tensors.
     """
 
     def __init__(self, replaced: Iterable[Tensor], products: Iterable[Tensor] = ()) -> None:
-        """products: tensors that stay in place, whose copies only products are given."""
+        """products: tensors that stay in place; only the loss's product reads their copies."""
         self._products = set(products)
         self._data = {t: t.data for t in (*replaced, *self._products)}
         self._copies = {t: torch.empty_like(x, dtype=torch.bfloat16) for t, x in self._data.items()}
 
     def of(self, tensor: Tensor) -> Tensor | None:
+        """The tensor's copy; None if it has none."""
         return self._copies.get(tensor)
 
     def data_of(self, tensor: Tensor) -> Tensor:
-        """The tensor's own values, also inside `in_place`."""
+        """The tensor's own values, inside `in_place` too."""
         return self._data.get(tensor, tensor.data)
 
     def refresh(self, tensors: Iterable[Tensor] | None = None) -> None:
-        """From the tensors' values, of all or of these."""
+        """Writes the copies of these tensors, or of all, from the tensors' own values."""
         chosen = [t for t in (self._copies if tensors is None else tensors) if t in self._copies]
         if chosen:
             with torch.no_grad():
@@ -45,7 +46,7 @@ class PassCopies:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Gradients must be None on entry, and on leaving."""
+        """Inside the block passes read the copies. Gradients must be None at both ends."""
         replaced = [t for t in self._copies if t not in self._products]
         try:
             for tensor in replaced:
@@ -59,9 +60,9 @@ class PassCopies:
 def narrowed_tensors(model: nn.Module) -> list[Tensor]:
     """The tensors that every pass reads in bfloat16, whatever its precision.
 
-    float16 ones of a float16 model: gradients below 6e-8 would be 0 in a float16 backward pass, and
-    activations beyond 65504 infinite. float32 factors of PEFT's adapters on a half-precision base:
-    PEFT would cast activations to float32 for each thin product.
+    These are the float16 tensors of a float16 model: in a float16 backward pass gradients below
+    6e-8 would be 0, and activations beyond 65504 infinite. They are also the float32 factors of
+    PEFT's adapters on a half-precision base, for which PEFT would cast activations to float32.
     """
     tensors = dict.fromkeys((*model.parameters(), *model.buffers()))
     base = _main_dtype(model)
@@ -73,7 +74,7 @@ def narrowed_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def autocast_weights(model: nn.Module) -> list[Tensor]:
-    """float32 parameters that autocast would cast in every pass: those of linear layers alone."""
+    """The float32 parameters of linear layers alone, which autocast would cast in every pass."""
     cast: dict[Tensor, None] = {}
     others: set[Tensor] = set()
     for module in model.modules():
@@ -92,7 +93,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _main_dtype(model: nn.Module) -> torch.dtype | None:
-    """The floating dtype of most of the model's elements."""
+    """The floating dtype with the most elements in the model."""
     sizes: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -103,7 +104,7 @@ def _main_dtype(model: nn.Module) -> torch.dtype | None:
 def _lora_factors(model: nn.Module) -> set[Tensor]:
     found: set[Tensor] = set()
     for module in model.modules():
-        # DoRA takes the norm of the product of the factors: not in fewer bits.
+        # DoRA takes the norm of the factors' product, which needs all bits.
         if not hasattr(module, "base_layer") or any(getattr(module, "use_dora", {}).values()):
             continue
         for name in _LORA_FACTORS:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing as models of transformers do it, in a model that is in eval mode."""
+"""Gradient checkpointing in eval mode: models of transformers do it in training mode only."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
-# By name, so that transformers need not be there.
+# The class is known by its name, so transformers is never imported.
 _LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 _FUNCTION = "_gradient_checkpointing_func"
 REPLACED = f"{_LAYER}.{_FUNCTION}"  # the name under which reports list it
 
 
 def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that keep their input alone, and compute the rest again in the backward pass."""
+    """The layers that keep only their input and are computed again in the backward pass."""
     on = [m for m in model.modules() if m.__dict__.get("gradient_checkpointing")]
     layers = [
         module
@@ -37,8 +37,7 @@ def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def checkpointing(layers: list[nn.Module]) -> Iterator[None]:
-    """Inside the block these layers do what transformers lets them do in training mode only. What
-    is in them stays in eval mode: it has no dropout."""
+    """Inside the block these layers checkpoint. Their parts stay in eval mode, without dropout."""
     replaced: list[tuple[Any, Any, bool]] = []
     try:
         for layer in layers:
@@ -54,13 +53,12 @@ def checkpointing(layers: list[nn.Module]) -> Iterator[None]:
 
 
 class _InEvalMode:
-    """`checkpoint` of a function that finds the layer in eval mode: now, and when it is called
-    again in the backward pass."""
+    """A `checkpoint` whose function finds the layer in eval mode, now and in the backward pass."""
 
     def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
         self._layer = layer
         self._checkpoint = checkpoint
-        # Nothing is random, and the state of random numbers cannot be asked for in a capture.
+        # Nothing is random, and a capture does not allow reading the state of random numbers.
         function = getattr(checkpoint, "func", checkpoint)
         own = function is torch.utils.checkpoint.checkpoint
         self._options = {"preserve_rng_state": False} if own else {}

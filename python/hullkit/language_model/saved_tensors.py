@@ -1,4 +1,4 @@
-"""What a pass saves for its backward half."""
+"""The tensors that a pass saves for its backward half."""
 
 from __future__ import annotations
 
@@ -14,40 +14,44 @@ Packed = Tensor | Callable[[], Tensor]
 
 
 class Saved:
-    """Saved tensors, but for outputs of `cheap` functions: the backward pass computes them again
-    from the input, which the function itself saves anyway. The same bits; a quarter of what a pass
-    of GPT-2 holds.
+    """Keeps saved tensors, except outputs of `cheap` functions.
+
+    The backward pass computes such an output again from the input, which the function itself saves
+    anyway. It has the same bits. These outputs are a quarter of the memory of a pass of GPT-2.
     """
 
     def __init__(self) -> None:
         self._outputs: dict[int, tuple[StorageWeakRef, int, Function, Tensor]] = {}
 
     def cheap(self, function: Function, x: Tensor) -> Tensor:
-        """function(x): elementwise, saving x for its gradient."""
+        """function(x), whose output is computed again when it is needed.
+
+        The function is elementwise and saves x for its gradient.
+        """
         y = function(x)
-        if y.dtype is x.dtype and y.is_contiguous():  # autocast does not decide
+        if y.dtype is x.dtype and y.is_contiguous():  # else autocast has changed the dtype
             storage = y.untyped_storage()
             known = (StorageWeakRef(storage), y._version, function, x.detach())
             self._outputs[storage.data_ptr()] = known
         return y
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        # Saved tensors keep the second function, which must not keep what this object does.
+        # Saved tensors keep the second function alive: it must not refer to this object.
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Packed:
-        tensor = tensor.detach()  # what a node itself returned refers to it: it would not be freed
+        tensor = tensor.detach()  # a node and its own output would keep each other alive
         known = self._outputs.get(tensor.untyped_storage().data_ptr())
         if known is not None:
             storage, version, function, x = known
-            # An address may have been given away again; the output may have been written to.
+            # By now the address may belong to another tensor, or the output may have changed.
             if not storage.expired() and tensor._version == version:
                 geometry = (tensor.shape, tensor.stride(), tensor.storage_offset())
                 return _Again(function, x, geometry)
         return self.keep(tensor)
 
     def keep(self, tensor: Tensor) -> Packed:
-        """What is kept of a tensor: what returns one like it, or nothing but itself."""
+        """The object that is kept for a tensor: itself, or a function that returns one like it."""
         return _Again(torch.Tensor.detach, tensor, None)
 
 
@@ -56,7 +60,7 @@ def _unpack(packed: Packed) -> Tensor:
 
 
 class _Again:
-    """function(x), while x is what it was: with hooks autograd itself does not look."""
+    """function(x), after a check that x is unchanged, which autograd omits where hooks are."""
 
     def __init__(self, function: Function, x: Tensor, geometry: tuple[Any, ...] | None) -> None:
         self._function, self._x, self._geometry = function, x, geometry
