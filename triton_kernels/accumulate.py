@@ -50,7 +50,7 @@ def squares_kernel(
     table, record, chunks, squares,
     GRAD: tl.constexpr, MATH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Of the gradients, nothing written to them."""
+    """squares of the gradients, which are only read."""
     row, _, start, end = locate(table, chunks, CHUNK)
     grad_at = gradient(record, row)
     whole = whole_blocks(grad_at, start, end, BLOCK)

@@ -153,7 +153,7 @@ def _moved_often(
     param, exp_avg, exp_avg_sq, grad, l2, keep, coefficients, num_steps,
     beta1, rest1, beta2, rest2, PARAM: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """num_steps updates: of halves two at a time, where they do not depend on one another and the
+    """num_steps updates. Halves take two at a time where these do not depend on one another and the
     product of their roots does not underflow."""
     single = 0
     if (PARAM == tl.bfloat16) | (PARAM == tl.float16):  # noqa: SIM102, SIM300

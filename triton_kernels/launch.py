@@ -1,4 +1,4 @@
-"""The first launch of a kernel: what it is compiled for."""
+"""The first launch of a kernel, which compiles it."""
 
 from typing import Any
 

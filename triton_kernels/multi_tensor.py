@@ -19,7 +19,7 @@ NUM_WARPS = 4
 
 
 def place(layout: Any, field: str) -> tl.constexpr:
-    """Of a field, in words from the beginning of its record or row."""
+    """Where a field lies, in words from the beginning of its record or row."""
     return tl.constexpr(layout._fields.index(field))
 
 

@@ -30,7 +30,7 @@ bool usable_exchange(const py::object& capsule) {
   return table->major == kExchangeMajor && table->share != nullptr && table->borrow != nullptr;
 }
 
-// What some objects were when added, in order.
+// Some objects as they were when added, in order.
 class Record {
  public:
   explicit Record(const py::object& capsule) : exchange_(exchange_of(capsule)) {}

@@ -10,8 +10,8 @@
 
 namespace hullkit {
 
-// A vertex has `size` weights that are not 0: all of them the cap, but the last, which is what is left of 1. Without a
-// cap, so for max_weight >= 1, that is the simplex, and no weight but one of 1 ever meets its bound.
+// A vertex has `size` weights that are not 0: each is the cap, and the last is the rest up to 1. For max_weight >= 1
+// there is no cap: this is the simplex, and only a weight of 1 ever meets its bound.
 struct CappedSimplex {
   explicit CappedSimplex(double max_weight)
       // 1 / 49 of 49 candidates is enough, though 49 times that is less than 1 in floating point.

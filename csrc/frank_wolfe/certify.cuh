@@ -1,4 +1,4 @@
-// Certificates of what Frank-Wolfe returned, from the weights returned: they do not trust the run's recurrences.
+// Certificates of a Frank-Wolfe result, from the weights returned. They do not use the recurrences of the run.
 #pragma once
 
 #include "cuda/primitives/device_pool.cuh"

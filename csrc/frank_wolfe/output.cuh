@@ -23,7 +23,7 @@ struct FrankWolfeOutput {
   int64_t width;
 };
 
-// What an entry gets that cannot be solved; the certificates are left to certify.cuh.
+// The result of an entry that cannot be solved. Its certificates are left to certify.cuh.
 __device__ inline void write_broken(const FrankWolfeOutput& out, int64_t b) {
 #pragma unroll 1
   for (int64_t s = threadIdx.x; s < out.width; s += blockDim.x) {

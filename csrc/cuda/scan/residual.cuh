@@ -1,7 +1,8 @@
-// How a residual is handed to the pass. Rows of float64 and float32 meet it in float64. Halves can only be multiplied
-// with halves, so it is scaled (its largest coordinate to about 2^kExponent, which keeps a float16 from vanishing and
-// a product from overflowing) and split into pieces of 11 or 8 bits each: 22 and 24 bits in all, as good as the float32
-// sums of these products.
+// How a residual is handed to the pass. Rows of float64 and float32 are multiplied with it in float64. Tensor cores
+// multiply halves with halves only, so for half-precision rows the residual becomes halves, too. It is scaled so that
+// its largest coordinate is about 2^kExponent: then no float16 vanishes and no product overflows. It is split into
+// pieces of 11 bits (float16) or 8 bits (bfloat16), 22 and 24 bits in all: as good as the float32 sums of these
+// products.
 #pragma once
 
 #include "cuda/primitives/device_pool.cuh"

@@ -1,4 +1,4 @@
-// A pass over every entry's candidates, for what needs their products with one direction only.
+// One pass over the candidates of every entry, for their products with one direction.
 #pragma once
 
 #include "cuda/primitives/device_pool.cuh"
@@ -10,7 +10,7 @@ namespace hullkit {
 struct Directions {
   const char* data;
   int64_t stride, piece_stride;
-  bool residuals;  // of an entry so many columns as residual.cuh has pieces, which add up to it; else one of elements
+  bool residuals;  // one residual is `pieces` columns (residual.cuh), their sum; if false, one column of elements
 
   __device__ const char* at(int64_t b, int piece) const { return data + b * stride + piece * piece_stride; }
 };
@@ -23,7 +23,7 @@ struct ScanPlan {
   size_t shared;
 };
 
-// Entries that share a pass: the columns that are too many for a few cost next to nothing beside the rows.
+// Entries that share a pass. Columns left empty cost next to nothing beside the rows.
 inline constexpr int kScanGroup = 16;
 inline constexpr int64_t kScanRows = 128;
 inline constexpr int64_t kMaxScanBlocks = 1024;  // of a group
@@ -40,8 +40,8 @@ inline int64_t scan_best_bytes(int64_t batch, int64_t positions) {
 
 enum class Keep { kBest, kAll };
 
-// Leaves keys of sign * product. kAll: of every candidate, out [B, n]; kBest: of the least of each part of them, the
-// first on a tie, out [B, partials()]. Laid out once, launched as often as there are directions.
+// Leaves keys of sign * product. kAll: one for every candidate, out [B, n]. kBest: the least of each part of the
+// candidates, the first on a tie, out [B, partials()]. A pass is laid out once and launched for every direction.
 class ScanPass {
  public:
   ScanPass(const PoolSpec& pool, const DevicePool& device_pool, const Directions& directions, double sign, Best* out,
@@ -49,7 +49,7 @@ class ScanPass {
 
   int64_t partials() const { return plan_.blocks; }
 
-  // active [B], optional: groups of none but inactive entries are left out.
+  // active [B], optional: a group without an active entry is left out.
   void operator()(const int* active, void* stream) const;
 
  private:

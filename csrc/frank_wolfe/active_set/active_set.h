@@ -8,7 +8,7 @@
 
 namespace hullkit {
 
-// What the threads share, for n candidates of which at most `touched` are touched.
+// Memory that the threads share, for n candidates of which at most `touched` are touched.
 struct ActiveSetMemory {
   double* weights;      // [n]
   double* scores;       // [n] <residual, x_i>
@@ -62,7 +62,8 @@ class ActiveSetRun {
   HULLKIT_DEVICE int64_t num_iters() const { return num_iters_; }
 
  private:
-  // What a step must gain by the unit to be more than rounding, and what is left of a squared norm that is not.
+  // A step that gains less than gain() by the unit gains rounding only; a pivot below pivot() of a squared norm is
+  // rounding.
   HULLKIT_DEVICE double gain() const { return (rough_ ? 1e-7 : 1e-14) * scale_squared_; }
   HULLKIT_DEVICE double pivot() const { return rough_ ? 1e-6 : 2e-14; }
   static constexpr double kAtBound = 1e-14;
@@ -245,7 +246,7 @@ class ActiveSetRun {
     return Step::kContinue;
   }
 
-  // Frees the candidate that gains most, from 0 or from the cap, and solves for all that are free.
+  // Frees the candidate that gains most, from 0 or from the cap, then minimises over all free ones.
   HULLKIT_DEVICE Step corrective_step() {
     if (factor_.size() == 0) {  // all weights are at a bound: the cheapest of them is what another may take from
       join(worst());
@@ -275,9 +276,9 @@ class ActiveSetRun {
 
   HULLKIT_DEVICE bool at_cap(int i) const { return m_.weights[i] >= simplex_.cap && !m_.is_free[i]; }
 
-  // Makes candidate i free. The factor is that of the free ones' products plus a number, as if they had one more,
-  // equal, coordinate: so it exists wherever they are affinely independent, and directions whose sum is 0 see no
-  // difference.
+  // Makes candidate i free. The factor is that of the products of the free candidates plus one constant, as if all had
+  // one more, equal coordinate. So it exists wherever they are affinely independent, and a direction whose sum is 0
+  // does not see the constant.
   HULLKIT_DEVICE void join(int i) {
     touch(i);
     const int size = factor_.size();
@@ -299,8 +300,8 @@ class ActiveSetRun {
     });
   }
 
-  // Moves the free weights to the minimum over their affine hull; whoever meets a bound on the way stays there and is
-  // free no more (Wolfe). False if nothing moved.
+  // Moves the free weights to the minimum over their affine hull. A weight that meets a bound on the way stays there
+  // and is no longer free (Wolfe). False if nothing moved.
   HULLKIT_DEVICE bool correct() {
     p_.each(0, factor_.size(), [&](int r) { m_.free_scores[r] = m_.scores[m_.free[r]]; });
     bool moved = false;

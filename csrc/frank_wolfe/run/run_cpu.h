@@ -59,7 +59,7 @@ class FrankWolfeRun {
   }
 
  private:
-  // What an iteration needs of a vertex: a Gram column is read once, however often the vertex is chosen.
+  // A touched vertex, so that its Gram column is read once, however often it is chosen.
   struct Vertex {
     double squared;        // its norm
     const double* target;  // [n] X (query - vertex): the scores, were it the iterate
@@ -123,7 +123,7 @@ class FrankWolfeRun {
     return squared <= kTrusted * scale_squared_ ? exact() : squared;
   }
 
-  // What the loop needs of a vertex that was not touched before. scores [n] rank the others by how soon they may be.
+  // A vertex that was not touched before. scores [n] rank the others by how soon they may be touched.
   Vertex examine(int64_t i, const double* scores) {
     const int64_t n = rows_.size(), untouched = params_.max_support - static_cast<int64_t>(support_.touched.size());
     // The last vertex needs no column: nothing is scored after it.

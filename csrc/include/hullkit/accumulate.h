@@ -5,11 +5,11 @@
 
 namespace hullkit {
 
-// table: float32 accumulators as parameters. Returns the sum of squares of the accumulators afterwards: float32
-// within a block, float64 across, in an order that does not depend on the number of threads.
+// table: its parameters are the accumulators, float32. Returns the sum of their squares afterwards. A block is summed
+// in float32, blocks in float64, in an order that does not depend on the number of threads.
 double accumulate_cpu(const TensorTable& table, double weight, int num_threads);
 
-// The same sum over the gradients.
+// The sum of squares of the gradients, in the same way. Nothing is written.
 double squared_norm_cpu(const TensorTable& table, int num_threads);
 
 }  // namespace hullkit

@@ -18,8 +18,8 @@ struct AdamParams {
   double decay;  // decoupled weight decay
   double scale;  // clipping factor, negative to maximize
   int64_t num_steps;
-  bool stochastic_rounding;  // of half-precision parameters and moments, up or down at random in proportion
-  uint64_t seed;             // of it: the noise is a hash of seed, tensor (its salt), element and step
+  bool stochastic_rounding;  // half-precision parameters and moments go up or down at random, right on average
+  uint64_t seed;             // of this noise, a hash of the seed, the tensor's salt, the element and the step
 };
 
 // table: param, exp_avg, exp_avg_sq, step. Steps are advanced by num_steps.

@@ -6,11 +6,12 @@
 
 namespace hullkit {
 
-// weights [B, S] float64 (negative ones count as 0, all zero as uniform), counts [B, S] int64, total >= 1.
+// weights [B, S] float64, counts [B, S] int64, total >= 1. A negative weight counts as 0; weights that are all 0 count
+// as equal. Quotas and remainders are float64. Cost: O(S log S) an entry.
 void apportion_cpu(const TensorView& weights, int64_t total, const TensorView& counts, int num_threads);
 
-// The same on a GPU, weights and counts contiguous; entries that are not finite, or whose quotas float64 cannot sum to
-// total, get counts of -1.
+// The same on a GPU, with contiguous weights and counts. An entry that is not finite, or whose quotas float64 cannot
+// sum to total, gets counts of -1.
 void apportion_cuda(const TensorView& weights, int64_t total, const TensorView& counts, void* stream);
 
 // quotas[i] = total * weights[i] / sum(weights), summed left to right so that every caller rounds alike.

@@ -22,16 +22,16 @@ enum class Status : int64_t {
 };
 
 enum class Variant : int64_t {
-  kVanilla = 0,          // towards the LMO's answer
-  kAway = 1,             // that, or away from the worst vertex of the active set; no cap
-  kPairwise = 2,         // weight from the worst vertex of the active set to the best one below its cap
-  kFullyCorrective = 3,  // the best vertex joins the active set, which is then solved exactly
+  kVanilla = 0,          // a step goes towards the LMO's answer
+  kAway = 1,             // a step goes there, or away from the worst vertex of the active set; not with a cap
+  kPairwise = 2,         // a step moves weight from the worst vertex of the active set to the best one below its cap
+  kFullyCorrective = 3,  // the best vertex joins the active set, over which f is then minimised exactly
 };
 
 inline constexpr double kStalledSquaredNorm = 1e-12;
 
-// A vertex is touched when its weight first may become positive, and stays so if it is dropped: max_support counts it
-// once, the result lists it with weight 0, and to take it up again costs nothing.
+// A vertex is touched when its weight first may become positive, and it stays touched if its weight falls back to 0.
+// max_support counts it once, the result lists it, and taking it up again counts for nothing.
 struct FrankWolfeParams {
   int64_t max_support;  // >= 1, >= 1 / max_weight; 1 returns the nearest vertex
   int64_t max_iters;    // >= 0
@@ -42,8 +42,8 @@ struct FrankWolfeParams {
 };
 HULLKIT_FIELDS(FrankWolfeParams, max_support, max_iters, tol, gap_tol, variant, max_weight)
 
-// S >= min(max_support, number of valid candidates, 1 + max_iters): every touched vertex has a place. With a cap,
-// k = ceil(1 / max_weight) are touched at the start, and a vanilla step may touch k more, for 1 and 1.
+// Every touched vertex needs a place: S >= min(max_support, number of valid candidates, 1 + max_iters). With a cap,
+// k = ceil(1 / max_weight) vertices are touched at the start instead of 1, and up to k by a vanilla step.
 struct FrankWolfeResult {
   TensorView indices;        // [B, S] int64, by falling weight (lowest index on a tie), -1 = padding
   TensorView weights;        // [B, S] float64, 0 = padding
@@ -58,10 +58,11 @@ HULLKIT_FIELDS(FrankWolfeResult, indices, weights, support_size, residual_norm, 
 // Numerics: inner products accumulate in float32 (float64 for float64 input) in an order that depends on
 // d alone; everything after them (weights, step sizes, scores) is float64. Residual and gap are recomputed
 // from the input at the end, so they certify the weights returned, not the recurrence that led there.
-// Cost: O(n d) for each vertex touched, O(n) for each iteration, O(n k) with a cap, O(n m + m^2) for one that solves an
-// active set of m vertices exactly. Memory: at most 4 n S values a query.
-// A float64 Cholesky factor of the active set's Gram matrix is updated as vertices come and go. Vertices that nearly
-// depend on each other (float64: to 2e-14 of their squared norms, else 1e-6) take more than one iteration.
+// Cost: O(n d) for each vertex touched. An iteration takes O(n), with a cap O(n k), and a fully corrective one with m
+// vertices in its active set O(n m + m^2). Memory: at most 4 n S values a query.
+// The fully corrective variant updates a float64 Cholesky factor of its active set's Gram matrix as vertices come and
+// go. Vertices that nearly depend on each other (to 2e-14 of their squared norms for float64, else 1e-6) take more than
+// one iteration.
 void frank_wolfe_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                      const FrankWolfeResult& result, int num_threads);
 

@@ -5,13 +5,14 @@
 
 namespace hullkit {
 
-// query [B, d], indices [B, k] int64 (-1 where fewer than k candidates are valid),
-// values [B, k] float64 (-inf there). Numerics as in lmo.h.
+// query [B, d]; indices [B, k] int64 and values [B, k] float64. An entry with fewer than k valid candidates ends in
+// index -1 and value -inf.
+// Numerics: as in lmo.h. Cost: B n d multiply-adds and a partial sort of n.
 void knn_cpu(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& values,
              int num_threads);
 
-// The same on a GPU, for n <= 4096 or k <= 2048; broken entries as in lmo.h. workspace: knn_workspace_bytes,
-// at most 512 MiB or 16 entries.
+// The same on a GPU, for n <= kMaxOnDevice or k <= kMaxNeighbours (common/limits.h); else the workspace query throws
+// NotImplementedError. Broken entries as in lmo.h. Workspace: at most 512 MiB, or that of 16 entries.
 void knn_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& values,
               void* workspace, void* stream);
 int64_t knn_workspace_bytes(const PoolSpec& pool, const TensorView& indices);

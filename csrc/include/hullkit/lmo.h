@@ -8,12 +8,13 @@
 namespace hullkit {
 
 // direction [B, d], index [B] int64, value [B] float64.
-// Products accumulate in float32 (float64 for float64 input), in an order that depends on d alone.
+// Numerics: products accumulate in float32 (float64 for float64 input), in an order that depends on d alone.
+// Cost: B n d multiply-adds.
 void lmo_cpu(const PoolSpec& pool, const TensorView& direction, const TensorView& index, const TensorView& value,
              int num_threads);
 
 // The same on a GPU: one pass over the pool for every 16 directions that share it. An entry with NaN or Inf, without a
-// candidate, or with lengths or candidates out of range gets index -1 and value NaN. workspace: lmo_workspace_bytes.
+// candidate, or with lengths or candidates out of range is broken: it gets index -1 and value NaN.
 void lmo_cuda(const PoolSpec& pool, const TensorView& direction, const TensorView& index, const TensorView& value,
               void* workspace, void* stream);
 int64_t lmo_workspace_bytes(const PoolSpec& pool);

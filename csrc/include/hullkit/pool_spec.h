@@ -1,4 +1,4 @@
-// What every selection operation takes as its pool: B sets of candidate rows, maybe ragged, maybe shared.
+// The pool of a selection: B sets of candidate rows. They may differ in length, and they may share their rows.
 #pragma once
 
 #include "hullkit/tensor_view.h"

@@ -1,8 +1,8 @@
 // SIFT: greedy choice of the candidates that most reduce the posterior variance of a prompt under a Gaussian process
 // with a linear kernel, k(x, y) = <x, y>, and observation noise (Huebotter et al., arXiv 2410.08020). Step by step,
 // with k_S the kernel conditioned on the multiset S chosen so far,
-//   choose i maximising  sum_j k_S(query_j, pool_i)^2 / (k_S(pool_i, pool_i) + noise),  lowest index on a tie;
-// that sum is by how much the variance sum_j k_S(query_j, query_j) falls. A candidate may be chosen again.
+//   choose i maximising  sum_j k_S(query_j, pool_i)^2 / (k_S(pool_i, pool_i) + noise),  lowest index on a tie.
+// The sum is how much the variance sum_j k_S(query_j, query_j) falls by this choice. A candidate may be chosen again.
 #pragma once
 
 #include "hullkit/fields.h"
@@ -32,15 +32,16 @@ HULLKIT_FIELDS(SiftResult, order, variance, indices, counts, num_steps)
 // Fewer than total / max_multiplicity valid candidates are a ValueError.
 // Numerics: inner products accumulate in float32 (float64 for float64 input) in an order that depends on d alone;
 // everything after them is float64, so variances are right to within the rounding of ||query||^2.
-// Cost: O(n d) for each candidate chosen (a column of the pool's Gram matrix, computed once), O(n (m + min(t, n))) for
-// step t, O(n m) where it repeats the one before. Memory, besides: at most n min(total, n) float64 a query, twice where
-// total > n.
+// Cost: O(n d) for each candidate chosen: one column of the pool's Gram matrix, computed once. Step t costs
+// O(n (m + min(t, n))), and O(n m) if it chooses as the step before. Memory: at most n min(total, n) float64 a query,
+// twice that where total > n.
 void sift_cpu(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
               int num_threads);
 
-// The same on a GPU, for up to 4096 candidates: the Gram matrices of all prompts in one launch on tensor cores, their
-// steps in a second, a block for each. What the CPU refuses gets order and indices -1, counts and num_steps 0 and
-// variance NaN. workspace: sift_workspace_bytes; the output is contiguous.
+// The same on a GPU, for n + m - 1 <= kMaxOnDevice (common/limits.h); for more the workspace query throws
+// NotImplementedError. One launch computes the Gram matrices of all prompts on tensor cores, a second takes their
+// steps, a block for each prompt. An entry that the CPU would refuse gets order and indices -1, counts and num_steps 0
+// and variance NaN. The output is contiguous.
 void sift_cuda(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
                void* workspace, void* stream);
 int64_t sift_workspace_bytes(const PoolSpec& pool, const TensorView& query, const SiftParams& params);
