@@ -67,7 +67,7 @@ def adam_coefficients_kernel(
     lr = option(record, LR)
     eps = option(record, EPS)
     # Below the normal numbers of float32 the reciprocal of a root would be infinite, and 0 times it
-    # NaN. An eps of 0 is left to be what it is.
+    # NaN. An eps of 0 stays 0.
     least = tl.where((eps > 0.0) & (tl.float32 == MATH), 1.1754943508222875e-38, 0.0)
     for i in range(updates(record, num_steps)):
         step += 1.0
@@ -134,7 +134,7 @@ def _moved_twice(
 ):  # fmt: skip
     """Two updates of a half at once: a / r + b / s is (a * s + b * r) / (r * s), one reciprocal.
 
-    Moving halves takes so little time that the units for roots would be what it waits for.
+    Moving halves takes little time: the kernel would wait for the units that compute roots.
     """
     exp_avg, exp_avg_sq = _moments(exp_avg, exp_avg_sq, grad, beta1, rest1, beta2, rest2)
     move = (tl.load(coefficients) * keep) * exp_avg
@@ -200,7 +200,7 @@ def _update(
     exp_avg_sq = exp_avg_sq.to(MATH)
     grad = grad.to(MATH) * scale
     unfit = ~(tl.abs(grad) < float("inf"))
-    # Constants where they are what they mostly are: the compiler takes them out of the loop.
+    # The usual values as constants: the compiler takes them out of the loop.
     if (l2 != 0) | (keep != 1):
         param, exp_avg, exp_avg_sq = _moved_often(
             param, exp_avg, exp_avg_sq, grad, l2, keep, coefficients, num_steps,

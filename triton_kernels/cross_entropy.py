@@ -13,7 +13,7 @@ IGNORED = tl.constexpr(-100)
 
 @triton.jit
 def _origin(highest):
-    """What exponents are taken from: not from an infinity, inf - inf would make NaN of -inf's 0."""
+    """The number that exponents are relative to: 0 for an infinity, since inf - inf is NaN."""
     return tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
 
 

@@ -1,4 +1,4 @@
-"""What the multi-tensor kernels share: which part of which tensor a program works on.
+"""Shared by the multi-tensor kernels: which part of which tensor a program works on.
 
 A list of T tensors is a table on the device, and what changes from call to call is a record: see
 `hullkit.optim._record`, whose fields have their places here by name. One launch covers all tensors:
@@ -68,7 +68,7 @@ def gradient(record, row):
 
 @triton.jit
 def updates(record, num_steps):
-    """num_steps, or what a captured launch was told since."""
+    """num_steps, or less: a captured launch obeys the limit in its record."""
     return tl.minimum(num_steps, tl.load(record + LIMIT)).to(tl.int32)
 
 

@@ -1,4 +1,4 @@
-// How an operation's arguments arrive from Python, and what Python is told about them.
+// How an operation's arguments arrive from Python, and how Python learns their names.
 //
 // An operation lists its arguments once, in each_argument(visit) (operations.cpp). Three visitors go over this list:
 // Signature writes the operator's schema and the arguments' names, from which Python defines the operator and checks

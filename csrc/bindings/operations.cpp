@@ -15,7 +15,7 @@
 namespace hullkit {
 namespace {
 
-// What lmo, knn, frank_wolfe, select and sift begin with.
+// The first arguments of lmo, knn, frank_wolfe, select and sift.
 struct Problem {
   PoolSpec pool;
   TensorView query;
@@ -222,7 +222,7 @@ Op read(const py::args& arguments, Where&... where) {
   return operation;
 }
 
-// What Python sees of an operation.
+// An operation as Python sees it.
 struct Operation {
   std::string schema;          // of its operator
   py::tuple arguments;         // their names

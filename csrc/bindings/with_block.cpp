@@ -83,7 +83,7 @@ class HeldSignals {
   std::shared_ptr<std::vector<int>> arrived_ = std::make_shared<std::vector<int>>();
 };
 
-// As Python does it for an error that is raised while another one is handled.
+// Sets the context of `latest`, as Python does for an error raised while another one is handled.
 void set_context(const py::error_already_set& latest, const std::exception_ptr& earlier) {
   try {
     if (earlier) std::rethrow_exception(earlier);

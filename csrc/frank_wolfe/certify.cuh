@@ -130,7 +130,7 @@ __device__ inline void certify(const DevicePool& pool, int64_t first, int64_t en
   }
   const double query_squared = gram[n * (stride + 1)];
   double squared = query_squared - query_iterate - residual_iterate;
-  // The iterate's own square is at most what the query's and the residual's add up to, roughly.
+  // The squared norm of the iterate is no larger than the sum of the query's and the residual's, roughly.
   if (pool.rough() || squared <= kTrusted * query_squared) {
     squared = iterate_distance_squared(pool, pool.query_at(b), support, support_size);
   }

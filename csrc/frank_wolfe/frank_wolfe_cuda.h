@@ -6,9 +6,9 @@
 
 namespace hullkit {
 
-// What a launch on Gram matrices works on: entries first, ..., first + count - 1 of a batch, and their matrices
-// gram [count, n + 1, gram_stride(n)]. The certificates are left to finish_on_gram.
-// run_on_gram is Solver::kRun, active_set_on_gram is Solver::kActiveSet; its Cholesky factors lie behind the matrices.
+// Solver::kRun and Solver::kActiveSet work on entries first, ..., first + count - 1 of a batch and their Gram matrices
+// gram [count, n + 1, gram_stride(n)]. They leave the certificates to finish_on_gram. The Cholesky factors of
+// active_set_on_gram lie behind the matrices.
 void run_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                  const FrankWolfeResult& result, int64_t first, int64_t count, double* gram, void* stream);
 void active_set_on_gram(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,

@@ -1,4 +1,4 @@
-// What a step of a solver says to its loop.
+// The answer of a solver's step to its loop: go on, or end with a status.
 #pragma once
 
 #include "hullkit/frank_wolfe.h"

@@ -42,8 +42,8 @@ class Support {
     return product;
   }
 
-  // What rounding needs, for the support in the order of the result: products with the query (base), the Gram matrix
-  // row by row, and weights. All known by now, with the bits they would have if computed anew.
+  // The input of rounding, for the support in the order of the result: products with the query (from base), the Gram
+  // matrix row by row, and weights. All are known by now and have the bits of a new computation.
   void products(const std::vector<double>& base, const GramColumns<T>& columns, std::vector<double>* products,
                 std::vector<double>* gram, std::vector<double>* sorted_weights) const {
     const std::vector<int64_t> order = by_weight();

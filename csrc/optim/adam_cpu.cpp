@@ -28,7 +28,7 @@ uint32_t noise_key(uint64_t seed, uint32_t salt, uint32_t step, int64_t first) {
   return mix((key ^ static_cast<uint32_t>(static_cast<uint64_t>(first) >> 32)) + kIncrement);
 }
 
-// What one update has in common for all elements of a tensor, for k updates from `step` on.
+// Coefficients that all elements of a tensor share, for k updates from `step` on.
 template <typename T>
 struct Coefficients {
   Coefficients(const AdamParams& params, double from) : step(from) {

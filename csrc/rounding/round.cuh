@@ -58,7 +58,7 @@ class DeviceRounding {
   }
 
  private:
-  // Of the counts; see Rounding::loss.
+  // The loss of the counts; see Rounding::loss.
   __device__ double residual_norm() {
     __syncthreads();
     double change = 0.0;

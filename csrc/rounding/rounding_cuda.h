@@ -38,7 +38,7 @@ struct Supports {
   double* residual_norm;  // [B], of the counts; may be null
 };
 
-// round_multiplicities_cuda, which also says what the counts leave of the query.
+// round_multiplicities_cuda, which also writes the norm of the residual that the counts leave.
 void round_supports(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& weights,
                     const RoundingParams& rounding, const TensorView& counts, const TensorView& residual_norm,
                     void* workspace, void* stream);

@@ -76,7 +76,7 @@ class SiftRun {
   }
 
  private:
-  // Consecutive steps that choose one candidate: what they subtract from the kernel is weight * column column'.
+  // Consecutive steps that choose one candidate. Together they subtract weight * column column' from the kernel.
   struct Stretch {
     int64_t candidate;
     double scale;  // its posterior column now is scale * column
@@ -197,7 +197,7 @@ class SiftRun {
   const int64_t padded_;
   GramColumns<T> gram_;
   std::vector<double> products_;   // [num_vectors, padded] k_S(query, candidate)
-  std::vector<double> moves_;      // [num_vectors] products with the chosen one, then what a step takes them by
+  std::vector<double> moves_;      // [num_vectors] products with the chosen candidate, then their change by a step
   std::vector<double> variances_;  // [padded] k_S(candidate, candidate)
   std::vector<double> bars_;       // [padded] 0, or -inf for what may not be chosen
   std::vector<double> gains_;      // [padded]

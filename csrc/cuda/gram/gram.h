@@ -17,7 +17,7 @@ inline int64_t gram_bytes_of_one(int64_t n) { return (n + 1) * gram_stride(n) * 
 inline int64_t gram_batch(int64_t batch, int64_t n) { return entries_of_piece(batch, gram_bytes_of_one(n)); }
 inline int64_t gram_workspace_bytes(int64_t batch, int64_t n) { return gram_batch(batch, n) * gram_bytes_of_one(n); }
 
-// gram [count, n + 1, gram_stride(n)] of entries first, ..., first + count - 1; rows of what is no candidate are 0.
+// gram [count, n + 1, gram_stride(n)] of entries first, ..., first + count - 1; the row of a missing candidate is 0.
 // `support` [B, S], optional: its positions are the candidates, n = S. query [B, m, d]: the last m rows are its
 // vectors', and all but one of them count as candidates do.
 void gram_cuda(const PoolSpec& pool, const TensorView& query, const TensorView& support, int64_t first, int64_t count,

@@ -103,7 +103,7 @@ struct DevicePool {
 
   __device__ int64_t row(int64_t b, int64_t i) const { return row(b, i, length(b)); }
 
-  // That of point s < size: of the support, or of all positions.
+  // The row of point s < size. Points are those of the support if there is one, else all positions.
   __device__ int64_t row_of_point(int64_t b, int64_t s) const {
     if (support == nullptr) return row(b, s);
     const int64_t i = support[b * support_stride + s];

@@ -89,7 +89,7 @@ class Contest {
  private:
   __device__ static int warps() { return static_cast<int>(blockDim.x / 32); }
 
-  // Every warp's winner leaves what it has in the set that is the answer.
+  // Every warp's winner leaves its candidate in the current set, from which all threads read the answer.
   __device__ uint32_t meet(const Best& best, bool winner) {
     const uint32_t set = set_;
     set_ = other_set_;

@@ -12,8 +12,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Dynamic shared memory beyond what every kernel may have: more than 48 KiB must be asked for, and what a kernel
-// declares itself, here at most 8 KiB, counts too.
+// Asks for dynamic shared memory beyond the 48 KiB that every kernel may have. Static shared memory counts, too:
+// kernels here declare at most 8 KiB of it.
 template <typename... Parameters>
 void allow_shared(void (*kernel)(Parameters...), size_t shared) {
   if (shared <= 40 * 1024) return;

@@ -148,7 +148,7 @@ struct Tile {
     full.arrive();
   }
 
-  // What a lane reads at once: some units of one row.
+  // The units of one row that a lane reads at once.
   struct alignas(16) Piece {
     Unit units[16 / sizeof(Unit)];
   };

@@ -10,7 +10,7 @@
 
 namespace hullkit {
 
-// copy_piece below, of what is not aligned to 16 bytes; not inlined, as it is rare.
+// copy_piece below, for rows that are not aligned to 16 bytes. Not inlined, as it is rare.
 __device__ __noinline__ inline void copy_unaligned_piece(char* to, const char* from, int bytes, int alignment) {
   if (alignment >= 4) {
 #pragma unroll
@@ -229,7 +229,7 @@ struct Scan {
     }
   }
 
-  // Of the rows of a tile, this thread's kth in copying, and this lane's rth in summing.
+  // Rows of a tile: the kth that this thread copies, and the rth that this lane sums.
   __device__ static int copied_row(int k) { return threadIdx.x / (kChunk / 16) + k * (kThreads / (kChunk / 16)); }
   __device__ static int summed_row(int warp, int lane, int r) { return (warp * 2 * kRowBlocks + r) * 8 + lane / 4; }
 };

@@ -98,7 +98,7 @@ void ScanPass::lay_out(const PoolSpec& pool, Kernel kernel) {
   threads_ = T::kThreads;
   plan_.group = scan_group(pool);
   plan_.groups = (pool.batch() + plan_.group - 1) / plan_.group;
-  // Two blocks are to fit, with 2 KiB each for what else a kernel has in shared memory and what the device reserves.
+  // Two blocks are to fit on a multiprocessor. 2 KiB each are left for static shared memory and the device's own part.
   const int64_t half = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 2048;
   plan_.shared = T::shared_bytes(pool.dim(), true);
   plan_.resident = static_cast<int64_t>(plan_.shared) <= half || T::chunks(pool.dim()) <= T::kStages;

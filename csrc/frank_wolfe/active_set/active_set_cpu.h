@@ -131,7 +131,7 @@ class ActiveSetCpu {
 
   Status run() {
     const int64_t n = team_.size();
-    // What is touched: at the start, and by each iteration.
+    // Vertices touched by each iteration; simplex_.size are touched at the start.
     const int64_t step = params_.variant == Variant::kVanilla ? simplex_.size : 1;
     const bool factored = params_.variant == Variant::kFullyCorrective;
     const int64_t fit = (n - simplex_.size) / step;

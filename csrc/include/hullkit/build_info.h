@@ -1,4 +1,4 @@
-// What this build contains and what this machine offers it.
+// The contents of this build, and the devices of this machine.
 #pragma once
 
 #include <string>

@@ -1,6 +1,6 @@
-// A list of tensors that one optimizer pass goes over, and the record of what changes from pass to pass. Kernels read
-// both where Python wrote them: on the CPU through these structs, on the GPU in Triton. Python compares its own
-// declaration (python/hullkit/optim/_record.py) with this one as it is imported.
+// A list of tensors that one optimizer pass goes over, and the record of everything that changes from pass to pass.
+// Kernels read both where Python wrote them: on the CPU through these structs, on the GPU in Triton. Python compares
+// its own declaration (python/hullkit/optim/_record.py) with this one as it is imported.
 #pragma once
 
 #include "hullkit/fields.h"
@@ -50,7 +50,7 @@ struct AccumulateOptions {
 HULLKIT_FIELDS(const AccumulateOptions, weight, unused1, unused2, unused3, unused4, unused5, unused6, unused7, unused8,
                unused9)
 
-// What a record holds behind the options.
+// The words of a record behind the options.
 struct RecordControl {
   int64_t limit;   // the most updates that a launch makes: a captured launch is told here
   int64_t broken;  // set by Adam's GPU kernel at a gradient that is not finite
