@@ -1,12 +1,15 @@
 """into += weight * grad over a list of tensors, and the squares that a global norm sums.
 
-The first word of `record` is the weight. squares [programs]: the sum over each program's chunk.
+The weight is in `record`: AccumulateOptions. squares [programs]: the sum over each program's chunk.
 """
 
 import triton
 import triton.language as tl
 
-from .multi_tensor import gradient, locate, option, read, whole_blocks, write
+from ..optim._record import AccumulateOptions
+from .multi_tensor import PARAM_AT, gradient, locate, option, place, read, whole_blocks, write
+
+WEIGHT = place(AccumulateOptions, "weight")
 
 
 @triton.jit
@@ -25,9 +28,9 @@ def accumulate_kernel(
     table, record, chunks, squares, GRAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     row, entry, start, end = locate(table, chunks, CHUNK)
-    into_at = tl.load(entry)
+    into_at = tl.load(entry + PARAM_AT)
     grad_at = gradient(record, row)
-    weight = option(record, 0).to(tl.float32)
+    weight = option(record, WEIGHT).to(tl.float32)
     whole = whole_blocks(into_at | grad_at, start, end, BLOCK)
     offsets = start + tl.arange(0, BLOCK)
     square = tl.zeros((BLOCK,), tl.float32)

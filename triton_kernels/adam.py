@@ -1,9 +1,8 @@
 """k Adam updates with one gradient: each element is read once, updated k times, written once.
 
 Two launches: `adam_coefficients_kernel` for what an update has in common for all elements, then
-`adam_kernel`. The first ten words of `record` are lr, beta1, beta2, log2(beta1), log2(beta2), eps,
-L2 and decoupled weight decay, sign of the gradient and clipping factor: on the device, so that a
-change compiles nothing and a captured graph can be told. `restore_kernel` takes it all back.
+`adam_kernel`. Options are AdamOptions in `record`, on the device: a change of them compiles
+nothing, and a captured graph can be told. `restore_kernel` takes all updates back.
 
 STOCHASTIC rounds half-precision parameters and their moments up or down at random in proportion.
 """
@@ -11,17 +10,23 @@ STOCHASTIC rounds half-precision parameters and their moments up or down at rand
 import triton
 import triton.language as tl
 
+from ..optim._record import AdamOptions
 from .multi_tensor import (
     BROKEN,
     COLUMNS,
     FLAGS,
+    PARAM_AT,
     SEED,
+    STATE1_AT,
+    STATE2_AT,
+    STEP_AT,
     fetch,
     gradient,
     locate,
     noise,
     noise_key,
     option,
+    place,
     read,
     round_moments,
     round_param,
@@ -29,6 +34,17 @@ from .multi_tensor import (
     whole_blocks,
     write,
 )
+
+LR = place(AdamOptions, "lr")
+BETA1 = place(AdamOptions, "beta1")
+BETA2 = place(AdamOptions, "beta2")
+LOG2_BETA1 = place(AdamOptions, "log2_beta1")
+LOG2_BETA2 = place(AdamOptions, "log2_beta2")
+EPS = place(AdamOptions, "eps")
+L2 = place(AdamOptions, "l2")
+DECAY = place(AdamOptions, "decay")
+SIGN = place(AdamOptions, "sign")
+FACTOR = place(AdamOptions, "factor")
 
 COEFFICIENTS = tl.constexpr(2)  # of one update
 ROWS = 128  # of the table, for one program of adam_coefficients_kernel
@@ -45,18 +61,18 @@ def adam_coefficients_kernel(
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < size
-    step_at = tl.load(table + rows * COLUMNS + 3, mask=inside, other=0)
+    step_at = tl.load(table + rows * COLUMNS + STEP_AT, mask=inside, other=0)
     step_at = step_at.to(tl.pointer_type(tl.float32))
     step = tl.load(step_at, mask=inside, other=0).to(tl.float64)
-    lr = option(record, 0)
-    eps = option(record, 5)
+    lr = option(record, LR)
+    eps = option(record, EPS)
     # Below the normal numbers of float32 the reciprocal of a root would be infinite, and 0 times it
     # NaN. An eps of 0 is left to be what it is.
     least = tl.where((eps > 0.0) & (tl.float32 == MATH), 1.1754943508222875e-38, 0.0)
     for i in range(updates(record, num_steps)):
         step += 1.0
-        bias1 = 1.0 - tl.exp2(step * option(record, 3))
-        root2 = tl.sqrt(1.0 - tl.exp2(step * option(record, 4)))
+        bias1 = 1.0 - tl.exp2(step * option(record, LOG2_BETA1))
+        root2 = tl.sqrt(1.0 - tl.exp2(step * option(record, LOG2_BETA2)))
         at = coefficients + (rows * num_steps + i) * COEFFICIENTS
         tl.store(at, (lr * root2 / bias1).to(MATH), mask=inside)
         tl.store(at + 1, tl.maximum(eps * root2, least).to(MATH), mask=inside)
@@ -217,27 +233,27 @@ def adam_kernel(
 ):  # fmt: skip
     """copies [T] int64: where, as COPY, a copy of every new parameter goes; None: nowhere."""
     row, entry, start, end = locate(table, chunks, CHUNK)
-    param_at = tl.load(entry)
-    exp_avg_at = tl.load(entry + 1)
-    exp_avg_sq_at = tl.load(entry + 2)
+    param_at = tl.load(entry + PARAM_AT)
+    exp_avg_at = tl.load(entry + STATE1_AT)
+    exp_avg_sq_at = tl.load(entry + STATE2_AT)
     grad_at = gradient(record, row)
     copy_at = param_at
     if COPY is not None:
         copy_at = tl.load(copies + row)
     key = 0
     if STOCHASTIC:
-        step = tl.load(tl.load(entry + 3).to(tl.pointer_type(tl.float32)))
+        step = tl.load(tl.load(entry + STEP_AT).to(tl.pointer_type(tl.float32)))
         key = noise_key(tl.load(record + SEED), tl.load(entry + FLAGS) >> 1, step, start)
     coefficients += row * num_steps * COEFFICIENTS
     # Read once: stores to memory would have them read again for every block.
     num_steps = updates(record, num_steps)
-    beta1 = option(record, 1).to(MATH)
-    rest1 = (1.0 - option(record, 1)).to(MATH)
-    beta2 = option(record, 2).to(MATH)
-    rest2 = (1.0 - option(record, 2)).to(MATH)
-    l2 = option(record, 6).to(MATH)
-    keep = (1.0 - option(record, 0) * option(record, 7)).to(MATH)
-    scale = (option(record, 8) * option(record, 9)).to(MATH)
+    beta1 = option(record, BETA1).to(MATH)
+    rest1 = (1.0 - option(record, BETA1)).to(MATH)
+    beta2 = option(record, BETA2).to(MATH)
+    rest2 = (1.0 - option(record, BETA2)).to(MATH)
+    l2 = option(record, L2).to(MATH)
+    keep = (1.0 - option(record, LR) * option(record, DECAY)).to(MATH)
+    scale = (option(record, SIGN) * option(record, FACTOR)).to(MATH)
     addresses = param_at | exp_avg_at | exp_avg_sq_at | grad_at | copy_at
     whole = whole_blocks(addresses, start, end, BLOCK)
     offsets = start + tl.arange(0, BLOCK)
@@ -297,9 +313,9 @@ def restore_kernel(
     """Parameters from their base values, whose addresses are in the gradients' place; moments and
     step counters 0. PARAM is an integer type of the parameters' size: bits are not to change."""
     row, entry, start, end = locate(table, chunks, CHUNK)
-    param_at = tl.load(entry)
-    exp_avg_at = tl.load(entry + 1)
-    exp_avg_sq_at = tl.load(entry + 2)
+    param_at = tl.load(entry + PARAM_AT)
+    exp_avg_at = tl.load(entry + STATE1_AT)
+    exp_avg_sq_at = tl.load(entry + STATE2_AT)
     base_at = gradient(record, row)
     whole = whole_blocks(param_at | exp_avg_at | exp_avg_sq_at | base_at, start, end, BLOCK)
     offsets = start + tl.arange(0, BLOCK)
@@ -310,4 +326,4 @@ def restore_kernel(
         _restore(param_at, base_at, exp_avg_at, exp_avg_sq_at, offsets, end, PARAM, WHOLE=False)
         offsets += BLOCK
     if start == 0:
-        tl.store(tl.load(entry + 3).to(tl.pointer_type(tl.float32)), 0.0)
+        tl.store(tl.load(entry + STEP_AT).to(tl.pointer_type(tl.float32)), 0.0)

@@ -1,27 +1,39 @@
 """What the multi-tensor kernels share: which part of which tensor a program works on.
 
-A list of T tensors is a table [T, 6] int64 on the device: address of the parameter, of two state
-tensors, of the step counter, the number of elements, and flags. One launch covers all tensors:
+A list of T tensors is a table on the device, and what changes from call to call is a record: see
+`hullkit.optim._record`, whose fields have their places here by name. One launch covers all tensors:
 `chunks` [programs, 2] int32 names each program's row of the table and its chunk of that tensor.
-What changes from call to call is in `record` [13 + T] int64: ten options as float64 bits, the most
-updates a launch may make, a word that kernels write to, the seed of stochastic rounding, then the
-gradients' addresses.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
+
+from ..optim import _record
+from ..optim._record import TensorRow
 
 BLOCK_SIZE = 512  # elements a program holds in registers at a time
 CHUNK_SIZE = 16 * BLOCK_SIZE  # elements a program works through, block by block
 NUM_WARPS = 4
 
-LIMIT = tl.constexpr(10)
-BROKEN = tl.constexpr(11)  # 0 until Adam met a gradient that is not finite
-SEED = tl.constexpr(12)
-HEAD = tl.constexpr(13)
-COLUMNS = tl.constexpr(6)
-NUMEL = tl.constexpr(4)
-FLAGS = tl.constexpr(5)
+
+def place(layout: Any, field: str) -> tl.constexpr:
+    """Of a field, in words from the beginning of its record or row."""
+    return tl.constexpr(layout._fields.index(field))
+
+
+LIMIT = tl.constexpr(_record.LIMIT)
+BROKEN = tl.constexpr(_record.BROKEN)
+SEED = tl.constexpr(_record.SEED)
+HEAD = tl.constexpr(_record.HEAD)
+COLUMNS = tl.constexpr(len(TensorRow._fields))
+PARAM_AT = place(TensorRow, "param")
+STATE1_AT = place(TensorRow, "state1")
+STATE2_AT = place(TensorRow, "state2")
+STEP_AT = place(TensorRow, "step")
+NUMEL = place(TensorRow, "numel")
+FLAGS = place(TensorRow, "flags")
 ALIGNMENT = tl.constexpr(16)  # bytes of one vector access
 
 
@@ -45,8 +57,8 @@ def whole_blocks(addresses, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def option(record, index: tl.constexpr):
-    return tl.load(record + index).to(tl.float64, bitcast=True)
+def option(record, PLACE: tl.constexpr):
+    return tl.load(record + PLACE).to(tl.float64, bitcast=True)
 
 
 @triton.jit

@@ -1,13 +1,33 @@
 """k SGD updates with one gradient: each element is read once, updated k times, written once.
 
-The first ten words of `record` are lr, momentum, 1 - dampening, weight decay, 1 if nesterov, three
-unused, sign of the gradient and clipping factor.
+Options are SGDOptions in `record`.
 """
 
 import triton
 import triton.language as tl
 
-from .multi_tensor import FLAGS, gradient, locate, option, read, updates, whole_blocks, write
+from ..optim._record import SGDOptions
+from .multi_tensor import (
+    FLAGS,
+    PARAM_AT,
+    STATE1_AT,
+    gradient,
+    locate,
+    option,
+    place,
+    read,
+    updates,
+    whole_blocks,
+    write,
+)
+
+LR = place(SGDOptions, "lr")
+MOMENTUM = place(SGDOptions, "momentum")
+UNDAMPED = place(SGDOptions, "undamped")
+L2 = place(SGDOptions, "l2")
+NESTEROV = place(SGDOptions, "nesterov")
+SIGN = place(SGDOptions, "sign")
+FACTOR = place(SGDOptions, "factor")
 
 
 @triton.jit
@@ -21,12 +41,12 @@ def _update(
     buffer = tl.zeros_like(param)
     if (buffer_at != 0) & (fresh == 0):
         buffer = read(buffer_at, offsets, end, STATE, MATH, WHOLE)
-    lr = option(record, 0).to(MATH)
-    momentum = option(record, 1).to(MATH)
-    undamped = option(record, 2).to(MATH)
-    l2 = option(record, 3).to(MATH)
-    nesterov = option(record, 4) != 0
-    grad *= (option(record, 8) * option(record, 9)).to(MATH)
+    lr = option(record, LR).to(MATH)
+    momentum = option(record, MOMENTUM).to(MATH)
+    undamped = option(record, UNDAMPED).to(MATH)
+    l2 = option(record, L2).to(MATH)
+    nesterov = option(record, NESTEROV) != 0
+    grad *= (option(record, SIGN) * option(record, FACTOR)).to(MATH)
     for i in range(updates(record, num_steps)):
         # Fused where written so, as in adam.py.
         total = grad
@@ -49,8 +69,8 @@ def sgd_kernel(
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     row, entry, start, end = locate(table, chunks, CHUNK)
-    param_at = tl.load(entry)
-    buffer_at = tl.load(entry + 1)  # 0 without momentum; momentum and dampening are then 0
+    param_at = tl.load(entry + PARAM_AT)
+    buffer_at = tl.load(entry + STATE1_AT)  # 0 without momentum; momentum and dampening are then 0
     fresh = tl.load(entry + FLAGS) & 1
     grad_at = gradient(record, row)
     whole = whole_blocks(param_at | buffer_at | grad_at, start, end, BLOCK)

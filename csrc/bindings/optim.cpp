@@ -1,5 +1,9 @@
-// The optimizers' face to Python: addresses of tables, and numbers.
+// The optimizers' face to Python: tables and records by address, and their layout by name.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
 
 #include "hullkit/accumulate.h"
 #include "hullkit/adam.h"
@@ -10,50 +14,89 @@ namespace py = pybind11;
 namespace hullkit {
 namespace {
 
-// Addresses of rows [T, 6] and gradients [T], both int64, and dtype codes.
-TensorTable table(int64_t rows, int64_t count, int64_t grads, int param, int grad, int state) {
+// The table [T] of rows, and the record behind which its gradients' addresses lie.
+template <typename Options>
+TensorTable table(int64_t rows, int64_t count, const Record<Options>& record, int param, int grad, int state) {
   return {reinterpret_cast<const TensorRow*>(rows),
-          reinterpret_cast<const int64_t*>(grads),
+          record.grads(),
           count,
           static_cast<DType>(param),
           static_cast<DType>(grad),
           static_cast<DType>(state)};
 }
 
+template <typename Options>
+const Record<Options>& record_at(int64_t address) {
+  return *reinterpret_cast<const Record<Options>*>(address);
+}
+
+template <typename Struct>
+py::tuple field_names() {
+  std::vector<std::string> names;
+  const Struct fields{};
+  each_field(fields, [&](const char* name, const auto&) { names.emplace_back(name); });
+  return py::cast(names);
+}
+
 }  // namespace
 
 void bind_optim(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> release;
+  const py::kw_only by_name;
+  const py::arg rows("rows"), count("count"), record("record"), param("param_dtype"), grad("grad_dtype"),
+      state("state_dtype"), num_steps("num_steps"), stochastic("stochastic_rounding"), threads("num_threads");
   module.def(
       "adam_cpu",
-      [](int64_t rows, int64_t count, int64_t grads, int param, int grad, int state, double lr, double beta1,
-         double beta2, double eps, double l2, double decay, double scale, int64_t num_steps, bool stochastic_rounding,
-         uint64_t seed, int num_threads) {
-        const AdamParams params = {lr, beta1, beta2, eps, l2, decay, scale, num_steps, stochastic_rounding, seed};
-        adam_cpu(table(rows, count, grads, param, grad, state), params, num_threads);
+      [](int64_t rows, int64_t count, int64_t record, int param, int grad, int state, int64_t num_steps,
+         bool stochastic_rounding, int num_threads) {
+        const auto& [options, control] = record_at<AdamOptions>(record);
+        const AdamParams params = {options.lr,
+                                   options.beta1,
+                                   options.beta2,
+                                   options.eps,
+                                   options.l2,
+                                   options.decay,
+                                   options.sign * options.factor,
+                                   num_steps,
+                                   stochastic_rounding,
+                                   control.seed};
+        adam_cpu(table(rows, count, record_at<AdamOptions>(record), param, grad, state), params, num_threads);
       },
-      release);
+      by_name, rows, count, record, param, grad, state, num_steps, stochastic, threads, release);
   module.def(
       "sgd_cpu",
-      [](int64_t rows, int64_t count, int64_t grads, int param, int grad, int state, double lr, double momentum,
-         double undamped, double l2, bool nesterov, double scale, int64_t num_steps, int num_threads) {
-        const SgdParams params = {lr, momentum, undamped, l2, nesterov, scale, num_steps};
-        sgd_cpu(table(rows, count, grads, param, grad, state), params, num_threads);
+      [](int64_t rows, int64_t count, int64_t record, int param, int grad, int state, int64_t num_steps,
+         int num_threads) {
+        const SGDOptions& options = record_at<SGDOptions>(record).options;
+        const SgdParams params = {options.lr, options.momentum,        options.undamped,
+                                  options.l2, options.nesterov != 0.0, options.sign * options.factor,
+                                  num_steps};
+        sgd_cpu(table(rows, count, record_at<SGDOptions>(record), param, grad, state), params, num_threads);
       },
-      release);
+      by_name, rows, count, record, param, grad, state, num_steps, threads, release);
   module.def(
       "accumulate_cpu",
-      [](int64_t rows, int64_t count, int64_t grads, int grad, double weight, int num_threads) {
+      [](int64_t rows, int64_t count, int64_t record, int grad, int num_threads) {
+        const auto& own = record_at<AccumulateOptions>(record);
         const int float32 = static_cast<int>(DType::kFloat32);
-        return accumulate_cpu(table(rows, count, grads, float32, grad, float32), weight, num_threads);
+        return accumulate_cpu(table(rows, count, own, float32, grad, float32), own.options.weight, num_threads);
       },
-      release);
+      by_name, rows, count, record, grad, threads, release);
   module.def(
-      "squared_norm_cpu",
-      [](int64_t rows, int64_t count, int64_t grads, int grad, int num_threads) {
-        return squared_norm_cpu(table(rows, count, grads, grad, grad, grad), num_threads);
+      "squared_norm_cpu",  // of the gradients: no option is read
+      [](int64_t rows, int64_t count, int64_t record, int grad, int num_threads) {
+        return squared_norm_cpu(table(rows, count, record_at<AccumulateOptions>(record), grad, grad, grad),
+                                num_threads);
       },
-      release);
+      by_name, rows, count, record, grad, threads, release);
+
+  py::dict layouts;
+  layouts["TensorRow"] = field_names<TensorRow>();
+  layouts["AdamOptions"] = field_names<AdamOptions>();
+  layouts["SGDOptions"] = field_names<SGDOptions>();
+  layouts["AccumulateOptions"] = field_names<AccumulateOptions>();
+  layouts["RecordControl"] = field_names<RecordControl>();
+  module.attr("layouts") = layouts;
 }
 
 }  // namespace hullkit

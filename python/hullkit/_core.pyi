@@ -12,6 +12,9 @@ dtypes: dict[str, int]
 statuses: dict[str, int]
 variants: dict[str, int]
 
+# Names of the fields of what optimizer kernels read, in order.
+layouts: dict[str, tuple[str, ...]]
+
 @final
 class Operation:
     def __init__(self) -> None: ...  # TypeError: only the core makes them
@@ -39,16 +42,34 @@ class WithBlock:
     def __enter__(self) -> Any: ...
     def __exit__(self, *exc_info: object) -> None: ...
 
+# A table of rows and a record, by address: optim/_record.py. dtypes are codes.
 def adam_cpu(
-    rows: int, count: int, grads: int, /, *codes_options_and_num_threads: float
+    *,
+    rows: int,
+    count: int,
+    record: int,
+    param_dtype: int,
+    grad_dtype: int,
+    state_dtype: int,
+    num_steps: int,
+    stochastic_rounding: bool,
+    num_threads: int,
 ) -> None: ...
 def sgd_cpu(
-    rows: int, count: int, grads: int, /, *codes_options_and_num_threads: float
+    *,
+    rows: int,
+    count: int,
+    record: int,
+    param_dtype: int,
+    grad_dtype: int,
+    state_dtype: int,
+    num_steps: int,
+    num_threads: int,
 ) -> None: ...
 def accumulate_cpu(
-    rows: int, count: int, grads: int, grad_dtype: int, weight: float, num_threads: int, /
+    *, rows: int, count: int, record: int, grad_dtype: int, num_threads: int
 ) -> float: ...
 def squared_norm_cpu(
-    rows: int, count: int, grads: int, grad_dtype: int, num_threads: int, /
+    *, rows: int, count: int, record: int, grad_dtype: int, num_threads: int
 ) -> float: ...
 def unlike_dicts(pairs: list[tuple[dict[Any, Any], dict[Any, Any]]], /) -> list[int]: ...

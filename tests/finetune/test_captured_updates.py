@@ -12,7 +12,7 @@ from hullkit.finetune.base_weights import adam_options
 from hullkit.finetune.captured_passes import _Offloaded
 from hullkit.finetune.padding import bucket
 from hullkit.optim import _kernels
-from hullkit.optim._record import BROKEN, LIMIT
+from hullkit.optim._record import BROKEN, LIMIT, TensorRow
 from hullkit.optim._tensor_table import TensorTable
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ class Updates:
         self.moments = [(torch.zeros_like(p.data), torch.zeros_like(p.data)) for p in self.params]
         self.steps = torch.zeros(len(SIZES), device=DEVICE)
         rows = [
-            (p.data_ptr(), m.data_ptr(), v.data_ptr(), step.data_ptr(), p.numel(), 0)
+            TensorRow(p.data_ptr(), m.data_ptr(), v.data_ptr(), step.data_ptr(), p.numel())
             for p, (m, v), step in zip(self.params, self.moments, self.steps, strict=True)
         ]
         self.table = TensorTable(rows, DEVICE, triton=True)

@@ -10,17 +10,15 @@ from torch import Tensor, nn
 from ..language_model.pass_copies import PassCopies
 from ..native.torch_private import foreach_copy_, foreach_zero_
 from ..optim import _kernels
-from ..optim._record import NUM_OPTIONS
+from ..optim._record import NUM_OPTIONS, AdamOptions, TensorRow, flags_of
 from ..optim._tensor_table import DTYPES, HALVES, TensorTable, check_disjoint, is_dense
 from .rounding import Rounding, moment_dtype
 
-Options = tuple[float, ...]
 
-
-def adam_options(lr: float, betas: tuple[float, float], eps: float) -> Options:
+def adam_options(lr: float, betas: tuple[float, float], eps: float) -> AdamOptions:
     """The options of a record for `triton_kernels/adam.py`, without weight decay or clipping."""
     logs = (_kernels.log2(betas[0]), _kernels.log2(betas[1]))
-    return (lr, *betas, *logs, eps, 0.0, 0.0, 1.0, 1.0)
+    return AdamOptions(lr, *betas, *logs, eps)
 
 
 class NotCapturable(Exception):
@@ -78,16 +76,25 @@ class Weights:
         for dtype, own in by_dtype(parameters).items():
             table = self.table(own)
             addresses = [base[parameter].data_ptr() for parameter in own]
-            record = table.record(addresses, (0.0,) * NUM_OPTIONS)
+            no_options = AdamOptions(*[0.0] * NUM_OPTIONS)  # the kernel reads addresses only
+            record = table.record(addresses, no_options)
             self._restoring.append((table, record, dtype))
 
     def table(self, parameters: Sequence[nn.Parameter]) -> TensorTable:
         """Rows for parameters of one dtype."""
         rows = []
         for p in parameters:
-            tensors = (self.copies.data_of(p), *self.moments[p], self.steps[p])
-            addresses = [tensor.data_ptr() for tensor in tensors]
-            rows.append((*addresses, p.numel(), self.rounding.salts[id(p)] << 1))
+            exp_avg, exp_avg_sq = self.moments[p]
+            rows.append(
+                TensorRow(
+                    param=self.copies.data_of(p).data_ptr(),
+                    state1=exp_avg.data_ptr(),
+                    state2=exp_avg_sq.data_ptr(),
+                    step=self.steps[p].data_ptr(),
+                    numel=p.numel(),
+                    flags=flags_of(self.rounding.salts[id(p)]),
+                )
+            )
         return TensorTable(rows, self.device, triton=True)
 
     def _reset(self) -> None:

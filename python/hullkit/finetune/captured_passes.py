@@ -18,7 +18,8 @@ from ..language_model.loss import CausalLoss, matmul_precision
 from ..language_model.pass_copies import PassCopies, autocast_weights, narrowed_tensors
 from ..language_model.saved_tensors import Packed, Saved
 from ..native.torch_private import StorageWatch, watch_storage
-from .base_weights import NotCapturable, Options, Weights
+from ..optim._record import AdamOptions
+from .base_weights import NotCapturable, Weights
 from .captured_updates import GroupedUpdates
 from .padding import Inputs, bucket, padded
 from .rounding import Rounding
@@ -161,7 +162,7 @@ class CapturedPasses:
             self._reserved = num_bytes
 
     def run(
-        self, passes: dict[int, tuple[_Pass, Inputs]], schedule: list[Reuse], options: Options
+        self, passes: dict[int, tuple[_Pass, Inputs]], schedule: list[Reuse], options: AdamOptions
     ) -> list[tuple[float, bool]]:
         """Each burst's loss, and whether all its gradients were finite. Waits for the device."""
         for recorded in {id(p): p for p, _ in passes.values()}.values():

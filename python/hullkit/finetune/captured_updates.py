@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..optim import _kernels
-from ..optim._record import BROKEN, HEAD, LIMIT, NUM_OPTIONS, SEED
+from ..optim._record import BROKEN, HEAD, LIMIT, NUM_OPTIONS, SEED, AdamOptions
 from ..optim._tensor_table import HALVES, same_layout
-from .base_weights import Options, Weights
+from .base_weights import Weights
 from .rounding import moment_dtype
 
 # Elements whose updates are launched together: enough to fill a GPU, few enough to begin early.
@@ -56,7 +56,7 @@ class GroupedUpdates:
         for group in {id(g): g for g in self._group_of.values()}.values():
             group.launch()
 
-    def set_options(self, options: Options) -> None:
+    def set_options(self, options: AdamOptions) -> None:
         for part in self._parts:
             part.set_options(options)
 
@@ -140,7 +140,7 @@ class _Part:
         self.coefficients = torch.zeros(size, dtype=math, device=weights.device)
         self.record = torch.zeros(HEAD + len(parameters), dtype=torch.int64, device=weights.device)
         self.record[SEED].fill_(weights.rounding.seed)
-        self.options: Options = ()
+        self.options: AdamOptions | None = None
         self.groups: list[_Group] = []
         first = elements = 0
         for row, parameter in enumerate(parameters):
@@ -149,7 +149,7 @@ class _Part:
                 self.groups.append(_Group(self, range(first, row + 1)))
                 first, elements = row + 1, 0
 
-    def set_options(self, options: Options) -> None:
+    def set_options(self, options: AdamOptions) -> None:
         if options != self.options:
             words = torch.tensor(options, dtype=torch.float64, device="cpu").view(torch.int64)
             self.record[:NUM_OPTIONS].copy_(words)

@@ -25,6 +25,7 @@ WithBlock = _core.WithBlock
 # Numbers that cross for names, as the core declares them.
 STATUSES = _core.statuses
 VARIANTS = _core.variants
+LAYOUTS = _core.layouts  # fields of what optimizer kernels read, in order
 _DTYPE_CODES = {getattr(torch, name): code for name, code in _core.dtypes.items()}
 
 
@@ -83,43 +84,65 @@ usable_exchange = _core.usable_exchange
 Layouts, StateLayouts = _core.Layouts, _core.StateLayouts
 
 
-def _codes(dtypes: tuple[torch.dtype, ...]) -> tuple[int, ...]:
-    return tuple(_DTYPE_CODES[dtype] for dtype in dtypes)
-
-
-def _grads(record: Tensor) -> int:
-    """Where the gradients' addresses begin, behind the options and three words of the GPU's."""
-    return record.data_ptr() + 104
-
-
 def adam_cpu(
-    table: Tensor, size: int, record: Tensor, dtypes: tuple[torch.dtype, ...], *options: Any
+    table: Tensor,
+    record: Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    num_steps: int,
+    stochastic_rounding: bool,
 ) -> None:
-    threads = torch.get_num_threads()
-    _core.adam_cpu(table.data_ptr(), size, _grads(record), *_codes(dtypes), *options, threads)
+    param, grad, state = dtypes
+    _core.adam_cpu(
+        rows=table.data_ptr(),
+        count=table.shape[0],
+        record=record.data_ptr(),
+        param_dtype=_DTYPE_CODES[param],
+        grad_dtype=_DTYPE_CODES[grad],
+        state_dtype=_DTYPE_CODES[state],
+        num_steps=num_steps,
+        stochastic_rounding=stochastic_rounding,
+        num_threads=torch.get_num_threads(),
+    )
 
 
 def sgd_cpu(
-    table: Tensor, size: int, record: Tensor, dtypes: tuple[torch.dtype, ...], *options: Any
+    table: Tensor,
+    record: Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    num_steps: int,
 ) -> None:
-    threads = torch.get_num_threads()
-    _core.sgd_cpu(table.data_ptr(), size, _grads(record), *_codes(dtypes), *options, threads)
-
-
-def accumulate_cpu(
-    table: Tensor, size: int, record: Tensor, dtype: torch.dtype, weight: float
-) -> Tensor:
-    (code,) = _codes((dtype,))
-    square = _core.accumulate_cpu(
-        table.data_ptr(), size, _grads(record), code, weight, torch.get_num_threads()
+    param, grad, state = dtypes
+    _core.sgd_cpu(
+        rows=table.data_ptr(),
+        count=table.shape[0],
+        record=record.data_ptr(),
+        param_dtype=_DTYPE_CODES[param],
+        grad_dtype=_DTYPE_CODES[grad],
+        state_dtype=_DTYPE_CODES[state],
+        num_steps=num_steps,
+        num_threads=torch.get_num_threads(),
     )
-    return torch.tensor([square], dtype=torch.float64, device="cpu")
 
 
-def squared_norm_cpu(table: Tensor, size: int, record: Tensor, dtype: torch.dtype) -> Tensor:
-    (code,) = _codes((dtype,))
-    square = _core.squared_norm_cpu(
-        table.data_ptr(), size, _grads(record), code, torch.get_num_threads()
+def accumulate_cpu(table: Tensor, record: Tensor, dtype: torch.dtype) -> Tensor:
+    """dtype: of the gradients."""
+    return _sum_of_squares(_core.accumulate_cpu, table, record, dtype)
+
+
+def squared_norm_cpu(table: Tensor, record: Tensor, dtype: torch.dtype) -> Tensor:
+    """dtype: of the gradients."""
+    return _sum_of_squares(_core.squared_norm_cpu, table, record, dtype)
+
+
+def _sum_of_squares(
+    native: Callable[..., float], table: Tensor, record: Tensor, dtype: torch.dtype
+) -> Tensor:
+    square = native(
+        rows=table.data_ptr(),
+        count=table.shape[0],
+        record=record.data_ptr(),
+        grad_dtype=_DTYPE_CODES[dtype],
+        num_threads=torch.get_num_threads(),
     )
     return torch.tensor([square], dtype=torch.float64, device="cpu")
 

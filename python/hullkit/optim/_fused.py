@@ -15,14 +15,13 @@ from . import _kernels
 from ._buckets import Bucket, Launch, Params, Sorted, check_grad
 from ._in_backward import update_in_backward
 from ._layouts import address, state_layouts
-from ._record import FACTOR
+from ._record import FACTOR, LR, AdamOptions, SGDOptions, TensorRow, flags_of
 from ._tensor_table import DTYPES, TensorTable, check_disjoint, is_dense, uses_triton
 from ._watched import untraced, watched
 
-_LR = 0  # the option that a learning rate in a device tensor is copied to
 _ON_DEVICE = math.nan  # an option that is filled in on the device
 
-Options = tuple[float, ...]
+Options = AdamOptions | SGDOptions
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -56,7 +55,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What of the group decides which state the tables hold."""
         return None
 
-    def _kernel(self, bucket: Bucket, record: Tensor, options: Options, num_steps: int) -> None:
+    def _kernel(self, bucket: Bucket, record: Tensor, num_steps: int) -> None:
         raise NotImplementedError
 
     def _init_fused(
@@ -245,10 +244,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             for place in chosen:
                 param = params[place]
                 states, fresh = self._state_of(group, param)
-                addresses = [0 if state is None else address("state", state) for state in states]
-                flags = salts[id(param)] << 1 | fresh
+                state1, state2, step = (
+                    0 if state is None else address("state", state) for state in states
+                )
                 any_fresh |= fresh
-                rows.append((address("params", param), *addresses, param.numel(), flags))
+                rows.append(
+                    TensorRow(
+                        param=address("params", param),
+                        state1=state1,
+                        state2=state2,
+                        step=step,
+                        numel=param.numel(),
+                        flags=flags_of(salts[id(param)], fresh),
+                    )
+                )
             table = TensorTable(rows, device, uses_triton("params", device, self.backend))
             own = [params[place] for place in chosen]
             dtypes = (dtype, grad_dtype, self._state_dtype(own[0]))
@@ -261,45 +270,38 @@ class FusedOptimizer(torch.optim.Optimizer):
         return made
 
     def _run(self, launches: list[Launch], num_steps: int) -> None:
-        ready = [(launch.bucket, *self._record(launch)) for launch in launches]
+        ready = [(launch.bucket, self._record(launch)) for launch in launches]
         if self.max_grad_norm is not None and ready:
-            ready = self._clip(ready, self.max_grad_norm)
-        for bucket, record, options in ready:
-            self._kernel(bucket, record, options, num_steps)
+            self._clip(ready, self.max_grad_norm)
+        for bucket, record in ready:
+            self._kernel(bucket, record, num_steps)
             if bucket.fresh:
-                bucket.table.table[:, -1].bitwise_and_(-2)
+                bucket.table.set_no_longer_fresh()
                 bucket.fresh = False
             torch.autograd.graph.increment_version(bucket.params)
 
-    def _record(self, launch: Launch) -> tuple[Tensor, Options]:
+    def _record(self, launch: Launch) -> Tensor:
         group, bucket, addresses, _ = launch
         lr = group["lr"]
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
         options = self._options(group, _ON_DEVICE if on_device else float(lr))
         if self.max_grad_norm is not None:
-            options = (*options[:FACTOR], _ON_DEVICE)
+            options = options._replace(factor=_ON_DEVICE)
         record = bucket.table.record(addresses, options, self._seed())
         if on_device:
-            record.view(torch.float64)[_LR].copy_(lr)
-        return record, options
+            record.view(torch.float64)[LR].copy_(lr)
+        return record
 
-    def _clip(
-        self, ready: list[tuple[Bucket, Tensor, Options]], max_grad_norm: float
-    ) -> list[tuple[Bucket, Tensor, Options]]:
+    def _clip(self, ready: list[tuple[Bucket, Tensor]], max_grad_norm: float) -> None:
         """Sets the factor that takes the norm of all gradients together to max_grad_norm."""
         sums = [
             _kernels.squares(bucket.table, record, bucket.dtypes[1]).sum(dtype=torch.float64)
-            for bucket, record, _ in ready
+            for bucket, record in ready
         ]
         self.grad_norm = torch.stack([total.to(sums[0].device) for total in sums]).sum().sqrt()
         factor = (max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        clipped = []
-        for bucket, record, options in ready:
-            if bucket.table.device.type == "cpu":
-                options = (*options[:FACTOR], float(factor))
+        for _, record in ready:
             record.view(torch.float64)[FACTOR].copy_(factor)
-            clipped.append((bucket, record, options))
-        return clipped
 
     @untraced
     def update_in_backward(self, *, num_steps: int = 1) -> AbstractContextManager[None]:

@@ -48,19 +48,13 @@ def _run(name: str, table: TensorTable, programs: int, *arguments: Any, **consta
 def adam_(
     table: TensorTable,
     record: Tensor,
-    options: tuple[float, ...],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     num_steps: int,
     stochastic_rounding: bool,
-    seed: int,
 ) -> None:
-    """dtypes: of parameter, gradient and state. For options see `triton_kernels/adam.py`."""
+    """dtypes: of parameter, gradient and state. The record holds AdamOptions."""
     if not table.triton:
-        lr, beta1, beta2, _, _, eps, l2, decay, sign, factor = options
-        kernels.adam_cpu(
-            table.table, table.size, record, dtypes, lr, beta1, beta2, eps, l2, decay,
-            sign * factor, num_steps, stochastic_rounding, seed,
-        )  # fmt: skip
+        kernels.adam_cpu(table.table, record, dtypes, num_steps, stochastic_rounding)
         return
     math = arithmetic_dtype(dtypes[0])
     coefficients = torch.empty(2 * table.size * num_steps, dtype=math, device=table.device)
@@ -109,17 +103,12 @@ def restore_(table: TensorTable, record: Tensor, dtype: torch.dtype) -> None:
 def sgd_(
     table: TensorTable,
     record: Tensor,
-    options: tuple[float, ...],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     num_steps: int,
 ) -> None:
-    """dtypes: of parameter, gradient and state. For options see `triton_kernels/sgd.py`."""
+    """dtypes: of parameter, gradient and state. The record holds SGDOptions."""
     if not table.triton:
-        lr, momentum, undamped, l2, nesterov, _, _, _, sign, factor = options
-        kernels.sgd_cpu(
-            table.table, table.size, record, dtypes, lr, momentum, undamped, l2, nesterov != 0.0,
-            sign * factor, num_steps,
-        )  # fmt: skip
+        kernels.sgd_cpu(table.table, record, dtypes, num_steps)
         return
     param, grad, state = dtypes
     math = arithmetic_dtype(dtypes[0])
@@ -129,10 +118,11 @@ def sgd_(
     )  # fmt: skip
 
 
-def accumulate_(table: TensorTable, record: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
-    """Returns partial sums of squares of what was accumulated into."""
+def accumulate_(table: TensorTable, record: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns partial sums of squares of what was accumulated into. The record holds
+    AccumulateOptions."""
     if not table.triton:
-        return kernels.accumulate_cpu(table.table, table.size, record, dtype, weight)
+        return kernels.accumulate_cpu(table.table, record, dtype)
     squares = torch.empty(len(table.chunks), dtype=torch.float32, device=table.device)
     _launch(
         "accumulate", table, table.table, record, table.chunks, squares,
@@ -144,7 +134,7 @@ def accumulate_(table: TensorTable, record: Tensor, weight: float, dtype: torch.
 def squares(table: TensorTable, record: Tensor, dtype: torch.dtype) -> Tensor:
     """Partial sums of squares of the gradients."""
     if not table.triton:
-        return kernels.squared_norm_cpu(table.table, table.size, record, dtype)
+        return kernels.squared_norm_cpu(table.table, record, dtype)
     math = arithmetic_dtype(dtype)
     out = torch.empty(len(table.chunks), dtype=math, device=table.device)
     _launch(

@@ -1,9 +1,9 @@
 """Lists of tensors as the multi-tensor kernels take them, and the way to those kernels.
 
-A list of T tensors is a table [T, 6] int64 on its device (see `triton_kernels/multi_tensor.py` and
-`csrc/include/hullkit/tensor_table.h`); what changes from call to call, options and gradients'
-addresses, is a record [13 + T] int64. These kernels are not dispatcher operators: handing six
-hundred tensors through the dispatcher takes longer than a step of a 124M-parameter model.
+A list of T tensors is a table on its device; what changes from call to call, options and gradients'
+addresses, is a record. `_record.py` has the layout of both. These kernels are not dispatcher
+operators: handing six hundred tensors through the dispatcher takes longer than a step of a
+124M-parameter model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..native.torch_private import raw_stream
 from ._layouts import address
-from ._record import BROKEN, HEAD, LIMIT, NO_LIMIT, NUM_OPTIONS, SEED
+from ._record import BROKEN, HEAD, LIMIT, NO_LIMIT, NUM_OPTIONS, SEED, Options, TensorRow
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
@@ -73,11 +73,10 @@ def check_disjoint(name: str, tensors: Sequence[Tensor]) -> None:
 class TensorTable:
     """T tensors of one device, their dtypes alike, as addresses.
 
-    rows: one (address, state address, state address, step address, numel, flags) for each tensor.
     The memory behind the addresses must outlive every launch and every graph that captured one.
     """
 
-    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device, triton: bool) -> None:
+    def __init__(self, rows: Sequence[TensorRow], device: torch.device, triton: bool) -> None:
         if _capturing(device):
             raise RuntimeError(
                 "expected a first step on these tensors before the capture of a CUDA graph "
@@ -94,19 +93,23 @@ class TensorTable:
         if triton:
             self.chunks = self.chunks_of(range(self.size))
 
+    def set_no_longer_fresh(self) -> None:
+        """After the first launch, which set every state."""
+        self.table[:, TensorRow._fields.index("flags")].bitwise_and_(-2)
+
     def chunks_of(self, rows: range) -> Tensor:
         """[programs, 2] int32 on the device: row, and chunk of its tensor, of each program."""
         from ..triton_kernels.multi_tensor import CHUNK_SIZE
 
-        counts = [-(-self.rows[row][4] // CHUNK_SIZE) for row in rows]
+        counts = [-(-self.rows[row].numel // CHUNK_SIZE) for row in rows]
         tensors = np.repeat(np.arange(rows.start, rows.stop), counts)
         firsts = np.repeat(np.cumsum(counts) - counts, counts)
         chunks = np.stack([tensors, np.arange(len(tensors)) - firsts], axis=1)
         return torch.from_numpy(chunks.astype(np.int32)).to(self.device)
 
-    def record(self, grads: list[int], options: tuple[float, ...], seed: int = 0) -> Tensor:
-        """[13 + T] int64 on the device: the options' bits, a limit to num_steps beyond any, a word
-        for kernels to write to, the seed, then the gradients' addresses.
+    def record(self, grads: list[int], options: Options, seed: int = 0) -> Tensor:
+        """[HEAD + T] int64 on the device: options, a limit to num_steps beyond any, the seed and
+        the gradients' addresses.
 
         Copied only when it changed. An option that lives on the device is NaN here, and written
         into the record by the caller, every time.

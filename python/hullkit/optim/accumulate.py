@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import check_tensor
 from . import _kernels
 from ._layouts import address, address_or_none, check_plain, layouts
-from ._record import NUM_OPTIONS
+from ._record import AccumulateOptions, TensorRow
 from ._tensor_table import DTYPES, TensorTable, check_disjoint, is_dense, same_layout, uses_triton
 from ._watched import untraced
 
@@ -94,9 +94,8 @@ def accumulate_(
         table = _table(into, backend, known)
         if all(map(is_, sources, given)):  # not where one had to be copied
             _remember(key, _Lists(into, sources, table))
-    options = (float(weight), *[0.0] * (NUM_OPTIONS - 1))
-    record = table.record(addresses, options)
-    squares = _kernels.accumulate_(table, record, float(weight), sources[0].dtype)
+    record = table.record(addresses, AccumulateOptions(float(weight)))
+    squares = _kernels.accumulate_(table, record, sources[0].dtype)
     torch.autograd.graph.increment_version(into)
     return squares.sum(dtype=torch.float64).sqrt() if norm else None
 
@@ -105,7 +104,7 @@ def _table(into: list[Tensor], backend: str | None, known: _Lists | None) -> Ten
     device = into[0].device
     triton = uses_triton("into", device, backend)
     placed = [(address(f"into[{place}]", a), a.numel()) for place, a in enumerate(into)]
-    rows = [(at, 0, 0, 0, numel, 0) for at, numel in placed]
+    rows = [TensorRow(at, numel=numel) for at, numel in placed]
     if known is not None and known.table.rows == rows and known.table.triton == triton:
         return known.table  # only the gradients are elsewhere
     check_disjoint("into", into)

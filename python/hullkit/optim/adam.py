@@ -17,7 +17,8 @@ from torch import Tensor
 from .._checks import check_int
 from . import _kernels
 from ._buckets import Bucket
-from ._fused import FusedOptimizer, Options
+from ._fused import FusedOptimizer
+from ._record import AdamOptions
 from ._state import State, state_like
 from ._tensor_table import HALVES
 
@@ -91,20 +92,25 @@ class _FusedAdam(FusedOptimizer):
         dtype = self._state_dtype(param)
         return [*(state_like(state, name, param, dtype) for name in _MOMENTS), state["step"]], False
 
-    def _options(self, group: dict[str, Any], lr: float) -> Options:
+    def _options(self, group: dict[str, Any], lr: float) -> AdamOptions:
         beta1, beta2 = map(float, group["betas"])
         decay = float(group["weight_decay"])
         decoupled = group.get("decoupled_weight_decay", isinstance(self, torch.optim.AdamW))
-        weights = (0.0, decay) if decoupled else (decay, 0.0)
-        logs = (_kernels.log2(beta1), _kernels.log2(beta2))
-        sign = -1.0 if group["maximize"] else 1.0
-        return (lr, beta1, beta2, *logs, float(group["eps"]), *weights, sign, 1.0)
-
-    def _kernel(self, bucket: Bucket, record: Tensor, options: Options, num_steps: int) -> None:
-        stochastic = self.stochastic_rounding and bucket.dtypes[0] in HALVES
-        _kernels.adam_(
-            bucket.table, record, options, bucket.dtypes, num_steps, stochastic, self.seed
+        return AdamOptions(
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            log2_beta1=_kernels.log2(beta1),
+            log2_beta2=_kernels.log2(beta2),
+            eps=float(group["eps"]),
+            l2=0.0 if decoupled else decay,
+            decay=decay if decoupled else 0.0,
+            sign=-1.0 if group["maximize"] else 1.0,
         )
+
+    def _kernel(self, bucket: Bucket, record: Tensor, num_steps: int) -> None:
+        stochastic = self.stochastic_rounding and bucket.dtypes[0] in HALVES
+        _kernels.adam_(bucket.table, record, bucket.dtypes, num_steps, stochastic)
 
 
 class Adam(_FusedAdam, torch.optim.Adam):

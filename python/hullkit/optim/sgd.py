@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import _kernels
 from ._buckets import Bucket
-from ._fused import FusedOptimizer, Options
+from ._fused import FusedOptimizer
+from ._record import SGDOptions
 from ._state import State, state_like
 
 
@@ -67,12 +68,17 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     def _variant(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum"])
 
-    def _options(self, group: dict[str, Any], lr: float) -> Options:
+    def _options(self, group: dict[str, Any], lr: float) -> SGDOptions:
         momentum = float(group["momentum"])
         undamped = 1.0 - float(group["dampening"]) if momentum else 1.0
-        decay, nesterov = float(group["weight_decay"]), float(group["nesterov"])
-        sign = -1.0 if group["maximize"] else 1.0
-        return (lr, momentum, undamped, decay, nesterov, 0.0, 0.0, 0.0, sign, 1.0)
+        return SGDOptions(
+            lr=lr,
+            momentum=momentum,
+            undamped=undamped,
+            l2=float(group["weight_decay"]),
+            nesterov=float(group["nesterov"]),
+            sign=-1.0 if group["maximize"] else 1.0,
+        )
 
-    def _kernel(self, bucket: Bucket, record: Tensor, options: Options, num_steps: int) -> None:
-        _kernels.sgd_(bucket.table, record, options, bucket.dtypes, num_steps)
+    def _kernel(self, bucket: Bucket, record: Tensor, num_steps: int) -> None:
+        _kernels.sgd_(bucket.table, record, bucket.dtypes, num_steps)
