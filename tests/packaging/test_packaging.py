@@ -187,9 +187,6 @@ def test_stub_names_the_built_module() -> None:
     }
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     built = {name for name in dir(_core) if not name.startswith("__")} | {"__version__"}
-    if not _core.build_info()["cuda"]:
-        with_cuda = {name for name in functions if name.endswith(("_cuda", "_workspace_bytes"))}
-        functions = {name: node for name, node in functions.items() if name not in with_cuda}
     assert set(functions) | set(classes) | values == built
     for name, stubbed in classes.items():
         methods = {node.name for node in stubbed.body if isinstance(node, ast.FunctionDef)}
@@ -199,6 +196,8 @@ def test_stub_names_the_built_module() -> None:
         arguments = function.args.posonlyargs + function.args.args
         signature = str(getattr(_core, name).__doc__).partition("\n")[0]
         taken = len(re.findall(r"\barg\d+:", signature))
+        by_name = [argument.arg for argument in function.args.kwonlyargs]
+        assert by_name == re.findall(r"(?!arg\d)\b(\w+): ", signature), signature
         variadic = function.args.vararg is not None
         assert taken == len(arguments) or (variadic and taken > len(arguments)), signature
 

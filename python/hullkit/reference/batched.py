@@ -29,7 +29,7 @@ from .lmo import Array
 _VARIANTS = {code: name for name, code in VARIANTS.items()}
 
 
-def _operator(oracle: Callable[..., None]) -> Callable[..., None]:
+def as_operator(oracle: Callable[..., None]) -> Callable[..., None]:
     """`oracle`, called as the operator of its name: it gets every argument by name.
 
     ImportError unless the two take the same arguments. `**options` stands for any more.
@@ -106,7 +106,7 @@ def _fill(out: Tensor, values: Array | NDArray[np.int64], padding: float) -> Non
     out[: len(values)] = torch.from_numpy(np.ascontiguousarray(values)).to(out.device)
 
 
-@_operator
+@as_operator
 def lmo(
     pool: Tensor,
     direction: Tensor,
@@ -121,7 +121,7 @@ def lmo(
         index[b] = int(problem.positions[best])
 
 
-@_operator
+@as_operator
 def knn(
     pool: Tensor,
     query: Tensor,
@@ -137,7 +137,7 @@ def knn(
         _fill(values[b], products, -np.inf)
 
 
-@_operator
+@as_operator
 def duplicates(
     pool: Tensor,
     lengths: Tensor | None,
@@ -155,7 +155,7 @@ def duplicates(
         ).to(pool.device)
 
 
-@_operator
+@as_operator
 def frank_wolfe(
     pool: Tensor,
     query: Tensor,
@@ -202,7 +202,7 @@ def frank_wolfe(
             out[b] = scalar
 
 
-@_operator
+@as_operator
 def select(
     pool: Tensor,
     query: Tensor,
@@ -251,7 +251,7 @@ def select(
         norms[b] = float(np.linalg.norm(problem.query - shares @ problem.pool[places]))
 
 
-@_operator
+@as_operator
 def sift(
     pool: Tensor,
     query: Tensor,
@@ -307,7 +307,7 @@ def _weights(tensor: Tensor) -> Array:
     return values
 
 
-@_operator
+@as_operator
 def round_multiplicities(
     pool: Tensor,
     query: Tensor,
@@ -340,7 +340,7 @@ def round_multiplicities(
         _fill(counts[b], result, 0)
 
 
-@_operator
+@as_operator
 def apportion(weights: Tensor, total: int, counts: Tensor) -> None:
     weights, counts = _entries(weights, counts, rank=1)
     for b in range(weights.shape[0]):
