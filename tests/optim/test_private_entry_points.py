@@ -14,7 +14,9 @@ from typing import Any
 import hullkit
 import pytest
 import torch
+import torch.nn.functional as F
 from hullkit import optim
+from hullkit.language_model.saved_tensors import Saved
 from hullkit.native import torch_private
 from hullkit.optim import _kernels, _triton_launch, _watched
 from hullkit.optim._tensor_table import TensorTable
@@ -23,7 +25,7 @@ from torch.optim import optimizer as torch_optimizer
 
 PRIVATE = re.compile(
     r"torch\._(?!_version__)|Tensor\._(?!_torch_dispatch__)|torch_optimizer\._|\._C\b"
-    r"|import _global|packed_metadata|__dlpack_c|triton\.(runtime|compiler|backends)"
+    r"|import _global|packed_metadata|__dlpack_c|StorageWeakRef|triton\.(runtime|compiler|backends)"
 )
 ONLY_IN = {"native/torch_private.py", "optim/_triton_launch.py"}
 
@@ -170,6 +172,29 @@ def test_dlpack_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch_private.dlpack_exchange() is table
     monkeypatch.delattr(Tensor, "__dlpack_c_exchange_api__")
     assert torch_private.dlpack_exchange() is None
+
+
+def test_memory_that_may_have_been_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torch's reference an activation is saved instead of computed again."""
+    kept: list[bool] = []
+    for present in (True, False):
+        if not present:
+            monkeypatch.delattr(torch.multiprocessing.reductions, "StorageWeakRef")
+        memory = torch.zeros(3)
+        watch = torch_private.watch_storage(memory.untyped_storage())
+        assert watch.expired() is not present
+        del memory
+        assert watch.expired()
+        saved = Saved()
+        x = torch.linspace(-1.0, 1.0, 5, requires_grad=True)
+        with monkeypatch.context() as patch, saved.hooks():
+            patch.setattr(saved, "keep", lambda tensor, way=present: kept.append(way) or tensor)
+            y = saved.cheap(F.silu, x * 1.0)
+            (y * y).sum().backward()
+        assert x.grad is not None
+        want = torch.autograd.grad(F.silu(x).square().sum(), x)[0]
+        torch.testing.assert_close(x.grad, want)
+    assert kept.count(True) < kept.count(False)
 
 
 # Triton's launcher

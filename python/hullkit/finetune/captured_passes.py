@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..language_model.fused_modules import fused_head_weight
 from ..language_model.interface import longest_padded
 from ..language_model.loss import CausalLoss, matmul_precision
 from ..language_model.pass_copies import PassCopies, autocast_weights, narrowed_tensors
 from ..language_model.saved_tensors import Packed, Saved
+from ..native.torch_private import StorageWatch, watch_storage
 from ..optim._record import AdamOptions
 from .base_weights import NotCapturable, Weights
 from .captured_updates import GroupedUpdates
@@ -295,7 +295,7 @@ class _Offloaded(Saved):
         self.num_bytes = 0
         own = (*model.parameters(), *model.buffers())
         self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
-        self._counted: dict[int, StorageWeakRef] = {}
+        self._counted: dict[int, StorageWatch] = {}
 
     def keep(self, tensor: Tensor) -> Packed:
         storage = tensor.untyped_storage()
@@ -304,7 +304,7 @@ class _Offloaded(Saved):
             return tensor
         counted = self._counted.get(address)
         if counted is None or counted.expired():  # else the address belongs to a known tensor
-            self._counted[address] = StorageWeakRef(storage)
+            self._counted[address] = watch_storage(storage)
             self.num_bytes += storage.nbytes()
         return functools.partial(tensor.cpu().to, tensor.device)
 

@@ -76,7 +76,14 @@ class SIFTSelector:
 
 
 class FWSelector:
-    """The Frank-Wolfe selector: :func:`hullkit.frank_wolfe`."""
+    """The Frank-Wolfe selector: :func:`hullkit.frank_wolfe`.
+
+    >>> import numpy as np
+    >>> from hullkit.interop.hullft import FWSelector
+    >>> indices, weights = FWSelector().select(np.eye(3), np.array([0.7, 0.3, 0.0]), 10)
+    >>> indices.tolist()
+    [0, 1]
+    """
 
     name = "fw"
 

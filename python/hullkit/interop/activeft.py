@@ -41,6 +41,14 @@ class Retriever:
             search for the opposite of the mean query, too. Inner-product indices only.
         only_faiss: return the N nearest of the index.
         device: where to choose; None for CUDA if there is any, else the CPU.
+
+    >>> import faiss, numpy as np
+    >>> from hullkit.interop.activeft import Retriever
+    >>> index = faiss.IndexFlatIP(3)
+    >>> index.add(np.eye(3, dtype="float32"))
+    >>> _, rows, _, _ = Retriever(index).search(np.array([[0.8, 0.6, 0]], dtype="float32"), N=3)
+    >>> rows.tolist()
+    [0, 1, 0]
     """
 
     def __init__(

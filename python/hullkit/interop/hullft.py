@@ -54,6 +54,12 @@ def integerize_by_geometry(
 
     support_embeddings (m, d) are the rows that indices (m,) name. The weights returned are
     1 / n_select each.
+
+    >>> import numpy as np
+    >>> from hullkit.interop.hullft import integerize_by_geometry
+    >>> rows, weights, query = np.array([4, 7]), np.array([0.7, 0.3]), np.array([0.7, 0.3, 0.0])
+    >>> integerize_by_geometry(rows, weights, np.eye(3)[:2], query, 10)[0].tolist()
+    [4, 4, 4, 4, 4, 4, 4, 7, 7, 7]
     """
     indices, n_select = to_numpy("indices", indices, np.int64), operator.index(n_select)
     if n_select <= 0 or len(indices) == 0:

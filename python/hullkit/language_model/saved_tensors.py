@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..native.torch_private import StorageWatch, watch_storage
 
 Function = Callable[[Tensor], Tensor]
 Packed = Tensor | Callable[[], Tensor]
@@ -21,7 +22,7 @@ class Saved:
     """
 
     def __init__(self) -> None:
-        self._outputs: dict[int, tuple[StorageWeakRef, int, Function, Tensor]] = {}
+        self._outputs: dict[int, tuple[StorageWatch, int, Function, Tensor]] = {}
 
     def cheap(self, function: Function, x: Tensor) -> Tensor:
         """function(x), whose output is computed again when it is needed.
@@ -31,7 +32,7 @@ class Saved:
         y = function(x)
         if y.dtype is x.dtype and y.is_contiguous():  # else autocast has changed the dtype
             storage = y.untyped_storage()
-            known = (StorageWeakRef(storage), y._version, function, x.detach())
+            known = (watch_storage(storage), y._version, function, x.detach())
             self._outputs[storage.data_ptr()] = known
         return y
 

@@ -163,5 +163,9 @@ def build_info() -> dict[str, Any]:
 
     Runs a one-thread kernel on every CUDA device to prove that this build's code loads there, so
     the first call initialises them.
+
+    >>> import hullkit
+    >>> hullkit.build_info()["version"] == hullkit.__version__
+    True
     """
     return _core.build_info()

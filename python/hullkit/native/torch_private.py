@@ -6,9 +6,10 @@ Nothing else in hullkit calls one. Checked on torch 2.11 (CUDA) and 2.13 (CPU).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.multiprocessing.reductions as torch_reductions
 import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
 
@@ -47,6 +48,24 @@ step_hooks = _step_hooks()
 def dlpack_exchange() -> Any:
     """The table of DLPack's C functions for tensors, in a capsule; None from a torch without."""
     return getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
+
+class StorageWatch(Protocol):
+    """Tells whether a tensor's memory has been given back."""
+
+    def expired(self) -> bool: ...
+
+
+class _Unknown:
+    def expired(self) -> bool:
+        return True  # it may have been
+
+
+def watch_storage(storage: torch.UntypedStorage) -> StorageWatch:
+    """A weak reference to a tensor's memory; from a torch without, one that has always expired."""
+    reference = getattr(torch_reductions, "StorageWeakRef", None)
+    watch: StorageWatch = _Unknown() if reference is None else reference(storage)
+    return watch
 
 
 # One call for a list of tensors: on a CUDA device, a launch for many instead of one for each.

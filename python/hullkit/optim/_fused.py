@@ -147,6 +147,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             The closure's value, or None.
         Raises:
             TypeError, ValueError: a sparse or complex gradient; num_steps out of range.
+
+        >>> import hullkit, torch
+        >>> p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
+        >>> hullkit.optim.SGD([p], lr=0.1).step(num_steps=2)
+        >>> p.data
+        tensor([0.8000, 0.8000])
         """
         if watched(self):
             hooked = torch.optim.Optimizer.profile_hook_step(type(self)._step)
@@ -323,5 +329,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: on entry, with max_grad_norm (the norm is known only when all gradients
                 are), or if a `.grad` is left from before.
             RuntimeError: from backward, at a second gradient for one parameter.
+
+        >>> import hullkit, torch
+        >>> p = torch.nn.Parameter(torch.ones(2))
+        >>> with hullkit.optim.SGD([p], lr=0.1).update_in_backward(num_steps=2):
+        ...     p.sum().backward()
+        >>> p.data, p.grad
+        (tensor([0.8000, 0.8000]), None)
         """
         return update_in_backward(self, num_steps)

@@ -71,6 +71,12 @@ def accumulate_(
 
     Numerics: a product and a sum in float32; the norm's squares in float32 within a block of a few
     thousand elements, in float64 across. Memory traffic: 3 words for each element.
+
+    >>> import hullkit, torch
+    >>> into = torch.ones(2)
+    >>> hullkit.optim.accumulate_([into], [torch.ones(2)], 0.5)
+    >>> into
+    tensor([1.5000, 1.5000])
     """
     if len(into) != len(grads):
         raise ValueError(f"grads: expected {len(into)}, as many as into, got {len(grads)}")

@@ -150,6 +150,12 @@ class Adam(_FusedAdam, torch.optim.Adam):
     group with the same dtypes. `state_dict` is interchangeable with torch.optim's.
     Raises TypeError or ValueError for complex, sparse, overlapping or non-dense tensors.
     Source: Kingma & Ba, arXiv 1412.6980; Loshchilov & Hutter, arXiv 1711.05101.
+
+    >>> import hullkit, torch
+    >>> p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
+    >>> hullkit.optim.Adam([p], lr=0.1).step(num_steps=3)
+    >>> p.data
+    tensor([0.7000, 0.7000])
     """
 
     def __init__(
@@ -190,6 +196,12 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
     """torch.optim.AdamW with `step(num_steps=k)`: :class:`Adam` with decoupled weight decay.
 
     Args: as in :class:`Adam`; weight_decay is 0.01 by default.
+
+    >>> import hullkit, torch
+    >>> p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
+    >>> hullkit.optim.AdamW([p], lr=0.1).step(num_steps=3)
+    >>> p.data
+    tensor([0.6973, 0.6973])
     """
 
     def __init__(

@@ -31,6 +31,12 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     Numerics and errors as in :class:`Adam`. State: `momentum_buffer`, only with momentum.
     Memory traffic: 5 words for each parameter, 3 without momentum, whatever k is.
+
+    >>> import hullkit, torch
+    >>> p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
+    >>> hullkit.optim.SGD([p], lr=0.1).step(num_steps=3)
+    >>> p.data
+    tensor([0.7000, 0.7000])
     """
 
     def __init__(

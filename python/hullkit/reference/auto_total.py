@@ -4,7 +4,12 @@ from __future__ import annotations
 
 
 def ladder(max_total: int) -> list[int]:
-    """The totals to choose from: 1, 2, 4, 6 and 10 tenths of the largest, rounded up."""
+    """The totals to choose from: 1, 2, 4, 6 and 10 tenths of the largest, rounded up.
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> reference.ladder(50)
+    [5, 10, 20, 30, 50]
+    """
     return sorted({-(-max_total * tenths // 10) for tenths in (1, 2, 4, 6, 10)})
 
 
@@ -12,6 +17,10 @@ def auto_total(residual_norm: float, max_total: int, alpha: float) -> int:
     """The first of the ladder where what no multiset can reconstruct exceeds 1 / (alpha total).
 
     SIFT's rule for its standard deviation, taken for the residual.
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> reference.auto_total(0.5, 50, alpha=0.08)
+    30
     """
     for total in ladder(max_total):
         if residual_norm > 1.0 / (alpha * total):

@@ -9,7 +9,12 @@ from .lmo import Array, row_dots
 
 
 def duplicates(pool: Array, eps: float) -> NDArray[np.int64]:
-    """representative[i]: the first representative whose cosine with i exceeds 1 - eps, else i."""
+    """representative[i]: the first representative whose cosine with i exceeds 1 - eps, else i.
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> reference.duplicates(np.ones((3, 2)), eps=0.1).tolist()
+    [0, 0, 0]
+    """
     squares = np.array([row_dots(row[None], row)[0] for row in pool])
     representatives: list[int] = []
     out = np.empty(len(pool), np.int64)

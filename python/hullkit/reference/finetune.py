@@ -23,6 +23,11 @@ def finetune(
     """Finetune `model` in place, in its own dtype; return the loss (nats per token) of every pass.
 
     Adam of Kingma & Ba (arXiv 1412.6980, algorithm 1), one update per unit of `counts`, no dropout.
+
+    >>> import torch, hullkit.reference as reference
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+    >>> len(reference.finetune(model, [torch.tensor([1, 2, 3])], [3]))
+    2
     """
     model.eval()
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -12,6 +12,13 @@ from .lmo import Array, lmo, row_dots
 
 
 class FrankWolfeOutcome(NamedTuple):
+    """The answer of :func:`frank_wolfe`.
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> reference.frank_wolfe(np.eye(2), np.array([1.0, 0.0])).status
+    'CONVERGED'
+    """
+
     indices: NDArray[np.int64]  # touched vertices by falling weight, lowest index on a tie
     weights: Array
     residual_norm: float
@@ -35,6 +42,12 @@ def frank_wolfe(
     Stops when the residual norm falls below tol, when max_support distinct vertices were touched,
     after max_iters steps, when the dual gap is at most gap_tol, or when the LMO answers the iterate
     itself. The other variants, and weights of at most max_weight, are active_set's.
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> pool, query = np.eye(3), np.array([0.7, 0.3, 0.0])
+    >>> outcome = reference.frank_wolfe(pool, query)
+    >>> outcome.indices.tolist(), outcome.weights.round(3).tolist()
+    ([0, 1], [0.7, 0.3])
     """
     options = (max_support, max_iters, tol, -np.inf if gap_tol is None else gap_tol)
     if variant != "vanilla" or max_weight < 1.0:

@@ -23,7 +23,14 @@ def adam(
     decoupled: bool = False,
     maximize: bool = False,
 ) -> tuple[Array, Array, Array, float]:
-    """num_steps updates with one gradient: param, exp_avg, exp_avg_sq, step afterwards."""
+    """num_steps updates with one gradient: param, exp_avg, exp_avg_sq, step afterwards.
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> zeros = np.zeros(2)
+    >>> param, _, _, step = reference.adam(zeros, np.ones(2), zeros, zeros, 0, lr=0.1)
+    >>> param.round(3).tolist(), step
+    ([-0.1, -0.1], 1)
+    """
     p, m, v = (np.array(x, dtype=np.float64) for x in (param, exp_avg, exp_avg_sq))
     g = np.asarray(grad, dtype=np.float64) * (-1.0 if maximize else 1.0)
     beta1, beta2 = betas
@@ -51,7 +58,13 @@ def sgd(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> tuple[Array, Array | None]:
-    """num_steps updates with one gradient: param and momentum_buffer afterwards."""
+    """num_steps updates with one gradient: param and momentum_buffer afterwards.
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> param, _ = reference.sgd(np.ones(2), np.ones(2), None, num_steps=2, lr=0.1)
+    >>> param.round(3).tolist()
+    [0.8, 0.8]
+    """
     p = np.array(param, dtype=np.float64)
     g = np.asarray(grad, dtype=np.float64) * (-1.0 if maximize else 1.0)
     b = None if momentum_buffer is None else np.array(momentum_buffer, dtype=np.float64)
@@ -65,10 +78,20 @@ def sgd(
 
 
 def accumulate(into: ArrayLike, grad: ArrayLike, weight: float) -> Array:
-    """into + weight * grad"""
+    """into + weight * grad
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> reference.accumulate(np.ones(2), np.ones(2), 0.5).tolist()
+    [1.5, 1.5]
+    """
     return np.asarray(into, dtype=np.float64) + weight * np.asarray(grad, dtype=np.float64)
 
 
 def global_norm(grads: list[ArrayLike]) -> float:
-    """2-norm of all elements of all gradients."""
+    """2-norm of all elements of all gradients.
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> reference.global_norm([np.array([3.0]), np.array([4.0])])
+    5.0
+    """
     return math.sqrt(sum(float(np.sum(np.asarray(g, dtype=np.float64) ** 2)) for g in grads))

@@ -22,6 +22,11 @@ def round_multiplicities(
     Floors of the quotas; then units where L becomes smallest (lowest index on a tie); then passes
     that move a unit from i to j, in index order, if that lowers L by more than 1e-14. No count
     exceeds max_multiplicity; max_multiplicity * len(support) >= total.
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> pool, query = np.eye(3), np.array([0.7, 0.3, 0.0])
+    >>> reference.round_multiplicities(pool[:2], query, np.array([0.7, 0.3]), 10).tolist()
+    [7, 3]
     """
     most = total if max_multiplicity is None else max_multiplicity
 

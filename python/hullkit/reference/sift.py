@@ -11,6 +11,13 @@ from .lmo import Array, row_dots
 
 
 class SIFTOutcome(NamedTuple):
+    """The answer of :func:`sift`.
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> reference.sift(np.eye(3), np.array([0.8, 0.6, 0.0]), 3).variance.round(3).tolist()
+    [0.366, 0.01, 0.007]
+    """
+
     order: NDArray[np.int64]  # in order of choice, repeats included
     variance: Array  # after each of these steps
 
@@ -28,6 +35,10 @@ def sift(
 
     Stops after step t if sqrt(variance) > 1 / (alpha t). A row is taken max_multiplicity times at
     most.
+
+    >>> import numpy as np, hullkit.reference as reference
+    >>> reference.sift(np.eye(3), np.array([0.8, 0.6, 0.0]), 3).order.tolist()
+    [0, 1, 0]
     """
     n = len(pool)
     if max_multiplicity is not None and max_multiplicity * n < total:

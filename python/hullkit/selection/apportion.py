@@ -17,19 +17,25 @@ operators.check_arguments("apportion", "weights", "total", "counts")
 def apportion(weights: Tensor, total: int, *, backend: str | None = None) -> Tensor:
     """Largest-remainder (Hamilton) apportionment of `total` units.
 
-    `counts_i = floor(total * w_i / sum w)`, plus one for the largest remainders (lowest index on a
-    tie) until `sum counts = total`.
+    `counts_i = floor(total * w_i / sum w)`, plus one for the largest remainders until the counts
+    sum to `total`. A tie goes to the lowest index.
 
     Args:
-        weights: `(S,)` or `(B, S)` floating; negative weights count as 0, all zero as uniform.
+        weights: `(S,)` or `(B, S)` floating. Negative weights count as 0; if all are 0 they count
+            as uniform.
         total: 1 <= total <= 2**40.
         backend: None for the kernels, "reference" for the oracle.
     Returns:
         counts int64 of the same shape.
     Raises:
-        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf. On a CUDA
-            device an entry with such values gets counts of -1 instead.
-        NotImplementedError: tensors on a device without kernels.
+        TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf.
+            A
+            CUDA call does not wait for values: there such an entry gets counts of -1 instead.
+        NotImplementedError: the device has no kernels.
+
+    >>> import hullkit, torch
+    >>> hullkit.apportion(torch.tensor([0.5, 0.3, 0.2]), 4)
+    tensor([2, 1, 1])
 
     Quotas and remainders are float64. Cost: O(S log S).
     """

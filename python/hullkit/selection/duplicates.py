@@ -25,31 +25,39 @@ def duplicates(
     candidates: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Groups of candidates that are nearly the same vertex: the representative of each.
+    """The first near copy of each candidate: groups of rows that nearly coincide.
 
-    In index order, each candidate joins the first representative r with
-    `<pool_r, pool_i> > (1 - eps) ||pool_r|| ||pool_i||` or becomes a representative itself. So each
-    member is that close to its representative (perhaps at twice the angle from another member), and
-    no chain of neighbours joins what is far apart. Lengths are not compared.
-    Equivalent to: `hullkit.reference.duplicates`, for every entry.
+    In the order of the index, candidate i joins the first representative r with
+    `<pool_r, pool_i> > (1 - eps) ||pool_r|| ||pool_i||`. If there is none, i becomes a
+    representative. So every member is that close to its representative, and no chain of neighbours
+    joins rows that are far apart. Lengths of rows are not compared.
+    Equivalent to: `hullkit.reference.duplicates`.
 
     Args:
-        pool: `(n, d)` or `(B, n, d)`; float64, float32, float16 or bfloat16.
-        eps: 0 < eps <= 2, in units of cosine; the smallest finds equal rows only.
-        lengths: `(B,)` integers (0-d for an unbatched call), candidates: `(B, n)` or `(n,)`,
-            backend: as in :func:`lmo`. A pool `(n, d)` is shared by a batch of either.
+        pool: candidate embeddings, one a row: `(n, d)`, shared by a batch, or `(B, n, d)`. float64,
+            float32, float16 or bfloat16; strided views are fine. NumPy, CuPy and JAX arrays are
+            read where they lie, and results are of their library.
+        eps: 0 < eps <= 2, in units of cosine. A very small eps finds equal rows only.
+        lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
+        candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
+            then name positions in `candidates[b]`. Nothing is gathered into a copy.
+        backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
-        representatives `(B, n)` int64, positions as in :func:`lmo`: `representatives[b, i] == i`
-        for a representative, less than i for its later copies, -1 for what is no candidate; `(n,)`
-        for an unbatched call.
+        representatives `(B, n)` int64: i for a representative, a smaller index for its copies, -1
+        for a position without a candidate; `(n,)` for an unbatched call.
     Raises:
-        As :func:`lmo`, but a broken entry on a CUDA device gets -1 everywhere; ValueError for eps
-        out of range; NotImplementedError on CUDA for n > 4096.
+        TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf,
+            and for lengths or candidates out of range. A CUDA call does not wait for values: there
+            such an entry gets -1 everywhere instead, and the others are right.
+        NotImplementedError: the device has no kernels, or n > 4096 on CUDA.
 
-    Numerics: products as in :func:`lmo` (for float32 and half types on the CPU, and for half types
-    on CUDA, they resolve cosines to about 1e-6), the comparison in float64. Equal rows have equal
-    products, so they are found with every eps; rows of length 0 have no duplicates.
-    Cost: O(n r d) for r representatives; on CUDA the Gram matrix, workspace as in frank_wolfe.
+    >>> import hullkit, torch
+    >>> pool = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1e-4]])
+    >>> hullkit.duplicates(pool, eps=1e-3)
+    tensor([0, 1, 0])
+
+    Numerics: float32 and half types resolve cosines to about 1e-6; equal rows are found with every
+    eps, and rows of length 0 have no duplicates. Cost: O(n r d) for r representatives.
     """
     pool = check_floating("pool", pool)
     any_row = pool if pool.ndim < 2 or pool.shape[-2] == 0 else pool[..., 0, :]

@@ -1,4 +1,4 @@
-"""Choosing training sequences for a prompt: LMO, Frank-Wolfe, nearest neighbours."""
+"""Sparse convex reconstruction of a query: Frank-Wolfe and its variants."""
 
 from __future__ import annotations
 
@@ -47,72 +47,59 @@ def frank_wolfe(
     candidates: Tensor | None = None,
     backend: str | None = None,
 ) -> FrankWolfeResult:
-    """Sparse convex reconstruction of each query from its pool.
+    """A sparse convex combination of pool rows that comes close to each query.
 
-    Minimises `f(w) = 1/2 ||query - sum_i w_i pool_i||^2` over the simplex by Frank-Wolfe with exact
-    line search, from the vertex with the largest inner product with the query; with
-    `max_weight < 1` over the capped simplex `{0 <= w_i <= max_weight, sum w = 1}`, whose vertices
-    are means of `k = ceil(1 / max_weight)` rows. All ties go to the lowest index.
-    Equivalent to: `hullkit.reference.frank_wolfe`, for every query.
+    Minimises `f(w) = 1/2 ||query - sum_i w_i pool_i||^2` over `w >= 0, sum w = 1`, with exact line
+    search, from the row with the largest inner product with the query. With `max_weight < 1` also
+    `w_i <= max_weight`: the vertices are then means of `k = ceil(1 / max_weight)` rows. A tie goes
+    to the lowest index.
+    Equivalent to: `hullkit.reference.frank_wolfe`.
 
-    variant="vanilla": towards the LMO's answer, the vertex with the largest inner product with the
-    residual. Each step is cheap; the last digits take thousands of them.
-    variant="away": that, or away from the worst vertex in use, whichever promises more; a step as
-    long as it can be drops that vertex. Linear convergence. Not with max_weight.
-    variant="pairwise": weight from the worst vertex in use to the best one (with max_weight: from
-    row to row, the best below its cap). Linear convergence.
-    variant="fully_corrective": the best row joins those in use, then f is minimised over these
-    exactly (the minimum-norm point, Wolfe 1976; rows at max_weight stay there while that is best).
-    Ends at the optimum, up to rounding, after about as many steps as it has vertices.
+    variant="vanilla" steps towards the row most aligned with the residual. Steps are cheap, and the
+        last digits take thousands of them.
+    variant="away" may also step away from the worst row in use. Linear convergence; not with a cap.
+    variant="pairwise" moves weight from the worst row in use to the best one. Linear convergence.
+    variant="fully_corrective" adds the best row, then minimises f over the rows in use exactly. It
+        ends at the optimum, up to rounding, after about as many steps as the optimum has rows.
 
     Args:
-        pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
-        max_support: stop once this many distinct rows were touched, or before a step of k rows
-            would touch more; >= k, None for no limit. 1 returns the nearest vertex. A row is
-            touched when its weight first may become positive. If it is dropped since it still
-            counts (its weight is 0), and to take it up again counts nothing.
-        max_iters: >= 0 steps at most.
-        tol: stop when `||query - iterate|| < tol`, in the units of the input; >= 0.
+        pool: candidate embeddings, one a row: `(n, d)`, shared by a batch, or `(B, n, d)`. float64,
+            float32, float16 or bfloat16; strided views are fine. NumPy, CuPy and JAX arrays are
+            read where they lie, and results are of their library.
+        query: the prompt's embedding `(d,)`, or `(B, d)`; the pool's dtype and device.
+        max_support: the most distinct rows that may ever have weight, >= k; None for no limit. 1
+            returns the nearest row. A row that lost its weight still counts.
+        max_iters: the most steps, >= 0.
+        tol: stop when `||query - iterate|| < tol`, >= 0, in the units of the input.
         variant: see above.
-        gap_tol: stop when the dual gap is at most this, >= 0 (the gap as it is in the loop: that of
-            the result is recomputed, and may differ by rounding); None for never.
-        max_weight: largest weight, > 0 and at least 1 / (number of valid candidates); 1 for no cap.
+        gap_tol: stop when the dual gap is at most this, >= 0; None for never.
+        max_weight: the largest weight, > 0 and at least 1 / (number of candidates); 1 for no cap.
+        lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
+        candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
+            then name positions in `candidates[b]`. Nothing is gathered into a copy.
+        backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
-        FrankWolfeResult with S = min(max_support, n, max_iters + 1), with max_weight < 1
-        min(max_support, n, k + max_iters) or, vanilla, min(max_support, n, k (1 + max_iters)):
-        indices `(B, S)` int64: the touched rows by falling weight, then -1;
-        weights `(B, S)` float64 >= 0 that sum to 1; support_size `(B,)`: vertices touched;
-        residual_norm `(B,)` float64: `||query - sum_i w_i pool_i||`;
-        dual_gap `(B,)` float64: `max <gradient, iterate - x>` over all x that the weights allow
-            (the pool's rows, or means of k of them), a bound on `f(w) - min f`;
-        num_iters `(B,)` int64; status `(B,)` int64, see :class:`Status`.
-        Without the leading B for an unbatched call.
+        FrankWolfeResult: indices `(B, S)` int64 by falling weight, then -1; weights `(B, S)`
+        float64; for each query `(B,)` support_size, num_iters, status (:class:`hullkit.Status`),
+        residual_norm `||query - sum_i w_i pool_i||` and dual_gap, a bound on `f(w) - min f`.
+        Without B for an unbatched call.
     Raises:
-        As :func:`lmo`, but a broken entry on a CUDA device gets status BROKEN, indices -1 and NaN
-        certificates, as has one with fewer than k candidates; ValueError for options out of range;
-        NotImplementedError on CUDA for n > 4096 with another variant, gap_tol or max_weight.
+        TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf,
+            and for lengths or candidates out of range. A CUDA call does not wait for values: there
+            such an entry gets status BROKEN, indices -1 and NaN certificates instead, and the
+            others are right.
+        NotImplementedError: the device has no kernels,
+            or n > 4096 on CUDA with another variant than "vanilla", gap_tol or max_weight.
 
-    Numerics: inner products as in :func:`lmo`, everything after them in float64; residual_norm and
-    dual_gap are recomputed from the input at the end. float64 input follows the oracle's path, but
-    for ties that rounding decides: a pairwise step makes the scores of its two vertices equal, and
-    where nothing gains more than rounding, any may be next. Certificates hold on every path.
-    Cost: O(n d) for each vertex touched (a column of the pool's Gram matrix, computed once), O(n)
-    for each iteration; O(n m + m^2) for a fully corrective one with m vertices in use, O(n k) for a
-    capped vanilla one. Memory: at most 4 n S values for each query in flight (one a thread), and
-    S^2 / 2 for the fully corrective variant's Cholesky factor, float64 like everything it solves.
-    On CUDA with n <= 4096 the whole Gram matrix is computed, on tensor cores, and certificates come
-    from it and the weights (the residual_norm of half types, and where it is below 1e-3 ||query||,
-    from the input); workspace: 8 (n + 1)^2 bytes a query, in pieces of at most 512 MiB (or one
-    query), and 4 S^2 for the fully corrective variant. With more candidates, up to a whole corpus,
-    nothing grows with B n: every iteration is one pass over the pool, for up to 16 queries that
-    share it without lengths or candidates, else for one; `num_iters + 2` passes in all (of the
-    query with the most; one more if it stalled), and `max_iters + 2` launches of them, which end at
-    once where no query needs them. Workspace: about 16 (d + S) bytes a query, and at most 16 KiB
-    more. There float32 rows meet the residual in float64, so float32 input follows the float64
-    oracle's path on the same values; halves meet it rounded to 22 (float16) or 24 bits (bfloat16)
-    and sum in float32, so a vertex is the best to within about 2^-21 ||residual|| max ||pool_i||,
-    and so is the dual gap. Steps and norms are float64.
-    Source: Jaggi 2013; HullFT, arXiv 2605.30337; Lacoste-Julien and Jaggi 2015; Wolfe 1976.
+    >>> import hullkit, torch
+    >>> result = hullkit.frank_wolfe(torch.eye(3), torch.tensor([0.5, 0.5, 0.0]))
+    >>> result.indices[:2], result.weights[:2], hullkit.Status(int(result.status)).name
+    (tensor([0, 1]), tensor([0.5000, 0.5000], dtype=torch.float64), 'CONVERGED')
+
+    Numerics: everything after the inner products is float64, and both certificates are recomputed
+    from the input. Cost: O(n d) for each row touched, O(n) for each step; on CUDA the whole Gram
+    matrix, or for n > 4096 one pass over the pool for each step. Source: Jaggi 2013; arXiv
+    2605.30337; Wolfe 1976.
     """
     problem = check_pool_query(pool, query, lengths, candidates)
     check_device("frank_wolfe", problem.pool, backend)

@@ -25,23 +25,38 @@ def knn(
     candidates: Tensor | None = None,
     backend: str | None = None,
 ) -> KNNResult:
-    """The k pool rows with the largest inner product with each query.
+    """The k rows of each pool with the largest inner product with the query.
 
-    Equivalent to: `(pool @ query).topk(k)`, with the lowest index on a tie.
+    For embeddings of length 1 these are the nearest neighbours. A tie goes to the lowest index.
+    Equivalent to: `(pool @ query).topk(k)`.
 
     Args:
-        pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
-        k: 1 <= k <= n.
+        pool: candidate embeddings, one a row: `(n, d)`, shared by a batch, or `(B, n, d)`. float64,
+            float32, float16 or bfloat16; strided views are fine. NumPy, CuPy and JAX arrays are
+            read where they lie, and results are of their library.
+        query: the prompt's embedding `(d,)`, or `(B, d)`; the pool's dtype and device.
+        k: rows to return, 1 <= k <= n.
+        lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
+        candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
+            then name positions in `candidates[b]`. Nothing is gathered into a copy.
+        backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
-        KNNResult(indices `(B, k)` int64, values `(B, k)` float64), largest first; where a query has
-        fewer than k valid candidates, indices end in -1 and values in -inf.
+        KNNResult(indices `(B, k)` int64, values `(B, k)` float64), largest value first. A query
+        with fewer than k valid candidates ends in -1 and -inf. Without the leading B for an
+        unbatched call.
     Raises:
-        As :func:`lmo`; ValueError for k outside 1..n.
+        TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf,
+            and for lengths or candidates out of range. A CUDA call does not wait for values: there
+            such an entry gets indices -1 and values NaN instead, and the others are right.
+        NotImplementedError: the device has no kernels, or k > 2048 with n > 4096 on CUDA.
 
-    Numerics and broken entries as in :func:`lmo`.
-    Cost: B n d multiply-adds and a partial sort of n. On CUDA k <= 2048 for n > 4096; workspace: 16
-        bytes for each candidate of a query, and k / 4096 of that, in pieces of at most 512 MiB (or
-        16 queries).
+    >>> import hullkit, torch
+    >>> pool = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.8, 0.6]])
+    >>> hullkit.knn(pool, torch.tensor([1.0, 0.0]), 2).indices
+    tensor([0, 2])
+
+    Numerics: as in :func:`hullkit.lmo`. Cost: B n d multiply-adds and a partial sort of n; on CUDA
+    16 bytes of workspace for each candidate of a query, in chunks of at most 512 MiB.
     """
     problem = check_pool_query(pool, query, lengths, candidates)
     check_device("knn", problem.pool, backend)

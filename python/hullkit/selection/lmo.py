@@ -1,4 +1,4 @@
-"""Linear minimisation over the rows of a pool."""
+"""The linear minimisation oracle over the rows of a pool."""
 
 from __future__ import annotations
 
@@ -24,38 +24,39 @@ def lmo(
     candidates: Tensor | None = None,
     backend: str | None = None,
 ) -> LMOResult:
-    """Linear minimisation oracle over the hull of each pool.
+    """The row of each pool with the smallest inner product with a direction (LMO).
 
-    For every b: `index[b] = argmin_i <direction[b], pool[b, i]>` and `value[b]` that minimum.
-    `direction` is a gradient: pass minus the residual to find the vertex most aligned with it.
-    Equivalent to: `(pool @ direction).min(0)`, with the lowest index on a tie.
+    `index[b] = argmin_i <direction[b], pool[b, i]>`, and `value[b]` is that minimum. A tie goes to
+    the lowest index. Frank-Wolfe passes its gradient, minus the residual, as the direction: the
+    answer is then the row that is most aligned with the residual.
+    Equivalent to: `(pool @ direction).min(0)`.
 
     Args:
-        pool: `(n, d)` or `(B, n, d)`; float64, float32, float16 or bfloat16. `(n, d)` with a batch
-            of directions is shared by all of them. Arrays of NumPy, CuPy, JAX or any library that
-            speaks DLPack do as well, all of a call from one library: they are read where they lie,
-            on the device they are on, and the results are arrays of that library. Masked arrays of
-            NumPy are refused.
-        direction: `(d,)` or `(B, d)`, the pool's dtype and device.
-        lengths: `(B,)` integers, 1 <= lengths[b] <= n: candidates from lengths[b] on are ignored.
-            For an unbatched call a 0-d tensor.
-        candidates: `(B, n)` integers, rows of a shared `pool (M, d)`, -1 = none (2**64 - 1 in
-            uint64); `(n,)` unbatched.
-            Returned indices are then positions in `candidates[b]`. Nothing is gathered into a copy.
-        backend: None for the kernels, "reference" for the float64 oracle.
+        pool: candidate embeddings, one a row: `(n, d)`, shared by a batch, or `(B, n, d)`. float64,
+            float32, float16 or bfloat16; strided views are fine. NumPy, CuPy and JAX arrays are
+            read where they lie, and results are of their library.
+        direction: `(d,)` or `(B, d)`; the pool's dtype and device.
+        lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
+        candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
+            then name positions in `candidates[b]`. Nothing is gathered into a copy.
+        backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
-        LMOResult(index `(B,)` int64, value `(B,)` float64); 0-d tensors for an unbatched call.
+        LMOResult(index `(B,)` int64, value `(B,)` float64); 0-d for an unbatched call.
     Raises:
-        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf, and for
-            lengths or candidates out of range. On a CUDA device, where the host does not wait for
-            values, such an entry gets index -1 and value NaN instead; others are not touched by it.
-        NotImplementedError: tensors on a device without kernels.
+        TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf,
+            and for lengths or candidates out of range. A CUDA call does not wait for values: there
+            such an entry gets index -1 and value NaN instead, and the others are right.
+        NotImplementedError: the device has no kernels.
 
-    Products accumulate in float32 (float64 for float64 input; on CUDA for float32 input too) in an
-    order that depends on d alone: the same query gives the same bits in any batch and with any
-    number of threads. CUDA calls go to the current stream, never wait for it, and can be captured.
+    >>> import hullkit, torch
+    >>> pool = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    >>> hullkit.lmo(pool, torch.tensor([1.0, 0.0])).index
+    tensor(2)
+
+    Numerics: sums in float32 (float64 for float64 input, and for float32 input on CUDA), in an
+    order
+    that depends on d alone: the same bits in any batch and with any number of threads.
     Cost: B n d multiply-adds; on CUDA one pass over a shared pool for every 16 directions.
-    Workspace there: 16 bytes for every 128 candidates of a query, at most 16 KiB.
     """
     problem = check_pool_query(pool, direction, lengths, candidates, query_name="direction")
     check_device("lmo", problem.pool, backend)

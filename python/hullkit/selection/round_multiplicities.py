@@ -53,34 +53,39 @@ def round_multiplicities(
     candidates: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Integer multiplicities that reconstruct the query about as well as the convex weights.
+    """Integer counts that reconstruct the query about as well as convex weights do.
 
-    Finds counts `c >= 0`, `sum c = total`, with small
-    `L(c) = ||query - sum_i (c_i / total) s_i||^2` over the support points s_i of `result`: floors
-    of the quotas `total * w_i / sum w`, then greedy completion (lowest index on a tie), then up to
-    `exchange_passes` passes that move single units where that lowers L by more than 1e-14. The
-    donors of a pass are the positive counts it starts with, and a donor gives only while it has
-    something to give. No count exceeds `max_multiplicity`: floors are cut to it, and nothing is
-    added to a count that has it.
-    Equivalent to: `hullkit.reference.round_multiplicities`, for every query.
+    Finds `c >= 0` with `sum c = total` and small `L(c) = ||query - sum_i (c_i / total) s_i||^2`,
+    where s_i are the rows in `result`. It starts from the floors of `total * w_i / sum w`, adds
+    single units greedily until the sum is reached, and then makes `exchange_passes` passes that
+    move single units where L falls by more than 1e-14. A tie goes to the lowest index.
+    Equivalent to: `hullkit.reference.round_multiplicities`.
 
     Args:
-        pool, query, candidates, backend: as in the call that made `result`.
+        pool, query, candidates, backend: as in the call of :func:`hullkit.frank_wolfe` that made
+            `result`: pool `(n, d)` or `(B, n, d)`, query `(d,)` or `(B, d)`.
         result: a FrankWolfeResult, or anything with `indices (B, S)` (-1 = padding, at the end) and
-            `weights (B, S)`; negative weights count as 0, all zero as uniform.
-        total: multiset size, 1 <= total <= 2**40.
+            `weights (B, S)`. Negative weights count as 0; if all are 0 they count as uniform.
+        total: the sum of the counts, 1 <= total <= 2**40.
         exchange_passes: >= 0.
-        max_multiplicity: largest count, >= 1 and at least total / (number of support points); None
-            for no limit.
+        max_multiplicity: the largest count, >= 1 and at least total / (number of rows); None for
+            none.
     Returns:
-        counts `(B, S)` int64, aligned with `result.indices`, 0 for padding; `(S,)` unbatched.
+        counts `(B, S)` int64, aligned with `result.indices`, 0 for padding; `(S,)` for an unbatched
+        call.
     Raises:
-        TypeError, ValueError: argument, expectation and what came; also for NaN or Inf, and for too
-            few support points. On a CUDA device such an entry gets counts of -1 instead.
-        NotImplementedError: tensors on a device without kernels; on CUDA for S > 4096.
+        TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf,
+            and for lengths or candidates out of range. A CUDA call does not wait for values: there
+            such an entry gets counts of -1 instead, and the others are right.
+        NotImplementedError: the device has no kernels, or S > 4096 on CUDA.
 
-    Numerics: the support's Gram matrix as in :func:`hullkit.lmo`, everything after it in float64.
-    Cost: O(m^2 d) for m support points, O(m) for a greedy unit, O(m^2) for an exchange pass.
+    >>> import hullkit, torch
+    >>> pool, query = torch.eye(3), torch.tensor([0.7, 0.3, 0.0])
+    >>> hullkit.round_multiplicities(pool, query, hullkit.frank_wolfe(pool, query), 10)[:2]
+    tensor([7, 3])
+
+    Numerics: the Gram matrix of the rows as in :func:`hullkit.lmo`, everything after it in float64.
+    Cost: O(m^2 d) for m rows, O(m) for a greedy unit, O(m^2) for an exchange pass.
     Source: HullFT, arXiv 2605.30337, without its negative counts.
     """
     problem = check_pool_query(pool, query, None, candidates)

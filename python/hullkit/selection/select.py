@@ -64,61 +64,68 @@ def select(
     candidates: Tensor | None = None,
     backend: str | None = None,
 ) -> Multiset:
-    """A multiset of `total` training sequences for each prompt, in one call.
+    """The training sequences for each prompt, and how many updates each gets, in one call.
 
-    method="hull": :func:`frank_wolfe`, then :func:`hullkit.round_multiplicities` (HullFT), to the
-    same bits; the Gram matrix of the support is not computed a second time where the Gram matrix of
-    the pool is at hand (CPU; CUDA with n <= 4096). With `max_multiplicity=u` no example gets more
-    than u updates: frank_wolfe runs with `max_weight = u / total`, rounding with the same u.
-    method="knn": the `total` nearest, one update each; with max_multiplicity = u the nearest
-    ceil(total / u), u updates each, the last one what remains.
-    method="sift": :func:`sift`, the distinct rows in order of their first choice.
+    method="hull": :func:`hullkit.frank_wolfe`, then :func:`hullkit.round_multiplicities`, to the
+        same bits. With `max_multiplicity=u` no row gets more than u updates: the weights are then
+        capped at `u / total`.
+    method="knn": the `total` nearest rows, one update each. With `max_multiplicity=u` it is the
+        nearest ceil(total / u) rows, u updates each; the last one gets what remains.
+    method="sift": :func:`hullkit.sift`; distinct rows in the order of their first choice.
 
-    total="auto": each prompt has its own, T <= max_total. SIFT stops there (`alpha` of
-    :func:`sift`): after the first step t with `sqrt(variance) > 1 / (alpha t)`. The hull does the
-    same with what no weights can reconstruct, the residual_norm r of frank_wolfe at max_total: T is
-    the first of 1, 2, 4, 6 and 10 tenths of max_total (rounded up) with `r > 1 / (alpha T)`,
-    max_total if there is none (`hullkit.reference.auto_total`), and the weights of that one run are
-    rounded to T. So updates go where the pool has more to say, about in proportion to 1 / r. It
-    saves choosing a total; it was not shown to score better than one total for all prompts with the
-    same mean passes (docs: What a selection is worth).
+    total="auto" gives each prompt its own total T <= max_total, by what the pool cannot explain.
+    For the hull let r be the residual_norm at max_total. T is the first of 1, 2, 4, 6 and 10 tenths
+    of max_total with `r > 1 / (alpha T)`: a prompt far from its hull stops early, one that is
+    rebuilt well goes on. SIFT stops after the first step t with `sqrt(variance) > 1 / (alpha t)`. A
+    larger alpha spends less. This saves choosing a total. It was not shown to score better than one
+    total for all prompts.
 
     Options of another method must be left alone.
 
     Args:
-        pool, query, lengths, candidates, backend: as in :func:`lmo`, `query` for `direction`.
-        total: updates to spend, 1 <= total; at most the number of valid candidates for "knn".
-            "auto" for "hull" and "sift": see above.
-        max_total: with "auto", the most updates, >= 1; None for 50. Otherwise None.
-        max_support: None for `total` or max_total: more examples than updates cannot all be
-            visited. If max_multiplicity is less than that, None for twice that: such a run starts
-            from the total / max_multiplicity nearest, and some of them leave again.
-        max_iters, tol, gap_tol: as in :func:`frank_wolfe`; exchange_passes: as in
-            round_multiplicities.
-        variant: as in frank_wolfe; None for "vanilla", or "fully_corrective", which is faster and
-            exact there, if max_multiplicity is less than total.
-        noise: as in :func:`sift`, which also takes queries `(B, m, d)`.
-        alpha: with "auto" > 0, None for 0.08, which is made for embeddings of length 1: the less,
-            the more updates. Otherwise as in sift.
-        max_multiplicity: updates of one row at most; None for 1 ("knn") or no limit. ValueError if
-            `total` needs more. With reuse_schedule(refresh_interval=u) an example costs one pass.
-        merge_duplicates: eps of :func:`hullkit.duplicates`: of candidates nearly the same only the
-            first takes part, and what any of them would get is its; None for all to take part. A
-            pool `(B, n, d)` whose rows are not evenly spaced in memory is copied for it.
+        pool: candidate embeddings, one a row: `(n, d)`, shared by a batch, or `(B, n, d)`. float64,
+            float32, float16 or bfloat16; strided views are fine. NumPy, CuPy and JAX arrays are
+            read where they lie, and results are of their library.
+        query: the prompt's embedding `(d,)`, or `(B, d)`; with "sift" also `(B, m, d)`, m vectors a
+            prompt. The pool's dtype and device.
+        total: updates to spend, >= 1, or "auto" ("hull" and "sift"); for "knn" at most the number
+            of candidates.
+        max_total: the most updates with "auto", >= 1; None for 50. None for a given total.
+        max_support: the most rows, as in frank_wolfe. None for as many as updates, or twice that if
+            max_multiplicity is less than total.
+        max_iters, tol, gap_tol: when Frank-Wolfe stops, as in frank_wolfe.
+        variant: as in frank_wolfe. None for "vanilla", or for "fully_corrective" if
+            max_multiplicity is less than total.
+        exchange_passes: of the rounding, as in round_multiplicities.
+        noise: the variance of an observation for "sift", > 0.
+        alpha: with "auto" > 0, None for 0.08, which was chosen on embeddings of length 1. Else as
+            in :func:`hullkit.sift`.
+        max_multiplicity: the most updates of one row; None for 1 ("knn") or no limit.
+        merge_duplicates: eps of :func:`hullkit.duplicates`: of candidates that nearly coincide only
+            the first takes part. None for all to take part.
+        lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
+        candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
+            then name positions in `candidates[b]`. Nothing is gathered into a copy.
+        backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
-        Multiset(indices, counts, rows, result, residual_norm, representatives, total):
-        `rows[b, j]` is the pool row to train on `counts[b, j]` times, in this order;
-        `residual_norm[b]` is what the counts of "hull" leave of the query, the result's what the
-        weights do; without the leading B for an unbatched call. Where it is nearly 0, residual_norm
-        is right to 1e-8 of the norms involved on CUDA, for half types there to 1e-3: it is made of
-        products, not of rows. With "auto", `total[b]` is the sum of `counts[b]` (-1 for a broken
-        entry of "hull" on a CUDA device), and residual_norm is None.
+        Multiset: train on pool row `rows[b, j]` with `counts[b, j]` updates, in this order. The
+        counts were made from `result`. They leave `residual_norm[b]` of the query, to be compared
+        with `result.residual_norm` ("hull"). "auto" chose `total[b]`. Without B for an unbatched
+        call.
     Raises:
-        As the functions it calls: on CUDA NotImplementedError for n > 4096 with S > 4096. Entries
-        of "hull" with too few candidates for max_multiplicity: ValueError, on CUDA status BROKEN.
+        TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf,
+            and for lengths or candidates out of range. A CUDA call does not wait for values: there
+            such an entry gets status BROKEN (hull), indices -1 instead, and the others are right.
+        NotImplementedError: the device has no kernels, or S > 4096 with n > 4096 on CUDA.
 
-    Cost: that of the functions it calls; "auto" with "hull" that of max_total, and of up to four
-        round_multiplicities more.
+    >>> import hullkit, torch
+    >>> chosen = hullkit.select(torch.eye(3), torch.tensor([0.7, 0.3, 0.0]), total=10)
+    >>> chosen.rows[:2], chosen.counts[:2]
+    (tensor([0, 1]), tensor([7, 3]))
+
+    Numerics: where it is nearly 0, residual_norm is right to 1e-8 of the norms involved on CUDA, to
+    1e-3 for half types there. Cost: that of the functions it calls; the hull's "auto" rounds up to
+    five times.
     """
     check_choice("method", method, ("hull", "knn", "sift"))
     auto = isinstance(total, str) and total == "auto"

@@ -40,44 +40,47 @@ def sift(
     candidates: Tensor | None = None,
     backend: str | None = None,
 ) -> SIFTResult:
-    """The greedy choice of what tells most about each query (SIFT).
+    """The greedy choice of the rows that tell most about each query (SIFT).
 
-    Under a Gaussian process with kernel `k(x, y) = <x, y>` and observation noise: with k_S the
-    kernel conditioned on the multiset S chosen so far, each step adds the row that maximises
-    `k_S(query, pool_i)^2 / (k_S(pool_i, pool_i) + noise)`, which is by how much the query's
-    variance `k_S(query, query)` falls. A row may be chosen again; ties go to the lowest index.
-    Equivalent to: `hullkit.reference.sift`, for every query.
+    The model is a Gaussian process with kernel `k(x, y) = <x, y>` and observation noise. Let k_S be
+    the kernel conditioned on the rows S chosen so far. Each step adds the row that maximises
+    `k_S(query, pool_i)^2 / (k_S(pool_i, pool_i) + noise)`: by so much falls the query's variance
+    `k_S(query, query)`. A row may be chosen again. A tie goes to the lowest index.
+    Equivalent to: `hullkit.reference.sift`.
 
     Args:
-        pool, lengths, candidates, backend: as in :func:`lmo`.
-        query: `(d,)` or `(B, d)`; or `(B, m, d)`, prompts of m vectors each, whose gains and
-            variances are sums over the vectors (a vector of zeros counts for nothing; one such
-            prompt is `vectors[None]`; for their mean pass `query.mean(1)`).
-        total: steps to take, >= 1.
-        noise: variance of an observation, > 0, in the squared units of the input.
-        alpha: stop after step t if `sqrt(variance) > 1 / (alpha t)`: where more updates would not
-            help, judged by what is uncertain still. > 0, None to take all steps.
-        max_multiplicity: how often a row may be chosen, >= 1; None for no limit.
+        pool: candidate embeddings, one a row: `(n, d)`, shared by a batch, or `(B, n, d)`. float64,
+            float32, float16 or bfloat16; strided views are fine. NumPy, CuPy and JAX arrays are
+            read where they lie, and results are of their library.
+        query: the prompt's embedding `(d,)`, or `(B, d)`, or `(B, m, d)`: prompts of m vectors
+            each, whose gains and variances are sums over the vectors. The pool's dtype and device.
+        total: the number of steps, >= 1.
+        noise: the variance of an observation, > 0, in the squared units of the input.
+        alpha: stop after the first step t with `sqrt(variance) > 1 / (alpha t)`, > 0: little
+            variance is left to remove for so many updates. None to take all steps.
+        max_multiplicity: how often one row may be chosen, >= 1; None for no limit.
+        lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
+        candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
+            then name positions in `candidates[b]`. Nothing is gathered into a copy.
+        backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
-        SIFTResult with S = min(total, n):
-        order `(B, total)` int64: the rows in order of choice, then -1 where alpha stopped it;
-        variance `(B, total)` float64: the query's after each step, then the last one;
-        indices, counts `(B, S)` int64: the distinct rows in order of their first choice, and how
-        often each was chosen, then -1 and 0; num_steps `(B,)` int64.
-        Without the leading B for an unbatched call.
+        SIFTResult: order `(B, total)` int64, the rows in order of choice, then -1 if alpha stopped
+        it; variance `(B, total)` float64 after each step; indices and counts `(B, min(total, n))`,
+        the distinct rows and how often each was chosen; num_steps `(B,)`. Without B for an
+        unbatched call.
     Raises:
-        As :func:`lmo`, but a broken entry on a CUDA device gets order and indices -1, counts and
-        num_steps 0 and variance NaN; ValueError for options out of range, and for a
-        max_multiplicity that total exceeds with all candidates chosen so often.
-        NotImplementedError: more than 4096 candidates on a CUDA device.
+        TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf,
+            and for lengths or candidates out of range. A CUDA call does not wait for values: there
+            such an entry gets order and indices -1 and variance NaN instead, and the others are
+            right.
+        NotImplementedError: the device has no kernels, or n > 4096 on CUDA.
 
-    Numerics: inner products as in :func:`lmo`, everything after them in float64; a variance is
-    right to within the rounding of `||query||^2`. float64 input follows the oracle's choices.
-    Cost: O(n d) for each distinct choice (a column of the pool's Gram matrix, computed once);
-    O(n (m + min(t, n))) for step t, O(n m) where it repeats the one before. Memory: at most
-    2 n min(total, 2 n) values for each query in flight (one a thread). On CUDA the whole Gram
-    matrix is computed, on tensor cores; workspace: 8 (n + m) (n + m + min(total, 64)) bytes a
-    query, in pieces of at most 512 MiB (or one query).
+    >>> import hullkit, torch
+    >>> hullkit.sift(torch.eye(3), torch.tensor([0.8, 0.6, 0.0]), total=3).order
+    tensor([0, 1, 0])
+
+    Numerics: everything after the inner products is float64; a variance is right to within the
+    rounding of `||query||^2`. Cost: O(n d) for each distinct row, O(n (m + min(t, n))) for step t.
     Source: Huebotter et al., arXiv 2410.08020.
     """
     problem = check_pool_query(pool, query, lengths, candidates, several=True)
