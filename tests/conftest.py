@@ -1,4 +1,4 @@
-"""What every test runs under: poisoned memory, and no GPU test without a GPU."""
+"""Every test runs with poisoned memory, and GPU tests only where there is a GPU."""
 
 from __future__ import annotations
 

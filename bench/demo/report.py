@@ -28,7 +28,7 @@ def shares_of_base(outcomes: Sequence[Sequence[Outcome]]) -> np.ndarray:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean; nan for a single value."""
+    """The standard error of the mean; nan for a single value."""
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 

@@ -161,9 +161,12 @@ def measure(
 def restoring(model: nn.Module) -> tuple[float, float]:
     """ms of the fused restore and state reset, and of copying as many bytes."""
     from hullkit.finetune.base_weights import Weights
+    from hullkit.finetune.rounding import rounding_of
+    from hullkit.language_model.pass_copies import PassCopies
 
     parameters = list(model.parameters())
-    weights = Weights(parameters, host=False)
+    rounding = rounding_of(model, "nearest", 0)
+    weights = Weights(parameters, host=False, copies=PassCopies([]), rounding=rounding)
     weights.save()
     words = sum(p.numel() for p in parameters)
     source = torch.zeros(2 * words, device="cuda")  # 4 words a parameter: read, three written

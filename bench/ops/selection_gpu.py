@@ -87,7 +87,7 @@ def timed(call: Callable[[], Any], rounds: int) -> list[float]:
 
 
 def agreement(device: hullkit.Multiset, oracle: hullkit.Multiset) -> Tensor:
-    """Of each prompt, whether support and counts are the oracle's."""
+    """Whether support and counts of each prompt are the oracle's."""
     same = (device.indices.cpu() == oracle.indices) & (device.counts.cpu() == oracle.counts)
     return same.all(1)
 

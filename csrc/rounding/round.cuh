@@ -149,7 +149,7 @@ class DeviceRounding {
     }
   }
 
-  // Those with units at the start of a pass, in order. Every warp counts, the first one writes.
+  // The donors of a pass, in order: points with units at its start. Every warp counts, the first one writes.
   __device__ void list_donors() {
     const int lane = threadIdx.x % 32;
     num_donors_ = 0;

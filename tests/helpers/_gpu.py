@@ -1,4 +1,4 @@
-"""What the tests of the CUDA kernels share: problems, and comparisons of results field by field."""
+"""Shared by the tests of the CUDA kernels: problems, and comparisons of results by field."""
 
 from __future__ import annotations
 

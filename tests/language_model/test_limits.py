@@ -203,7 +203,7 @@ def test_peft(kind: str, options: dict[str, Any], longest: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_prompt_tuned_score() -> None:
-    """That of the base model after the learned prompt, of the same tokens."""
+    """The score equals the base model's for the same tokens after the learned prompt."""
     peft = pytest.importorskip("peft", reason="the test extra is not installed")
     base = gpt2().eval()
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)

@@ -93,7 +93,7 @@ def test_infinities_and_nan_pass_through(way: Way) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("value", [1.0, -3.3e-2, 5e-5, -4e-6])
 def test_float16_keeps_small_updates_on_average(way: Way, value: float) -> None:
-    """Of normal numbers and of subnormal ones, whose steps are 2^-24."""
+    """Normal numbers and subnormal ones, whose steps are 2^-24."""
     step = max(2.0**-24, 2.0 ** (math.floor(math.log2(abs(value))) - 10))
     lr, steps, size = step / 8, 16, 1024
     start = torch.full((size,), value, dtype=torch.float16)

@@ -64,7 +64,7 @@ def test_same_bits_as_step(kind: str, way: Way) -> None:
 
 
 def test_gradients_never_exist_together() -> None:
-    """Of ten layers at most two gradients are alive at any time."""
+    """At most two gradients of ten layers are alive at any time."""
     layers = [nn.Parameter(torch.randn(50, 50)) for _ in range(10)]
     optimizer = optim.SGD(layers, lr=1e-3)
     most = 0

@@ -146,7 +146,7 @@ def test_too_few_for_the_limit(backend: str | None) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_residual_after_rounding(dtype: torch.dtype) -> None:
-    """Of the counts, from the rows; near 0 too, where products are too coarse to tell."""
+    """The residual of the counts, from the rows: right near 0, where products are too coarse."""
     pool, query = batch(dtype, b=6, n=63, d=33)
     query[0] = pool[0, 5]
     query[1] = ((pool[1, 2].double() + pool[1, 7].double()) / 2).to(dtype)

@@ -148,7 +148,7 @@ def test_ties_go_to_the_lowest_index(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_certified(dtype: torch.dtype) -> None:
-    """Of each choice's gain less than 1e-5 of the query's variance is missing to the best one."""
+    """Each choice's gain is the best one, but for 1e-5 of the query's variance."""
 
     @fixed(60)
     @given(specs(st.sampled_from(("clustered", "gaussian", "duplicates", "query_at_vertex"))))

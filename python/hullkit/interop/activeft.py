@@ -134,8 +134,8 @@ class Retriever:
     def _candidates(
         self, means: Array, k: int, faiss: Any
     ) -> tuple[Array, Indices, Array, Indices]:
-        """Of k candidates of each mean: products (distances), positions in the index and, around a
-        pool, rows of it; -1 where faiss found no more."""
+        """The k candidates of each mean: products (distances), positions in the index, and a pool
+        with rows of it. A position is -1 where faiss found no more."""
         if self.also_query_opposite:
             if self.index.metric_type != faiss.METRIC_INNER_PRODUCT:
                 raise ValueError(

@@ -35,7 +35,7 @@ def argument_names(operation: str) -> tuple[str, ...]:
 
 
 def schema(operation: str) -> str:
-    """Of its operator, as csrc/bindings/operations.cpp declares the arguments."""
+    """The operator's schema, from the arguments that csrc/bindings/operations.cpp declares."""
     return _core.operations[operation].schema
 
 
@@ -153,7 +153,7 @@ def unlike_dicts(pairs: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> list[int
 
 
 def build_info() -> dict[str, Any]:
-    """What this build contains and what this machine offers it.
+    """The contents of this build, and the devices that this machine offers it.
 
     Returns:
         dict with `version`, `compiler`, `simd` (instruction set the CPU kernels use here: portable,

@@ -41,7 +41,7 @@ class Launch(NamedTuple):
     kept: list[Tensor]  # gradients nobody else may hold
 
 
-class Sorted:
+class SortedBuckets:
     """Buckets of some parameters, and what must be as it was for them to hold."""
 
     def __init__(self, params: Params, buckets: list[Bucket], places: list[list[int]]) -> None:

@@ -1,4 +1,4 @@
-"""What the fused optimizers share: buckets of tensors, k updates in a pass, update in backward."""
+"""The base of the fused optimizers: buckets of tensors, k updates in a pass, update in backward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._checks import check_int, check_number
 from . import _kernels
-from ._buckets import Bucket, Launch, Params, Sorted, check_grad
+from ._buckets import Bucket, Launch, Params, SortedBuckets, check_grad
 from ._in_backward import update_in_backward
 from ._layouts import address, state_layouts
 from ._record import FACTOR, LR, AdamOptions, SGDOptions, TensorRow, flags_of
@@ -31,18 +31,18 @@ class FusedOptimizer(torch.optim.Optimizer):
     backend: str | None
     grad_norm: Tensor | None  # global norm of the latest step's gradients, if it clipped
 
-    # What a subclass says: its state, its options and its kernel.
+    # A subclass defines its state, its options and its kernel.
 
     def _state_of(self, group: dict[str, Any], param: Tensor) -> tuple[list[Tensor | None], bool]:
-        """[state 1, state 2, step counter], made if missing; whether state 1 is yet to be set."""
+        """[state 1, state 2, step counter], made if missing; True if state 1 is yet to be set."""
         raise NotImplementedError
 
     def _state_dtype(self, param: Tensor) -> torch.dtype:
         return param.dtype
 
     def _salt(self, place: int, param: Tensor) -> int:
-        """32 bits that tell the noise of one parameter from that of others. place: in the groups,
-        as in a state_dict."""
+        """32 bits that make the noise of this parameter its own. place: its number, as in a
+        state_dict."""
         return place
 
     def _seed(self) -> int:
@@ -52,7 +52,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _variant(self, group: dict[str, Any]) -> Any:
-        """What of the group decides which state the tables hold."""
+        """The part of a group that decides which state the tables hold."""
         return None
 
     def _kernel(self, bucket: Bucket, record: Tensor, num_steps: int) -> None:
@@ -85,13 +85,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """Tables hold addresses, and are made anew once a tensor may have been replaced."""
         self._retire(*self.__dict__.get("_sorted", {}).values())
-        self._sorted: dict[Any, Sorted] = {}
+        self._sorted: dict[Any, SortedBuckets] = {}
         self._states = state_layouts({})
 
-    def _retire(self, *outdated: Sorted) -> None:
+    def _retire(self, *outdated: SortedBuckets) -> None:
         """Keep the tables that a captured graph reads at its next replay."""
         kept = [sort for sort in outdated if any(b.table.captured for b in sort.buckets)]
-        self._replayed: list[Sorted] = [*self.__dict__.get("_replayed", ()), *kept]
+        self._replayed: list[SortedBuckets] = [*self.__dict__.get("_replayed", ()), *kept]
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("max_grad_norm", "backend")}
@@ -236,7 +236,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         assert launches is not None
         return launches
 
-    def _sort(self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]) -> Sorted:
+    def _sort(
+        self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]
+    ) -> SortedBuckets:
         """Buckets for these parameters; state is made where it is missing."""
         self._check_params()  # torch may have moved or retyped them since
         salts = {id(p): self._salt(place, p) for place, p in enumerate(self._params())}
@@ -268,7 +270,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             own = [params[place] for place in chosen]
             dtypes = (dtype, grad_dtype, self._state_dtype(own[0]))
             buckets.append(Bucket(own, dtypes, table, any_fresh))
-        made = Sorted(params, buckets, list(places.values()))
+        made = SortedBuckets(params, buckets, list(places.values()))
         if key in self._sorted:
             self._retire(self._sorted[key])
         self._sorted[key] = made

@@ -26,7 +26,7 @@ def update_in_backward(optimizer: Any, num_steps: int) -> Iterator[None]:
 
 @untraced
 def _begin(optimizer: Any, num_steps: int) -> tuple[dict[str, Any], list[Any]]:
-    """What hooks of steps get to see, and the hooks of the parameters."""
+    """The arguments that hooks of steps see, and handles of the parameters' own hooks."""
     check_int("num_steps", num_steps, 1)
     if optimizer.max_grad_norm is not None:
         raise ValueError(

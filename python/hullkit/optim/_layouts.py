@@ -34,7 +34,7 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 
 def address(name: str, tensor: Tensor) -> int:
-    """Of the first element, 0 only where there is none."""
+    """The address of the first element. It is 0 only for a tensor without elements."""
     check_plain(name, tensor)
     if tensor.is_neg():
         raise ValueError(f"{name}: expected a tensor without negative bit; call .resolve_neg()")
@@ -72,7 +72,8 @@ if _exchange is not None and not kernels.usable_exchange(_exchange):
 
 
 def layouts(tensors: list[Tensor], *, hold: bool = False) -> Layouts:
-    """Of tensors with an address. hold: keep them alive, which makes looking at them faster."""
+    """The layouts of tensors that have an address. hold: keep the tensors alive, which makes
+    looking at them faster."""
     if _exchange is None:
         return _PlainLayouts(tensors)
     return kernels.Layouts(_exchange, Tensor.is_neg, tensors, hold)
@@ -94,7 +95,7 @@ def _layout(value: Any) -> tuple[Any, ...]:
 
 
 def address_or_none(value: Any) -> int | None:
-    """Of what may be no tensor, or one without memory."""
+    """The address of a value; None if it is no tensor, or a tensor without memory."""
     if not _is_plain(type(value)):
         return None
     try:

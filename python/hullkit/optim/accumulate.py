@@ -21,8 +21,8 @@ from ._watched import untraced
 Key = tuple[Any, ...]
 
 
-class _Lists:
-    """Two lists found in order, and the table of the accumulators."""
+class _CheckedLists:
+    """Two lists that passed every check, and the table of the accumulators."""
 
     def __init__(self, into: list[Tensor], grads: list[Tensor], table: TensorTable) -> None:
         self.table = table
@@ -30,12 +30,12 @@ class _Lists:
         self._grads = layouts(grads)
 
     def addresses(self, into: list[Tensor], grads: list[Tensor]) -> list[int] | None:
-        """Of the gradients, if all but those is as it was."""
+        """The gradients' addresses; None if anything else has changed."""
         return self._grads.addresses(grads, False) if self._into.unmoved(into, False) else None
 
 
 # The latest lists, by where the first accumulator lies, how many there are, and the backend.
-_known: OrderedDict[Key, _Lists] = OrderedDict()
+_known: OrderedDict[Key, _CheckedLists] = OrderedDict()
 _MAX_KNOWN = 8
 _captured_tables: list[TensorTable] = []  # that CUDA graphs read at every replay
 
@@ -99,14 +99,14 @@ def accumulate_(
         addresses = [address(f"grads[{place}]", grad) for place, grad in enumerate(sources)]
         table = _table(into, backend, known)
         if all(map(is_, sources, given)):  # not where one had to be copied
-            _remember(key, _Lists(into, sources, table))
+            _remember(key, _CheckedLists(into, sources, table))
     record = table.record(addresses, AccumulateOptions(float(weight)))
     squares = _kernels.accumulate_(table, record, sources[0].dtype)
     torch.autograd.graph.increment_version(into)
     return squares.sum(dtype=torch.float64).sqrt() if norm else None
 
 
-def _table(into: list[Tensor], backend: str | None, known: _Lists | None) -> TensorTable:
+def _table(into: list[Tensor], backend: str | None, known: _CheckedLists | None) -> TensorTable:
     device = into[0].device
     triton = uses_triton("into", device, backend)
     placed = [(address(f"into[{place}]", a), a.numel()) for place, a in enumerate(into)]
@@ -117,7 +117,7 @@ def _table(into: list[Tensor], backend: str | None, known: _Lists | None) -> Ten
     return TensorTable(rows, device, triton)
 
 
-def _remember(key: Key, lists: _Lists) -> None:
+def _remember(key: Key, lists: _CheckedLists) -> None:
     forgotten = [_known.pop(key)] if key in _known else []
     _known[key] = lists
     if len(_known) > _MAX_KNOWN:

@@ -1,4 +1,4 @@
-"""What selections return. Every result carries its certificate."""
+"""The results of selections. Every result carries its certificate."""
 
 from __future__ import annotations
 
