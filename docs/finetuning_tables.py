@@ -116,7 +116,7 @@ def half_precision() -> str:
 
 
 SIZES = {
-    "all weights, float32": ("all, bf16 passes", "float32"),
+    "all weights, float32, bf16 passes": ("all, bf16 passes", "float32"),
     "all weights, bfloat16": ("all, default passes", "bfloat16"),
     "LoRA": ("LoRA r=16, default passes", "bfloat16"),
 }
@@ -172,7 +172,7 @@ def model_sizes_short() -> str:
 
 @generated
 def host_snapshots() -> str:
-    names = ("all weights, float32", "all weights, bfloat16")
+    names = ("all weights, float32, bf16 passes", "all weights, bfloat16")
     header = ["copy of the weights on the host"]
     for name in names:
         header += [f"{name}, ms", "GiB"]
@@ -267,8 +267,8 @@ def headline() -> str:
         ),
         *(
             _measured(
-                f"finetune {name}, 50 updates, {passes}",
-                (_query(model, "400", "published"), "published loop"),
+                f"finetune {name}, 400 tokens, 50 updates, {passes}",
+                (_query(model, "400", "published"), "published loop, padded to 1024 tokens"),
                 _query(model, "400", PASSES[passes]),
                 "finetuning",
             )

@@ -2,7 +2,7 @@
 
 If a package of that shape is what you run, one line before the first query does it all:
 
-    from hullkit.interop import hullft; hullft.patch("hullft")
+    from hullkit.interop.hullft import patch; patch("hullft")
 
 If you import the pieces yourself, import them from here instead, as below.
 """

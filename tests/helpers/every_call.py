@@ -58,6 +58,7 @@ def run(device: str) -> int:
         for variant, weight in RULES:
             options = {"variant": variant, "max_weight": weight, "max_iters": 12, "gap_tol": 1e-6}
             call(hullkit.frank_wolfe, pool, query, **options, **where)
+        call(hullkit.apportion, torch.rand_like(query), TOTAL)
     for n, function in ((600, hullkit.sift), (4500, hullkit.select)):  # beyond a block; beyond 4096
         pool, query = (tensor.to(device) for tensor in problem(1, n, 32, torch.float32))
         call(function, pool[0], query, 5)

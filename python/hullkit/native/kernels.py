@@ -51,19 +51,19 @@ def cpu_kernel(operation: str) -> Callable[..., None]:
 
 
 def cuda_kernel(operation: str) -> Callable[..., None]:
-    """Runs on the current stream of its first argument's device, in a workspace of torch's."""
+    """Runs on the current stream of the device of its first tensor, in a workspace of torch's."""
     native = _core.operations[operation].cuda
     workspace_bytes = _core.operations[operation].workspace_bytes
 
-    def run(*arguments: Any) -> None:
-        device = arguments[0].device
+    def run(first: Tensor, *others: Any) -> None:
+        device = first.device
         if native is None or workspace_bytes is None:
             raise NotImplementedError(
                 f"{operation}: expected CPU tensors, got device {device}: this "
                 "build is without CUDA. Build with HULLKIT_CUDA=ON, move the inputs with .cpu(), "
                 "or pass backend='reference' (slow)"
             )
-        views = [*map(_native_argument, arguments)]
+        views = [_native_argument(first), *map(_native_argument, others)]
         size = workspace_bytes(*views)
         with torch.cuda.device(device):
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -84,6 +84,21 @@ usable_exchange = _core.usable_exchange
 Layouts, StateLayouts = _core.Layouts, _core.StateLayouts
 
 
+def _table_arguments(
+    table: Tensor, record: Tensor, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+) -> dict[str, int]:
+    """dtypes: of parameter, gradient and state."""
+    param, grad, state = dtypes
+    return {
+        "rows": table.data_ptr(),
+        "count": table.shape[0],
+        "record": record.data_ptr(),
+        "param_dtype": _DTYPE_CODES[param],
+        "grad_dtype": _DTYPE_CODES[grad],
+        "state_dtype": _DTYPE_CODES[state],
+    }
+
+
 def adam_cpu(
     table: Tensor,
     record: Tensor,
@@ -91,14 +106,8 @@ def adam_cpu(
     num_steps: int,
     stochastic_rounding: bool,
 ) -> None:
-    param, grad, state = dtypes
     _core.adam_cpu(
-        rows=table.data_ptr(),
-        count=table.shape[0],
-        record=record.data_ptr(),
-        param_dtype=_DTYPE_CODES[param],
-        grad_dtype=_DTYPE_CODES[grad],
-        state_dtype=_DTYPE_CODES[state],
+        **_table_arguments(table, record, dtypes),
         num_steps=num_steps,
         stochastic_rounding=stochastic_rounding,
         num_threads=torch.get_num_threads(),
@@ -111,14 +120,8 @@ def sgd_cpu(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     num_steps: int,
 ) -> None:
-    param, grad, state = dtypes
     _core.sgd_cpu(
-        rows=table.data_ptr(),
-        count=table.shape[0],
-        record=record.data_ptr(),
-        param_dtype=_DTYPE_CODES[param],
-        grad_dtype=_DTYPE_CODES[grad],
-        state_dtype=_DTYPE_CODES[state],
+        **_table_arguments(table, record, dtypes),
         num_steps=num_steps,
         num_threads=torch.get_num_threads(),
     )
