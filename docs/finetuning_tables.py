@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 import selection_tables
 from optimizer_tables import H100_STEPS, step
@@ -147,16 +148,22 @@ def _size_cells(row: Row) -> list[str]:
     return [f"{float(row['p50']):.0f}{eager}", gib(row["peak_mb"])]
 
 
-def _size_table(models: list[str]) -> str:
-    header = ["model"]
-    for name in SIZES:
+def _size_table(
+    models: list[str],
+    names: Sequence[str] = tuple(SIZES),
+    first: str = "model",
+    snapshot: str = "device",
+) -> str:
+    header = [first]
+    for name in names:
         header += [f"{name}, ms", "GiB"]
     lines = []
     for model in models:
         line = [model]
-        for name in SIZES:
-            line += _size_cells(_size(model, name))
-        lines.append(line)
+        for name in names:
+            line += _size_cells(_size(model, name, snapshot=snapshot))
+        if any(line[1:]):
+            lines.append(line)
     return table(header, lines)
 
 
@@ -173,17 +180,7 @@ def model_sizes_short() -> str:
 @generated
 def host_snapshots() -> str:
     names = ("all weights, float32, bf16 passes", "all weights, bfloat16")
-    header = ["copy of the weights on the host"]
-    for name in names:
-        header += [f"{name}, ms", "GiB"]
-    lines = []
-    for model in MODELS:
-        line = [model]
-        for name in names:
-            line += _size_cells(_size(model, name, snapshot="host"))
-        if any(line[1:]):
-            lines.append(line)
-    return table(header, lines)
+    return _size_table(MODELS, names, "copy of the weights on the host", "host")
 
 
 @generated
