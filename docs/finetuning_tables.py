@@ -97,23 +97,25 @@ def finetune_quality() -> str:
 
 @generated
 def half_precision() -> str:
+    latest = rows("half_precision")[-1]
+    run = {"commit": latest["commit"]}
     base = {
         (row["subset"], row["query"]): float(row["base_bpb"])
-        for row in find("half_precision", weights="float32")
+        for row in find("half_precision", weights="float32", **run)
     }
     lines = []
     for rule, name in (("knn 20", "kNN, 20 updates"), ("hull 40, at most 2", "hull, 40 updates")):
         for rate in ("5e-05", "0.0001"):
             cells = []
             for weights in ("float32", "bfloat16", "float16"):
-                found = find("half_precision", rule=rule, lr=rate, weights=weights)
+                found = find("half_precision", rule=rule, lr=rate, weights=weights, **run)
                 shares = [
                     100 * float(row["bpb"]) / base[row["subset"], row["query"]] for row in found
                 ]
                 cells.append(f"{statistics.mean(shares):.2f}")
             lines.append([name, rate, *cells])
     header = ["selection", "lr", "float32", "bfloat16", "float16"]
-    return table(header, lines, 2) + "\n\n" + source(rows("half_precision")[0])
+    return table(header, lines, 2) + "\n\n" + source(latest)
 
 
 SIZES = {
