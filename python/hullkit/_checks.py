@@ -7,6 +7,7 @@ wait, the results say so.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def check_cap(max_multiplicity: Any, positions: int, total: int, of: str = "cand
     return min(max_multiplicity, total)
 
 
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     if value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name}: expected one of {expected}, got {value!r}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hullkit import optim
 from hullkit.finetune.base_weights import adam_options
-from hullkit.finetune.captured_passes import _Offloaded
+from hullkit.finetune.capture_memory import Offloaded
 from hullkit.finetune.padding import bucket
 from hullkit.optim import _kernels
 from hullkit.optim._record import BROKEN, LIMIT, TensorRow
@@ -130,7 +130,7 @@ def test_what_a_warm_up_keeps_off_the_device() -> None:
     wanted = [p.grad for p in model.parameters() if p.grad is not None]
     for parameter in model.parameters():
         parameter.grad = None
-    offloaded = _Offloaded(model)
+    offloaded = Offloaded(model)
     with offloaded.hooks():
         run()
     grads = [p.grad for p in model.parameters() if p.grad is not None]

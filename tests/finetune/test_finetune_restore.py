@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from _models import COUNTS, VOCABULARY, Before, FailingCall, PlainLM, injected, plain, texts
-from hullkit.finetune import TestTimeFinetuner, adaptation, captured_passes
+from hullkit.finetune import TestTimeFinetuner, adaptation, capture_memory
 from hullkit.finetune.eager_passes import Trained
 from hullkit.optim import Adam
 from torch import Tensor, nn
@@ -173,6 +173,6 @@ def test_hooks_are_removed_if_registering_is_cut_short(monkeypatch: pytest.Monke
     parameters = list(plain().parameters())
     call = FailingCall(Tensor, "register_post_accumulate_grad_hook", KeyboardInterrupt, 3)
     monkeypatch.setattr(*call.place)
-    with pytest.raises(KeyboardInterrupt), captured_passes._hooks(parameters, lambda _: None):
+    with pytest.raises(KeyboardInterrupt), capture_memory.hooks(parameters, lambda _: None):
         pytest.fail("the block was entered")
     assert not any(p._post_accumulate_grad_hooks for p in parameters)

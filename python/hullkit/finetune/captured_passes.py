@@ -1,12 +1,13 @@
-"""Passes as CUDA graphs: recorded once for each shape of an example, and replayed."""
+"""Passes as CUDA graphs: recorded once for each shape of an example, and replayed.
+
+A pass records its updates too, group by group, beside its backward half.
+"""
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -14,21 +15,22 @@ from torch import Tensor, nn
 
 from ..language_model.fused_modules import fused_head_weight
 from ..language_model.interface import longest_padded
-from ..language_model.loss import CausalLoss, matmul_precision
+from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies, autocast_weights, narrowed_tensors
-from ..language_model.saved_tensors import Packed, Saved
-from ..native.torch_private import StorageWatch, watch_storage
-from ..optim._record import AdamOptions
+from ..language_model.saved_tensors import Saved
+from ..optim import _kernels
+from ..optim._record import BROKEN, HEAD, LIMIT, NUM_OPTIONS, SEED, AdamOptions
+from ..optim._tensor_table import HALVES, same_layout
 from .base_weights import NotCapturable, Weights
-from .captured_updates import GroupedUpdates
-from .padding import Inputs, bucket, padded
-from .rounding import Rounding
+from .capture_memory import CaptureMemory, hooks, update_stream, warm_up
+from .padding import Inputs, Padding
+from .rounding import Rounding, moment_dtype
 from .schedule import Reuse
 from .snapshot import Attributes
 
 MAX_GRAPHS = 32
-_COMPILED_WARMUPS = 2  # the first compiles, the second tunes
-_PADDING_TOLERANCE = 1e-4  # relative, between losses with and without a masked tail
+# Elements whose updates are launched together: enough to fill a GPU, few enough to begin early.
+GROUP_ELEMENTS = 2 << 20
 Shape = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 
@@ -56,12 +58,8 @@ class CapturedPasses:
         )
         self._tensors = _addresses(model_tensors)
         self._capacity = 64
-        self._longest = longest_padded(model)
-        self._padding_checked = False
-        self._stream = _capture_stream(self.weights.device)
-        _take_workspaces(self._stream)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._reserved = 0  # bytes of the pool that were allocated in one piece
+        self._padding = Padding(longest_padded(model), self._plain_loss)
+        self._memory = CaptureMemory(self.weights.device)
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
 
     def fits(self, model_tensors: list[Tensor]) -> bool:
@@ -80,7 +78,7 @@ class CapturedPasses:
         self.copies.refresh()
         if most_steps > self._capacity:
             self._passes.clear()
-            self._reserved = 0
+            self._memory.forget()
             self._capacity = 1 << (most_steps - 1).bit_length()
         # The longest comes first: the passes of the others fit into its memory.
         by_size = sorted(examples, key=lambda i: -examples[i]["input_ids"].numel())
@@ -88,11 +86,7 @@ class CapturedPasses:
 
     def _of(self, inputs: Inputs) -> tuple[_Pass, Inputs]:
         if inputs.keys() == {"input_ids", "labels"}:
-            length = bucket(inputs["input_ids"].shape[1], self._longest)
-            if length > inputs["input_ids"].shape[1] and not self._padding_checked:
-                self._check_padding(inputs, length)
-                length = bucket(inputs["input_ids"].shape[1], self._longest)
-            inputs = padded(inputs, length)
+            inputs = self._padding(inputs)
         device = self.weights.device
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
         shape = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
@@ -104,27 +98,17 @@ class CapturedPasses:
         self._passes.move_to_end(shape)
         return known, inputs
 
-    def _check_padding(self, inputs: Inputs, length: int) -> None:
-        """Turns padding off if a masked tail changes the model's loss."""
+    def _plain_loss(self, inputs: Inputs) -> float:
         # With autocast the copies stand for its casts; the plain model runs without autocast.
         own = nullcontext() if self._loss_of.autocast else self.copies.in_place()
-        with torch.no_grad(), self._apart(), own:
-            alone = self._loss_of.plain(inputs).double().item()
-            try:
-                masked = self._loss_of.plain(padded(inputs, length)).double().item()
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # the padded sequence may be too long for the model
-                masked = float("nan")
-        if not abs(alone - masked) <= _PADDING_TOLERANCE * abs(alone):
-            self._longest = 0
-        self._padding_checked = True
+        with torch.no_grad(), self._memory.apart(), own:
+            return self._loss_of.plain(inputs).double().item()
 
     def _record(self, inputs: Inputs) -> _Pass:
         slots = [dict(module._buffers) for module in self._model.modules()]
         reason = ""
         try:
-            with self._apart(), self.copies.in_place():
+            with self._memory.apart(), self.copies.in_place():
                 recorded = _Pass(self, inputs)
         except torch.OutOfMemoryError:
             raise
@@ -137,29 +121,6 @@ class CapturedPasses:
             if [*map(id, before.values())] != [*map(id, module._buffers.values())]:
                 raise NotCapturable("forward replaces a buffer instead of writing to it")
         return recorded
-
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Inside the block work goes to the stream of captures, which may use all free memory."""
-        current = torch.cuda.current_stream(self.weights.device)
-        self._stream.wait_stream(current)
-        torch.cuda.empty_cache()  # the allocator gives no block of one stream to another
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            current.wait_stream(self._stream)
-
-    def _reserve(self, num_bytes: int) -> None:
-        """Takes memory for a whole pass in one piece, as its capture begins.
-
-        Piece by piece the pool would grow to twice as much: it keeps gaps that small tensors leave
-        and no large tensor fits into.
-        """
-        missing = num_bytes - self._reserved
-        if missing > 0:
-            torch.empty(missing, dtype=torch.uint8, device=self.weights.device)
-            self._reserved = num_bytes
 
     def run(
         self, passes: dict[int, tuple[_Pass, Inputs]], schedule: list[Reuse], options: AdamOptions
@@ -182,7 +143,7 @@ class _Pass:
         # The graph reads these at every replay and does not keep them alive; this object does.
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._result = torch.zeros(2, dtype=torch.float64, device=owner.weights.device)
-        order, held = _warm_up(owner, self._inputs)
+        order, held = warm_up(owner._model, parameters, owner._loss_of, self._inputs, owner.copies)
         # A model may replace a tensor that it keeps as an attribute; the graph reads the old one.
         self._tables = Attributes(list(owner._model.modules())).tensors
         self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
@@ -193,14 +154,14 @@ class _Pass:
         try:
             with torch.cuda.graph(
                 self._graph,
-                pool=owner._pool,
-                stream=owner._stream,
+                pool=owner._memory.pool,
+                stream=owner._memory.stream,
                 capture_error_mode="thread_local",
             ):
                 try:  # after a failure the end of the capture raises, too, and hides the reason
-                    owner._reserve(held)
+                    owner._memory.reserve(held)
                     self.updates.begin()
-                    with _hooks(parameters, self.updates.ready):
+                    with hooks(parameters, self.updates.ready):
                         loss = owner._loss_of(self._inputs, Saved(), owner.copies)
                         loss.backward()
                     self.updates.join()
@@ -232,20 +193,6 @@ class _Pass:
         result.copy_(self._result)
 
 
-@contextmanager
-def _hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None]) -> Iterator[None]:
-    """Inside the block `ready(parameter)` is called when a parameter's gradient is complete."""
-    hook: Any = ready
-    handles: list[Any] = []
-    try:  # Ctrl-C may come between two registrations
-        for parameter in parameters:
-            handles.append(parameter.register_post_accumulate_grad_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _copies(model: nn.Module, loss_of: CausalLoss) -> PassCopies:
     """The copies that captured passes read: narrowed tensors, and weights that autocast would cast.
 
@@ -263,59 +210,6 @@ def _copies(model: nn.Module, loss_of: CausalLoss) -> PassCopies:
     return PassCopies(replaced, [head])
 
 
-def _warm_up(owner: CapturedPasses, inputs: Inputs) -> tuple[dict[nn.Parameter, torch.dtype], int]:
-    """Passes before a capture, so that everything lazy is done.
-
-    Returns the dtype of each parameter's gradient, in the order in which gradients come, and the
-    bytes that a pass holds at a time; 0 with the compiler, which plans memory itself.
-    """
-    order: dict[nn.Parameter, torch.dtype] = {}
-    with _hooks(owner.weights.parameters, functools.partial(_note, order)):
-        if owner._loss_of.compiled:
-            for _ in range(_COMPILED_WARMUPS):
-                order.clear()
-                owner._loss_of(inputs).backward()
-            return order, 0
-        offloaded = _Offloaded(owner._model)
-        owner._loss_of(inputs, offloaded, owner.copies).backward()
-    # A pass holds most as its backward half begins: all saved tensors, and a little more for gaps
-    # between them. Gradients of whole matrices get pieces of their own.
-    return order, offloaded.num_bytes + offloaded.num_bytes // 16
-
-
-class _Offloaded(Saved):
-    """Keeps saved tensors on the host and adds up their size on the device.
-
-    So a warm-up needs little memory, before a pass has its memory in one piece. The model's own
-    tensors stay on the device and do not count.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.num_bytes = 0
-        own = (*model.parameters(), *model.buffers())
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
-        self._counted: dict[int, StorageWatch] = {}
-
-    def keep(self, tensor: Tensor) -> Packed:
-        storage = tensor.untyped_storage()
-        address = storage.data_ptr()
-        if address in self._own:
-            return tensor
-        counted = self._counted.get(address)
-        if counted is None or counted.expired():  # else the address belongs to a known tensor
-            self._counted[address] = watch_storage(storage)
-            self.num_bytes += storage.nbytes()
-        return functools.partial(tensor.cpu().to, tensor.device)
-
-
-def _note(order: dict[nn.Parameter, torch.dtype], parameter: nn.Parameter) -> None:
-    """Notes the dtype of the parameter's gradient, and frees the gradient."""
-    assert parameter.grad is not None
-    order[parameter] = parameter.grad.dtype
-    parameter.grad = None
-
-
 def _drop_gradients(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
@@ -326,21 +220,175 @@ def _addresses(tensors: list[Tensor]) -> list[Any]:
     return [(id(t), t.data_ptr(), t.dtype, t.requires_grad) for t in tensors]
 
 
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of passes. It goes before the updates' where both have work.
+class GroupedUpdates:
+    """Adam's updates of one captured pass, in groups that start when their gradients are ready.
 
-    There is one for all models, as with `side_stream`.
+    They run on a stream of their own. The gaps of the backward pass hide about a tenth of them;
+    not more, since both want the memory. A gradient lives until its update. The backward pass waits
+    for the group before last, so that all gradients never exist together.
+
+    order: the parameters that get a gradient, in that order, and the dtype of each gradient.
+    capacity: the most updates with one gradient.
     """
-    return torch.cuda.Stream(device, priority=-1)
+
+    def __init__(
+        self, weights: Weights, order: dict[nn.Parameter, torch.dtype], capacity: int
+    ) -> None:
+        self._side = update_stream(weights.device)
+        self._parts: list[_Part] = []
+        self._group_of: dict[nn.Parameter, _Group] = {}
+        kinds: dict[Any, list[nn.Parameter]] = {}
+        for parameter, dtype in order.items():
+            copied = weights.copies.of(parameter) is not None
+            kind = (weights.copies.data_of(parameter).dtype, dtype, copied)
+            kinds.setdefault(kind, []).append(parameter)
+        for (_, dtype, _), own in kinds.items():
+            part = _Part(weights, own, dtype, capacity)
+            self._parts.append(part)
+            for group in part.groups:
+                self._group_of |= dict.fromkeys(group.parameters, group)
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Launches every kernel with no update, so that all are compiled before the capture."""
+        for part in self._parts:
+            part.set_addresses([p.data_ptr() for p in part.parameters])  # as large as gradients
+            part.set_num_steps(0)
+        self.begin()
+        for group in {id(g): g for g in self._group_of.values()}.values():
+            group.launch()
+
+    def set_options(self, options: AdamOptions) -> None:
+        for part in self._parts:
+            part.set_options(options)
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Sets the number of updates of the next replay."""
+        for part in self._parts:
+            part.set_num_steps(num_steps)
+
+    # A capture records these methods.
+
+    def begin(self) -> None:
+        self._waiting = {id(g): len(g.parameters) for g in self._group_of.values()}
+        self._under_way: list[tuple[_Group, torch.cuda.Event]] = []
+        for part in self._parts:
+            part.record[BROKEN].zero_()
+            part.move_on()
+
+    def ready(self, parameter: nn.Parameter) -> None:
+        """Notes that a parameter's gradient is complete; the last of a group launches the group."""
+        group = self._group_of[parameter]
+        group.addresses[parameter] = _gradient(parameter).data_ptr()
+        self._waiting[id(group)] -= 1
+        if self._waiting[id(group)] > 0:
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        with torch.cuda.stream(self._side):
+            group.launch()
+            done = torch.cuda.Event()
+            done.record()
+        self._under_way.append((group, done))
+        if len(self._under_way) > 2:
+            self._finish_first()
+
+    def _finish_first(self) -> None:
+        group, done = self._under_way.pop(0)
+        torch.cuda.current_stream(self._side.device).wait_event(done)
+        for parameter in group.parameters:
+            parameter.grad = None
+
+    def join(self) -> None:
+        while self._under_way:
+            self._finish_first()
+
+    def broken(self) -> Tensor:
+        """[] int64, 0 if all gradients were finite."""
+        return torch.stack([part.record[BROKEN] for part in self._parts]).amax()
+
+    # After the capture.
+
+    def set_gradients(self) -> None:
+        """Tells the kernels where the captured pass has its gradients."""
+        for part in self._parts:
+            addresses = {p: a for group in part.groups for p, a in group.addresses.items()}
+            part.set_addresses([addresses[p] for p in part.parameters])
 
 
-def _take_workspaces(stream: torch.cuda.Stream) -> None:
-    """Has torch take its workspace for matrix products on this stream.
+class _Part:
+    """Parameters with one dtype, gradients with one dtype, and copies for all of them or none."""
 
-    torch keeps it for ever. Taken later it would lie within a large piece of memory, which could
-    then not be given back.
-    """
-    with torch.cuda.stream(stream), matmul_precision("float32"):
-        matrix = torch.zeros(8, 8, device=stream.device, requires_grad=True)
-        (matrix @ matrix).sum().backward()
+    def __init__(
+        self,
+        weights: Weights,
+        parameters: list[nn.Parameter],
+        grad_dtype: torch.dtype,
+        capacity: int,
+    ) -> None:
+        self.parameters = parameters
+        self.table = weights.table(parameters)
+        dtype = weights.copies.data_of(parameters[0]).dtype
+        self.dtypes = (dtype, grad_dtype, moment_dtype(dtype))
+        self.stochastic = weights.rounding.stochastic and dtype in HALVES
+        copies = [weights.copies.of(parameter) for parameter in parameters]
+        addresses = [copy.data_ptr() for copy in copies if copy is not None]
+        self.copies = (
+            torch.tensor(addresses, dtype=torch.int64, device="cpu").to(weights.device)
+            if addresses
+            else None
+        )
+        math = _kernels.arithmetic_dtype(dtype)
+        size = (len(parameters), capacity, 2)
+        self.coefficients = torch.zeros(size, dtype=math, device=weights.device)
+        self.record = torch.zeros(HEAD + len(parameters), dtype=torch.int64, device=weights.device)
+        self.record[SEED].fill_(weights.rounding.seed)
+        self.options: AdamOptions | None = None
+        self.groups: list[_Group] = []
+        first = elements = 0
+        for row, parameter in enumerate(parameters):
+            elements += parameter.numel()
+            if elements >= GROUP_ELEMENTS or row == len(parameters) - 1:
+                self.groups.append(_Group(self, range(first, row + 1)))
+                first, elements = row + 1, 0
+
+    def set_options(self, options: AdamOptions) -> None:
+        if options != self.options:
+            words = torch.tensor(options, dtype=torch.float64, device="cpu").view(torch.int64)
+            self.record[:NUM_OPTIONS].copy_(words)
+            self.options = options
+
+    def set_num_steps(self, num_steps: int) -> None:
+        self.record[LIMIT].fill_(num_steps)
+
+    def set_addresses(self, addresses: list[int]) -> None:
+        self.record[HEAD:].copy_(torch.tensor(addresses, dtype=torch.int64, device="cpu"))
+
+    def move_on(self) -> None:
+        capacity = self.coefficients.shape[1]
+        _kernels.adam_coefficients_(self.table, self.record, self.coefficients, capacity)
+
+
+class _Group:
+    """Neighbouring rows of a table, updated by one launch."""
+
+    def __init__(self, part: _Part, rows: range) -> None:
+        self.parameters = part.parameters[rows.start : rows.stop]
+        self.addresses: dict[nn.Parameter, int] = {}  # of the gradients
+        self._part = part
+        self._chunks = part.table.chunks_of(rows)
+
+    def launch(self) -> None:
+        part = self._part
+        _kernels.adam_chunks_(
+            part.table, self._chunks, part.record, part.coefficients, part.dtypes,
+            part.coefficients.shape[1], part.stochastic, part.copies,
+        )  # fmt: skip
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    if gradient is None or not same_layout(gradient, parameter):
+        raise RuntimeError(
+            f"expected a gradient laid out as its parameter of shape {tuple(parameter.shape)}"
+        )
+    return gradient

@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..language_model.interface import IGNORED
 
 Inputs = dict[str, Tensor]
+_TOLERANCE = 1e-4  # relative, between losses with and without a masked tail
+
+
+class Padding:
+    """Pads token ids and labels, unless the first padded example shows that the loss sees it.
+
+    longest: the most tokens that a model's positions allow, 0 for no padding.
+    loss_of: the loss of inputs; it may raise where the model takes no sequence of that length.
+    """
+
+    def __init__(self, longest: int, loss_of: Callable[[Inputs], float]) -> None:
+        self._longest = longest
+        self._loss_of = loss_of
+        self._checked = False
+
+    def __call__(self, inputs: Inputs) -> Inputs:
+        own = inputs["input_ids"].shape[1]
+        length = bucket(own, self._longest)
+        if length > own and not self._checked:
+            if not self._is_unseen(inputs, length):
+                self._longest, length = 0, own
+            self._checked = True
+        return padded(inputs, length)
+
+    def _is_unseen(self, inputs: Inputs, length: int) -> bool:
+        alone = self._loss_of(inputs)
+        try:
+            masked = self._loss_of(padded(inputs, length))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
+        return abs(alone - masked) <= _TOLERANCE * abs(alone)
 
 
 def bucket(length: int, longest: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def cpu_kernel(operation: str) -> Callable[..., None]:
     native = _core.operations[operation].cpu
 
     def run(*arguments: Any) -> None:
-        native(*map(_native_argument, arguments), torch.get_num_threads())
+        native(*_native_arguments(arguments), torch.get_num_threads())
 
     return run
 
@@ -55,15 +55,15 @@ def cuda_kernel(operation: str) -> Callable[..., None]:
     native = _core.operations[operation].cuda
     workspace_bytes = _core.operations[operation].workspace_bytes
 
-    def run(first: Tensor, *others: Any) -> None:
-        device = first.device
+    def run(*arguments: Any) -> None:
+        device = arguments[0].device
         if native is None or workspace_bytes is None:
             raise NotImplementedError(
                 f"{operation}: expected CPU tensors, got device {device}: this "
                 "build is without CUDA. Build with HULLKIT_CUDA=ON, move the inputs with .cpu(), "
                 "or pass backend='reference' (slow)"
             )
-        views = [_native_argument(first), *map(_native_argument, others)]
+        views = _native_arguments(arguments)
         size = workspace_bytes(*views)
         with torch.cuda.device(device):
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -72,12 +72,13 @@ def cuda_kernel(operation: str) -> Callable[..., None]:
     return run
 
 
-def _native_argument(argument: Any) -> Any:
-    """A tensor as (address, dtype code, shape, strides in elements), anything else as it is."""
-    if not isinstance(argument, Tensor):
-        return argument
-    code = _DTYPE_CODES[argument.dtype]
-    return (argument.data_ptr(), code, argument.shape, argument.stride())
+def _native_arguments(arguments: Sequence[Any]) -> list[Any]:
+    """Tensors as (address, dtype code, shape, strides in elements), anything else as it is."""
+    # One comprehension, since a call for each argument is a tenth of a small selection's time.
+    return [
+        (a.data_ptr(), _DTYPE_CODES[a.dtype], a.shape, a.stride()) if isinstance(a, Tensor) else a
+        for a in arguments
+    ]
 
 
 usable_exchange = _core.usable_exchange

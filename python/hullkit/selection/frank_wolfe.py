@@ -136,7 +136,7 @@ def frank_wolfe_options(
     check_int("max_iters", max_iters, 0)
     tol = check_number("tol", tol, 0.0)
     gap_tol = -math.inf if gap_tol is None else check_number("gap_tol", gap_tol, 0.0)
-    check_choice("variant", variant, tuple(VARIANTS))
+    check_choice("variant", variant, VARIANTS)
     at_start = 1  # rows touched, and by each iteration:
     by_step = 1
     if max_weight < 1.0:

@@ -1,0 +1,155 @@
+"""Where captured passes run, the memory they take, and the passes that a capture needs first."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..language_model.loss import CausalLoss, matmul_precision
+from ..language_model.pass_copies import PassCopies
+from ..language_model.saved_tensors import Packed, Saved
+from ..native.torch_private import StorageWatch, watch_storage
+from .padding import Inputs
+
+_COMPILED_WARMUPS = 2  # the first compiles, the second tunes
+
+
+class CaptureMemory:
+    """A stream for captures, and one pool of memory for all graphs of a model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = _capture_stream(device)
+        _take_workspaces(self.stream)
+        self.pool = torch.cuda.graph_pool_handle()
+        self._reserved = 0  # bytes of the pool that were allocated in one piece
+
+    def forget(self) -> None:
+        """Notes that all graphs are gone, and their memory with them."""
+        self._reserved = 0
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside the block work goes to the stream of captures, which may use all free memory."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        torch.cuda.empty_cache()  # the allocator gives no block of one stream to another
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            current.wait_stream(self.stream)
+
+    def reserve(self, num_bytes: int) -> None:
+        """Takes memory for a whole pass in one piece, as its capture begins.
+
+        Piece by piece the pool would grow to twice as much: it keeps gaps that small tensors leave
+        and no large tensor fits into.
+        """
+        missing = num_bytes - self._reserved
+        if missing > 0:
+            torch.empty(missing, dtype=torch.uint8, device=self.stream.device)
+            self._reserved = num_bytes
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of passes. It goes before the updates' where both have work.
+
+    There is one for all models, as with `update_stream`.
+    """
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@functools.cache
+def update_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of updates. There is one for all models: torch keeps memory for every stream."""
+    return torch.cuda.Stream(device)
+
+
+def _take_workspaces(stream: torch.cuda.Stream) -> None:
+    """Has torch take its workspace for matrix products on this stream.
+
+    torch keeps it for ever. Taken later it would lie within a large piece of memory, which could
+    then not be given back.
+    """
+    with torch.cuda.stream(stream), matmul_precision("float32"):
+        matrix = torch.zeros(8, 8, device=stream.device, requires_grad=True)
+        (matrix @ matrix).sum().backward()
+
+
+@contextmanager
+def hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None]) -> Iterator[None]:
+    """Inside the block `ready(parameter)` is called when a parameter's gradient is complete."""
+    hook: Any = ready
+    handles: list[Any] = []
+    try:  # Ctrl-C may come between two registrations
+        for parameter in parameters:
+            handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def warm_up(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    loss_of: CausalLoss,
+    inputs: Inputs,
+    copies: PassCopies,
+) -> tuple[dict[nn.Parameter, torch.dtype], int]:
+    """Passes before a capture, so that everything lazy is done.
+
+    Returns the dtype of each parameter's gradient, in the order in which gradients come, and the
+    bytes that a pass holds at a time; 0 with the compiler, which plans memory itself.
+    """
+    order: dict[nn.Parameter, torch.dtype] = {}
+    with hooks(parameters, functools.partial(_note, order)):
+        if loss_of.compiled:
+            for _ in range(_COMPILED_WARMUPS):
+                order.clear()
+                loss_of(inputs).backward()
+            return order, 0
+        offloaded = Offloaded(model)
+        loss_of(inputs, offloaded, copies).backward()
+    # A pass holds most as its backward half begins: all saved tensors, and a little more for gaps
+    # between them. Gradients of whole matrices get pieces of their own.
+    return order, offloaded.num_bytes + offloaded.num_bytes // 16
+
+
+class Offloaded(Saved):
+    """Keeps saved tensors on the host and adds up their size on the device.
+
+    So a warm-up needs little memory, before a pass has its memory in one piece. The model's own
+    tensors stay on the device and do not count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.num_bytes = 0
+        own = (*model.parameters(), *model.buffers())
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
+        self._counted: dict[int, StorageWatch] = {}
+
+    def keep(self, tensor: Tensor) -> Packed:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address in self._own:
+            return tensor
+        counted = self._counted.get(address)
+        if counted is None or counted.expired():  # else the address belongs to a known tensor
+            self._counted[address] = watch_storage(storage)
+            self.num_bytes += storage.nbytes()
+        return functools.partial(tensor.cpu().to, tensor.device)
+
+
+def _note(order: dict[nn.Parameter, torch.dtype], parameter: nn.Parameter) -> None:
+    """Notes the dtype of the parameter's gradient, and frees the gradient."""
+    assert parameter.grad is not None
+    order[parameter] = parameter.grad.dtype
+    parameter.grad = None
