@@ -37,8 +37,8 @@ def passed(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
 
 def test_the_classes_exist() -> None:
     """Under these names, in the transformers that is installed; else nothing would be replaced."""
-    named = (*fused_modules._ACTIVATIONS, *fused_modules._RMS_NORMS, *fused_modules._HEADS)
-    for name in (*named, *fused_modules._PASSING_ON, fused_modules._LOSS):
+    named = (*fused_modules._HEADS, *fused_modules._PASSING_ON, fused_modules._LOSS)
+    for name in named:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
 
