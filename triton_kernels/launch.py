@@ -25,7 +25,7 @@ KERNELS = {
     "rescale": (cross_entropy.rescale_kernel, _ROWS),
     "norm": (norm.norm_kernel, {}),
     "norm_gradient": (norm.norm_gradient_kernel, {}),
-    "column_sums": (norm.column_sums_kernel, {"ROWS": 64, "COLUMNS": 32}),
+    "column_sums": (norm.column_sums_kernel, {"ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}),
     "gate": (gate.gate_kernel, {"BLOCK": gate.BLOCK_SIZE}),
     "gate_gradient": (gate.gate_gradient_kernel, {"BLOCK": gate.BLOCK_SIZE}),
     "rotary": (rotary.rotary_kernel, {}),

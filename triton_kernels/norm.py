@@ -8,6 +8,10 @@ RMS leaves the mean out. A weight may be stored without 1 (OFFSET = 1: w = 1 + w
 import triton
 import triton.language as tl
 
+# A block of column_sums_kernel: narrow, so that even few columns keep a GPU busy.
+SUM_ROWS = 256
+SUM_COLUMNS = 16
+
 
 @triton.jit(do_not_specialize=["eps"])
 def norm_kernel(

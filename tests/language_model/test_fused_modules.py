@@ -158,7 +158,9 @@ def test_activations_are_computed_again(make: Any) -> None:
     assert torch.equal(loss, wanted)
     assert all(map(torch.equal, grads, wanted_grads))
     intermediate = getattr(model.config, "intermediate_size", 4 * model.config.hidden_size)
-    assert sizes[1] - sizes[0] == 2 * 20 * 4 * intermediate  # two blocks
+    # Two blocks. On a GPU Llama's gate is one function, which never has this output.
+    gated = make is llama and DEVICE.type == "cuda"
+    assert sizes[1] - sizes[0] == (0 if gated else 2 * 20 * 4 * intermediate)
 
 
 def test_an_output_that_was_written_to_is_kept() -> None:

@@ -146,12 +146,13 @@ def stand_ins(
     The block gets a set, which has the names of the replaced methods and functions at its end.
 
     saved: recomputes the outputs of activations, so that they need not be saved.
-    checkpointed: layers that run again in the backward pass, outside of the block. With such layers
-        only the loss is replaced.
+    checkpointed: layers that run again in the backward pass, outside of the block. Nothing in them
+        is replaced, and with such layers no function of torch.
     copies: may have a copy of the last layer's weight, which its product then reads.
     plain_positions: whether the pass is of one text whose positions are 0, 1, 2, ...
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
     """
+    again = {module for layer in checkpointed for module in layer.modules()}
     replaced: list[tuple[nn.Module, str]] = []
     names: set[str] = set()
 
@@ -165,12 +166,11 @@ def stand_ins(
 
     functions = FusedFunctions(saved, backend)
     try:
-        if not checkpointed:
-            for module in model.modules():
-                if "forward" not in module.__dict__:
-                    forward = _fused_forward(module, functions)
-                    if forward is not None:
-                        replace_forward(module, forward)
+        for module in model.modules():
+            if "forward" not in module.__dict__ and module not in again:
+                forward = _fused_forward(module, functions)
+                if forward is not None:
+                    replace_forward(module, forward)
         head = _head_with_known_loss(model)
         if head is not None:
             lm_head = _lm_head(model, head)

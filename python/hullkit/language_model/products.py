@@ -137,11 +137,12 @@ def column_sums(values: Tensor, dtype: torch.dtype) -> Tensor:
     if not uses_triton("values", values.device, None):
         return values.sum(-2, dtype=torch.float32).to(dtype)
     from ..triton_kernels.launch import launch
+    from ..triton_kernels.norm import SUM_COLUMNS
 
     values = values if values.stride(-1) == 1 else values.contiguous()
     rows, columns = values.shape[-2:]
     sums = values.new_empty(*values.shape[:-2], columns, dtype=dtype)
     with torch.cuda.device_of(values):
-        grid = (-(-columns // 32), values.shape[0] if values.ndim == 3 else 1)
+        grid = (-(-columns // SUM_COLUMNS), values.shape[0] if values.ndim == 3 else 1)
         launch("column_sums", grid, (values, sums, rows, columns, values.stride(-2)), {})
     return sums

@@ -55,9 +55,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return result
 
 
-def takes(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def takes(x: Tensor, cos: Any, sin: Any) -> bool:
     return (
-        x.ndim == 4
+        isinstance(cos, Tensor)
+        and isinstance(sin, Tensor)
+        and x.ndim == 4
         and x.shape[0] == 1
         and x.shape[1] <= 128
         and x.shape[3] % 2 == 0
@@ -113,19 +115,14 @@ def replacements(
     ready: whether a tensor may go to the kernel. names: gets the names of what was replaced.
     """
 
-    def stand_in(own: Any, q: Any, k: Any, cos: Any, sin: Any, *args: Any, **options: Any) -> Any:
-        if (
-            not args
-            and not options
-            and ready(q)
-            and takes(q, cos, sin)
-            and takes(k, cos, sin)
-            and q.dtype is k.dtype
-            and _is_rotary(own, q, cos)
-        ):
-            names.add(f"{getattr(own, '__module__', '')}.{NAME}")
-            return rotary(q, cos, sin), rotary(k, cos, sin)
-        return own(q, k, cos, sin, *args, **options)
+    def stand_in(own: Any, *args: Any, **options: Any) -> Any:
+        if len(args) == 4 and not options and all(map(ready, args[:2])):
+            q, k, cos, sin = args
+            known = takes(q, cos, sin) and takes(k, cos, sin) and q.dtype is k.dtype
+            if known and _is_rotary(own, q, cos):
+                names.add(f"{getattr(own, '__module__', '')}.{NAME}")
+                return rotary(q, cos, sin), rotary(k, cos, sin)
+        return own(*args, **options)
 
     spaces: dict[int, dict[str, Any]] = {}
     for kind in dict.fromkeys(type(module) for module in model.modules()):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST = 1024  # tokens; beyond it torch's kernels are faster
-_WIDEST = 128  # columns of a head
+_MOST_PROGRAMS = 128  # with as many as a GPU runs at once; with more torch's kernels are faster
+_WIDEST = 64  # columns of a head; likewise
 _BLOCK = 64  # rows of a program
 
 
@@ -21,7 +21,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[2:] == k.shape[2:] == v.shape[2:]
         and k.shape[1] == v.shape[1]
         and q.shape[1] % k.shape[1] == 0
-        and q.shape[2] <= LONGEST
+        and q.shape[1] * -(-q.shape[2] // _BLOCK) <= _MOST_PROGRAMS
         and q.shape[3] <= _WIDEST
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
     )
@@ -82,8 +82,8 @@ class _Attention(torch.autograd.Function):
         group = heads // shared
         dq = _by_rows(q, q.dtype, heads).transpose(0, 1)[None]
         # With groups every head of q has its own part, in float32.
-        kinds = (k.dtype, v.dtype) if group == 1 else (torch.float32, torch.float32)
-        parts = [_by_rows(q, kind, shared, group) for kind in kinds]
+        together = q.new_empty(2 * (group > 1), length, shared, group, width, dtype=torch.float32)
+        parts = together.unbind() or [_by_rows(q, t.dtype, shared, group) for t in (k, v)]
         sizes = (length, width, ctx.scale, group, *_strides(q, k, v, out, d, dq))
         with torch.cuda.device_of(q):
             grid = (2 * -(-length // _BLOCK), heads)
@@ -93,8 +93,9 @@ class _Attention(torch.autograd.Function):
                 (q, k, v, out, d, normalisers, dq, *parts, *sizes),
                 _constants(q, ctx.half),
             )
+        sums = together.sum(3).unbind() if group > 1 else [part[:, :, 0] for part in parts]
         dk, dv = (
-            (part.sum(2) if group > 1 else part[:, :, 0]).to(like.dtype).transpose(0, 1)[None]
-            for part, like in zip(parts, (k, v), strict=True)
+            part.to(like.dtype).transpose(0, 1)[None]
+            for part, like in zip(sums, (k, v), strict=True)
         )
         return dq, dk, dv, None, None
