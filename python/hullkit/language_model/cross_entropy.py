@@ -246,6 +246,6 @@ def _rescale(values: Tensor, scale: Tensor) -> None:
     from ..triton_kernels.cross_entropy import BLOCK_SIZE
     from ..triton_kernels.launch import launch
 
-    programs = -(-values.numel() // BLOCK_SIZE)
+    programs = min(1024, -(-values.numel() // BLOCK_SIZE))
     with torch.cuda.device_of(values):
         launch("rescale", programs, (values, scale, values.numel()), {})

@@ -48,7 +48,7 @@ class FusedFunctions(TorchFunctionMode):
         self.names: set[str] = set()  # of the functions that were fused
         self._saved = saved
         self._backend = backend
-        self._inputs: OrderedDict[int, tuple[Any, int, SharedInput]] = OrderedDict()
+        self._inputs: OrderedDict[int, tuple[Any, int, Tensor, SharedInput]] = OrderedDict()
         self._activated: OrderedDict[int, tuple[Any, int, Tensor, str]] = OrderedDict()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,13 +86,12 @@ class FusedFunctions(TorchFunctionMode):
             entry = self._inputs.get(id(known))
             if entry is None or entry[0]() is not known or entry[1] != x._version:
                 continue
-            tensor = entry[2].tensor
-            if tensor is not None and tensor.dtype is dtype:
-                return tensor if known is x else tensor.view(x.shape), entry[2]
+            tensor, shared = entry[2:]
+            if tensor.dtype is dtype:
+                return tensor if known is x else tensor.view(x.shape), shared
         made = share(x, dtype)
-        assert made.tensor is not None
-        self._remember(self._inputs, x, made)
-        return made.tensor, made
+        self._remember(self._inputs, x, *made)
+        return made
 
     def _remember(self, known: OrderedDict[int, Any], x: Tensor, *facts: Any) -> None:
         known[id(x)] = (weakref.ref(x), x._version, *facts)
@@ -156,10 +155,10 @@ class FusedFunctions(TorchFunctionMode):
     ) -> Tensor:
         dtype = torch.float32 if wide else x.dtype
         if self._dtype(x) is not torch.bfloat16 or dtype is torch.bfloat16:
-            return norm(x, weight, bias, formula, dtype)
+            return norm(x, weight, bias, formula, dtype)[0]
         shared = SharedInput(dtype)
-        y = norm(x, weight, bias, formula, dtype, shared)
-        self._remember(self._inputs, y, shared)
+        y, narrow = norm(x, weight, bias, formula, dtype, shared)
+        self._remember(self._inputs, y, narrow, shared)
         return y
 
     # Activations, and what they are multiplied with.

@@ -36,16 +36,16 @@ def norm(
     formula: Norm,
     dtype: torch.dtype,
     shared: SharedInput | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """The norm of x's last dimension in `dtype`; statistics in float32.
 
-    shared: gets the result in bfloat16, for linear layers that read it.
+    shared: where linear layers leave the gradient of a second result. That is the first in
+        bfloat16; without `shared` it is None.
     """
-    y: Tensor
-    y, narrow = _Norm.apply(x, weight, bias, formula, dtype, shared)  # type: ignore[no-untyped-call]
-    if shared is not None:
-        shared.tensor = narrow
-    return y
+    results: tuple[Tensor, Tensor | None] = _Norm.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, formula, dtype, shared
+    )
+    return results
 
 
 class _Norm(torch.autograd.Function):

@@ -32,14 +32,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
 
 
 class SharedInput:
-    """The input of linear layers, in their products' dtype, and the gradient that they add up.
+    """The gradient of an input that linear layers share, which they add up.
 
     Autograd would make a gradient for every layer, cast each to the input's dtype and add them one
     by one. Here every layer adds its product in place.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.tensor: Tensor | None = None
         self._dtype = dtype
         self._gradient: Tensor | None = None
 
@@ -55,11 +54,11 @@ class SharedInput:
         return gradient
 
 
-def share(x: Tensor, dtype: torch.dtype) -> SharedInput:
-    """x for linear layers with products in `dtype`."""
+def share(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, SharedInput]:
+    """x in `dtype` for linear layers, and where they leave its gradient."""
     shared = SharedInput(x.dtype)
-    shared.tensor = _Enter.apply(x, shared, dtype)  # type: ignore[no-untyped-call]
-    return shared
+    tensor: Tensor = _Enter.apply(x, shared, dtype)  # type: ignore[no-untyped-call]
+    return tensor, shared
 
 
 class _Enter(torch.autograd.Function):
@@ -81,7 +80,7 @@ def linear(
 ) -> Tensor:
     """x @ weight^T + bias; with `transposed` x @ weight + bias.
 
-    x: `shared.tensor` or a view of it, (..., D).
+    x: the tensor that `share` returned with `shared`, or a view of it, (..., D).
     """
     result: Tensor = _Linear.apply(x, weight, bias, shared, transposed)  # type: ignore[no-untyped-call]
     return result
