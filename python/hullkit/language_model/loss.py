@@ -13,6 +13,7 @@ from .cross_entropy import next_token_loss, plain_next_token_loss
 from .fused_modules import stand_ins
 from .interface import device_of, forward_parameters, logits_of
 from .pass_copies import PassCopies
+from .recomputed_layers import recomputing, repeated_layers
 from .recompute import REPLACED, checkpointed_layers, checkpointing
 from .saved_tensors import Saved
 
@@ -41,9 +42,12 @@ class CausalLoss:
     entropy of its logits, in float32.
 
     fuse: whether passes run cheaper pieces in place of the model's own (`fused_modules.py`).
+    recompute: whether repeated layers run again in the backward pass (`recomputed_layers.py`).
     """
 
-    def __init__(self, model: nn.Module, precision: str, compile: bool, fuse: bool) -> None:
+    def __init__(
+        self, model: nn.Module, precision: str, compile: bool, fuse: bool, recompute: bool
+    ) -> None:
         self._model = model
         self.fuses = fuse and not compile  # the compiler fuses what it finds itself
         self.fused: tuple[str, ...] = ()  # names of what the latest pass replaced
@@ -52,6 +56,7 @@ class CausalLoss:
         self._forward = forward_parameters(model)
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
         self.compiled = compile
+        self._recompute = recompute
 
     def __call__(
         self,
@@ -68,9 +73,12 @@ class CausalLoss:
             self.fused = ()
             return self._of(self._call, inputs, self.autocast)
         layers = checkpointed_layers(self._model)
-        pieces = stand_ins(self._model, saved, layers, copies) if self.fuses else nullcontext(())
+        # Layers that the user's checkpointing runs again are not run a third time.
+        repeated = repeated_layers(self._model) if self._recompute and not layers else []
+        again = [*layers, *repeated]
+        pieces = stand_ins(self._model, saved, again, copies) if self.fuses else nullcontext(())
         hooks = nullcontext() if saved is None else saved.hooks()
-        with pieces as names, checkpointing(layers), hooks:
+        with pieces as names, checkpointing(layers), recomputing(repeated), hooks:
             self.fused = tuple(sorted((*names, REPLACED))) if layers else names
             return self._of(self._call, inputs, self.autocast)
 
