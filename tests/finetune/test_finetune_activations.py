@@ -8,7 +8,7 @@ import pytest
 import torch
 from _models import COUNTS, Before, FailingCall, gpt2, injected, llama, same_bits, state, texts
 from hullkit.finetune import TestTimeFinetuner
-from hullkit.language_model.recomputed_layers import repeated_layers
+from hullkit.language_model.recomputed_layers import recomputing, repeated_layers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -47,7 +47,7 @@ def test_recomputed_passes_have_the_same_bits(
     assert all(same_bits(kept[name], again[name]) for name in kept)
 
 
-def test_layers_run_twice_and_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
     own = LlamaDecoderLayer.forward
 
@@ -80,6 +80,18 @@ def test_everything_is_back_after_a_failure(
             break
         assert failed
     assert failing > 4
+
+
+def test_forwards_are_back_after_the_block() -> None:
+    """Without a snapshot, which would put them back too."""
+    layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    wrapped = layers[1].forward
+    layers[1].forward = wrapped
+    with pytest.raises(KeyError, match="injected"), recomputing(layers):
+        assert all(layer.__dict__["forward"] is not wrapped for layer in layers)
+        raise KeyError("injected")
+    assert "forward" not in layers[0].__dict__
+    assert layers[1].__dict__["forward"] is wrapped
 
 
 def test_refusals() -> None:

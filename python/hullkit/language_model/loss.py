@@ -13,8 +13,8 @@ from .cross_entropy import next_token_loss, plain_next_token_loss
 from .fused_modules import stand_ins
 from .interface import device_of, forward_parameters, logits_of
 from .pass_copies import PassCopies
-from .recomputed_layers import recomputing, repeated_layers
 from .recompute import REPLACED, checkpointed_layers, checkpointing
+from .recomputed_layers import recomputing, repeated_layers
 from .saved_tensors import Saved
 
 PRECISIONS = ("float32", "tf32", "bf16")

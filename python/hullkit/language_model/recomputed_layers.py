@@ -25,10 +25,11 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     within: set[nn.Module] = set()
     for module in model.modules():  # a module comes before its parts
-        if isinstance(module, nn.ModuleList) and module not in within and len(module) >= 2:
-            if len({type(layer) for layer in module}) == 1:
-                found.extend(module)
-                within.update(part for layer in module for part in layer.modules())
+        if not isinstance(module, nn.ModuleList) or module in within or len(module) < 2:
+            continue
+        if len({type(layer) for layer in module}) == 1:
+            found.extend(module)
+            within.update(part for layer in module for part in layer.modules())
     return list(dict.fromkeys(found))
 
 
