@@ -87,7 +87,7 @@ def test_forwards_are_back_after_the_block() -> None:
     layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
     wrapped = layers[1].forward
     layers[1].forward = wrapped
-    with pytest.raises(KeyError, match="injected"), recomputing(layers):
+    with pytest.raises(KeyError, match="injected"), recomputing(layers):  # noqa: PT012
         assert all(layer.__dict__["forward"] is not wrapped for layer in layers)
         raise KeyError("injected")
     assert "forward" not in layers[0].__dict__
