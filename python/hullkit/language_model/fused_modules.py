@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -182,15 +182,12 @@ def stand_ins(
                 replace_forward(lm_head, loss.hold)
             if tied is not None:
                 replace_forward(embedding, partial(tied.embedding, weight=lm_head.weight))
-        if checkpointed:
+        found = causal_masks.replacements() if plain_positions else []
+        if not checkpointed:
+            found += rotary.replacements(model, functions.takes, names)
+        with replaced_globals(found), nullcontext() if checkpointed else functions:
             yield names
-        else:
-            found = rotary.replacements(model, functions.takes, names)
-            if plain_positions:
-                found += causal_masks.replacements()
-            with replaced_globals(found), functions:
-                yield names
-            names |= functions.names
+        names |= functions.names
     finally:
         for module, attribute in replaced:
             module.__dict__.pop(attribute, None)
