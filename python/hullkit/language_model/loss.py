@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -68,11 +68,15 @@ class CausalLoss:
             self.fused = ()
             return self._of(self._call, inputs, self.autocast)
         layers = checkpointed_layers(self._model)
-        pieces = stand_ins(self._model, saved, layers, copies) if self.fuses else nullcontext(())
+        pieces: AbstractContextManager[set[str]] = nullcontext(set())
+        if self.fuses:
+            plain = inputs.keys() <= {"input_ids", "labels"}
+            pieces = stand_ins(self._model, saved, layers, copies, plain_positions=plain)
         hooks = nullcontext() if saved is None else saved.hooks()
         with pieces as names, checkpointing(layers), hooks:
-            self.fused = tuple(sorted((*names, REPLACED))) if layers else names
-            return self._of(self._call, inputs, self.autocast)
+            loss = self._of(self._call, inputs, self.autocast)
+        self.fused = tuple(sorted((*names, REPLACED) if layers else names))
+        return loss
 
     def plain(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss of the model as it is: not compiled, and in the model's own precision."""
