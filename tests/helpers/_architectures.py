@@ -1,4 +1,4 @@
-"""Causal language models of transformers, tiny and with random weights: one for each architecture."""
+"""Tiny causal language models with random weights, one for each architecture of transformers."""
 
 from __future__ import annotations
 

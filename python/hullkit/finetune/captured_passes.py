@@ -119,7 +119,7 @@ class CapturedPasses:
                 raise NotCapturable("forward replaces a buffer instead of writing to it")
         return recorded
 
-    def _attempt(self, inputs: Inputs, constants: HostConstants | None) -> tuple[Any, str]:
+    def _attempt(self, inputs: Inputs, constants: HostConstants | None) -> tuple[_Pass | None, str]:
         """A recorded pass, or why there is none.
 
         constants: takes the forward pass's host tensors. Experts run without questions then.

@@ -88,7 +88,7 @@ class _Moves(TorchDispatchMode):
     def __init__(
         self, device: torch.device, constant: Callable[[Tensor], Tensor], *, asks: bool
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self._constant = constant
         self._asks = asks
@@ -101,8 +101,8 @@ class _Moves(TorchDispatchMode):
         involved = any(map(self._is_on_device, leaves))
         if not self._asks and involved and self._asks_device(func, args, kwargs):
             raise RuntimeError(
-                f"forward asks the device for values ({func}), as `.item()`, `.cpu()`, `if tensor:` "
-                "and loops over the tokens of an expert do"
+                f"forward asks the device for values ({func}), as `.item()`, `.cpu()` and "
+                "`if tensor:` do"
             )
         if func in _MOVING and (involved or self._is_target(kwargs.get("device"))):
             if func is _ATEN.copy_.default and not self._is_on_device(args[0]):
