@@ -1,12 +1,16 @@
-"""Tiny causal language models with random weights, one for each architecture of transformers."""
+"""Tiny causal language models with random weights, one for each architecture of transformers.
+
+Tests and the table of architectures in the documentation finetune each of them on two examples.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from hullkit.finetune import AdaptReport, TestTimeFinetuner
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 64
 
@@ -118,6 +122,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 2},
 }  # fmt: skip
 
+NAMES = [name for name in ARCHITECTURES if name in CONFIG_MAPPING]  # some are newer than others
+COUNTS = [3, 2]
+LR, EPS = 1e-3, 1e-3
+# Two ways to add up float32 gradients, largest about 1, differ by some 2^-24 for each of the
+# roundings on the longest path through a layer, about 32. Adam divides by sqrt(v) + eps, so one
+# update differs by at most lr / eps times that.
+BOUND = sum(COUNTS) * LR / EPS * 32 * 2.0**-24
+
 
 def build(name: str) -> nn.Module:
     """The architecture's model, in float32 and eval mode, the same at every call."""
@@ -135,3 +147,21 @@ def _config(name: str) -> Any:
     usual = {mapped.get(key, key): value for key, value in _USUAL.items()}
     usual = {key: size for key, size in usual.items() if key in vars(fields) and key not in own}
     return AutoConfig.for_model(name, **{**usual, **sizes})
+
+
+def examples() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in (12, 9)]
+
+
+def adapted(model: nn.Module, **options: Any) -> tuple[AdaptReport, dict[str, Tensor]]:
+    """The report of a query, and the finetuned weights."""
+    tuner = TestTimeFinetuner(model, lr=LR, eps=EPS, **options)
+    with tuner.adapted(examples(), COUNTS):
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert tuner.last_report is not None
+    return tuner.last_report, weights
+
+
+def largest_difference(weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    return max(float((weights[n].double() - wanted[n].double()).abs().max()) for n in wanted)

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from _architectures import ARCHITECTURES, build
+from _architectures import NAMES as KNOWN
+from _architectures import build
 from hullkit.language_model.experts import every_expert, without_questions
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.plain_memory]
 MIXTURES = [
     "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe",
     "jamba", "minimax", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
 ]  # fmt: skip
-NAMES = [name for name in MIXTURES if name in CONFIG_MAPPING]
+NAMES = [name for name in MIXTURES if name in KNOWN]
 IDS = torch.arange(3, 15)[None]
 
 
@@ -72,5 +72,4 @@ def test_models_without_experts_are_left_alone() -> None:
 
 
 def test_the_list_is_complete() -> None:
-    known = [name for name in ARCHITECTURES if name in CONFIG_MAPPING]
-    assert [name for name in known if experts_of(build(name))] == NAMES
+    assert [name for name in KNOWN if experts_of(build(name))] == NAMES
