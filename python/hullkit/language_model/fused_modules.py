@@ -86,9 +86,21 @@ class _Loss:
 def _fused_forward(module: nn.Module, functions: FusedFunctions) -> Forward | None:
     """A forward by fused functions, if the module was found to compute the same; else None."""
     found = _proof(module)
-    if isinstance(found, Norm):
-        return partial(_rms_norm, module, functions, found)
-    return None if found is None else partial(functions.activation, found)
+    if found is None:
+        return None
+    fused = (
+        partial(_rms_norm, module, functions, found)
+        if isinstance(found, Norm)
+        else partial(functions.activation, found)
+    )
+    return partial(_of_one_input, module, fused)
+
+
+def _of_one_input(module: Any, fused: Forward, *inputs: Any, **named: Any) -> Tensor:
+    """The fused forward of one tensor. A proof says nothing of calls with more, such as a gate."""
+    if len(inputs) == 1 and not named:
+        return fused(*inputs)
+    return type(module).forward(module, *inputs, **named)  # type: ignore[no-any-return]
 
 
 def _rms_norm(module: Any, functions: FusedFunctions, formula: Norm, x: Tensor) -> Tensor:
