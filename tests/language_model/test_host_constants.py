@@ -104,6 +104,19 @@ def test_a_counter_is_refused() -> None:
         forward(x)
 
 
+def test_a_tensor_of_the_model_is_refused() -> None:
+    """Its value may change between two replays, which read the same copy."""
+    weight = torch.ones(2, 3)
+    constants = HostConstants(META, [weight])
+    with (
+        pytest.raises(
+            RuntimeError, match=r"a parameter or buffer of shape \(3,\) lies on the host"
+        ),
+        constants.noted(),
+    ):
+        weight[1].to(META)
+
+
 QUESTIONS: list[Callable[[Tensor], object]] = [
     lambda x: x.sum().item(),
     lambda x: bool(x.sum() > 0),

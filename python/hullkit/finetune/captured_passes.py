@@ -106,24 +106,23 @@ class CapturedPasses:
             return self._loss_of.plain(inputs).double().item()
 
     def _record(self, inputs: Inputs) -> _Pass:
-        slots = [dict(module._buffers) for module in self._model.modules()]
+        slots = [dict(m._buffers) for m in self._model.modules()]
         recorded, reason = self._attempt(inputs, None) if self._plain else (None, "")
         if recorded is None and not self._loss_of.compiled:
             # Watching every operation has a cost: only models that need it pay.
-            recorded, reason = self._attempt(inputs, HostConstants(self.weights.device))
+            own = (*self._model.parameters(), *self._model.buffers())
+            constants = HostConstants(self.weights.device, own)
+            recorded, reason = self._attempt(inputs, constants)
             self._plain = recorded is None
         if recorded is None:
             raise NotCapturable(reason)
-        for before, module in zip(slots, self._model.modules(), strict=True):
-            if [*map(id, before.values())] != [*map(id, module._buffers.values())]:
+        for was, module in zip(slots, self._model.modules(), strict=True):
+            if [*map(id, was.values())] != [*map(id, module._buffers.values())]:
                 raise NotCapturable("forward replaces a buffer instead of writing to it")
         return recorded
 
     def _attempt(self, inputs: Inputs, constants: HostConstants | None) -> tuple[_Pass | None, str]:
-        """A recorded pass, or why there is none.
-
-        constants: takes the forward pass's host tensors. Experts run without questions then.
-        """
+        """A recorded pass, or why there is none. With constants experts ask no questions."""
         static = constants is not None and self._loss_of.fuses
         experts = without_questions(self._model) if static else nullcontext(())
         if not self._passes:

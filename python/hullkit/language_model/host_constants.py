@@ -10,7 +10,7 @@ from pass to pass, like a counter's or a random one, is not among those noted an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,11 +40,15 @@ class HostConstants:
     """The values that passes move from the host to one device, and a copy of each there.
 
     A graph reads the copies and does not keep them alive: this object must live as long.
+
+    own: the model's parameters and buffers. Their values may change between two replays, so one
+        that lies on the host is refused.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, own: Iterable[Tensor] = ()) -> None:
         self._device = device
         self._copies: dict[Key, Tensor] = {}
+        self._own = {t.untyped_storage().data_ptr() for t in own if t.device.type == "cpu"}
 
     @property
     def count(self) -> int:
@@ -67,6 +71,9 @@ class HostConstants:
             yield
 
     def _note(self, value: Tensor) -> Tensor:
+        if value.untyped_storage().data_ptr() in self._own:
+            shape = tuple(value.shape)
+            raise RuntimeError(f"a parameter or buffer of shape {shape} lies on the host")
         return self._copies.setdefault(_key(value), value.detach().to(self._device))
 
     def _serve(self, value: Tensor) -> Tensor:
