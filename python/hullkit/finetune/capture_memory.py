@@ -25,12 +25,12 @@ class CaptureMemory:
     def __init__(self, device: torch.device) -> None:
         self.stream = _capture_stream(device)
         _take_workspaces(self.stream)
+        self.renew()
+
+    def renew(self) -> None:
+        """Takes a new pool for the next graphs. A graph that failed leaves the old one unusable."""
         self.pool = torch.cuda.graph_pool_handle()
         self._reserved = 0  # bytes of the pool that were allocated in one piece
-
-    def forget(self) -> None:
-        """Notes that all graphs are gone, and their memory with them."""
-        self._reserved = 0
 
     @contextmanager
     def apart(self) -> Iterator[None]:

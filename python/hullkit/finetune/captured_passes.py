@@ -79,7 +79,7 @@ class CapturedPasses:
         self.copies.refresh()
         if most_steps > self._capacity:
             self._passes.clear()
-            self._memory.forget()
+            self._memory.renew()
             self._capacity = 1 << (most_steps - 1).bit_length()
         # The longest comes first: the passes of the others fit into its memory.
         by_size = sorted(examples, key=lambda i: -examples[i]["input_ids"].numel())
@@ -125,8 +125,6 @@ class CapturedPasses:
         """A recorded pass, or why there is none. With constants experts ask no questions."""
         static = constants is not None and self._loss_of.fuses
         experts = without_questions(self._model) if static else nullcontext(())
-        if not self._passes:
-            self._memory.forget()
         try:
             with self._memory.apart(), self.copies.in_place(), experts as names:
                 recorded = _Pass(self, inputs, constants)
@@ -135,6 +133,7 @@ class CapturedPasses:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            self._memory.renew()
             # The error is not kept: its frames hold tensors, which hold memory of the stream.
             return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 
