@@ -141,7 +141,9 @@ class Looking(PlainLM):
         return super().forward(ids) * self.embedding(ids).mean()
 
 
-@pytest.mark.parametrize(("build", "reason"), [(Deciding, "captur"), (Replacing, "buffer")])
+@pytest.mark.parametrize(
+    ("build", "reason"), [(Deciding, "asks the device"), (Replacing, "buffer")]
+)
 def test_a_model_that_cannot_be_captured(build: type[PlainLM], reason: str) -> None:
     torch.manual_seed(0)
     model = build().cuda()

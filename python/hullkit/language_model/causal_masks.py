@@ -34,5 +34,6 @@ def _nothing_packed(own: Callable[..., Any], *args: Any, **options: Any) -> None
     return None
 
 
-def _not_tracing(own: Callable[..., Any], *args: Any, **options: Any) -> bool:
-    return False
+def _not_tracing(own: Callable[..., Any], tensor: Any = None) -> Any:
+    # A model's own padding mask would be read next, and a capture cannot ask the device.
+    return False if tensor is None else own(tensor)
