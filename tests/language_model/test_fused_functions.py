@@ -224,6 +224,27 @@ def test_layers_that_share_an_input_read_what_it_is_now() -> None:
     assert not torch.equal(first, second)
 
 
+class Halved(Tensor):
+    """A weight with arithmetic of its own, as quantised ones have."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result * 0.5 if func is F.linear else result
+
+
+def test_a_weight_of_another_class_keeps_its_functions() -> None:
+    weight, x = random(8, 8).as_subclass(Halved), random(3, 8)  # type: ignore[arg-type]
+    mode = FusedFunctions(backend="triton")
+    with mode:
+        y = F.linear(x, weight)
+    assert not mode.names
+    torch.testing.assert_close(y.as_subclass(Tensor), 0.5 * x @ weight.as_subclass(Tensor).t())
+
+
 def test_an_input_that_needs_no_gradient() -> None:
     layer = nn.Linear(8, 8).to(DEVICE)
     with FusedFunctions(backend="triton"):

@@ -70,9 +70,9 @@ class TestTimeFinetuner:
             up or down at random in proportion. "nearest": most of a small step is lost.
         seed: seed of that noise, a hash of seed, parameter name, update and element.
         snapshot: "device" keeps base weights on the device, "host" in pinned memory of the host.
-        fuse: whether a pass may run faster functions in place of the model's own: gelu, RMS norms,
-            the loss, the last layer. They compute the same, rounded otherwise. With False nothing
-            is replaced; gradient checkpointing stays on. `last_report.fused` names what was
+        fuse: whether a pass may run faster functions in place of the model's own: linear layers,
+            norms, gates, attention, the loss. They compute the same, rounded otherwise. With False
+            nothing is replaced; gradient checkpointing stays on. `last_report.fused` names what was
             replaced. What others have replaced is left alone, and so is all with `compile`.
         activations: "keep" holds the tensors that the backward pass needs. "recompute" holds one
             input for each layer, for long texts; a layer then runs twice. Layers are the members of

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..optim._tensor_table import uses_triton
@@ -34,6 +34,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether x is torch's own tensor. A class of somebody else's has functions of its own."""
+    return type(x) in (Tensor, nn.Parameter)
 
 
 class FusedFunctions(TorchFunctionMode):
@@ -63,7 +68,7 @@ class FusedFunctions(TorchFunctionMode):
     def takes(self, x: Any) -> bool:
         """Whether kernels may run on this tensor: on a GPU, in a pass that has a backward half."""
         return (
-            isinstance(x, Tensor)
+            _is_plain(x)
             and torch.is_grad_enabled()
             and uses_triton("x", x.device, self._backend)
             and x.numel() > 0
@@ -100,7 +105,9 @@ class FusedFunctions(TorchFunctionMode):
             known.popitem(last=False)
 
     def _fits(self, x: Tensor, weight: Any, bias: Any) -> bool:
-        if not self.takes(x) or not isinstance(weight, Tensor) or weight.ndim != 2 or x.ndim < 2:
+        if not self.takes(x) or not _is_plain(weight) or weight.ndim != 2 or x.ndim < 2:
+            return False
+        if bias is not None and not _is_plain(bias):
             return False
         # Without a cast torch refuses other dtypes; let it.
         known = (torch.float32, *_HALVES) if self._casts(x) else (x.dtype,)
@@ -130,7 +137,7 @@ class FusedFunctions(TorchFunctionMode):
     def layer_norm(
         self, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
     ) -> Any:
-        if not self.takes(x) or weight is None or weight.ndim != 1 or len(weight) > WIDEST:
+        if not self.takes(x) or not _is_plain(weight) or weight.ndim != 1 or len(weight) > WIDEST:
             return NotImplemented
         if tuple(shape) != tuple(weight.shape) or x.shape[-1] != len(weight):
             return NotImplemented
