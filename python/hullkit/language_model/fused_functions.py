@@ -234,7 +234,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.gelu: FusedFunctions.gelu,
     torch.mul: FusedFunctions.multiply,
     Tensor.mul: FusedFunctions.multiply,
-    Tensor.__mul__: FusedFunctions.multiply,
     F.scaled_dot_product_attention: FusedFunctions.attention,
 }
 _NAMES = {
@@ -245,7 +244,6 @@ _NAMES = {
     F.gelu: "torch.nn.functional.gelu",
     torch.mul: "torch.mul",
     Tensor.mul: "torch.mul",
-    Tensor.__mul__: "torch.mul",
     F.scaled_dot_product_attention: "torch.nn.functional.scaled_dot_product_attention",
 }
 
