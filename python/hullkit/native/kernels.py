@@ -55,15 +55,15 @@ def cuda_kernel(operation: str) -> Callable[..., None]:
     native = _core.operations[operation].cuda
     workspace_bytes = _core.operations[operation].workspace_bytes
 
-    def run(*arguments: Any) -> None:
-        device = arguments[0].device
+    def run(first: Tensor, *others: Any) -> None:
+        device = first.device
         if native is None or workspace_bytes is None:
             raise NotImplementedError(
                 f"{operation}: expected CPU tensors, got device {device}: this "
                 "build is without CUDA. Build with HULLKIT_CUDA=ON, move the inputs with .cpu(), "
                 "or pass backend='reference' (slow)"
             )
-        views = _native_arguments(arguments)
+        views = _native_arguments((first, *others))
         size = workspace_bytes(*views)
         with torch.cuda.device(device):
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
