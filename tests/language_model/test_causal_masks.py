@@ -31,7 +31,10 @@ def mask(attention_mask: Any = None) -> Any:
 
 @pytest.mark.usefixtures("capturing")
 def test_no_mask_is_made_for_one_whole_text() -> None:
+    positions = torch.arange(6)[None]
+    assert masking_utils.find_packed_sequence_indices(positions) is not None
     with replaced_globals(causal_masks.replacements()):
+        assert masking_utils.find_packed_sequence_indices(positions) is None
         assert mask() is None
 
 
