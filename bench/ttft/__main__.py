@@ -53,7 +53,7 @@ def cells(arguments: argparse.Namespace, path: str) -> Iterator[Cell]:
             low, *between, high = rates(path, EVERY["kNN"])
             yield from (Cell("kNN", middle, lr, betas) for lr in between)
     elif path == "published":
-        for name in PUBLISHED:
+        for name in arguments.rules or PUBLISHED:
             yield from (Cell(name, budget, PUBLISHED_LR) for budget in arguments.budgets)
     else:
         rows = store.read(arguments.out)
@@ -110,7 +110,7 @@ def measure(arguments: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         way = opened(path, arguments.model, device, arguments.max_length)
-        way.warm_up({n for bench in benches for n in bench.lengths(queries)})
+        way.warm_up({n for bench in benches for n in bench.lengths(queries, wanted)})
         for bench in benches:  # the first selection compiles and fills caches
             bench.retrieve_ms(queries[0])
         warm: set[str] = set()

@@ -49,10 +49,11 @@ class Bench:
         for i in queries:
             self._base[i] = self._bits(model, i)
 
-    def lengths(self, queries: list[int]) -> set[int]:
+    def lengths(self, queries: list[int], cells: list[Cell]) -> set[int]:
         """Tokens of everything that these queries may train on."""
         rows = self.corpus.data.candidates[queries].unique().tolist()
-        return {len(self.document(row)) for row in rows}
+        longest = max(EVERY[cell.rule].join for cell in cells)
+        return {len(self.document(row)) for row in rows} | set(range(32, longest + 1, 32))
 
     def _bits(self, model: torch.nn.Module, i: int) -> float:
         ids = self.query(i)

@@ -53,7 +53,6 @@ IDEAS = {
     "kNN x 4": Rule("knn", 4, 4),
     "kNN, joined to 512": Rule("knn", join=512),
     "kNN, joined to 1024": Rule("knn", join=1024),
-    "kNN, joined to 2048": Rule("knn", join=2048),
     "SIFT, by first choice": Rule("sift"),
     "SIFT, farthest first": Rule("sift", order="reversed"),
     "SIFT, noise 0.2": Rule("sift", order="chosen", noise=0.2),
