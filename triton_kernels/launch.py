@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from . import attention, cross_entropy, gate, norm, rotary
+from . import attention, cross_entropy, gate, lora, norm, rotary, stacked_adam
 from .accumulate import accumulate_kernel, squares_kernel
 from .adam import ROWS, adam_coefficients_kernel, adam_kernel, restore_kernel
 from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
@@ -31,6 +31,14 @@ KERNELS = {
     "rotary": (rotary.rotary_kernel, {}),
     "attention": (attention.attention_kernel, {}),
     "attention_gradient": (attention.attention_gradient_kernel, {}),
+    "lora_shrink": (lora.lora_shrink_kernel, {}),
+    "lora_expand": (lora.lora_expand_kernel, {}),
+    "lora_outer_gradient": (lora.lora_outer_gradient_kernel, {}),
+    "lora_inner_gradient": (lora.lora_inner_gradient_kernel, {}),
+    "stacked_adam": (
+        stacked_adam.stacked_adam_kernel,
+        {"BLOCK": BLOCK_SIZE, "BLOCKS": stacked_adam.BLOCKS},
+    ),
 }
 
 

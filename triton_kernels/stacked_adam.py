@@ -7,15 +7,13 @@ import triton
 import triton.language as tl
 
 from .adam import COEFFICIENTS, _moved
-from .multi_tensor import BLOCK_SIZE
-
 BLOCKS = 4  # of a program, one after the other
 
 
 @triton.jit
 def stacked_adam_kernel(
     params, grads, exp_avg, exp_avg_sq, copies, control, broken, size, capacity,
-    beta1, beta2, COPY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    beta1, rest1, beta2, rest2, COPY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """All but `copies` are float32 [K, size]. Axis 0 has chunks of a slot, axis 1 slots.
 
@@ -39,7 +37,7 @@ def stacked_adam_kernel(
             for i in range(num_steps):
                 param, mean, square = _moved(
                     param, mean, square, grad, 0.0, 1.0, control + 1 + i * COEFFICIENTS,
-                    beta1, 1.0 - beta1, beta2, 1.0 - beta2, tl.float32, tl.float32,
+                    beta1, rest1, beta2, rest2, tl.float32, tl.float32,
                 )  # fmt: skip
             tl.store(params + of, param, mask=inside)
             tl.store(exp_avg + of, mean, mask=inside)
