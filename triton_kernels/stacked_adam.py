@@ -13,7 +13,7 @@ BLOCKS = 4  # of a program, one after the other
 @triton.jit
 def stacked_adam_kernel(
     params, grads, exp_avg, exp_avg_sq, copies, control, broken, size, capacity,
-    beta1, rest1, beta2, rest2, COPY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    unscale, beta1, rest1, beta2, rest2, COPY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """All but `copies` are float32 [K, size]. Axis 0 has chunks of a slot, axis 1 slots.
 
@@ -31,7 +31,7 @@ def stacked_adam_kernel(
             inside = at < size
             of = slot * size + at
             param = tl.load(params + of, mask=inside, other=0.0)
-            grad = tl.load(grads + of, mask=inside, other=0.0)
+            grad = tl.load(grads + of, mask=inside, other=0.0) * unscale
             mean = tl.load(exp_avg + of, mask=inside, other=0.0)
             square = tl.load(exp_avg_sq + of, mask=inside, other=0.0)
             for i in range(num_steps):
