@@ -1,9 +1,12 @@
 // Every selection operation: its arguments, in the order of its operator, and the kernels they go to.
 // Shapes: pool [n, d] or [B, n, d]; query [d] or [B, d]; lengths [] or [B]; candidates [n] or [B, n].
+#include <algorithm>
 #include <initializer_list>
 #include <utility>
 
 #include "bindings/arguments.h"
+#include "bindings/fit.h"
+#include "bindings/interruptible.h"
 #include "hullkit/apportion.h"
 #include "hullkit/duplicates.h"
 #include "hullkit/knn.h"
@@ -11,6 +14,7 @@
 #include "hullkit/round_multiplicities.h"
 #include "hullkit/select.h"
 #include "hullkit/sift.h"
+#include "sift/check_params.h"
 
 namespace hullkit {
 namespace {
@@ -28,6 +32,10 @@ struct Problem {
     visit.optional("lengths", pool.lengths);
     visit.optional("candidates", pool.candidates);
   }
+  void check(const char* query_name = "query", bool several = false) const {
+    check_pool(pool, query.shape[0]);
+    check_query(query_name, pool, query, several);
+  }
 };
 
 struct Lmo : Problem {
@@ -39,6 +47,11 @@ struct Lmo : Problem {
     each(visit, "direction");
     visit.output("index", index);
     visit.output("value", value);
+  }
+  void check() const {
+    Problem::check("direction");
+    check_int64("index", index, {pool.batch()});
+    check_float64("value", value, {pool.batch()});
   }
   void cpu(int num_threads) const { lmo_cpu(pool, query, index, value, num_threads); }
 #ifdef HULLKIT_WITH_CUDA
@@ -56,6 +69,14 @@ struct Knn : Problem {
     each(visit);
     visit.output("indices", indices);
     visit.output("values", values);
+  }
+  void check() const {
+    Problem::check();
+    HULLKIT_CHECK(indices.rank == 2 && indices.shape[1] >= 1 && indices.shape[1] <= pool.positions(),
+                  "indices: expected shape (", pool.batch(), ", k) with k in 1..", pool.positions(), ", got ",
+                  shape_of(indices));
+    check_int64("indices", indices, {pool.batch(), indices.shape[1]});
+    check_float64("values", values, {pool.batch(), indices.shape[1]});
   }
   void cpu(int num_threads) const { knn_cpu(pool, query, indices, values, num_threads); }
 #ifdef HULLKIT_WITH_CUDA
@@ -79,6 +100,11 @@ struct Duplicates {
     visit.option("eps", eps);
     visit.output("representatives", representatives);
   }
+  void check() const {
+    check_pool(pool, representatives.shape[0]);
+    HULLKIT_CHECK(eps > 0.0 && eps <= 2.0, "eps: expected a number in (0, 2], got ", eps);
+    check_int64("representatives", representatives, {pool.batch(), pool.positions()});
+  }
   void cpu(int num_threads) const { duplicates_cpu(pool, eps, representatives, num_threads); }
 #ifdef HULLKIT_WITH_CUDA
   int64_t workspace_bytes() const { return duplicates_workspace_bytes(pool); }
@@ -96,6 +122,11 @@ struct FrankWolfe : Problem {
     each(visit);
     visit.options(params);
     visit.outputs(result);
+  }
+  void check() const {
+    Problem::check();
+    check_options(params, pool.positions());
+    check_result(result, params, pool);
   }
   void cpu(int num_threads) const { frank_wolfe_cpu(pool, query, params, result, num_threads); }
 #ifdef HULLKIT_WITH_CUDA
@@ -121,6 +152,14 @@ struct Select : Problem {
     visit.output("counts", counts);
     visit.output("counts_residual_norm", counts_residual_norm);
   }
+  void check() const {
+    Problem::check();
+    check_options(params, pool.positions());
+    check_options(rounding);
+    check_result(result, params, pool);
+    check_int64("counts", counts, {pool.batch(), result.indices.shape[1]});
+    check_float64("counts_residual_norm", counts_residual_norm, {pool.batch()});
+  }
   void cpu(int num_threads) const {
     select_cpu(pool, query, params, rounding, result, counts, counts_residual_norm, num_threads);
   }
@@ -142,6 +181,19 @@ struct Sift : Problem {  // query [d], [B, d] or [B, m, d]
     each(visit);
     visit.options(params);
     visit.outputs(result);
+  }
+  void check() const {
+    Problem::check("query", /*several=*/true);
+    check_params(params);
+    check_total(params.total);
+    const int64_t batch = pool.batch(), least = std::min(params.total, pool.positions());
+    check_int64("order", result.order, {batch, params.total});
+    check_float64("variance", result.variance, {batch, params.total});
+    HULLKIT_CHECK(result.indices.rank == 2 && result.indices.shape[1] >= least, "indices: expected shape (", batch,
+                  ", S) with S >= ", least, ", got ", shape_of(result.indices));
+    check_int64("indices", result.indices, {batch, result.indices.shape[1]});
+    check_int64("counts", result.counts, {batch, result.indices.shape[1]});
+    check_int64("num_steps", result.num_steps, {batch});
   }
   void cpu(int num_threads) const { sift_cpu(pool, query, params, result, num_threads); }
 #ifdef HULLKIT_WITH_CUDA
@@ -168,6 +220,16 @@ struct RoundMultiplicities {
     visit.options(rounding);
     visit.output("counts", counts);
   }
+  void check() const {
+    check_pool(pool, query.shape[0]);
+    check_query("query", pool, query);
+    check_options(rounding);
+    HULLKIT_CHECK(indices.rank == 2 && indices.shape[1] >= 1, "indices: expected shape (", pool.batch(),
+                  ", S) with S >= 1, got ", shape_of(indices));
+    check_int64("indices", indices, {pool.batch(), indices.shape[1]});
+    check_float64("weights", weights, {pool.batch(), indices.shape[1]});
+    check_int64("counts", counts, {pool.batch(), indices.shape[1]});
+  }
   void cpu(int num_threads) const {
     round_multiplicities_cpu(pool, query, indices, weights, rounding, counts, num_threads);
   }
@@ -192,6 +254,12 @@ struct Apportion {
     visit.option("total", total);
     visit.output("counts", counts);
   }
+  void check() const {
+    check_total(total);
+    HULLKIT_CHECK(weights.rank == 2, "weights: expected shape (S,) or (B, S), got ", shape_of(weights));
+    check_float64("weights", weights, {weights.shape[0], weights.shape[1]});
+    check_int64("counts", counts, {weights.shape[0], weights.shape[1]});
+  }
   void cpu(int num_threads) const { apportion_cpu(weights, total, counts, num_threads); }
 #ifdef HULLKIT_WITH_CUDA
   int64_t workspace_bytes() const { return 0; }
@@ -209,7 +277,7 @@ struct Launch {
 };
 HULLKIT_FIELDS(Launch, workspace, stream)
 
-// Reads a call: the operation's arguments, then those of `where`.
+// Reads a call: the operation's arguments, then those of `where`; throws unless they fit together.
 template <typename Op, typename... Where>
 Op read(const py::args& arguments, Where&... where) {
   Op operation{};
@@ -219,6 +287,7 @@ Op read(const py::args& arguments, Where&... where) {
   reader.end();
   Batched batched(operation.lead());
   operation.each_argument(batched);
+  operation.check();
   return operation;
 }
 
@@ -226,6 +295,7 @@ Op read(const py::args& arguments, Where&... where) {
 struct Operation {
   std::string schema;          // of its operator
   py::tuple arguments;         // their names
+  int inputs;                  // so many first arguments are tensors that it reads
   py::object cpu;              // (*arguments, num_threads)
   py::object workspace_bytes;  // (*arguments); None without CUDA, as the next
   py::object cuda;             // (*arguments, address of the workspace, stream)
@@ -240,8 +310,7 @@ void bind(py::dict& operations) {
   const py::cpp_function cpu([](const py::args& arguments) {
     Threads threads{};
     const Op call = read<Op>(arguments, threads);
-    const py::gil_scoped_release release;
-    call.cpu(threads.num_threads);
+    interruptible([&] { call.cpu(threads.num_threads); });
   });
 #ifdef HULLKIT_WITH_CUDA
   workspace_bytes = py::cpp_function([](const py::args& arguments) { return read<Op>(arguments).workspace_bytes(); });
@@ -251,7 +320,7 @@ void bind(py::dict& operations) {
     call.cuda(reinterpret_cast<void*>(launch.workspace), reinterpret_cast<void*>(launch.stream));
   });
 #endif
-  operations[Op::kName] = Operation{signature.schema(Op::kName), signature.names(), cpu, workspace_bytes, cuda};
+  operations[Op::kName] = Operation{signature.schema(Op::kName), signature.names(), signature.inputs(), cpu, workspace_bytes, cuda};
 }
 
 // Names to the numbers that cross for them.
@@ -268,6 +337,7 @@ void bind_operations(py::module_& module) {
   py::class_<Operation>(module, "Operation")
       .def_readonly("schema", &Operation::schema)
       .def_readonly("arguments", &Operation::arguments)
+      .def_readonly("inputs", &Operation::inputs)
       .def_readonly("cpu", &Operation::cpu)
       .def_readonly("workspace_bytes", &Operation::workspace_bytes)
       .def_readonly("cuda", &Operation::cuda);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "hullkit/check.h"
+#include "hullkit/interrupt.h"
 #include "hullkit/parallel.h"
 #include "simd/simd.h"
 
@@ -165,6 +166,7 @@ void PoolRows<T>::visit_part(const void* const* sources, int64_t begin, int64_t 
 template <typename T>
 template <typename Visit>
 void PoolRows<T>::visit(const void* const* sources, int64_t count, int num_threads, Visit&& visit) const {
+  stop_if_asked();
   if (num_threads < 2 || count * dim_ < kMinParallelWork) {
     visit_part(sources, 0, count, visit);
     return;

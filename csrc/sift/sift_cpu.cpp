@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "hullkit/check.h"
+#include "hullkit/interrupt.h"
 #include "hullkit/parallel.h"
 #include "hullkit/sift.h"
 #include "pool/gram_columns.h"
@@ -57,6 +58,7 @@ class SiftRun {
     double* const variance = result.variance.at<double>(b);
     int64_t steps = 0;
     while (steps < total) {
+      stop_if_asked();
       const int64_t chosen = best_;
       observe(chosen);
       order[steps] = rows_.position(chosen);
@@ -169,6 +171,7 @@ class SiftRun {
     const bool first = folded_ == nullptr;
     if (first) folded_ = allocate(n);
     for (int64_t i = 0; i < n; ++i) {
+      stop_if_asked();
       double* const row = folded_row(i);
       if (first) {
         const T* const gram = gram_.column(i, gains_.data(), n - 1 - i);

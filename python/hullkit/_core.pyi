@@ -20,6 +20,7 @@ class Operation:
     def __init__(self) -> None: ...  # TypeError: only the core makes them
     schema: str  # of its operator
     arguments: tuple[str, ...]  # their names, in the order of the schema
+    inputs: int  # so many first arguments are tensors that it reads
     cpu: Callable[..., None]  # (*arguments, num_threads)
     workspace_bytes: Callable[..., int] | None  # (*arguments); None without CUDA, like cuda
     cuda: Callable[..., None] | None  # (*arguments, address of the workspace, stream)

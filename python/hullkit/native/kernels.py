@@ -43,9 +43,10 @@ def schema(operation: str) -> str:
 # longer to call a method.
 def cpu_kernel(operation: str) -> Callable[..., None]:
     native = _core.operations[operation].cpu
+    inputs = _core.operations[operation].inputs
 
     def run(*arguments: Any) -> None:
-        native(*_native_arguments(arguments), torch.get_num_threads())
+        native(*_native_arguments(arguments, inputs), torch.get_num_threads())
 
     return run
 
@@ -54,6 +55,7 @@ def cuda_kernel(operation: str) -> Callable[..., None]:
     """Runs on the current stream of the device of its first tensor, in a workspace of torch's."""
     native = _core.operations[operation].cuda
     workspace_bytes = _core.operations[operation].workspace_bytes
+    inputs = _core.operations[operation].inputs
 
     def run(*arguments: Any) -> None:
         device = arguments[0].device
@@ -63,7 +65,10 @@ def cuda_kernel(operation: str) -> Callable[..., None]:
                 "build is without CUDA. Build with HULLKIT_CUDA=ON, move the inputs with .cpu(), "
                 "or pass backend='reference' (slow)"
             )
-        views = _native_arguments(arguments)
+        for name, argument in zip(argument_names(operation), arguments, strict=True):
+            if isinstance(argument, Tensor) and argument.device != device:
+                raise ValueError(f"{name}: expected device {device}, got {argument.device}")
+        views = _native_arguments(arguments, inputs)
         size = workspace_bytes(*views)
         with torch.cuda.device(device):
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -72,13 +77,39 @@ def cuda_kernel(operation: str) -> Callable[..., None]:
     return run
 
 
-def _native_arguments(arguments: Sequence[Any]) -> list[Any]:
-    """Tensors as (address, dtype code, shape, strides in elements), anything else as it is."""
-    # One comprehension, since a call for each argument is a tenth of a small selection's time.
-    return [
-        (a.data_ptr(), _DTYPE_CODES[a.dtype], a.shape, a.stride()) if isinstance(a, Tensor) else a
-        for a in arguments
-    ]
+def _native_arguments(arguments: Sequence[Any], inputs: int) -> list[Any]:
+    """Tensors as (address, dtype code, shape, strides in elements), anything else as it is.
+
+    The first `inputs` arguments are tensors of the user, whose storage may have been freed or cut:
+    behind these follow their place in the storage and its bytes. Outputs are looked at for an
+    address only: to ask for every storage takes a tenth of a small selection's time.
+    """
+    # Comprehensions, since a call for each argument is a tenth of a small selection's time.
+    try:
+        given = [
+            (
+                a.data_ptr(),
+                _DTYPE_CODES[a.dtype],
+                a.shape,
+                a.stride(),
+                a.storage_offset(),
+                a.untyped_storage().nbytes(),
+            )
+            if isinstance(a, Tensor)
+            else a
+            for a in arguments[:inputs]
+        ]
+        return given + [
+            (a.data_ptr(), _DTYPE_CODES[a.dtype], a.shape, a.stride())
+            if isinstance(a, Tensor)
+            else a
+            for a in arguments[inputs:]
+        ]
+    except KeyError as error:
+        raise TypeError(
+            "expected tensors of dtype float64, float32, float16, bfloat16 or int64, "
+            f"got {error.args[0]}"
+        ) from None
 
 
 usable_exchange = _core.usable_exchange

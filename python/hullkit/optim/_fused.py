@@ -23,6 +23,9 @@ _ON_DEVICE = math.nan  # an option that is filled in on the device
 
 Options = AdamOptions | SGDOptions
 
+# A step counter is float32 and counts exactly up to here.
+MAX_NUM_STEPS = 2**24
+
 
 class FusedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose `step(num_steps=k)` makes k updates in one pass over memory."""
@@ -142,7 +145,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: as in torch.optim; evaluated once.
-            num_steps: k >= 1.
+            num_steps: 1 <= k <= 2**24.
         Returns:
             The closure's value, or None.
         Raises:
@@ -164,7 +167,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None, *, num_steps: int = 1) -> Any:
-        check_int("num_steps", num_steps, 1)
+        check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -199,7 +202,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._opt_called = True  # what torch's schedulers look for
 
     def _step_with(self, grads: Mapping[Tensor, Tensor], *, num_steps: int = 1) -> None:
-        check_int("num_steps", num_steps, 1)
+        check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
         self._forget_if_replaced()
         launches: list[Launch] = []
         for index, group in enumerate(self.param_groups):
