@@ -214,6 +214,18 @@ def model_sizes_old_new() -> str:
 
 
 @generated
+def long_texts() -> str:
+    lines = []
+    for row in find("gpu", op="finetune a long text"):
+        model, _, sizes = row["shape"].partition(" tokens=")
+        activations = row["provider"].split(", ")[1]
+        cells = [f"{float(row['p50']):.0f}", gib(row["peak_mb"])]
+        lines.append([model, row["dtype"], sizes.split()[0], activations, *cells])
+    header = ["model", "weights", "tokens", "activations", "ms, one pass and two updates", "GiB"]
+    return table(header, lines, 2) + "\n\n" + source(find("gpu", op="finetune a long text")[0])
+
+
+@generated
 def embeddings() -> str:
     lines = []
     for row in rows("embeddings"):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from . import cross_entropy
+from . import attention, cross_entropy, gate, norm, rotary
 from .accumulate import accumulate_kernel, squares_kernel
 from .adam import ROWS, adam_coefficients_kernel, adam_kernel, restore_kernel
 from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
@@ -23,14 +23,26 @@ KERNELS = {
     "cross_entropy": (cross_entropy.cross_entropy_kernel, _ROWS),
     "cross_entropy_gradient": (cross_entropy.cross_entropy_gradient_kernel, _ROWS),
     "rescale": (cross_entropy.rescale_kernel, _ROWS),
+    "norm": (norm.norm_kernel, {}),
+    "norm_gradient": (norm.norm_gradient_kernel, {}),
+    "column_sums": (norm.column_sums_kernel, {"ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}),
+    "gate": (gate.gate_kernel, {"BLOCK": gate.BLOCK_SIZE}),
+    "gate_gradient": (gate.gate_gradient_kernel, {"BLOCK": gate.BLOCK_SIZE}),
+    "rotary": (rotary.rotary_kernel, {}),
+    "attention": (attention.attention_kernel, {}),
+    "attention_gradient": (attention.attention_gradient_kernel, {}),
 }
 
 
 def launch(
-    name: str, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+    name: str,
+    programs: int | tuple[int, int],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
 ) -> tuple[Any, tuple[Any, ...]]:
     """Runs a kernel; returns it compiled (None from the interpreter) and all constants' values.
 
+    programs: of the grid, on one axis or on two.
     constants: torch dtypes and flags, in the order of the kernel's arguments.
     """
     kernel, sizes = KERNELS[name]
@@ -41,7 +53,6 @@ def launch(
         for key, value in constants.items()
     } | sizes
     # No fusion but the kernels' own tl.fma, so that every path through them gives the same bits.
-    compiled = kernel[(programs,)](
-        *arguments, **values, num_warps=NUM_WARPS, enable_fp_fusion=False
-    )
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    compiled = kernel[grid](*arguments, **values, num_warps=NUM_WARPS, enable_fp_fusion=False)
     return compiled, tuple(values.values())

@@ -141,7 +141,9 @@ class Looking(PlainLM):
         return super().forward(ids) * self.embedding(ids).mean()
 
 
-@pytest.mark.parametrize(("build", "reason"), [(Deciding, "captur"), (Replacing, "buffer")])
+@pytest.mark.parametrize(
+    ("build", "reason"), [(Deciding, "asks the device"), (Replacing, "buffer")]
+)
 def test_a_model_that_cannot_be_captured(build: type[PlainLM], reason: str) -> None:
     torch.manual_seed(0)
     model = build().cuda()
@@ -276,3 +278,21 @@ def test_mixed_dtypes_and_unused_parameters() -> None:
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)
     assert torch.equal(ours["unused"], torch.ones(3, device="cuda"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_recomputed_layers_are_captured(build: Callable[[], nn.Module], precision: str) -> None:
+    model = build().cuda()
+    before = Before(model)
+    results = []
+    for activations in ("keep", "recompute"):
+        tuner = TestTimeFinetuner(
+            model, lr=1e-3, capture=True, precision=precision, activations=activations
+        )
+        results.append(adapted_state(tuner, texts(), COUNTS))
+        before.check()
+        assert tuner.last_report is not None
+        assert tuner.last_report.path == "captured"
+    # Recomputed layers are not fused, so they round otherwise.
+    assert distance(*results) <= (1e-5 if precision == "float32" else 0.02)

@@ -37,8 +37,8 @@ def passed(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
 
 def test_the_classes_exist() -> None:
     """Under these names, in the transformers that is installed; else nothing would be replaced."""
-    named = (*fused_modules._ACTIVATIONS, *fused_modules._RMS_NORMS, *fused_modules._HEADS)
-    for name in (*named, *fused_modules._PASSING_ON, fused_modules._LOSS):
+    named = (*fused_modules._HEADS, *fused_modules._PASSING_ON, fused_modules._LOSS)
+    for name in named:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
 
@@ -158,7 +158,9 @@ def test_activations_are_computed_again(make: Any) -> None:
     assert torch.equal(loss, wanted)
     assert all(map(torch.equal, grads, wanted_grads))
     intermediate = getattr(model.config, "intermediate_size", 4 * model.config.hidden_size)
-    assert sizes[1] - sizes[0] == 2 * 20 * 4 * intermediate  # two blocks
+    # Two blocks. On a GPU Llama's gate is one function, which never has this output.
+    gated = make is llama and DEVICE.type == "cuda"
+    assert sizes[1] - sizes[0] == (0 if gated else 2 * 20 * 4 * intermediate)
 
 
 def test_an_output_that_was_written_to_is_kept() -> None:

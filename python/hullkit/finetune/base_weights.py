@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..language_model.pass_copies import PassCopies
+from ..language_model.fused_modules import fused_head_weight
+from ..language_model.loss import CausalLoss
+from ..language_model.pass_copies import PassCopies, autocast_weights, narrowed_tensors
 from ..native.torch_private import foreach_copy_, foreach_zero_
 from ..optim import _kernels
 from ..optim._record import NUM_OPTIONS, AdamOptions, TensorRow, flags_of
@@ -153,3 +155,20 @@ def pinned_like(parameter: Tensor) -> Tensor:
     return torch.empty_strided(
         parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cpu", pin_memory=True
     )
+
+
+def pass_copies(model: nn.Module, loss_of: CausalLoss) -> PassCopies:
+    """The copies that captured passes read: narrowed tensors, and weights that autocast would cast.
+
+    The last layer's weight stays in place where the loss multiplies with it, since its gradient is
+    summed in float32.
+    """
+    narrowed = narrowed_tensors(model)
+    if not loss_of.autocast or loss_of.compiled:  # the compiler fuses casts with what reads them
+        return PassCopies(narrowed)
+    head = fused_head_weight(model) if loss_of.fuses else None
+    replaced = dict.fromkeys((*narrowed, *autocast_weights(model)))
+    if head is None or head.dtype is not torch.float32:
+        return PassCopies(replaced)
+    replaced.pop(head, None)
+    return PassCopies(replaced, [head])

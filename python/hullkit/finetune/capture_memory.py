@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,12 +25,12 @@ class CaptureMemory:
     def __init__(self, device: torch.device) -> None:
         self.stream = _capture_stream(device)
         _take_workspaces(self.stream)
+        self.renew()
+
+    def renew(self) -> None:
+        """Takes a new pool for the next graphs. A graph that failed leaves the old one unusable."""
         self.pool = torch.cuda.graph_pool_handle()
         self._reserved = 0  # bytes of the pool that were allocated in one piece
-
-    def forget(self) -> None:
-        """Notes that all graphs are gone, and their memory with them."""
-        self._reserved = 0
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -102,9 +102,11 @@ def warm_up(
     loss_of: CausalLoss,
     inputs: Inputs,
     copies: PassCopies,
+    forward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[dict[nn.Parameter, torch.dtype], int]:
     """Passes before a capture, so that everything lazy is done.
 
+    forward: a block around the forward half, which the compiler's passes go without.
     Returns the dtype of each parameter's gradient, in the order in which gradients come, and the
     bytes that a pass holds at a time; 0 with the compiler, which plans memory itself.
     """
@@ -116,7 +118,9 @@ def warm_up(
                 loss_of(inputs).backward()
             return order, 0
         offloaded = Offloaded(model)
-        loss_of(inputs, offloaded, copies).backward()
+        with forward():
+            loss = loss_of(inputs, offloaded, copies)
+        loss.backward()
     # A pass holds most as its backward half begins: all saved tensors, and a little more for gaps
     # between them. Gradients of whole matrices get pieces of their own.
     return order, offloaded.num_bytes + offloaded.num_bytes // 16

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..language_model.fused_modules import fused_head_weight
+from ..language_model.experts import without_questions
+from ..language_model.host_constants import HostConstants
 from ..language_model.interface import longest_padded
 from ..language_model.loss import CausalLoss
-from ..language_model.pass_copies import PassCopies, autocast_weights, narrowed_tensors
 from ..language_model.saved_tensors import Saved
 from ..optim import _kernels
 from ..optim._record import BROKEN, HEAD, LIMIT, NUM_OPTIONS, SEED, AdamOptions
 from ..optim._tensor_table import HALVES, same_layout
-from .base_weights import NotCapturable, Weights
+from .base_weights import NotCapturable, Weights, pass_copies
 from .capture_memory import CaptureMemory, hooks, update_stream, warm_up
 from .padding import Inputs, Padding
 from .rounding import Rounding, moment_dtype
@@ -52,7 +52,7 @@ class CapturedPasses:
     ) -> None:
         self._model = model
         self._loss_of = loss_of
-        self.copies = _copies(model, loss_of)
+        self.copies = pass_copies(model, loss_of)
         self.weights = Weights(
             parameters, host=host_snapshot, copies=self.copies, rounding=rounding
         )
@@ -61,6 +61,7 @@ class CapturedPasses:
         self._padding = Padding(longest_padded(model), self._plain_loss)
         self._memory = CaptureMemory(self.weights.device)
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
+        self._plain = True  # until the forward pass as it is could not be recorded
 
     def fits(self, model_tensors: list[Tensor]) -> bool:
         """Whether the graphs still read and write these tensors of the model."""
@@ -78,7 +79,7 @@ class CapturedPasses:
         self.copies.refresh()
         if most_steps > self._capacity:
             self._passes.clear()
-            self._memory.forget()
+            self._memory.renew()
             self._capacity = 1 << (most_steps - 1).bit_length()
         # The longest comes first: the passes of the others fit into its memory.
         by_size = sorted(examples, key=lambda i: -examples[i]["input_ids"].numel())
@@ -105,22 +106,36 @@ class CapturedPasses:
             return self._loss_of.plain(inputs).double().item()
 
     def _record(self, inputs: Inputs) -> _Pass:
-        slots = [dict(module._buffers) for module in self._model.modules()]
-        reason = ""
+        slots = [dict(m._buffers) for m in self._model.modules()]
+        recorded, reason = self._attempt(inputs, None) if self._plain else (None, "")
+        if recorded is None and not self._loss_of.compiled:
+            # Watching every operation has a cost: only models that need it pay.
+            own = (*self._model.parameters(), *self._model.buffers())
+            constants = HostConstants(self.weights.device, own)
+            recorded, reason = self._attempt(inputs, constants)
+            self._plain = recorded is None
+        if recorded is None:
+            raise NotCapturable(reason)
+        for was, module in zip(slots, self._model.modules(), strict=True):
+            if [*map(id, was.values())] != [*map(id, module._buffers.values())]:
+                raise NotCapturable("forward replaces a buffer instead of writing to it")
+        return recorded
+
+    def _attempt(self, inputs: Inputs, constants: HostConstants | None) -> tuple[_Pass | None, str]:
+        """A recorded pass, or why there is none. With constants experts ask no questions."""
+        static = constants is not None and self._loss_of.fuses
+        experts = without_questions(self._model) if static else nullcontext(())
         try:
-            with self._memory.apart(), self.copies.in_place():
-                recorded = _Pass(self, inputs)
+            with self._memory.apart(), self.copies.in_place(), experts as names:
+                recorded = _Pass(self, inputs, constants)
+                recorded.fused = tuple(sorted((*recorded.fused, *names)))
+                return recorded, ""
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            self._memory.renew()
             # The error is not kept: its frames hold tensors, which hold memory of the stream.
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if reason:
-            raise NotCapturable(reason)
-        for before, module in zip(slots, self._model.modules(), strict=True):
-            if [*map(id, before.values())] != [*map(id, module._buffers.values())]:
-                raise NotCapturable("forward replaces a buffer instead of writing to it")
-        return recorded
+            return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 
     def run(
         self, passes: dict[int, tuple[_Pass, Inputs]], schedule: list[Reuse], options: AdamOptions
@@ -138,12 +153,18 @@ class CapturedPasses:
 class _Pass:
     """One graph: forward pass, backward pass, and each group's updates when its gradients exist."""
 
-    def __init__(self, owner: CapturedPasses, inputs: Inputs) -> None:
+    def __init__(
+        self, owner: CapturedPasses, inputs: Inputs, constants: HostConstants | None
+    ) -> None:
         parameters = owner.weights.parameters
+        self._constants = constants
+        noted, served = (constants.noted, constants.served) if constants else (nullcontext,) * 2
         # The graph reads these at every replay and does not keep them alive; this object does.
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._result = torch.zeros(2, dtype=torch.float64, device=owner.weights.device)
-        order, held = warm_up(owner._model, parameters, owner._loss_of, self._inputs, owner.copies)
+        order, held = warm_up(
+            owner._model, parameters, owner._loss_of, self._inputs, owner.copies, noted
+        )
         # A model may replace a tensor that it keeps as an attribute; the graph reads the old one.
         self._tables = Attributes(list(owner._model.modules())).tensors
         self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
@@ -161,7 +182,7 @@ class _Pass:
                 try:  # after a failure the end of the capture raises, too, and hides the reason
                     owner._memory.reserve(held)
                     self.updates.begin()
-                    with hooks(parameters, self.updates.ready):
+                    with hooks(parameters, self.updates.ready), served():
                         loss = owner._loss_of(self._inputs, Saved(), owner.copies)
                         loss.backward()
                     self.updates.join()
@@ -191,23 +212,6 @@ class _Pass:
         self.updates.set_num_steps(num_steps)
         self._graph.replay()
         result.copy_(self._result)
-
-
-def _copies(model: nn.Module, loss_of: CausalLoss) -> PassCopies:
-    """The copies that captured passes read: narrowed tensors, and weights that autocast would cast.
-
-    The last layer's weight stays in place where the loss multiplies with it, since its gradient is
-    summed in float32.
-    """
-    narrowed = narrowed_tensors(model)
-    if not loss_of.autocast or loss_of.compiled:  # the compiler fuses casts with what reads them
-        return PassCopies(narrowed)
-    head = fused_head_weight(model) if loss_of.fuses else None
-    replaced = dict.fromkeys((*narrowed, *autocast_weights(model)))
-    if head is None or head.dtype is not torch.float32:
-        return PassCopies(replaced)
-    replaced.pop(head, None)
-    return PassCopies(replaced, [head])
 
 
 def _drop_gradients(parameters: list[nn.Parameter]) -> None:

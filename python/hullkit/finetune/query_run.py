@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     rounding: str
     seed: int
     fuse: bool
+    activations: str
 
 
 class ModelPasses:
@@ -42,7 +43,10 @@ class ModelPasses:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
-        self.loss = CausalLoss(model, settings.precision, settings.compile, settings.fuse)
+        recompute = settings.activations == "recompute"
+        self.loss = CausalLoss(
+            model, settings.precision, settings.compile, settings.fuse, recompute
+        )
         self.captured: CapturedPasses | None = None
         self._not_capturable: str | None = None  # why, once an attempt has failed
 

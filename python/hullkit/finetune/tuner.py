@@ -22,6 +22,7 @@ from ..language_model.interface import (
     token_limits,
 )
 from ..language_model.loss import PRECISIONS
+from ..language_model.recomputed_layers import ACTIVATIONS
 from .adaptation import Adaptation, is_adapted
 from .query_run import ModelPasses, QueryRun, Settings, trained_parameters
 from .report import AdaptReport
@@ -69,10 +70,13 @@ class TestTimeFinetuner:
             up or down at random in proportion. "nearest": most of a small step is lost.
         seed: seed of that noise, a hash of seed, parameter name, update and element.
         snapshot: "device" keeps base weights on the device, "host" in pinned memory of the host.
-        fuse: whether a pass may run faster functions in place of the model's own: gelu, RMS norms,
-            the loss, the last layer. They compute the same, rounded otherwise. With False nothing
-            is replaced; gradient checkpointing stays on. `last_report.fused` names what was
+        fuse: whether a pass may run faster functions in place of the model's own: linear layers,
+            norms, gates, attention, the loss. They compute the same, rounded otherwise. With False
+            nothing is replaced; gradient checkpointing stays on. `last_report.fused` names what was
             replaced. What others have replaced is left alone, and so is all with `compile`.
+        activations: "keep" holds the tensors that the backward pass needs. "recompute" holds one
+            input for each layer, for long texts; a layer then runs twice. Layers are the members of
+            every `nn.ModuleList` of modules of one class. Not with `compile`.
 
     Attributes:
         last_report: the AdaptReport of the latest query; None if it failed.
@@ -116,6 +120,7 @@ class TestTimeFinetuner:
         rounding: str = "stochastic",
         seed: int = 0,
         fuse: bool = True,
+        activations: str = "keep",
     ) -> None:
         check_module(model)
         self.model = model
@@ -134,13 +139,17 @@ class TestTimeFinetuner:
         check_choice("capture", capture, (None, True, False))
         check_choice("compile", compile, (True, False))
         check_choice("fuse", fuse, (True, False))
+        check_choice("activations", activations, ACTIVATIONS)
         self.precision = precision
         self.capture = capture
         self.compile = compile
         self.fuse = fuse
+        self.activations = activations
         self.snapshot = snapshot
         self.rounding = rounding
         self.seed = check_int("seed", seed, 0, (1 << 63) - 1)
+        if compile and activations == "recompute":
+            raise ValueError("activations: expected 'keep' for compile=True, got 'recompute'")
         if capture and mode == "accumulate":
             raise ValueError("capture: expected None or False for mode='accumulate', got True")
         self.last_report: AdaptReport | None = None

@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 from ..optim import _kernels
 from ..optim._tensor_table import uses_triton
 from .interface import IGNORED, at_least_float32
+from .products import add_product, widens
 
 CHUNK_BYTES = 80 << 20  # so many logits at a time: 416 tokens of GPT-2 in float32
 _ALIGNED = 64  # a row of logits begins at a multiple of so many elements
-_PRODUCTS_WIDEN = hasattr(torch.ops.aten.mm, "dtype_out")  # torch multiplies halves into float32
 _TENSOR_CORES = 8  # tensor cores are fast where a matrix's sides are multiples of this
 
 
@@ -126,7 +126,7 @@ class _FusedLinear(torch.autograd.Function):
         kind = hidden.device.type
         cast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else hidden.dtype
-        wide = weight.dtype if hidden.is_cuda and _PRODUCTS_WIDEN else dtype
+        wide = weight.dtype if widens(hidden) else dtype
         product = copy if copy is not None and copy.dtype is dtype else weight.to(dtype)
         with torch.autocast(kind, enabled=False):
             loss, d_hidden, d_weight = _of_chunks(
@@ -212,18 +212,8 @@ def _of_chunks(
                 beta = int(part.start > 0)
                 d_hidden[rows].addmm_(logits[:, part], weight[part], beta=beta)
             if d_weight is not None:
-                _add_product(d_weight[part], logits[:, part].t(), x, fresh=first == 0)
+                add_product(d_weight[part], logits[:, part].t(), x, fresh=first == 0)
     return losses.sum() / count, d_hidden, d_weight
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
-    """total += a @ b; with `fresh`, total = a @ b."""
-    if total.dtype is a.dtype:
-        total.addmm_(a, b, beta=int(not fresh))
-    elif fresh:
-        torch.mm(a, b, out_dtype=total.dtype, out=total)
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def _parts(columns: int) -> list[slice]:
@@ -256,6 +246,6 @@ def _rescale(values: Tensor, scale: Tensor) -> None:
     from ..triton_kernels.cross_entropy import BLOCK_SIZE
     from ..triton_kernels.launch import launch
 
-    programs = -(-values.numel() // BLOCK_SIZE)
+    programs = min(1024, -(-values.numel() // BLOCK_SIZE))
     with torch.cuda.device_of(values):
         launch("rescale", programs, (values, scale, values.numel()), {})

@@ -1,14 +1,15 @@
 """Faster functions that run in place of a model's own while a pass lasts.
 
-Models of transformers write some functions out in many small kernels; here each is one kernel. At
-the lengths of test-time finetuning small kernels take longer to begin than to run, and each keeps
-a tensor for the backward pass: 15 to 23 % of a GPT-2 query in bf16, and half of a pass's memory.
+Functions of torch are fused wherever a model calls them (`fused_functions.py`). Models also write
+norms and activations out in small steps; a module is replaced here if it was found, on random
+numbers, to compute a known formula. The loss and the last layer are found by their classes.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,40 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import causal_masks, rotary
 from .cross_entropy import TiedGradient, linear_next_token_loss, next_token_loss
+from .fused_functions import FusedFunctions, proven_activation
 from .interface import forward_parameters
+from .norms import Norm, proven_rms_norm
 from .pass_copies import PassCopies
+from .replaced_globals import replaced_globals
 from .saved_tensors import Saved
 
 Forward = Callable[[Tensor], Tensor]
 
-# Classes are known by their full names, so transformers is never imported. Only classes that
-# compute exactly this are here: others of a similar name add one to the weight, clip or scale.
-_ACTIVATIONS: dict[str, Forward] = {
-    "transformers.activations.NewGELUActivation": partial(F.gelu, approximate="tanh"),
-    "transformers.activations.SiLUActivation": F.silu,
-}
+# Classes are known by their full names, so transformers is never imported.
 _MODELS = "transformers.models.{0}.modeling_{0}.{1}"
 _FAMILIES = (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
-_RMS_NORMS = {_MODELS.format(family, f"{name}RMSNorm") for family, name in _FAMILIES}
 # The forward of these gives lm_head's output to the loss and returns it, and no more.
 _HEADS = {_MODELS.format(family, f"{name}ForCausalLM") for family, name in _FAMILIES}
 _HEADS.add(_MODELS.format("gpt2", "GPT2LMHeadModel"))
 _PASSING_ON = {"peft.peft_model.PeftModelForCausalLM"}  # wrappers that only return what those do
 _LOSS = "transformers.loss.loss_utils.ForCausalLMLoss"
 _REWEIGHTED = ("num_items_in_batch", "shift_labels", "ignore_index")  # options that change the loss
-
-
-def _rms_norm(module: Any) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        weight = module.weight
-        # On a CPU torch takes the same steps as the model. With two dtypes the result must have the
-        # weight's, which the model's own forward sees to.
-        if not x.is_cuda or x.dtype is not weight.dtype:
-            return type(module).forward(module, x)  # type: ignore[no-any-return]
-        return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
-
-    return forward
 
 
 class _Loss:
@@ -96,21 +83,86 @@ class _Loss:
         )
 
 
+def _fused_forward(module: nn.Module, functions: FusedFunctions) -> Forward | None:
+    """A forward by fused functions, if the module was found to compute the same; else None."""
+    found = _proof(module)
+    if found is None:
+        return None
+    fused = (
+        partial(_rms_norm, module, functions, found)
+        if isinstance(found, Norm)
+        else partial(functions.activation, found)
+    )
+    return partial(_of_one_input, module, fused)
+
+
+def _of_one_input(module: Any, fused: Forward, *inputs: Any, **named: Any) -> Tensor:
+    """The fused forward of one tensor. A proof says nothing of calls with more, such as a gate."""
+    if len(inputs) == 1 and not named:
+        return fused(*inputs)
+    return type(module).forward(module, *inputs, **named)  # type: ignore[no-any-return]
+
+
+def _rms_norm(module: Any, functions: FusedFunctions, formula: Norm, x: Tensor) -> Tensor:
+    y = functions.rms_norm(x, module.weight, formula)
+    return type(module).forward(module, x) if y is NotImplemented else y  # type: ignore[no-any-return]
+
+
+def _proof(module: nn.Module) -> Norm | str | None:
+    """The known formula that a module computes: an RMS norm, or the name of an activation.
+
+    It is tried once, and again when an attribute has changed.
+    """
+    parameters = [p for p in module._parameters.values() if p is not None]
+    if module._modules or module._buffers or len(parameters) > 1:
+        return None
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn."):  # these call functions of torch
+        return None
+    facts: Any = (kind.forward, *((p.dtype, p.shape, p.device) for p in parameters))
+    plain = (int, float, str, bool, type(None))
+    for name, value in vars(module).items():
+        if name[0] != "_" and name != "training":
+            facts += (name, value if isinstance(value, plain) else id(value))
+    known = _PROOFS.get(module)
+    if known is not None and known[0] == facts:
+        return known[1]
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return None  # a proof waits for the device
+    weight = parameters[0] if parameters else None
+    if weight is not None:
+        found: Norm | str | None = proven_rms_norm(module, weight.dtype)
+    else:
+        found = proven_activation(module, torch.float32, torch.device("cpu"))
+    _PROOFS[module] = (facts, found)
+    return found
+
+
+# What modules were found to compute, and the facts on which that rests.
+_PROOFS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Norm | str | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 @contextmanager
 def stand_ins(
     model: nn.Module,
     saved: Saved | None = None,
     checkpointed: Sequence[nn.Module] = (),
     copies: PassCopies | None = None,
-) -> Iterator[tuple[str, ...]]:
+    backend: str | None = None,
+    plain_positions: bool = False,
+) -> Iterator[set[str]]:
     """Inside the block the model computes the same, cheaper. What others have replaced stays.
 
-    The block gets the names of the replaced methods and functions, sorted and each once.
+    The block gets a set, which has the names of the replaced methods and functions at its end.
 
     saved: recomputes the outputs of activations, so that they need not be saved.
     checkpointed: layers that run again in the backward pass, outside of the block. Nothing in them
-        is replaced.
+        is replaced, and with such layers no function of torch.
     copies: may have a copy of the last layer's weight, which its product then reads.
+    plain_positions: whether the pass is of one text whose positions are 0, 1, 2, ...
+    backend: "triton" takes CPU tensors too, in Triton's interpreter.
     """
     again = {module for layer in checkpointed for module in layer.modules()}
     replaced: list[tuple[nn.Module, str]] = []
@@ -124,16 +176,13 @@ def stand_ins(
     def replace_forward(module: Any, stand_in: Forward) -> None:
         replace(module, "forward", stand_in, f"{_full_name(type(module))}.forward")
 
+    functions = FusedFunctions(saved, backend)
     try:
         for module in model.modules():
-            if "forward" in module.__dict__ or module in again:
-                continue
-            name = _full_name(type(module))
-            activation = _ACTIVATIONS.get(name)
-            if activation is not None:
-                replace_forward(module, partial(saved.cheap, activation) if saved else activation)
-            elif name in _RMS_NORMS:
-                replace_forward(module, _rms_norm(module))
+            if "forward" not in module.__dict__ and module not in again:
+                forward = _fused_forward(module, functions)
+                if forward is not None:
+                    replace_forward(module, forward)
         head = _head_with_known_loss(model)
         if head is not None:
             lm_head = _lm_head(model, head)
@@ -145,7 +194,12 @@ def stand_ins(
                 replace_forward(lm_head, loss.hold)
             if tied is not None:
                 replace_forward(embedding, partial(tied.embedding, weight=lm_head.weight))
-        yield tuple(sorted(names))
+        found = causal_masks.replacements() if plain_positions else []
+        if not checkpointed:
+            found += rotary.replacements(model, functions.takes, names)
+        with replaced_globals(found), nullcontext() if checkpointed else functions:
+            yield names
+        names |= functions.names
     finally:
         for module, attribute in replaced:
             module.__dict__.pop(attribute, None)

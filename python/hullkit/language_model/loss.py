@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .fused_modules import stand_ins
 from .interface import device_of, forward_parameters, logits_of
 from .pass_copies import PassCopies
 from .recompute import REPLACED, checkpointed_layers, checkpointing
+from .recomputed_layers import recomputing, repeated_layers
 from .saved_tensors import Saved
 
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -41,9 +42,12 @@ class CausalLoss:
     entropy of its logits, in float32.
 
     fuse: whether passes run cheaper pieces in place of the model's own (`fused_modules.py`).
+    recompute: whether repeated layers run again in the backward pass (`recomputed_layers.py`).
     """
 
-    def __init__(self, model: nn.Module, precision: str, compile: bool, fuse: bool) -> None:
+    def __init__(
+        self, model: nn.Module, precision: str, compile: bool, fuse: bool, recompute: bool
+    ) -> None:
         self._model = model
         self.fuses = fuse and not compile  # the compiler fuses what it finds itself
         self.fused: tuple[str, ...] = ()  # names of what the latest pass replaced
@@ -52,6 +56,7 @@ class CausalLoss:
         self._forward = forward_parameters(model)
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
         self.compiled = compile
+        self._recompute = recompute
 
     def __call__(
         self,
@@ -68,11 +73,18 @@ class CausalLoss:
             self.fused = ()
             return self._of(self._call, inputs, self.autocast)
         layers = checkpointed_layers(self._model)
-        pieces = stand_ins(self._model, saved, layers, copies) if self.fuses else nullcontext(())
+        # Layers that the user's checkpointing runs again are not run a third time.
+        repeated = repeated_layers(self._model) if self._recompute and not layers else []
+        pieces: AbstractContextManager[set[str]] = nullcontext(set())
+        if self.fuses:
+            plain = inputs.keys() <= {"input_ids", "labels"}
+            again = [*layers, *repeated]
+            pieces = stand_ins(self._model, saved, again, copies, plain_positions=plain)
         hooks = nullcontext() if saved is None else saved.hooks()
-        with pieces as names, checkpointing(layers), hooks:
-            self.fused = tuple(sorted((*names, REPLACED))) if layers else names
-            return self._of(self._call, inputs, self.autocast)
+        with pieces as names, checkpointing(layers), recomputing(repeated), hooks:
+            loss = self._of(self._call, inputs, self.autocast)
+        self.fused = tuple(sorted((*names, REPLACED) if layers else names))
+        return loss
 
     def plain(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss of the model as it is: not compiled, and in the model's own precision."""

@@ -57,14 +57,15 @@ def cuda_kernel(operation: str) -> Callable[..., None]:
     workspace_bytes = _core.operations[operation].workspace_bytes
     inputs = _core.operations[operation].inputs
 
-    def run(*arguments: Any) -> None:
-        device = arguments[0].device
+    def run(first: Tensor, *others: Any) -> None:
+        device = first.device
         if native is None or workspace_bytes is None:
             raise NotImplementedError(
                 f"{operation}: expected CPU tensors, got device {device}: this "
                 "build is without CUDA. Build with HULLKIT_CUDA=ON, move the inputs with .cpu(), "
                 "or pass backend='reference' (slow)"
             )
+        arguments = (first, *others)
         for name, argument in zip(argument_names(operation), arguments, strict=True):
             if isinstance(argument, Tensor) and argument.device != device:
                 raise ValueError(f"{name}: expected device {device}, got {argument.device}")

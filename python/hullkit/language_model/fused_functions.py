@@ -1,0 +1,271 @@
+"""Functions of torch that run fused while a pass lasts, whatever model calls them.
+
+A model's linear layers, norms, activations, gates and attention are calls of torch's functions. In
+a pass each call goes to a kernel that computes the same and has a cheaper backward pass. So it
+fits every architecture, and a layer that somebody changed stays changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..optim._tensor_table import uses_triton
+from . import short_attention
+from .gates import gated
+from .norms import WIDEST, Norm, norm
+from .products import SharedInput, linear, share
+from .saved_tensors import Saved
+
+_HALVES = (torch.float16, torch.bfloat16)
+_KEPT = 4  # inputs of linear layers that are remembered: layers that share one follow one another
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether x is torch's own tensor. A class of somebody else's has functions of its own."""
+    return type(x) in (Tensor, nn.Parameter)
+
+
+class FusedFunctions(TorchFunctionMode):
+    """Inside this mode some functions of torch are fused ones. One object serves one pass.
+
+    saved: recomputes outputs of activations, so that they need not be saved.
+    backend: "triton" takes CPU tensors too, in Triton's interpreter.
+    """
+
+    def __init__(self, saved: Saved | None = None, backend: str | None = None) -> None:
+        super().__init__()
+        self.names: set[str] = set()  # of the functions that were fused
+        self._saved = saved
+        self._backend = backend
+        self._inputs: OrderedDict[int, tuple[Any, int, Tensor, SharedInput]] = OrderedDict()
+        self._activated: OrderedDict[int, tuple[Any, int, Tensor, str]] = OrderedDict()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(self, *args, **(kwargs or {}))
+            if result is not NotImplemented:
+                self.names.add(_NAMES[func])
+                return result
+        return func(*args, **(kwargs or {}))
+
+    def takes(self, x: Any) -> bool:
+        """Whether kernels may run on this tensor: on a GPU, in a pass that has a backward half."""
+        return (
+            _is_plain(x)
+            and torch.is_grad_enabled()
+            and uses_triton("x", x.device, self._backend)
+            and x.numel() > 0
+            and x.dtype in (torch.float32, *_HALVES)
+        )
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of products: autocast's, or x's own."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+    # Linear layers.
+
+    def _shared(self, x: Tensor) -> tuple[Tensor, SharedInput]:
+        """x in the products' dtype, and where all layers that read it leave its gradient."""
+        dtype = self._dtype(x)
+        base = x._base
+        whole = base is not None and x.is_contiguous() and base.numel() == x.numel()
+        for known in (x, base) if whole else (x,):
+            entry = self._inputs.get(id(known))
+            if entry is None or entry[0]() is not known or entry[1] != x._version:
+                continue
+            tensor, shared = entry[2:]
+            if tensor.dtype is dtype:
+                return tensor if known is x else tensor.view(x.shape), shared
+        made = share(x, dtype)
+        self._remember(self._inputs, x, *made)
+        return made
+
+    def _remember(self, known: OrderedDict[int, Any], x: Tensor, *facts: Any) -> None:
+        known[id(x)] = (weakref.ref(x), x._version, *facts)
+        known.move_to_end(id(x))
+        while len(known) > _KEPT:
+            known.popitem(last=False)
+
+    def _fits(self, x: Tensor, weight: Any, bias: Any) -> bool:
+        if not self.takes(x) or not _is_plain(weight) or weight.ndim != 2 or x.ndim < 2:
+            return False
+        if bias is not None and not _is_plain(bias):
+            return False
+        # Without a cast torch refuses other dtypes; let it.
+        known = (torch.float32, *_HALVES) if self._casts(x) else (x.dtype,)
+        return weight.dtype in known and (bias is None or bias.dtype in known)
+
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        if not self._fits(x, weight, bias) or x.shape[-1] != weight.shape[1]:
+            return NotImplemented
+        if bias is not None and bias.shape != (weight.shape[0],):
+            return NotImplemented
+        tensor, shared = self._shared(x)
+        return linear(tensor, shared, weight, bias, transposed=False)
+
+    def addmm(self, bias: Any, x: Any, weight: Any, **options: Any) -> Any:
+        """addmm(bias, x, weight): a linear layer if bias is a row and weight a parameter."""
+        if options or not isinstance(bias, Tensor) or not self._fits(x, weight, bias):
+            return NotImplemented
+        if not weight.is_leaf or x.ndim != 2 or x.shape[1] != weight.shape[0]:
+            return NotImplemented
+        if bias.shape != (weight.shape[1],):
+            return NotImplemented
+        tensor, shared = self._shared(x)
+        return linear(tensor, shared, weight, bias, transposed=True)
+
+    # Norms.
+
+    def layer_norm(
+        self, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> Any:
+        if not self.takes(x) or not _is_plain(weight) or weight.ndim != 1 or len(weight) > WIDEST:
+            return NotImplemented
+        if tuple(shape) != tuple(weight.shape) or x.shape[-1] != len(weight):
+            return NotImplemented
+        if not self._casts(x) and (
+            weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype)
+        ):
+            return NotImplemented
+        # Autocast computes layer norms in float32.
+        return self._norm(x, weight, bias, Norm(eps, rms=False), self._casts(x))
+
+    def rms_norm(self, x: Any, weight: Tensor, formula: Norm) -> Any:
+        """An RMS norm of a model's own, whose result has x's dtype."""
+        if not self.takes(x) or x.shape[-1] != len(weight) or x.dtype is not weight.dtype:
+            return NotImplemented
+        return self._norm(x, weight, None, formula, wide=False)
+
+    def _casts(self, x: Tensor) -> bool:
+        return torch.is_autocast_enabled(x.device.type)
+
+    def _norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, formula: Norm, wide: bool
+    ) -> Tensor:
+        dtype = torch.float32 if wide else x.dtype
+        if self._dtype(x) is not torch.bfloat16 or dtype is torch.bfloat16:
+            return norm(x, weight, bias, formula, dtype)[0]
+        shared = SharedInput(dtype)
+        y, narrow = norm(x, weight, bias, formula, dtype, shared)
+        self._remember(self._inputs, y, narrow, shared)
+        return y
+
+    # Activations, and what they are multiplied with.
+
+    def activation(self, name: str, x: Tensor) -> Tensor:
+        """An activation of ACTIVATIONS."""
+        function = ACTIVATIONS[name]
+        y = function(x) if self._saved is None else self._saved.cheap(function, x)
+        if self.takes(x) and y.dtype is x.dtype and x.is_contiguous():
+            self._remember(self._activated, y, x, name)
+        return y
+
+    def silu(self, x: Any, inplace: bool = False) -> Any:
+        return NotImplemented if inplace or not self.takes(x) else self.activation("silu", x)
+
+    def gelu(self, x: Any, *, approximate: str = "none") -> Any:
+        if not self.takes(x) or approximate not in ("none", "tanh"):
+            return NotImplemented
+        return self.activation("gelu" if approximate == "none" else "gelu_tanh", x)
+
+    def multiply(self, a: Any, b: Any) -> Any:
+        for y, up in ((a, b), (b, a)):
+            known = self._activated.get(id(y))
+            if known is None or known[0]() is not y or known[1] != y._version:
+                continue
+            gate, name = known[2], known[3]
+            if (
+                isinstance(up, Tensor)
+                and up is not y
+                and up.shape == gate.shape
+                and up.dtype is gate.dtype
+                and up.is_contiguous()
+            ):
+                return gated(gate, up, name)
+        return NotImplemented
+
+    # Attention.
+
+    def attention(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        if attn_mask is not None or dropout_p or not is_causal or not self.takes(q):
+            return NotImplemented
+        half = self._dtype(q)
+        if half not in _HALVES or not short_attention.takes(q, k, v):
+            return NotImplemented
+        if q.shape[1] != k.shape[1] and not enable_gqa:
+            return NotImplemented
+        scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+        return short_attention.causal_attention(q, k, v, scale, half)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.linear: FusedFunctions.linear,
+    torch.addmm: FusedFunctions.addmm,
+    F.layer_norm: FusedFunctions.layer_norm,
+    F.silu: FusedFunctions.silu,
+    F.gelu: FusedFunctions.gelu,
+    torch.mul: FusedFunctions.multiply,
+    Tensor.mul: FusedFunctions.multiply,
+    F.scaled_dot_product_attention: FusedFunctions.attention,
+}
+_NAMES = {
+    F.linear: "torch.nn.functional.linear",
+    torch.addmm: "torch.addmm",
+    F.layer_norm: "torch.nn.functional.layer_norm",
+    F.silu: "torch.nn.functional.silu",
+    F.gelu: "torch.nn.functional.gelu",
+    torch.mul: "torch.mul",
+    Tensor.mul: "torch.mul",
+    F.scaled_dot_product_attention: "torch.nn.functional.scaled_dot_product_attention",
+}
+
+
+def proven_activation(module: Any, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The activation of ACTIVATIONS that a module without tensors computes; None if none is known.
+
+    It is tried on numbers of both signs, small and large, so that a clip or a scale shows.
+    """
+    steps = torch.linspace(-4.0, 4.0, 160, dtype=torch.float64)
+    x = torch.cat([steps, 10.0**steps, -(10.0**steps)])[None].to(device, dtype)
+    try:
+        with torch.no_grad():
+            # A copy: a forward may count its calls. Hooks of the module are not called.
+            wanted = type(module).forward(copy.copy(module), x)
+    except Exception:
+        return None
+    if not isinstance(wanted, Tensor) or wanted.shape != x.shape or wanted.dtype is not dtype:
+        return None
+    # Each of the few steps of a written-out function rounds once.
+    bound = 8.0 * torch.finfo(dtype).eps * x.double().abs().clamp_min(1.0)
+    for name, function in ACTIVATIONS.items():
+        if bool(((function(x.double()) - wanted.double()).abs() <= bound).all()):
+            return name
+    return None

@@ -1,0 +1,182 @@
+"""Layer norms and RMS norms by Triton's kernels, and the proof that a module is one of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .products import SharedInput, column_sums
+
+WIDEST = 16384  # columns that a program holds
+_MOST_PROGRAMS = 256  # of the gradient: each has a part of the weight's
+
+
+class Norm(NamedTuple):
+    """The formula of a norm: y = n(x) * (weight + offset) + bias.
+
+    rms: n divides by the root of the mean square alone; else it takes the mean out first.
+    rounded: n(x) is rounded to x's dtype before the weight.
+    """
+
+    eps: float
+    rms: bool = True
+    offset: float = 0.0
+    rounded: bool = False
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    formula: Norm,
+    dtype: torch.dtype,
+    shared: SharedInput | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The norm of x's last dimension in `dtype`; statistics in float32.
+
+    shared: where linear layers leave the gradient of a second result. That is the first in
+        bfloat16; without `shared` it is None.
+    """
+    results: tuple[Tensor, Tensor | None] = _Norm.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, formula, dtype, shared
+    )
+    return results
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        formula: Norm,
+        dtype: torch.dtype,
+        shared: SharedInput | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        from ..triton_kernels.launch import launch
+
+        ctx.set_materialize_grads(False)
+        columns = x.shape[-1]
+        rows = _rows(x)
+        y = x.new_empty(x.shape, dtype=dtype)
+        narrow = None if shared is None else x.new_empty(x.shape, dtype=torch.bfloat16)
+        means, factors = x.new_empty(2, len(rows), dtype=torch.float32)
+        arguments = (
+            rows, weight, weight if bias is None else bias, y, y if narrow is None else narrow,
+            means, factors, rows.stride(0), columns, formula.eps,
+        )  # fmt: skip
+        constants = {
+            "RMS": formula.rms, "OFFSET": formula.offset, "ROUND": formula.rounded,
+            "BIAS": bias is not None, "NARROW": narrow is not None, "BLOCK": _block(columns),
+        }  # fmt: skip
+        with torch.cuda.device_of(x):
+            launch("norm", len(rows), arguments, constants)
+        ctx.save_for_backward(x, weight, means, factors)
+        ctx.formula, ctx.shared, ctx.bias = formula, shared, None if bias is None else bias.dtype
+        return y, narrow
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, first: Tensor | None, narrow: Tensor | None) -> tuple[Any, ...]:
+        from ..triton_kernels.launch import launch
+
+        x, weight, means, factors = ctx.saved_tensors
+        second = None if ctx.shared is None else ctx.shared.take()
+        if narrow is not None:
+            first = narrow if first is None else first + narrow
+        nothing = (None,) * 6
+        if first is None and second is None:
+            return nothing
+        columns = x.shape[-1]
+        rows = _rows(x)
+        given = [None if g is None else _rows(g).contiguous() for g in (first, second)]
+        programs = min(len(rows), _MOST_PROGRAMS)
+        of_weight, of_bias = ctx.needs_input_grad[1], ctx.bias is not None
+        x_gradient = x.new_empty(x.shape)
+        partial = (
+            x.new_empty(1 + of_bias, programs, columns, dtype=torch.float32)
+            if of_weight
+            else factors
+        )
+        one, two = (factors if g is None else g for g in given)
+        arguments = (
+            rows, weight, one, two, means, factors, x_gradient, partial, rows.stride(0),
+            len(rows), columns,
+        )  # fmt: skip
+        constants = {
+            "RMS": ctx.formula.rms, "OFFSET": ctx.formula.offset, "FIRST": given[0] is not None,
+            "SECOND": given[1] is not None, "OF_WEIGHT": of_weight, "BIAS": of_bias,
+            "PROGRAMS": programs, "BLOCK": _block(columns),
+        }  # fmt: skip
+        with torch.cuda.device_of(x):
+            launch("norm_gradient", programs, arguments, constants)
+        if not of_weight:
+            return x_gradient, *nothing[1:]
+        sums = column_sums(partial, weight.dtype)
+        return x_gradient, sums[0], sums[1].to(ctx.bias) if of_bias else None, *nothing[3:]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as [T, D] with neighbouring columns."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _block(columns: int) -> int:
+    return max(16, 1 << (columns - 1).bit_length())
+
+
+def proven_rms_norm(module: nn.Module, dtype: torch.dtype) -> Norm | None:
+    """The formula that the module computes for inputs of this dtype; None if none is known.
+
+    The module is run on random inputs, large ones and small ones, so that a clip, a scale or
+    another eps shows. It has one weight, and eps is among its attributes.
+    """
+    parameters = dict(module.named_parameters(recurse=False))
+    if [*parameters] != ["weight"] or module._modules or module._buffers:
+        return None
+    weight = parameters["weight"]
+    numbers = {v for v in vars(module).values() if type(v) is float and 0.0 < v < 0.1}
+    if weight.ndim != 1 or len(weight) > WIDEST or not numbers:
+        return None
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    noise = torch.randn(1, 12, len(weight), generator=generator)
+    sizes = torch.tensor([1e-4, 3e-3, 0.1, 1.0, 1.0, 30.0] * 2)[:, None]
+    x = (noise * sizes + torch.tensor([0.0, 0.5] * 6)[:, None] * sizes).to(weight.device, dtype)
+    try:
+        with torch.no_grad():
+            # A copy: a forward may count its calls. Hooks of the module are not called.
+            wanted = type(module).forward(copy.copy(module), x)
+    except Exception:
+        return None
+    if not isinstance(wanted, Tensor) or wanted.shape != x.shape or wanted.dtype is not x.dtype:
+        return None
+    found, least = None, math.inf
+    for eps in numbers:
+        for offset in (0.0, 1.0):
+            for rounded in (False, True):
+                formula = Norm(eps, offset=offset, rounded=rounded)
+                error = _error(_rms(x, weight, formula), wanted)
+                if error < least:
+                    found, least = formula, error
+    # Two roundings of the result, or of the normalised row. A NaN is no proof.
+    return found if least <= 2.0 * torch.finfo(dtype).eps else None
+
+
+def _rms(x: Tensor, weight: Tensor, formula: Norm) -> Tensor:
+    wide = x.double()
+    y = wide * (wide.square().mean(-1, keepdim=True) + formula.eps).rsqrt()
+    if formula.rounded:
+        y = y.to(x.dtype).double()
+    return y * (weight.detach().double() + formula.offset)
+
+
+def _error(exact: Tensor, found: Tensor) -> float:
+    """The largest difference, relative to the element; tiny elements count as 1e-6."""
+    return float(((found.double() - exact).abs() / exact.abs().clamp_min(1e-6)).max())

@@ -1,0 +1,147 @@
+"""Products whose gradients are added up where they are used, and linear layers made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..optim._tensor_table import uses_triton
+
+_PRODUCTS_WIDEN = hasattr(torch.ops.aten.mm, "dtype_out")  # torch multiplies halves into float32
+
+
+def widens(tensor: Tensor) -> bool:
+    """Whether torch multiplies halves like this tensor straight into float32."""
+    return tensor.is_cuda and _PRODUCTS_WIDEN
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """total += a @ b; with `fresh`, total = a @ b."""
+    if total.dtype is a.dtype:
+        total.addmm_(a, b, beta=int(not fresh))
+    elif not widens(a):
+        product = torch.mm(a, b)
+        total.copy_(product) if fresh else total.add_(product)
+    elif fresh:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+class SharedInput:
+    """The gradient of an input that linear layers share, which they add up.
+
+    Autograd would make a gradient for every layer, cast each to the input's dtype and add them one
+    by one. Here every layer adds its product in place.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._gradient: Tensor | None = None
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Adds a @ b to the gradient."""
+        fresh = self._gradient is None
+        if self._gradient is None:
+            self._gradient = a.new_empty(len(a), b.shape[1], dtype=self._dtype)
+        add_product(self._gradient, a, b, fresh)
+
+    def take(self) -> Tensor | None:
+        gradient, self._gradient = self._gradient, None
+        return gradient
+
+
+def share(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, SharedInput]:
+    """x in `dtype` for linear layers, and where they leave its gradient."""
+    shared = SharedInput(x.dtype)
+    tensor: Tensor = _Enter.apply(x, shared, dtype)  # type: ignore[no-untyped-call]
+    return tensor, shared
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shared: SharedInput, dtype: torch.dtype) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.shared, ctx.shape = shared, x.shape
+        return x.view_as(x) if x.dtype is dtype else x.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
+        taken = ctx.shared.take()
+        return (gradient if taken is None else taken.view(ctx.shape)), None, None
+
+
+def linear(
+    x: Tensor, shared: SharedInput, weight: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor:
+    """x @ weight^T + bias; with `transposed` x @ weight + bias.
+
+    x: the tensor that `share` returned with `shared`, or a view of it, (..., D).
+    """
+    result: Tensor = _Linear.apply(x, weight, bias, shared, transposed)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shared: SharedInput,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        # A weight that is not trained needs no input for its gradient.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.shared, ctx.transposed = shared, transposed
+        ctx.bias = None if bias is None else bias.dtype
+        rows = x.reshape(-1, x.shape[-1])
+        factor = weight.to(x.dtype)
+        factor = factor if transposed else factor.t()
+        y = torch.mm(rows, factor) if bias is None else torch.addmm(bias.to(x.dtype), rows, factor)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, gradient: Tensor | None
+    ) -> tuple[None, Tensor | None, Tensor | None, None, None]:
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        if gradient is None:
+            return None, None, None, None, None
+        x, weight = ctx.saved_tensors
+        g = gradient.reshape(-1, gradient.shape[-1])
+        kind = g.device.type
+        d_weight = None
+        with torch.autocast(kind, enabled=False):
+            if of_x:
+                factor = weight.to(g.dtype)
+                ctx.shared.add(g, factor.t() if ctx.transposed else factor)
+            if of_weight:
+                rows = x.reshape(-1, x.shape[-1])
+                a, b = (rows.t(), g) if ctx.transposed else (g.t(), rows)
+                d_weight = g.new_empty(weight.shape, dtype=weight.dtype)
+                add_product(d_weight, a, b, fresh=True)
+        return None, d_weight, column_sums(g, ctx.bias) if of_bias else None, None, None
+
+
+def column_sums(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """values.sum(0) in float32, rounded to `dtype`. values [T, D], or [N, T, D] for N matrices."""
+    if not uses_triton("values", values.device, None):
+        return values.sum(-2, dtype=torch.float32).to(dtype)
+    from ..triton_kernels.launch import launch
+    from ..triton_kernels.norm import SUM_COLUMNS
+
+    values = values if values.stride(-1) == 1 else values.contiguous()
+    rows, columns = values.shape[-2:]
+    sums = values.new_empty(*values.shape[:-2], columns, dtype=dtype)
+    with torch.cuda.device_of(values):
+        grid = (-(-columns // SUM_COLUMNS), values.shape[0] if values.ndim == 3 else 1)
+        launch("column_sums", grid, (values, sums, rows, columns, values.stride(-2)), {})
+    return sums

@@ -1,0 +1,133 @@
+"""Rotary positions by a Triton kernel, in place of a model's own function."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .replaced_globals import Replacement
+
+NAME = "apply_rotary_pos_emb"  # of the function in a model's module, for q, k, cos and sin
+_WIDEST = 256  # columns of a head
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _launch(x, cos, sin, torch.promote_types(x.dtype, cos.dtype), backward=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        gradient = gradient if gradient.stride(3) == 1 else gradient.contiguous()
+        return _launch(gradient, cos, sin, ctx.dtype, backward=True), None, None
+
+
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, backward: bool) -> Tensor:
+    from ..triton_kernels.launch import launch
+
+    _, heads, length, width = x.shape
+    out = x.new_empty(1, length, heads, width, dtype=dtype).transpose(1, 2)
+    strides = (x.stride(1), x.stride(2), out.stride(1), out.stride(2), cos.stride(-2))
+    half = width // 2
+    constants = {
+        "BACKWARD": backward,
+        "HEADS": 1 << (heads - 1).bit_length(),
+        "HALF": max(8, 1 << (half - 1).bit_length()),
+    }
+    with torch.cuda.device_of(x):
+        launch("rotary", length, (x, cos, sin, out, heads, half, *strides), constants)
+    return out
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + rotate_half(x) * sin. x (1, H, T, D); cos and sin (1, T, D) without gradients."""
+    result: Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return result
+
+
+def takes(x: Tensor, cos: Any, sin: Any) -> bool:
+    return (
+        isinstance(cos, Tensor)
+        and isinstance(sin, Tensor)
+        and x.ndim == 4
+        and x.shape[0] == 1
+        and x.shape[1] <= 128
+        and x.shape[3] % 2 == 0
+        and x.shape[3] <= _WIDEST
+        and x.stride(3) == 1
+        and cos.shape == sin.shape == (1, x.shape[2], x.shape[3])
+        and cos.stride() == sin.stride()
+        and cos.stride(2) == 1
+        and cos.dtype is sin.dtype
+        and not cos.requires_grad
+        and not sin.requires_grad
+    )
+
+
+# What a function was found to compute, by dtypes and width of its arguments.
+_proven: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
+
+
+def _is_rotary(own: Callable[..., Any], q: Tensor, cos: Tensor) -> bool:
+    """Whether `own` computes what the kernel does. It is tried once, outside of captures."""
+    known = _proven.setdefault(own, {})
+    key = (q.dtype, cos.dtype, q.shape[3], q.device.type)
+    if key not in known:
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        width = q.shape[3]
+        queries, keys = torch.randn(2, 1, 3, 5, width, generator=generator).to(q.device, q.dtype)
+        tables = torch.randn(2, 1, 5, width, generator=generator).to(q.device, cos.dtype)
+        with torch.no_grad():
+            try:
+                wanted = own(queries, keys, *tables)
+                found = tuple(rotary(x, *tables) for x in (queries, keys))
+                known[key] = len(wanted) == 2 and all(
+                    a.dtype is b.dtype and a.shape == b.shape and _close(a, b)
+                    for a, b in zip(wanted, found, strict=True)
+                )
+            except Exception:
+                known[key] = False
+    return known[key]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    # Two products and a sum of numbers up to about 16, each rounded once.
+    return bool(((a.double() - b.double()).abs() <= 32.0 * torch.finfo(a.dtype).eps).all())
+
+
+def replacements(
+    model: nn.Module, ready: Callable[[Tensor], bool], names: set[str]
+) -> list[Replacement]:
+    """The kernel for the function of that name, in the modules of the model's classes.
+
+    ready: whether a tensor may go to the kernel. names: gets the names of what was replaced.
+    """
+
+    def stand_in(own: Any, *args: Any, **options: Any) -> Any:
+        if len(args) == 4 and not options and all(map(ready, args[:2])):
+            q, k, cos, sin = args
+            known = takes(q, cos, sin) and takes(k, cos, sin) and q.dtype is k.dtype
+            if known and _is_rotary(own, q, cos):
+                names.add(f"{getattr(own, '__module__', '')}.{NAME}")
+                return rotary(q, cos, sin), rotary(k, cos, sin)
+        return own(*args, **options)
+
+    spaces: dict[int, dict[str, Any]] = {}
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        function = inspect.unwrap(kind.forward)
+        code, space = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+        if code is not None and NAME in code.co_names and NAME in space:
+            spaces[id(space)] = space
+    return [Replacement(space, NAME, stand_in) for space in spaces.values()]

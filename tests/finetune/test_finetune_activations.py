@@ -1,0 +1,101 @@
+"""activations="recompute": the layers it finds, the same result, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from _models import COUNTS, Before, FailingCall, gpt2, injected, llama, same_bits, state, texts
+from hullkit.finetune import TestTimeFinetuner
+from hullkit.language_model.recomputed_layers import recomputing, repeated_layers
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_layers_are_found_by_what_they_are() -> None:
+    def layer() -> nn.Module:
+        return nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
+
+    layers = [layer(), layer()]
+    mixed = nn.ModuleList([nn.Linear(2, 2), nn.Tanh()])
+    single = nn.ModuleList([nn.Linear(2, 2)])
+    model = nn.Sequential(mixed, single, nn.Sequential(nn.ModuleList(layers)))
+    assert repeated_layers(model) == layers
+    known = llama()
+    assert repeated_layers(known) == list(known.model.layers)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_recomputed_passes_have_the_same_bits(
+    build: Callable[[], nn.Module], precision: str
+) -> None:
+    model = build()
+    before = Before(model)
+    results = []
+    for activations in ("keep", "recompute"):
+        tuner = TestTimeFinetuner(
+            model, lr=1e-2, fuse=False, precision=precision, activations=activations
+        )
+        with tuner.adapted(texts(), COUNTS):
+            results.append(state(model))
+        before.check()
+    kept, again = results
+    assert all(same_bits(kept[name], again[name]) for name in kept)
+
+
+def test_layers_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    own = LlamaDecoderLayer.forward
+
+    def forward(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        return own(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    for activations, wanted in (("keep", 2), ("recompute", 4)):
+        calls = 0
+        TestTimeFinetuner(llama(), activations=activations).adapt_(texts(1), [1])
+        assert calls == wanted
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_everything_is_back_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    model = llama()
+    before = Before(model)
+    tuner = TestTimeFinetuner(model, activations="recompute")
+    for failing in range(1, 100):
+        call = FailingCall(LlamaDecoderLayer, "forward", error, failing)
+        with monkeypatch.context() as patch:
+            patch.setattr(*call.place)
+            failed = injected(tuner, error)
+        before.check()
+        if call.calls < failing:
+            break
+        assert failed
+    assert failing > 4
+
+
+def test_forwards_are_back_after_the_block() -> None:
+    """Without a snapshot, which would put them back too."""
+    layers = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    wrapped = layers[1].forward
+    layers[1].forward = wrapped
+    with pytest.raises(KeyError, match="injected"), recomputing(layers):  # noqa: PT012
+        assert all(layer.__dict__["forward"] is not wrapped for layer in layers)
+        raise KeyError("injected")
+    assert "forward" not in layers[0].__dict__
+    assert layers[1].__dict__["forward"] is wrapped
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="activations: expected"):
+        TestTimeFinetuner(llama(), activations="drop")
+    with pytest.raises(ValueError, match="expected 'keep' for compile=True"):
+        TestTimeFinetuner(llama(), activations="recompute", compile=True)

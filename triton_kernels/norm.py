@@ -1,0 +1,115 @@
+"""Layer norm and RMS norm of rows [T, D], their gradients, and sums of columns.
+
+    y = (x - mean) * r * w + b,  r = 1 / sqrt(mean((x - mean)^2) + eps)
+
+RMS leaves the mean out. A weight may be stored without 1 (OFFSET = 1: w = 1 + weight).
+"""
+
+import triton
+import triton.language as tl
+
+# A block of column_sums_kernel: narrow, so that even few columns keep a GPU busy.
+SUM_ROWS = 256
+SUM_COLUMNS = 16
+
+
+@triton.jit(do_not_specialize=["eps"])
+def norm_kernel(
+    x, weight, bias, y, narrow, means, factors, stride, columns, eps,
+    RMS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr,
+    NARROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program for a row. narrow: y in bfloat16 too. means, factors [T]: for the gradient.
+
+    ROUND: the normalised row is rounded to x's dtype before the weight, as some models do.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < columns
+    value = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    if not RMS:
+        mean = tl.sum(value) / columns
+        tl.store(means + row, mean)
+        value = tl.where(inside, value - mean, 0.0)
+    factor = tl.rsqrt(tl.sum(value * value) / columns + eps)
+    tl.store(factors + row, factor)
+    value *= factor
+    if ROUND:
+        value = value.to(x.dtype.element_ty).to(tl.float32)
+    value *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    if BIAS:
+        value += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * columns + at, value.to(y.dtype.element_ty), mask=inside)
+    if NARROW:
+        tl.store(narrow + row * columns + at, value.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def norm_gradient_kernel(
+    x, weight, gradient, other, means, factors, x_gradient, partial, stride, rows, columns,
+    RMS: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    OF_WEIGHT: tl.constexpr, BIAS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program for every PROGRAMS-th row.
+
+    gradient, other [T, D]: their sum is y's gradient; FIRST, SECOND: which of them there are.
+    partial [PROGRAMS, D], or [2, PROGRAMS, D] with BIAS: each program's part of the weight's
+    gradient, and of the bias's.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < columns
+    scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    of_weight = tl.zeros((BLOCK,), tl.float32)
+    of_bias = tl.zeros((BLOCK,), tl.float32)
+    for turn in range(0, tl.cdiv(rows - program, PROGRAMS)):
+        row = program + turn * PROGRAMS
+        begin = row * columns
+        value = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(factors + row)
+        if not RMS:
+            value = tl.where(inside, value - tl.load(means + row), 0.0)
+        value *= factor
+        g = tl.zeros((BLOCK,), tl.float32)
+        if FIRST:
+            g += tl.load(gradient + begin + at, mask=inside, other=0.0).to(tl.float32)
+        if SECOND:
+            g += tl.load(other + begin + at, mask=inside, other=0.0).to(tl.float32)
+        if OF_WEIGHT:
+            of_weight += g * value
+            if BIAS:
+                of_bias += g
+        g *= scale
+        along = tl.sum(g * value) / columns
+        if RMS:
+            moved = (g - value * along) * factor
+        else:
+            moved = (g - tl.sum(g) / columns - value * along) * factor
+        tl.store(x_gradient + begin + at, moved.to(x_gradient.dtype.element_ty), mask=inside)
+    if OF_WEIGHT:
+        tl.store(partial + program * columns + at, of_weight, mask=inside)
+        if BIAS:
+            tl.store(partial + (PROGRAMS + program) * columns + at, of_bias, mask=inside)
+
+
+@triton.jit
+def column_sums_kernel(
+    values, sums, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """sums [columns] of values [rows, columns], in float32. A program for COLUMNS of them.
+
+    A second axis of the grid is for several matrices, one after the other in memory.
+    """
+    matrix = tl.program_id(1).to(tl.int64)
+    values += matrix * rows * stride
+    sums += matrix * columns
+    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = at < columns
+    lanes = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + lanes
+        of = values + row[:, None].to(tl.int64) * stride + at[None, :]
+        mask = (row < rows)[:, None] & inside[None, :]
+        total += tl.load(of, mask=mask, other=0.0).to(tl.float32)
+    tl.store(sums + at, tl.sum(total, 0).to(sums.dtype.element_ty), mask=inside)

@@ -1,0 +1,39 @@
+"""Rotary positions: x * cos + rotated * sin; rotated is (-x[second half], x[first half])."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rotary_kernel(
+    x, cos, sin, out, heads, half, stride_head, stride_row, out_head, out_row, table_row,
+    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """A program for all heads of a row. x [heads, T, 2 * half] by strides; cos, sin [T, 2 * half].
+
+    BACKWARD: the gradient of x from that of the result. Each product is rounded to out's dtype, as
+    the model rounds it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    at = tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (at < half)
+    lane = at < half
+    of = x + head.to(tl.int64) * stride_head + row * stride_row + at
+    first = tl.load(of, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(of + half, mask=inside, other=0.0).to(tl.float32)
+    table = row * table_row + at
+    cos1 = tl.load(cos + table, mask=lane, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + table + half, mask=lane, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin + table, mask=lane, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + table + half, mask=lane, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
+    if BACKWARD:
+        a = (first * cos1).to(kind).to(tl.float32) + (second * sin2).to(kind).to(tl.float32)
+        b = (second * cos2).to(kind).to(tl.float32) - (first * sin1).to(kind).to(tl.float32)
+    else:
+        a = (first * cos1).to(kind).to(tl.float32) - (second * sin1).to(kind).to(tl.float32)
+        b = (second * cos2).to(kind).to(tl.float32) + (first * sin2).to(kind).to(tl.float32)
+    to = out + head.to(tl.int64) * out_head + row * out_row + at
+    tl.store(to, a.to(kind), mask=inside)
+    tl.store(to + half, b.to(kind), mask=inside)
