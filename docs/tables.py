@@ -13,13 +13,19 @@ import re
 import sys
 from pathlib import Path
 
+import architecture_tables
 import finetuning_tables
 import optimizer_tables
 import selection_tables
 from rows import ROOT, TABLES
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SOURCES = (selection_tables, finetuning_tables, optimizer_tables)  # importing them fills TABLES
+SOURCES = (
+    selection_tables,
+    finetuning_tables,
+    optimizer_tables,
+    architecture_tables,
+)  # importing them fills TABLES
 
 
 def pages() -> list[Path]:
