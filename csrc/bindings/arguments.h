@@ -17,11 +17,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "bindings/read_tensor.h"
 #include "hullkit/pool_spec.h"
 
 namespace hullkit {
@@ -47,9 +47,9 @@ class ArgumentVisitor {
 // "lmo(Tensor pool, ..., Tensor(a!) index) -> ()", and the names alone.
 class Signature : public ArgumentVisitor<Signature> {
  public:
-  void shared(const char* name, TensorView&) { add_input("Tensor", name); }
-  void input(const char* name, TensorView&) { add_input("Tensor", name); }
-  void optional(const char* name, TensorView&) { add_input("Tensor?", name); }
+  void shared(const char* name, TensorView&) { add("Tensor", name); }
+  void input(const char* name, TensorView&) { add("Tensor", name); }
+  void optional(const char* name, TensorView&) { add("Tensor?", name); }
   void output(const char* name, TensorView&) { add(std::string("Tensor(") + letter_++ + "!)", name); }
   template <typename Value>
   void option(const char* name, Value&) {
@@ -58,14 +58,8 @@ class Signature : public ArgumentVisitor<Signature> {
 
   std::string schema(const std::string& operation) const { return operation + "(" + list_ + ") -> ()"; }
   py::tuple names() const { return py::cast(names_); }
-  int inputs() const { return inputs_; }  // they are the first arguments
 
  private:
-  void add_input(const std::string& type, const char* name) {
-    add(type, name);
-    ++inputs_;
-  }
-
   void add(const std::string& type, const char* name) {
     list_ += (list_.empty() ? "" : ", ") + type + " " + name;
     names_.emplace_back(name);
@@ -74,7 +68,6 @@ class Signature : public ArgumentVisitor<Signature> {
   std::string list_;
   std::vector<std::string> names_;
   char letter_ = 'a';
-  int inputs_ = 0;
 };
 
 // Reads the values of one call. By hand: a call passes a dozen tensors, and pybind11's own conversion of them costs
@@ -83,14 +76,16 @@ class Reader : public ArgumentVisitor<Reader> {
  public:
   explicit Reader(const py::args& arguments) : arguments_(arguments.ptr()) {}
 
-  void shared(const char* name, TensorView& view) { read(name, view); }
-  void input(const char* name, TensorView& view) { read(name, view); }
-  void optional(const char* name, TensorView& view) { read(name, view); }
-  void output(const char* name, TensorView& view) { read(name, view); }
+  void shared(const char* name, TensorView& view) { read(name, view, true); }
+  void input(const char* name, TensorView& view) { read(name, view, true); }
+  void optional(const char* name, TensorView& view) { read(name, view, true); }
+  void output(const char* name, TensorView& view) { read(name, view, false); }
   template <typename Value>
   void option(const char* name, Value& value) {
     PyObject* const object = next(name);
-    if constexpr (std::is_floating_point_v<Value>) {
+    if constexpr (std::is_same_v<Value, py::object>) {
+      value = py::reinterpret_borrow<py::object>(object);
+    } else if constexpr (std::is_floating_point_v<Value>) {
       value = PyFloat_AsDouble(object);
     } else {
       value = static_cast<Value>(PyLong_AsLongLong(object));
@@ -109,45 +104,10 @@ class Reader : public ArgumentVisitor<Reader> {
     return PyTuple_GET_ITEM(arguments_, at_++);
   }
 
-  // A tensor arrives as (address, dtype code, shape, strides in elements), an absent one as None. Behind these may
-  // follow where it begins in its storage, in elements, and the storage's bytes.
-  void read(const char* name, TensorView& view) {
-    PyObject* const tuple = next(name);
-    if (tuple == Py_None) return;
-    const Py_ssize_t size = PyTuple_Check(tuple) ? PyTuple_GET_SIZE(tuple) : 0;
-    if (size != 4 && size != 6) {
-      throw py::type_error(std::string(name) + ": expected a tensor as (address, dtype, shape, strides)");
-    }
-    view.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, 0));
-    view.dtype = static_cast<DType>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 1)));
-    PyObject* const shape = PyTuple_GET_ITEM(tuple, 2);
-    PyObject* const stride = PyTuple_GET_ITEM(tuple, 3);
-    // Below kMaxRank: an unbatched call's tensors get a dimension more.
-    if (!PyTuple_Check(shape) || !PyTuple_Check(stride) || PyTuple_GET_SIZE(shape) != PyTuple_GET_SIZE(stride) ||
-        PyTuple_GET_SIZE(shape) >= kMaxRank) {
-      throw py::value_error(std::string(name) + ": expected at most 3 dimensions");
-    }
-    view.rank = static_cast<int>(PyTuple_GET_SIZE(shape));
-    int64_t elements = 1, last = 0;
-    for (int i = 0; i < view.rank; ++i) {
-      view.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
-      view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride, i));
-      elements *= view.shape[i];
-      last += (view.shape[i] - 1) * view.stride[i];
-    }
-    int64_t begin = 0, bytes = std::numeric_limits<int64_t>::max();
-    if (size == 6) {
-      begin = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, 4));
-      bytes = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, 5));
-    }
-    if (PyErr_Occurred()) throw py::error_already_set();
-    static char nothing;
-    if (elements == 0) view.data = &nothing;  // without elements a tensor is not absent
-    // FSDP and offloading take a tensor's memory away behind its back.
-    if (elements != 0 && (view.data == nullptr || begin + last >= bytes / element_bytes(view.dtype))) {
-      throw py::value_error(std::string(name) + ": expected a tensor with memory for all of its elements, got a " +
-                            "storage that was freed or cut");
-    }
+  // An absent tensor arrives as None.
+  void read(const char* name, TensorView& view, bool freed) {
+    PyObject* const object = next(name);
+    if (object != Py_None) read_tensor(name, object, freed, view);
   }
 
   PyObject* const arguments_;

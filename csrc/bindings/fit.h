@@ -85,7 +85,8 @@ inline void check_pool(const PoolSpec& pool, int64_t batch) {
     HULLKIT_CHECK(candidates.rank == 2 && candidates.shape[0] == batch && candidates.shape[1] > 0,
                   "candidates: expected shape (", batch, ", n) with n >= 1, got ", shape_of(candidates));
     check_dtype("candidates", candidates, DType::kInt64, "int64");
-    HULLKIT_CHECK(batch <= 1 || rows.stride[0] == 0, "candidates: expected a pool of shape (M, d) that the batch shares");
+    HULLKIT_CHECK(batch <= 1 || rows.stride[0] == 0,
+                  "candidates: expected a pool of shape (M, d) that the batch shares");
   }
 }
 

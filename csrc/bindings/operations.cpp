@@ -273,17 +273,18 @@ struct Threads {
 };
 HULLKIT_FIELDS(Threads, num_threads)
 struct Launch {
-  int64_t workspace, stream;  // addresses
+  py::object allocate;  // (bytes) -> tensor
+  int64_t stream;       // its address
 };
-HULLKIT_FIELDS(Launch, workspace, stream)
+HULLKIT_FIELDS(Launch, allocate, stream)
 
 // Reads a call: the operation's arguments, then those of `where`; throws unless they fit together.
-template <typename Op, typename... Where>
-Op read(const py::args& arguments, Where&... where) {
+template <typename Op, typename Where>
+Op read(const py::args& arguments, Where& where) {
   Op operation{};
   Reader reader(arguments);
   operation.each_argument(reader);
-  (reader.options(where), ...);
+  reader.options(where);
   reader.end();
   Batched batched(operation.lead());
   operation.each_argument(batched);
@@ -293,12 +294,10 @@ Op read(const py::args& arguments, Where&... where) {
 
 // An operation as Python sees it.
 struct Operation {
-  std::string schema;          // of its operator
-  py::tuple arguments;         // their names
-  int inputs;                  // so many first arguments are tensors that it reads
-  py::object cpu;              // (*arguments, num_threads)
-  py::object workspace_bytes;  // (*arguments); None without CUDA, as the next
-  py::object cuda;             // (*arguments, address of the workspace, stream)
+  std::string schema;   // of its operator
+  py::tuple arguments;  // their names
+  py::object cpu;       // (*arguments, num_threads)
+  py::object cuda;      // (*arguments, allocate, address of the stream); None without CUDA
 };
 
 template <typename Op>
@@ -306,21 +305,23 @@ void bind(py::dict& operations) {
   Op operation{};
   Signature signature;
   operation.each_argument(signature);
-  py::object workspace_bytes = py::none(), cuda = py::none();
+  py::object cuda = py::none();
   const py::cpp_function cpu([](const py::args& arguments) {
     Threads threads{};
     const Op call = read<Op>(arguments, threads);
     interruptible([&] { call.cpu(threads.num_threads); });
   });
 #ifdef HULLKIT_WITH_CUDA
-  workspace_bytes = py::cpp_function([](const py::args& arguments) { return read<Op>(arguments).workspace_bytes(); });
   cuda = py::cpp_function([](const py::args& arguments) {
     Launch launch{};
     const Op call = read<Op>(arguments, launch);
-    call.cuda(reinterpret_cast<void*>(launch.workspace), reinterpret_cast<void*>(launch.stream));
+    // torch's allocator gives memory that is freed here to later work of this stream alone.
+    const py::object workspace = launch.allocate(call.workspace_bytes());
+    const auto address = workspace.attr("data_ptr")().cast<int64_t>();
+    call.cuda(reinterpret_cast<void*>(address), reinterpret_cast<void*>(launch.stream));
   });
 #endif
-  operations[Op::kName] = Operation{signature.schema(Op::kName), signature.names(), signature.inputs(), cpu, workspace_bytes, cuda};
+  operations[Op::kName] = Operation{signature.schema(Op::kName), signature.names(), cpu, cuda};
 }
 
 // Names to the numbers that cross for them.
@@ -337,9 +338,7 @@ void bind_operations(py::module_& module) {
   py::class_<Operation>(module, "Operation")
       .def_readonly("schema", &Operation::schema)
       .def_readonly("arguments", &Operation::arguments)
-      .def_readonly("inputs", &Operation::inputs)
       .def_readonly("cpu", &Operation::cpu)
-      .def_readonly("workspace_bytes", &Operation::workspace_bytes)
       .def_readonly("cuda", &Operation::cuda);
   py::dict operations;
   bind<Lmo>(operations);
@@ -351,6 +350,7 @@ void bind_operations(py::module_& module) {
   bind<RoundMultiplicities>(operations);
   bind<Apportion>(operations);
   module.attr("operations") = operations;
+  module.def("name_dtypes", [](const py::dict& codes) { dtype_codes() = codes.inc_ref().ptr(); });
   module.attr("dtypes") = codes<DType>({{"float64", DType::kFloat64},
                                         {"float32", DType::kFloat32},
                                         {"float16", DType::kFloat16},

@@ -18,7 +18,10 @@ class Interruption {
     if (stopped_.load(std::memory_order_relaxed)) throw Interrupted{};
   }
 
-  [[noreturn]] void rethrow() const { std::rethrow_exception(reason_); }
+  // By the caller, once no other thread works for the operation.
+  void rethrow() const {
+    if (reason_) std::rethrow_exception(reason_);
+  }
 
  private:
   static constexpr int64_t kBetween = 50'000'000;  // nanoseconds
@@ -71,8 +74,9 @@ void run_interruptibly(const std::function<void()>& ask, const std::function<voi
   const Adopted adopted(&interruption);
   try {
     task();
-  } catch (const Interrupted&) {
-    interruption.rethrow();
+  } catch (...) {
+    interruption.rethrow();  // also where another thread met an error first: what `ask` threw must not get lost
+    throw;
   }
 }
 

@@ -43,7 +43,7 @@ def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -
     if value < minimum or (maximum is not None and value > maximum):
         bound = f">= {minimum}" if maximum is None else f"in {minimum}..{maximum}"
         raise ValueError(f"{name}: expected an int {bound}, got {value}")
-    if isinstance(value, int):
+    if maximum is None and isinstance(value, int):
         check_below_2_63(name, value)  # the operators take int64
     return value
 

@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_named(changed: dict[str, Any], message: str) -> No
 
 
 def test_a_dtype_without_kernels_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match=r"expected tensors of dtype .* got torch.int32"):
+    with pytest.raises(TypeError, match=r"lengths: expected dtype .* got torch.int32"):
         _frank_wolfe(lengths=torch.tensor(20, dtype=torch.int32))
 
 

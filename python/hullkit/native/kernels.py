@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ STATUSES = _core.statuses
 VARIANTS = _core.variants
 LAYOUTS = _core.layouts  # fields of what optimizer kernels read, in order
 _DTYPE_CODES = {getattr(torch, name): code for name, code in _core.dtypes.items()}
+_core.name_dtypes(_DTYPE_CODES)
 
 
 def argument_names(operation: str) -> tuple[str, ...]:
@@ -43,10 +44,9 @@ def schema(operation: str) -> str:
 # longer to call a method.
 def cpu_kernel(operation: str) -> Callable[..., None]:
     native = _core.operations[operation].cpu
-    inputs = _core.operations[operation].inputs
 
     def run(*arguments: Any) -> None:
-        native(*_native_arguments(arguments, inputs), torch.get_num_threads())
+        native(*arguments, torch.get_num_threads())
 
     return run
 
@@ -54,63 +54,26 @@ def cpu_kernel(operation: str) -> Callable[..., None]:
 def cuda_kernel(operation: str) -> Callable[..., None]:
     """Runs on the current stream of the device of its first tensor, in a workspace of torch's."""
     native = _core.operations[operation].cuda
-    workspace_bytes = _core.operations[operation].workspace_bytes
-    inputs = _core.operations[operation].inputs
 
     def run(first: Tensor, *others: Any) -> None:
         device = first.device
-        if native is None or workspace_bytes is None:
+        if native is None:
             raise NotImplementedError(
                 f"{operation}: expected CPU tensors, got device {device}: this "
                 "build is without CUDA. Build with HULLKIT_CUDA=ON, move the inputs with .cpu(), "
                 "or pass backend='reference' (slow)"
             )
-        arguments = (first, *others)
-        for name, argument in zip(argument_names(operation), arguments, strict=True):
+        for name, argument in zip(argument_names(operation)[1:], others, strict=True):
             if isinstance(argument, Tensor) and argument.device != device:
                 raise ValueError(f"{name}: expected device {device}, got {argument.device}")
-        views = _native_arguments(arguments, inputs)
-        size = workspace_bytes(*views)
+
+        def allocate(size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.uint8, device=device)
+
         with torch.cuda.device(device):
-            workspace = torch.empty(size, dtype=torch.uint8, device=device)
-            native(*views, workspace.data_ptr(), raw_stream(device))
+            native(first, *others, allocate, raw_stream(device))
 
     return run
-
-
-def _native_arguments(arguments: Sequence[Any], inputs: int) -> list[Any]:
-    """Tensors as (address, dtype code, shape, strides in elements), anything else as it is.
-
-    The first `inputs` arguments are tensors of the user, whose storage may have been freed or cut:
-    behind these follow their place in the storage and its bytes. Outputs are looked at for an
-    address only: to ask for every storage takes a tenth of a small selection's time.
-    """
-    # Comprehensions, since a call for each argument is a tenth of a small selection's time.
-    try:
-        given = [
-            (
-                a.data_ptr(),
-                _DTYPE_CODES[a.dtype],
-                a.shape,
-                a.stride(),
-                a.storage_offset(),
-                a.untyped_storage().nbytes(),
-            )
-            if isinstance(a, Tensor)
-            else a
-            for a in arguments[:inputs]
-        ]
-        return given + [
-            (a.data_ptr(), _DTYPE_CODES[a.dtype], a.shape, a.stride())
-            if isinstance(a, Tensor)
-            else a
-            for a in arguments[inputs:]
-        ]
-    except KeyError as error:
-        raise TypeError(
-            "expected tensors of dtype float64, float32, float16, bfloat16 or int64, "
-            f"got {error.args[0]}"
-        ) from None
 
 
 usable_exchange = _core.usable_exchange

@@ -23,7 +23,7 @@ _ON_DEVICE = math.nan  # an option that is filled in on the device
 
 Options = AdamOptions | SGDOptions
 
-# A step counter is float32 and counts exactly up to here.
+# The step counter in the state is float32, as torch's is: it counts up to here.
 MAX_NUM_STEPS = 2**24
 
 
@@ -145,11 +145,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: as in torch.optim; evaluated once.
-            num_steps: 1 <= k <= 2**24.
+            num_steps: 1 <= k <= 2**24: so far torch's step counter, a float32, counts.
         Returns:
             The closure's value, or None.
         Raises:
-            TypeError, ValueError: a sparse or complex gradient; num_steps out of range.
+            TypeError, ValueError: a sparse or complex gradient; num_steps out of range, by name.
 
         >>> import hullkit, torch
         >>> p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
