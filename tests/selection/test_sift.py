@@ -338,7 +338,7 @@ def test_far_queries_say_so() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_variances_are_right_where_rows_nearly_depend_on_one_another(dtype: torch.dtype) -> None:
-    """Products in float32 would leave an error of `||query||^2`: the noise is as small as theirs."""
+    """The noise is as small as the rounding of products in float32."""
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(40, 5, generator=generator) @ torch.randn(5, 30, generator=generator)
     pool, query = flat.to(dtype), torch.randn(30, generator=generator).to(dtype)
