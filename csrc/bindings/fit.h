@@ -138,6 +138,13 @@ inline void check_options(const RoundingParams& params) {
   HULLKIT_CHECK(params.max_multiplicity >= 1, "max_multiplicity: expected an int >= 1, got ", params.max_multiplicity);
 }
 
+// Rounding needs a support over which the total fits: weights at most max_multiplicity / total see to that.
+inline void check_options(const FrankWolfeParams& params, const RoundingParams& rounding) {
+  const auto total = static_cast<double>(rounding.total), most = static_cast<double>(rounding.max_multiplicity);
+  HULLKIT_CHECK(most >= total || params.max_weight * total <= most * (1.0 + 1e-12), "max_weight: expected at most ",
+                "max_multiplicity / total = ", most / total, ", got ", params.max_weight);
+}
+
 inline void check_result(const FrankWolfeResult& result, const FrankWolfeParams& params, const PoolSpec& pool) {
   const int64_t batch = pool.batch(), least = most_touched(params, pool.positions());
   HULLKIT_CHECK(result.indices.rank == 2 && result.indices.shape[1] >= least, "indices: expected shape (", batch,

@@ -156,6 +156,7 @@ struct Select : Problem {
     Problem::check();
     check_options(params, pool.positions());
     check_options(rounding);
+    check_options(params, rounding);
     check_result(result, params, pool);
     check_int64("counts", counts, {pool.batch(), result.indices.shape[1]});
     check_float64("counts_residual_norm", counts_residual_norm, {pool.batch()});

@@ -142,6 +142,7 @@ void fuzz_select(Input& input) {
     check_pool(problem.pool(), batch);
     check_options(params, problem.positions());
     check_options(rounding);
+    if (round) check_options(params, rounding);
     places = most_touched(params, problem.positions());
   } catch (const ValueError&) {
     return;

@@ -56,7 +56,7 @@ class SiftRun {
     int64_t* const order = result.order.at<int64_t>(b);
     double* const variance = result.variance.at<double>(b);
     int64_t steps = 0;
-    while (steps < total) {
+    for (;;) {
       stop_if_asked();
       const int64_t chosen = best_;
       observe(chosen);
@@ -64,7 +64,12 @@ class SiftRun {
       variance[steps] = variance_;
       ++steps;
       if (params_.alpha > 0.0 && std::sqrt(variance_) > 1.0 / (params_.alpha * static_cast<double>(steps))) break;
-      if (steps < total) condition(chosen, total - steps);
+      if (steps == total) break;
+      condition(chosen, total - steps);
+      // Among NaN alone the best is a place behind the candidates.
+      HULLKIT_CHECK(best_ < rows_.size() && std::isfinite(gains_[best_]), "noise: expected gains within the range of ",
+                    "float64, got an overflow in entry ", b, ", step ", steps, "; raise the noise or scale the ",
+                    "embeddings down");
     }
     std::fill(order + steps, order + total, -1);
     std::fill(variance + steps, variance + total, variance_);

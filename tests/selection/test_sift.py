@@ -336,6 +336,13 @@ def test_far_queries_say_so() -> None:
         hullkit.sift(pool * 1e-90, query * 1e160, 3)
 
 
+def test_gains_that_overflow_on_the_way_say_so() -> None:
+    """All gains are NaN after some steps: none is the largest."""
+    pool = torch.tensor([[1e150], [3.0], [1e140]], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"noise: expected gains .* overflow in entry 0, step \d+"):
+        hullkit.sift(pool, torch.tensor([1.0], dtype=torch.float64), 12, noise=1e-300)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_variances_are_right_where_rows_nearly_depend_on_one_another(dtype: torch.dtype) -> None:
     """The noise is as small as the rounding of products in float32."""

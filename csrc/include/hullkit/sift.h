@@ -29,7 +29,7 @@ struct SiftResult {
 HULLKIT_FIELDS(SiftResult, order, variance, indices, counts, num_steps)
 
 // query [B, d], or [B, m, d]: prompts of m vectors, whose variances add up.
-// Fewer than total / max_multiplicity valid candidates are a ValueError.
+// Fewer than total / max_multiplicity valid candidates are a ValueError, and so are gains beyond float64.
 // Numerics: everything is float64, so variances are right to within the rounding of ||query||^2. Inner products
 // accumulate in an order that depends on d alone. In float32 they would not do: where rows nearly depend on one
 // another, conditioning magnifies their rounding by max ||row||^2 / noise. Cost: O(n d) for each candidate chosen: one
