@@ -62,6 +62,18 @@ def test_what_does_not_fit_is_named(changed: dict[str, Any], message: str) -> No
         _frank_wolfe(**changed)
 
 
+def test_rounding_needs_a_support_for_its_total() -> None:
+    problem = [torch.randn(20, 8), torch.randn(8), None, None]
+    support: list[Any] = [_ints(20), _floats(20), _ints(), _floats(), _floats(), _ints(), _ints()]
+    for weight in (0.5, 1.0):
+        call = [*problem, 20, 50, 1e-5, -1.0, 0, weight, 2, 2, 1, *support, _ints(20), _floats()]
+        if weight == 0.5:
+            OPERATORS.select(*call)
+            continue
+        with pytest.raises(ValueError, match=r"max_weight: expected at most .* = 0.5, got 1"):
+            OPERATORS.select(*call)
+
+
 def test_a_dtype_without_kernels_is_a_type_error() -> None:
     with pytest.raises(TypeError, match=r"lengths: expected dtype .* got torch.int32"):
         _frank_wolfe(lengths=torch.tensor(20, dtype=torch.int32))
@@ -98,6 +110,9 @@ ENDLESS = {
     "pairwise": "hullkit.frank_wolfe(pool, query, max_iters=10**12, tol=0.0, max_weight=0.3)",
     "sift": "hullkit.sift(pool, query, 30_000_000)",
     "batch": "hullkit.frank_wolfe(pool, query.repeat(4, 1), max_iters=10**12, tol=0.0)",
+    # The first prompt's error is there long before; Ctrl-C must not get lost behind it.
+    "error": "hullkit.frank_wolfe(torch.stack([pool / 0, pool]), query.repeat(2, 1), "
+    "max_iters=10**12, tol=0.0)",
 }
 BODY = """
 import torch, hullkit
