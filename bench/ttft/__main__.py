@@ -1,0 +1,180 @@
+"""What test-time finetuning costs and what it buys, a row for each query and cell.
+
+    python -m bench.ttft calibrate --out DIR --texts DIR --model DIR    # learning rates
+    python -m bench.ttft explore   --out DIR ...    # other ideas, on the calibration queries
+    python -m bench.ttft judge     --out DIR ...    # other queries, each rule at its best rate
+    python -m bench.ttft report    --out DIR [--summary CSV]            # tables; no model
+
+Without --texts it takes the standard library's own source; --texts is a folder in the format of
+bench/harness/texts.py or any folder of text files. Without --model it takes the byte-level model
+in bench/assets. Rows that are there already are not measured again, so a run that stopped goes on
+where it was. `--shard 0/4` to `--shard 3/4` share the work between four processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Read when torch loads: idle threads sleep. Spinning ones cost seconds a pass if a core is shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from tqdm import tqdm
+
+from bench.harness import texts
+from bench.harness.rows import ROOT
+from bench.ttft import corpora, report, store
+from bench.ttft.analysis import best_rate
+from bench.ttft.measure import Bench
+from bench.ttft.paths import PATHS, opened
+from bench.ttft.rules import EVERY, IDEAS, PUBLISHED, PUBLISHED_LR, RULES, Cell, rates
+
+OWN_MODEL = ROOT / "bench" / "assets" / "pybytes"
+BETAS = [(0.9, 0.95), (0.9, 0.99), (0.8, 0.95), (0.5, 0.9)]
+
+
+def cells(arguments: argparse.Namespace, path: str) -> Iterator[Cell]:
+    """The phase's cells of one path."""
+    if arguments.phase == "calibrate":
+        for name in arguments.rules or RULES:
+            for budget in arguments.budgets:
+                yield from (Cell(name, budget, lr) for lr in rates(path, EVERY[name]))
+    elif arguments.phase == "explore":
+        middle = arguments.budgets[len(arguments.budgets) // 2]
+        for name in arguments.rules or IDEAS:
+            low, *between, high = rates(path, EVERY[name])
+            yield from (Cell(name, middle, lr) for lr in between)
+        for betas in [] if arguments.rules else BETAS:
+            low, *between, high = rates(path, EVERY["kNN"])
+            yield from (Cell("kNN", middle, lr, betas) for lr in between)
+    elif path == "published":
+        for name in arguments.rules or PUBLISHED:
+            yield from (Cell(name, budget, PUBLISHED_LR) for budget in arguments.budgets)
+    else:
+        rows = store.read(arguments.out)
+        wanted = []
+        for name in arguments.rules or RULES:
+            for budget in arguments.budgets:
+                wanted.append(Cell(name, budget, best_rate(rows, path, name, budget)))
+                if name in PUBLISHED and path != "lora":
+                    wanted.append(Cell(name, budget, PUBLISHED_LR))
+        yield from dict.fromkeys(wanted)
+
+
+def window(arguments: argparse.Namespace) -> list[int]:
+    """This shard's queries of each corpus, in the order in which they are measured."""
+    number, of = arguments.shard
+    if arguments.phase == "judge":
+        first = arguments.calibration
+        queries = range(first, first + arguments.judged)
+    else:
+        queries = range(arguments.calibration)
+    return [query for query in queries if query % of == number]
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    device = torch.device(arguments.device)
+    tokens = texts.Tokens(arguments.model, arguments.start, arguments.max_length)
+    command = f"python -m bench.ttft {arguments.phase} --max-length {arguments.max_length}"
+    queries = window(arguments)
+    loaded = corpora.load(
+        arguments.texts, arguments.subsets, arguments.calibration + arguments.judged
+    )
+    benches = [Bench(corpus, tokens, device, command) for corpus in loaded]
+    model = texts.language_model(arguments.model, device)
+    for bench in benches:
+        bench.score_base(model, queries)
+    del model
+    done = {store.key(row) for row in store.read(arguments.out)}
+    for path in arguments.paths:
+        wanted = list(cells(arguments, path))
+        head: dict[str, Any] = {"phase": arguments.phase, "model": arguments.model.name}
+        head["path"] = path
+        # Queries go round the subsets: a run that ends early has measured all of them alike.
+        work = [
+            (bench, query, cell)
+            for query in queries
+            for bench in benches
+            for cell in wanted
+            if store.key(_key(head, bench, query, cell)) not in done
+        ]
+        if not work:
+            continue
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        way = opened(path, arguments.model, device, arguments.max_length)
+        way.warm_up({n for bench in benches for n in bench.lengths(queries, wanted)})
+        for bench in benches:  # the first selection compiles and fills caches
+            bench.retrieve_ms(queries[0])
+        warm: set[str] = set()
+        for bench, query, cell in tqdm(work, desc=path, unit="run", mininterval=5):
+            if time.perf_counter() - began > 60 * arguments.minutes:
+                print(f"{arguments.minutes} minutes are over; the same command goes on from here")
+                return
+            if cell.rule not in warm:  # a first run of a rule is discarded
+                bench.run(way, query, cell)
+                warm.add(cell.rule)
+            store.write(arguments.out, arguments.shard[0], [head | bench.run(way, query, cell)])
+        del way
+
+
+def _key(head: dict[str, Any], bench: Bench, query: int, cell: Cell) -> dict[str, Any]:
+    beta1, beta2 = cell.betas
+    named = {"rule": cell.rule, "budget": cell.budget, "lr": cell.lr}
+    place = {"subset": bench.corpus.name, "query": query}
+    return head | named | {"beta1": beta1, "beta2": beta2} | place
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise argparse.ArgumentTypeError(f"expected a number below N as i/N, got {text!r}")
+    return int(number), int(of)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ttft",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("phase", choices=("calibrate", "explore", "judge", "report"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
+    parser.add_argument("--texts", type=Path, help="default: the standard library")
+    parser.add_argument("--subsets", nargs="+", help="of --texts; default: all")
+    parser.add_argument("--model", type=Path, default=OWN_MODEL, help="folder or name of the Hub")
+    parser.add_argument("--start", help="token before a text, default: the tokenizer's bos")
+    parser.add_argument("--max-length", type=int, default=1024)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=["bf16"])
+    parser.add_argument("--rules", nargs="+", choices=list(EVERY), help="default: the phase's")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[8, 16, 32], help="passes")
+    parser.add_argument("--calibration", type=int, default=8, help="queries of each subset")
+    parser.add_argument("--judged", type=int, default=40, help="queries of each subset after them")
+    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/N")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run later")
+    parser.add_argument("--summary", type=Path, metavar="CSV", help="of the report, for bench/results")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    if arguments.phase != "report":
+        measure(arguments)
+    elif arguments.summary is None:
+        report.show(store.read(arguments.out))
+    else:
+        report.show(store.read(arguments.out))
+        report.summarise(store.read(arguments.out), arguments.summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""One query under one cell: chosen, adapted, scored, restored, with the time and energy of each."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from functools import cache
+from typing import Any
+
+import hullkit
+import torch
+from torch import Tensor
+
+from bench.harness import texts
+from bench.harness.rows import commit, processor
+from bench.ttft import energy
+from bench.ttft.choices import choose, totals
+from bench.ttft.corpora import NUM_CANDIDATES, Corpus
+from bench.ttft.paths import Hullkit, Published
+from bench.ttft.rules import EVERY, Cell, Rule
+
+
+class Bench:
+    """A corpus ready to be measured: tokens, base scores and totals are found once."""
+
+    def __init__(
+        self, corpus: Corpus, tokens: texts.Tokens, device: torch.device, command: str
+    ) -> None:
+        self.corpus, self._tokens, self._device = corpus, tokens, device
+        data = corpus.data
+        self._data = texts.Embeddings(*(tensor.to(device) for tensor in data))
+        self._meter = energy.meter(device)
+        cuda = device.type == "cuda"
+        self._common = {
+            "device": torch.cuda.get_device_name(device) if cuda else processor(),
+            "threads": "" if cuda else torch.get_num_threads(),
+            "torch": torch.__version__,
+            "commit": commit(),
+            "command": command,
+        }
+        self.document = cache(lambda row: tokens(corpus.documents[row]))
+        self.query = cache(lambda i: tokens(corpus.queries[i]))
+        self.totals = cache(lambda rule, budget: totals(rule, budget, self._data))
+        self.retrieve_ms = cache(self._retrieve_ms)
+        self._base: dict[int, float] = {}
+
+    def score_base(self, model: torch.nn.Module, queries: list[int]) -> None:
+        """With the model as it comes, in float32."""
+        for i in queries:
+            self._base[i] = self._bits(model, i)
+
+    def lengths(self, queries: list[int], cells: list[Cell]) -> set[int]:
+        """Tokens of everything that these queries may train on."""
+        rows = self.corpus.data.candidates[queries].unique().tolist()
+        longest = max(EVERY[cell.rule].join for cell in cells)
+        return {len(self.document(row)) for row in rows} | set(range(32, longest + 1, 32))
+
+    def _bits(self, model: torch.nn.Module, i: int) -> float:
+        ids = self.query(i)
+        return hullkit.bits_per_byte(model, ids, self._tokens.scored_bytes(ids))
+
+    def _retrieve_ms(self, i: int) -> float:
+        pool, query, _ = self._data
+
+        def once() -> float:
+            began = self._now()
+            hullkit.knn(pool, query[i], NUM_CANDIDATES)
+            return 1e3 * (self._now() - began)
+
+        once()
+        return statistics.median(once() for _ in range(3))
+
+    def _now(self) -> float:
+        """After the device has done everything that it was asked."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _joules(self) -> float:
+        return 0.0 if self._meter is None else self._meter()
+
+    def run(self, way: Hullkit | Published, i: int, cell: Cell) -> dict[str, Any]:
+        """The row of query i, without the names of phase, model and path."""
+        rule = EVERY[cell.rule]
+        total = self.totals(rule, cell.budget)[i]
+        data = self._data._replace(query=self._data.query[i], candidates=self._data.candidates[i])
+
+        def count(row: int) -> int:
+            return len(self.document(row))
+
+        begun = self._now()
+        chosen = choose(rule, data, total, cell.budget, count, way.backend)
+        selected = self._now()
+        examples = [torch.cat([self.document(row) for row in rows]) for rows in chosen.groups]
+        used = self._joules()
+        entered = self._now()
+        with way.adapted(examples, chosen.counts, rule, cell) as model:
+            adapted = self._now()
+            used -= self._joules()
+            bits = self._bits(model, i)
+            used += self._joules()
+            scored = self._now()
+        restored = self._now()
+        used -= self._joules()
+        return self._row(rule, cell, i, examples, chosen.counts, bits) | {
+            "retrieve_ms": f"{self.retrieve_ms(i):.4f}",
+            "select_ms": f"{1e3 * (selected - begun):.4f}",
+            "adapt_ms": f"{1e3 * (adapted - entered):.3f}",
+            "restore_ms": f"{1e3 * (restored - scored):.3f}",
+            "distinct": len({row for rows in chosen.groups for row in rows}),
+            "peak_mb": round(self._peak(way)),
+            "joules": "not available" if self._meter is None else f"{-used:.3f}",
+        }
+
+    def _row(
+        self,
+        rule: Rule,
+        cell: Cell,
+        i: int,
+        examples: list[Tensor],
+        counts: list[int],
+        bits: float,
+    ) -> dict[str, Any]:
+        bursts = hullkit.reuse_schedule(counts, rule.refresh_interval)
+        beta1, beta2 = cell.betas
+        base = self._base[i]
+        return {
+            **self._common,
+            "subset": self.corpus.name,
+            "query": i,
+            "rule": cell.rule,
+            "budget": cell.budget,
+            "lr": cell.lr,
+            "beta1": beta1,
+            "beta2": beta2,
+            **rule._asdict(),
+            "cap": rule.cap or "",
+            "noise": rule.noise or "",
+            "base_bpb": f"{base:.6f}",
+            "bpb": f"{bits:.6f}",
+            "percent": f"{100 * bits / base:.4f}",
+            "passes": len(bursts),
+            "updates": sum(counts),
+            "tokens": sum(len(examples[burst.example]) for burst in bursts),
+        }
+
+    def _peak(self, way: Hullkit | Published) -> float:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self._device) / 2**20
+        if isinstance(way, Hullkit) and way.tuner.last_report is not None:
+            return way.tuner.last_report.peak_memory / 2**20
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
