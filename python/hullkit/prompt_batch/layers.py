@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..language_model.stacked_low_rank import add_low_rank_, low_rank_gradients_
+from ..language_model.low_rank import low_rank_backward, low_rank_forward
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
-_ALIGNED = 64  # elements: where a layer's factors begin
 
 
 class Layer:
-    """A linear layer of the model. Its factors are set by `StackedFactors`.
+    """A linear layer of the model. `SlotFactors` sets its factors.
 
     a (K, R, I), b (K, O, R): what products read. d_a, d_b: float32, where gradients go.
     """
@@ -159,90 +158,24 @@ class _Stacked(torch.autograd.Function):
             bias = layer.module.bias
             y = rows @ weight if bias is None else torch.addmm(bias.to(x.dtype), rows, weight)
             y = y.view(*x.shape[:2], -1)
-            h = add_low_rank_(y, x, layer.a[of], layer.b[of], scale, backend=backend)
+            y, inner = low_rank_forward(y, x, layer.a[of], layer.b[of], scale, backend)
         if anchor is not None:
-            ctx.save_for_backward(x, h)
+            ctx.save_for_backward(x, inner)
             ctx.layer, ctx.scale, ctx.backend = layer, scale, backend
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
-        x, h = ctx.saved_tensors
+        x, inner = ctx.saved_tensors
         layer: Layer = ctx.layer
         d_x = None
         with torch.autocast(d.device.type, enabled=False):
             d = d.contiguous()
             if ctx.needs_input_grad[0]:
                 d_x = (d.flatten(0, 1) @ layer.weight(d.dtype).t()).view(x.shape)
-            low_rank_gradients_(
-                d, x, h, layer.a, layer.b, ctx.scale, layer.d_a, layer.d_b, d_x,
-                backend=ctx.backend,
+            low_rank_backward(
+                d, x, layer.a, layer.b, inner, ctx.scale, layer.d_a, layer.d_b, d_x, False,
+                ctx.backend,
             )  # fmt: skip
         return d_x, None, None, None, None, None
-
-
-class StackedFactors:
-    """The factors of all layers and slots, their gradients and Adam's moments.
-
-    A slot's factors lie in one row (N,) of a float32 matrix, layer after layer, so that one launch
-    updates all. A is as PEFT begins, B is 0.
-
-    half: the dtype of the copies that products read; None if they read the float32 factors.
-    """
-
-    def __init__(
-        self, layers: list[Layer], slots: int, rank: int, device: torch.device,
-        half: torch.dtype | None,
-    ) -> None:  # fmt: skip
-        self._layers = layers
-        self._rank = rank
-        self._places: list[tuple[int, int]] = []
-        size = 0
-        for layer in layers:
-            middle = size + -(-rank * layer.inputs // _ALIGNED) * _ALIGNED
-            self._places.append((size, middle))
-            size = middle + -(-rank * layer.outputs // _ALIGNED) * _ALIGNED
-        self.size = size
-        self.params, self.grads, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(slots, size, device=device) for _ in range(4)
-        )
-        self.copies = None if half is None else torch.zeros_like(self.params, dtype=half)
-        read = self.params if self.copies is None else self.copies
-        for layer, place in zip(layers, self._places, strict=True):
-            layer.a, layer.b = self._of(read, layer, place)
-            layer.d_a, layer.d_b = self._of(self.grads, layer, place)
-        self._initial: tuple[int, Tensor] | None = None
-
-    def _of(self, memory: Tensor, layer: Layer, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        first, middle = place
-        a = memory[:, first : first + self._rank * layer.inputs]
-        b = memory[:, middle : middle + self._rank * layer.outputs]
-        return a.unflatten(1, (self._rank, -1)), b.unflatten(1, (-1, self._rank))
-
-    def of_slot(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each layer's float32 factors (R, I) and (O, R) of one slot."""
-        one = self.params[slot : slot + 1]
-        pairs = [self._of(one, *both) for both in zip(self._layers, self._places, strict=True)]
-        return {x.name: (a[0], b[0]) for x, (a, b) in zip(self._layers, pairs, strict=True)}
-
-    def reset(self, slot: int, seed: int) -> None:
-        """Fresh factors and moments, whatever the slot held."""
-        self.params[slot].copy_(self._fresh(seed), non_blocking=True)
-        for memory in (self.grads, self.exp_avg, self.exp_avg_sq):
-            memory[slot].zero_()
-        if self.copies is not None:
-            self.copies[slot].copy_(self.params[slot])
-
-    def _fresh(self, seed: int) -> Tensor:
-        known = self._initial
-        if known is None or known[0] != seed:
-            row = torch.zeros(1, self.size)
-            random = torch.Generator().manual_seed(seed)
-            for layer, place in zip(self._layers, self._places, strict=True):
-                a, _ = self._of(row, layer, place)
-                a[0] = nn.init.kaiming_uniform_(
-                    torch.empty(a.shape[1:]), a=math.sqrt(5.0), generator=random
-                )
-            self._initial = known = (seed, row[0].to(self.params.device))
-        return known[1]
