@@ -95,7 +95,8 @@ class SlotFactors:
             steps[slot] = RESET
             zeros = [0.0] * self.slots
             control = self.control(steps, [0] * self.slots, zeros, 1).to(fresh.device)
-            self._launch(control, torch.zeros_like(control), fresh)
+            broken = torch.zeros(self.slots, dtype=torch.int32, device=fresh.device)
+            self._launch(control, broken, fresh)
             return
         at = 0
         memories = (self.params, self.exp_avg, self.exp_avg_sq)
