@@ -91,7 +91,7 @@ class Stream:
                 due += 1
             if any(run is not None for run in self._runs):
                 self._pass()
-            elif self._ended:
+            elif self._ended or not self._free:  # kept slots take no more
                 return
 
     def _fill(self, due: int) -> None:
