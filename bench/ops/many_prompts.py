@@ -1,0 +1,125 @@
+"""Prompts a second, many at once: `python -m bench.ops.many_prompts`.
+
+Models of published shapes with random weights in bfloat16. A prompt: 50 updates with 30 gradients
+on texts of 400 tokens. Beside PromptBatch's slots: TestTimeFinetuner, one prompt after the other,
+with an adapter of the same rank and with all weights. Graphs are recorded before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hullkit
+import torch
+
+from bench.harness.rows import append, commit, processor
+from bench.ops.finetune import synchronize
+from bench.ops.model_sizes import CASES, COUNTS, SHAPES, build, release
+
+RANK = 16
+
+
+def seconds(run: Callable[[], None], device: torch.device, rounds: int) -> list[float]:
+    run()  # records, compiles
+    times = []
+    for _ in range(rounds):
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def alone(model: Any, queries: list[Any]) -> Callable[[], None]:
+    tuner = hullkit.TestTimeFinetuner(model)
+
+    def run() -> None:
+        examples, counts = queries[0]
+        with tuner.adapted(examples, counts):
+            pass
+
+    return run
+
+
+def together(model: Any, queries: list[Any], slots: int) -> Callable[[], None]:
+    batch = hullkit.PromptBatch(model, slots=slots, rank=RANK)
+
+    def run() -> None:
+        for answer in batch.map(queries[:slots]):
+            if answer.error is not None:
+                raise answer.error
+
+    return run
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--models", default="smollm2,llama-1b,mistral-7b")
+    parser.add_argument("--slots", default="1,8,32,64")
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shrink", type=int, default=1, help="sizes divided by about so much")
+    parser.add_argument("--seconds", type=float, default=170.0, help="no row begins after so many")
+    parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    cuda = device.type == "cuda"
+    began, rows = time.perf_counter(), []
+    for name in arguments.models.split(","):
+        shape = SHAPES[name].shrunk(arguments.shrink) if arguments.shrink > 1 else SHAPES[name]
+        runs: list[tuple[str, str, int]] = [("TestTimeFinetuner, LoRA r=16", "lora-bfloat16", 1)]
+        runs += [("TestTimeFinetuner, all weights", "bfloat16", 1)]
+        runs += [("PromptBatch r=16", "bfloat16", int(k)) for k in arguments.slots.split(",")]
+        for provider, case, slots in runs:
+            if time.perf_counter() - began > arguments.seconds:
+                continue
+            release(device)
+            random = torch.Generator().manual_seed(0)
+            length = (arguments.tokens,)
+            queries = [
+                ([torch.randint(shape.vocabulary, length, generator=random) for _ in COUNTS], COUNTS)
+                for _ in range(slots)
+            ]  # fmt: skip
+            times: list[float] = []
+            try:
+                model, _ = build(shape, CASES[case], device)
+                run = (
+                    together(model, queries, slots)
+                    if provider.startswith("PromptBatch")
+                    else alone(model, queries)
+                )
+                times = sorted(seconds(run, device, arguments.rounds))
+            except RuntimeError as error:
+                provider += ", " + str(error).splitlines()[0][:60].replace(",", ";")
+            peak = torch.cuda.max_memory_reserved(device) if cuda else None
+            run = model = None
+            quantiles = {
+                key: round(slots / times[min(len(times) - 1, int(len(times) * (1 - q)))], 4)
+                for key, q in (("p20", 0.2), ("p50", 0.5), ("p80", 0.8))
+            } if times else {}  # fmt: skip
+            row = dict(
+                op="many prompts", provider=provider,
+                shape=f"{shape.name} slots={slots} tokens={arguments.tokens} "
+                f"updates={sum(COUNTS)} gradients={len(COUNTS)}",
+                dtype="bfloat16", **quantiles, unit="prompts/s", rounds=len(times),
+                peak_mb="" if peak is None else round(peak / 2**20),
+                device=torch.cuda.get_device_name() if cuda else processor(),
+                threads="" if cuda else torch.get_num_threads(), torch=torch.__version__,
+                commit=commit(), command="python -m bench.ops.many_prompts",
+            )  # fmt: skip
+            print(provider, row["shape"], quantiles.get("p50"), row["peak_mb"], flush=True)
+            rows.append(row)
+            if arguments.out is not None:
+                append(arguments.out, [row])
+    return rows
+
+
+if __name__ == "__main__":
+    main()
