@@ -137,7 +137,9 @@ class SlotPasses:
             if known is None:
                 if self._capture:
                     raise RuntimeError(f"capture: expected a pass that can be recorded: {reason}")
-                warnings.warn(f"passes run eagerly, for one was not recorded: {reason}", stacklevel=5)
+                warnings.warn(
+                    f"passes run eagerly, for one was not recorded: {reason}", stacklevel=5
+                )
                 self.captures = False
                 return None
             self._graphs[length] = known
