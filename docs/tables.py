@@ -16,6 +16,7 @@ from pathlib import Path
 import architecture_tables
 import finetuning_tables
 import optimizer_tables
+import reliability_tables
 import selection_tables
 from rows import ROOT, TABLES
 
@@ -25,6 +26,7 @@ SOURCES = (
     finetuning_tables,
     optimizer_tables,
     architecture_tables,
+    reliability_tables,
 )  # importing them fills TABLES
 
 
