@@ -35,6 +35,8 @@ LONG_CALLS = {
     "frank_wolfe": "hullkit.frank_wolfe(pool, query, max_iters=10**12, tol=0.0)",
     "frank_wolfe, batch": "hullkit.frank_wolfe(pool, queries, max_iters=10**12, tol=0.0)",
     "frank_wolfe, large pool": "hullkit.frank_wolfe(large, long, max_iters=10**9, tol=0.0)",
+    "frank_wolfe, capped": "hullkit.frank_wolfe(pool, query, max_iters=10**12, tol=0.0, "
+    "max_weight=0.3)",
     "sift": "hullkit.sift(pool, query, 10**7)",
     "duplicates, large pool": "hullkit.duplicates(large, eps=1e-9)",
 }
@@ -121,7 +123,9 @@ def fuzzed(log: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.0, help="of adaptations")
-    parser.add_argument("--rounds", type=int, default=3, help="of Ctrl-C in each long call")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of Ctrl-C in each long call; 0: none"
+    )
     parser.add_argument("--fuzzed", type=Path, help="the output of make fuzz")
     parser.add_argument("--out", type=Path, default=RESULTS / "reliability.csv")
     args = parser.parse_args()
@@ -130,7 +134,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if args.fuzzed:
         rows += [{"check": "fuzzer", **row} for row in fuzzed(args.fuzzed.read_text())]
-    else:
+    elif args.rounds:
         for name, call in LONG_CALLS.items():
             worst = max(answered_after(call) for _ in range(args.rounds))
             row = {"figure": name, "value": round(worst, 3), "unit": "s", "count": args.rounds}
