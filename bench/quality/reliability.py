@@ -123,9 +123,7 @@ def fuzzed(log: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.0, help="of adaptations")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="of Ctrl-C in each long call; 0: none"
-    )
+    parser.add_argument("--rounds", type=int, default=3, help="of Ctrl-C in a long call; 0: none")
     parser.add_argument("--fuzzed", type=Path, help="the output of make fuzz")
     parser.add_argument("--out", type=Path, default=RESULTS / "reliability.csv")
     args = parser.parse_args()
