@@ -43,7 +43,8 @@ def cells(arguments: argparse.Namespace, path: str) -> Iterator[Cell]:
     if arguments.phase == "calibrate":
         for name in arguments.rules or RULES:
             for budget in arguments.budgets:
-                yield from (Cell(name, budget, lr) for lr in rates(path, EVERY[name]))
+                tried = arguments.rates or rates(path, EVERY[name])
+                yield from (Cell(name, budget, lr) for lr in tried)
     elif arguments.phase == "explore":
         middle = arguments.budgets[len(arguments.budgets) // 2]
         for name in arguments.rules or IDEAS:
@@ -157,11 +158,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=["bf16"])
     parser.add_argument("--rules", nargs="+", choices=list(EVERY), help="default: the phase's")
     parser.add_argument("--budgets", type=int, nargs="+", default=[8, 16, 32], help="passes")
+    parser.add_argument("--rates", type=float, nargs="+", help="of calibrate; default: four")
     parser.add_argument("--calibration", type=int, default=8, help="queries of each subset")
     parser.add_argument("--judged", type=int, default=40, help="queries of each subset after them")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/N")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run later")
-    parser.add_argument("--summary", type=Path, metavar="CSV", help="of the report, for bench/results")
+    parser.add_argument(
+        "--summary", type=Path, metavar="CSV", help="of the report, for bench/results"
+    )
     return parser.parse_args(argv)
 
 

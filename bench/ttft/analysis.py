@@ -85,9 +85,7 @@ def apart(
     return {query: one[query] - other[query] for query in one.keys() & other.keys()}
 
 
-def of_subset(
-    values: dict[tuple[str, int], float], subset: str
-) -> dict[tuple[str, int], float]:
+def of_subset(values: dict[tuple[str, int], float], subset: str) -> dict[tuple[str, int], float]:
     """All of them for ALL."""
     return values if subset == ALL else {q: v for q, v in values.items() if q[0] == subset}
 

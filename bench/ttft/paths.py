@@ -82,8 +82,6 @@ def opened(path: str, folder: Path, device: torch.device, max_length: int) -> Hu
         import peft
 
         torch.manual_seed(0)
-        config = peft.LoraConfig(
-            r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        config = peft.LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, config)
     return Hullkit(model.eval(), PRECISIONS[path])
