@@ -48,11 +48,9 @@ def cells(arguments: argparse.Namespace, path: str) -> Iterator[Cell]:
     elif arguments.phase == "explore":
         middle = arguments.budgets[len(arguments.budgets) // 2]
         for name in arguments.rules or IDEAS:
-            low, *between, high = rates(path, EVERY[name])
-            yield from (Cell(name, middle, lr) for lr in between)
+            yield from (Cell(name, middle, lr) for lr in rates(path, EVERY[name])[1:-1])
         for betas in [] if arguments.rules else BETAS:
-            low, *between, high = rates(path, EVERY["kNN"])
-            yield from (Cell("kNN", middle, lr, betas) for lr in between)
+            yield from (Cell("kNN", middle, lr, betas) for lr in rates(path, EVERY["kNN"])[1:-1])
     elif path == "published":
         for name in arguments.rules or PUBLISHED:
             yield from (Cell(name, budget, PUBLISHED_LR) for budget in arguments.budgets)
@@ -173,11 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.phase != "report":
         measure(arguments)
-    elif arguments.summary is None:
-        report.show(store.read(arguments.out))
-    else:
-        report.show(store.read(arguments.out))
-        report.summarise(store.read(arguments.out), arguments.summary)
+        return
+    rows = store.read(arguments.out)
+    report.show(rows)
+    if arguments.summary is not None:
+        report.write_summary(rows, arguments.summary)
 
 
 if __name__ == "__main__":
