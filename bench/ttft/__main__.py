@@ -43,14 +43,16 @@ def cells(arguments: argparse.Namespace, path: str) -> Iterator[Cell]:
     if arguments.phase == "calibrate":
         for name in arguments.rules or RULES:
             for budget in arguments.budgets:
-                tried = arguments.rates or rates(path, EVERY[name])
+                tried = rates(path, EVERY[name], arguments.steps)
                 yield from (Cell(name, budget, lr) for lr in tried)
     elif arguments.phase == "explore":
         middle = arguments.budgets[len(arguments.budgets) // 2]
         for name in arguments.rules or IDEAS:
-            yield from (Cell(name, middle, lr) for lr in rates(path, EVERY[name])[1:-1])
+            yield from (Cell(name, middle, lr) for lr in rates(path, EVERY[name], None)[1:-1])
         for betas in [] if arguments.rules else BETAS:
-            yield from (Cell("kNN", middle, lr, betas) for lr in rates(path, EVERY["kNN"])[1:-1])
+            yield from (
+                Cell("kNN", middle, lr, betas) for lr in rates(path, EVERY["kNN"], None)[1:-1]
+            )
     elif path == "published":
         for name in arguments.rules or PUBLISHED:
             yield from (Cell(name, budget, PUBLISHED_LR) for budget in arguments.budgets)
@@ -156,7 +158,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=["bf16"])
     parser.add_argument("--rules", nargs="+", choices=list(EVERY), help="default: the phase's")
     parser.add_argument("--budgets", type=int, nargs="+", default=[8, 16, 32], help="passes")
-    parser.add_argument("--rates", type=float, nargs="+", help="of calibrate; default: four")
+    parser.add_argument(
+        "--steps",
+        type=float,
+        nargs="+",
+        help="of calibrate: learning rate times updates with one gradient; default: four",
+    )
     parser.add_argument("--calibration", type=int, default=8, help="queries of each subset")
     parser.add_argument("--judged", type=int, default=40, help="queries of each subset after them")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/N")
