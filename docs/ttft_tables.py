@@ -1,0 +1,225 @@
+"""The generated blocks about what finetuning for a query costs, and what it buys."""
+
+from __future__ import annotations
+
+from rows import Row, figure, find, generated, one, source, table, times
+
+GPU, CPU = "ttft_gpu", "ttft_cpu"
+ALL = "mean of subsets"
+NAMES = {
+    "python": "Python",
+    "kernel_docs": "kernel docs",
+    "sotu": "speeches",
+    "deb_control": "package descriptions",
+    "stdlib": "standard library",
+    ALL: "mean",
+}
+PUBLISHED_LR = "5e-05"
+RIVALS = ("SIFT", "hull", "hull, at most 2")
+
+
+def triple(row: Row, name: str, sign: str = "") -> str:
+    """The mean and its 95 % interval; nothing where there was nothing to compare with."""
+    if row[name] == "":
+        return ""
+    mean, low, high = (f"{float(row[name + end]):{sign}.1f}" for end in ("", "_low", "_high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def judged(name: str, **wanted: str) -> list[Row]:
+    return find(name, phase="judge", **wanted)
+
+
+def main_path(name: str) -> str:
+    """The path on which every rule was judged: the first."""
+    return judged(name)[0]["path"]
+
+
+def best(name: str, rule: str, budget: str, subset: str, path: str | None = None) -> Row:
+    wanted = {"rule": rule, "budget": budget, "subset": subset}
+    return one(name, phase="judge", best="yes", path=path or main_path(name), **wanted)
+
+
+def budgets(name: str) -> list[str]:
+    found = {row["budget"] for row in judged(name, path=main_path(name), rule="kNN")}
+    return sorted(found, key=int)
+
+
+def subsets(name: str) -> list[str]:
+    found = dict.fromkeys(row["subset"] for row in judged(name) if row["subset"] != ALL)
+    return [*found, *([ALL] if len(found) > 1 else [])]
+
+
+def overall(name: str) -> str:
+    return subsets(name)[-1]
+
+
+def rules(name: str) -> list[str]:
+    """Those that were judged at every budget."""
+    found = dict.fromkeys(row["rule"] for row in judged(name, path=main_path(name), best="yes"))
+    return list(found)
+
+
+def _verdict(cells: list[Row]) -> str:
+    """The rule whose interval of differences from kNN lies below 0, the lowest of several."""
+    ahead = [row for row in cells if float(row["from_rival_high"]) < 0.0]
+    if ahead:
+        return min(ahead, key=lambda row: float(row["from_rival"]))["rule"]
+    behind = [row for row in cells if float(row["from_rival_low"]) > 0.0]
+    return "kNN" if len(behind) == len(cells) else "none is apart"
+
+
+def _winners(name: str, budget: str) -> str:
+    lines = []
+    for subset in subsets(name):
+        if subset == ALL:
+            continue
+        cells = [best(name, rule, budget, subset) for rule in RIVALS]
+        knn = triple(best(name, "kNN", budget, subset), "percent")
+        apart = [triple(row, "from_rival", "+") for row in cells]
+        lines.append([NAMES[subset], knn, *apart, _verdict(cells)])
+    header = ["texts", "kNN, % of base", *(f"{rule}, from kNN" for rule in RIVALS), "ahead"]
+    return table(header, lines)
+
+
+@generated
+def ttft_winners() -> str:
+    """The four lines of the README."""
+    return _winners(GPU, budgets(GPU)[1])
+
+
+def _rules(name: str) -> str:
+    lines = []
+    for budget in budgets(name):
+        for rule in rules(name):
+            row = best(name, rule, budget, overall(name))
+            apart = [triple(row, f"from_rival{at}", "+") for at in ("", "_at_seconds")]
+            rate, percent = f"{float(row['lr']):g}", triple(row, "percent")
+            lines.append([budget, rule, rate, percent, *apart, _ms(row), _joules(row)])
+    header = ["passes", "rule", "its best rate", "% of base", "from kNN at equal passes"]
+    header += ["at equal seconds", "ms", "joules"]
+    row = best(name, "kNN", budgets(name)[0], overall(name))
+    return table(header, lines, 3) + "\n\n" + source(row)
+
+
+def _ms(row: Row) -> str:
+    return f"{1e3 * float(row['seconds']):.0f}"
+
+
+def _joules(row: Row) -> str:
+    return row["joules"] if row["joules"] == "not available" else figure(float(row["joules"]))
+
+
+@generated
+def ttft_rules() -> str:
+    return _rules(GPU)
+
+
+@generated
+def ttft_rules_cpu() -> str:
+    return _rules(CPU)
+
+
+@generated
+def ttft_subsets() -> str:
+    lines = []
+    for subset in subsets(GPU):
+        for budget in budgets(GPU):
+            apart = [
+                triple(best(GPU, rule, budget, subset), "from_rival", "+")
+                for rule in rules(GPU)
+                if rule != "kNN"
+            ]
+            knn = triple(best(GPU, "kNN", budget, subset), "percent")
+            lines.append([NAMES[subset], budget, knn, *apart])
+    header = ["texts", "passes", "kNN, % of base", *(r for r in rules(GPU) if r != "kNN")]
+    return table(header, lines, 2)
+
+
+@generated
+def ttft_reuse() -> str:
+    """The control: k updates with one gradient against one update of k times the rate."""
+    found = find(GPU, phase="calibrate", subset=ALL, path=main_path(GPU))
+    lines = []
+    for budget in budgets(GPU):
+        for step in sorted({float(row["lr"]) for row in found if row["rule"] == "kNN"}):
+            cells = []
+            for rule, k in (("kNN", 1), ("kNN x 2", 2)):
+                wanted = {"rule": rule, "budget": budget}
+                row = next(
+                    r
+                    for r in found
+                    if all(r[c] == v for c, v in wanted.items())
+                    and abs(float(r["lr"]) * k / step - 1.0) < 1e-3
+                )
+                cells.append(triple(row, "percent"))
+            lines.append([budget, f"{step:g}", *cells])
+    header = ["passes", "learning rate times updates", "one update a gradient", "two"]
+    return table(header, lines, 2)
+
+
+@generated
+def ttft_published() -> str:
+    """The published loop at its settings, and hullkit's rows of the same settings."""
+    lines = []
+    for row in judged(GPU, path="published", subset=ALL):
+        same = {"rule": row["rule"], "budget": row["budget"], "subset": ALL, "lr": PUBLISHED_LR}
+        ours = one(GPU, phase="judge", path=main_path(GPU), **same)
+        ratio = float(row["seconds"]) / float(ours["seconds"])
+        costs = [_ms(row), _ms(ours), times(ratio), _joules(row), _joules(ours)]
+        lines.append([row["rule"], row["budget"], row["queries"], *costs])
+    header = ["rule", "passes", "queries", "published, ms", "hullkit, ms", "ratio"]
+    header += ["published, joules", "hullkit, joules"]
+    return table(header, lines)
+
+
+@generated
+def ttft_paths() -> str:
+    """Other precisions and adapters, on the queries that each was judged on."""
+    budget = budgets(GPU)[1]
+    found = judged(GPU, rule="kNN", budget=budget, subset=ALL, best="yes")
+    lines = []
+    for row in found:
+        if row["path"] != "published":
+            costs = [_ms(row), _joules(row), f"{float(row['peak_mb']):.0f}"]
+            rate, percent = f"{float(row['lr']):g}", triple(row, "percent")
+            lines.append([row["path"], row["queries"], rate, percent, *costs])
+    header = ["weights and passes", "queries", "rate", "% of base", "ms", "joules", "peak MB"]
+    return table(header, lines)
+
+
+@generated
+def ttft_ideas() -> str:
+    """What was tried on the calibration queries, each at the better of two rates."""
+    found = find(GPU, phase="explore", subset=ALL)
+    budget = found[0]["budget"]
+    tried: dict[tuple[str, str, str], Row] = {}
+    for row in [*found, *find(GPU, phase="calibrate", subset=ALL, budget=budget)]:
+        key = (row["rule"], row["beta1"], row["beta2"])
+        kept = tried.get(key)
+        if kept is None or float(row["percent"]) < float(kept["percent"]):
+            tried[key] = row
+    lines = []
+    for (rule, *betas), row in sorted(tried.items(), key=lambda item: float(item[1]["percent"])):
+        rate, percent = f"{float(row['lr']):g}", triple(row, "percent")
+        lines.append([rule, ", ".join(betas), rate, percent, _ms(row)])
+    return table([f"{budget} passes", "betas", "rate", "% of base", "ms"], lines, 2)
+
+
+def _sentence(name: str, budget: str) -> str:
+    row = best(name, "kNN", budget, overall(name))
+    parts = ["retrieve_ms", "select_ms", "adapt_ms", "restore_ms"]
+    retrieval, selection, adaptation, restoring = (figure(float(row[p]), 2) for p in parts)
+    joules = "" if row["joules"] == "not available" else f" and {_joules(row)} joules"
+    bought = [f"{100 - float(row['percent' + end]):.1f}" for end in ("", "_high", "_low")]
+    return (
+        f"On {row['device']}, {row['model']}, a query of {budget} passes with nearest neighbours "
+        f"takes {_ms(row)} ms{joules}: retrieval {retrieval}, selection "
+        f"{selection}, passes and updates {adaptation}, restoring {restoring} ms. It lowers bits "
+        f"per byte by {bought[0]} % [{bought[1]}, {bought[2]}]."
+    )
+
+
+@generated
+def ttft_cost() -> str:
+    return _sentence(GPU, budgets(GPU)[1]) + "\n\n" + _sentence(CPU, budgets(CPU)[-1])
