@@ -62,10 +62,10 @@ def rules(name: str) -> list[str]:
 
 def _verdict(cells: list[Row]) -> str:
     """The rule whose interval of differences from kNN lies below 0, the lowest of several."""
-    ahead = [row for row in cells if float(row["from_rival_high"]) < 0.0]
+    ahead = [row for row in cells if float(row["from_knn_high"]) < 0.0]
     if ahead:
-        return min(ahead, key=lambda row: float(row["from_rival"]))["rule"]
-    behind = [row for row in cells if float(row["from_rival_low"]) > 0.0]
+        return min(ahead, key=lambda row: float(row["from_knn"]))["rule"]
+    behind = [row for row in cells if float(row["from_knn_low"]) > 0.0]
     return "kNN" if len(behind) == len(cells) else "none is apart"
 
 
@@ -76,7 +76,7 @@ def _winners(name: str, budget: str) -> str:
             continue
         cells = [best(name, rule, budget, subset) for rule in RIVALS]
         knn = triple(best(name, "kNN", budget, subset), "percent")
-        apart = [triple(row, "from_rival", "+") for row in cells]
+        apart = [triple(row, "from_knn", "+") for row in cells]
         lines.append([NAMES[subset], knn, *apart, _verdict(cells)])
     header = ["texts", "kNN, % of base", *(f"{rule}, from kNN" for rule in RIVALS), "ahead"]
     return table(header, lines)
@@ -93,7 +93,7 @@ def _rules(name: str) -> str:
     for budget in budgets(name):
         for rule in rules(name):
             row = best(name, rule, budget, overall(name))
-            apart = [triple(row, f"from_rival{at}", "+") for at in ("", "_at_seconds")]
+            apart = [triple(row, f"from_knn{at}", "+") for at in ("", "_at_seconds")]
             rate, percent = f"{float(row['lr']):g}", triple(row, "percent")
             lines.append([budget, rule, rate, percent, *apart, _ms(row), _joules(row)])
     header = ["passes", "rule", "its best rate", "% of base", "from kNN at equal passes"]
@@ -126,7 +126,7 @@ def ttft_subsets() -> str:
     for subset in subsets(GPU):
         for budget in budgets(GPU):
             apart = [
-                triple(best(GPU, rule, budget, subset), "from_rival", "+")
+                triple(best(GPU, rule, budget, subset), "from_knn", "+")
                 for rule in rules(GPU)
                 if rule != "kNN"
             ]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bench.ttft.rules import PUBLISHED_BETAS
 from bench.ttft.store import Row
 
 RESAMPLES = 4000
@@ -101,17 +102,42 @@ def of_subset(values: Values, subset: str) -> Values:
     return values if subset == ALL else {q: v for q, v in values.items() if q[0] == subset}
 
 
-def best_rate(rows: Iterable[Row], path: str, rule: str, budget: int) -> float:
+def tried(rows: Iterable[Row]) -> dict[CellKey, float]:
+    """The mean of each cell on the calibration queries."""
+    kept = list(rows)
+    found = cells(kept, "explore") | cells(kept, "calibrate")
+    return {cell: mean(measured.percent) for cell, measured in found.items()}
+
+
+def best_rate(
+    rows: Iterable[Row],
+    path: str,
+    rule: str,
+    budget: int,
+    betas: tuple[float, float] = PUBLISHED_BETAS,
+) -> float:
     """The rate with the least mean BPB on the calibration queries, the lower one of a tie."""
-    found: dict[str, dict[float, float]] = defaultdict(dict)
-    for cell, measured in cells(rows, "calibrate").items():
-        if (cell.rule, cell.budget) == (rule, budget):
-            found[cell.path][cell.lr] = mean(measured.percent)
-    for calibrated in (path, *(ALIKE if path in ALIKE else ())):
-        if calibrated in found:
-            scores = found[calibrated]
-            return min(sorted(scores), key=scores.__getitem__)
+    wanted = (rule, budget, betas)
+    scores = {
+        cell: score
+        for cell, score in tried(rows).items()
+        if (cell.rule, cell.budget, cell.betas) == wanted
+    }
+    for source in (path, *(ALIKE if path in ALIKE else ())):
+        own = {cell.lr: score for cell, score in scores.items() if cell.path == source}
+        if own:
+            return min(sorted(own), key=own.__getitem__)
     raise LookupError(f"{path}, {rule}, {budget} passes: expected calibration rows, got none")
+
+
+def best_idea(rows: list[Row], path: str) -> tuple[str, int, float, tuple[float, float]] | None:
+    """The explored cell with the least mean BPB; None if nothing was explored."""
+    explored = [cell for cell in cells(rows, "explore") if cell.path == path]
+    if not explored:
+        return None
+    scores = tried(rows)
+    best = min(explored, key=scores.__getitem__)
+    return best.rule, best.budget, best.lr, best.betas
 
 
 def at_cost(points: list[tuple[Values, Values]], wanted: float) -> Values | None:

@@ -49,11 +49,10 @@ class Bench:
         for i in queries:
             self._base[i] = self._bits(model, i)
 
-    def lengths(self, queries: list[int], cells: list[Cell]) -> set[int]:
-        """Tokens of everything that these queries may train on."""
+    def lengths(self, queries: list[int], joined: int) -> set[int]:
+        """Tokens of everything that these queries may train on, also joined to so many."""
         rows = self.corpus.data.candidates[queries].unique().tolist()
-        longest = max(EVERY[cell.rule].join for cell in cells)
-        return {len(self.document(row)) for row in rows} | set(range(32, longest + 1, 32))
+        return {len(self.document(row)) for row in rows} | set(range(32, joined + 1, 32))
 
     def _bits(self, model: torch.nn.Module, i: int) -> float:
         ids = self.query(i)

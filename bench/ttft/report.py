@@ -15,8 +15,7 @@ from bench.ttft.analysis import ALL, CellKey, Measured, Values, of_subset
 from bench.ttft.rules import PUBLISHED_BETAS
 from bench.ttft.store import Row, write_parquet
 
-RIVAL = "kNN"
-INTERVALS = ("percent", "from_rival", "from_rival_at_seconds")
+INTERVALS = ("percent", "from_knn", "from_sift", "from_knn_at_seconds")
 COSTS = ["seconds", *analysis.PHASES_OF_A_QUERY, "passes", "updates", "distinct", "tokens"]
 COSTS += ["joules", "peak_mb"]
 FIELDS = ["model", "phase", "path", "rule", "budget", "lr", "beta1", "beta2", "best", "subset"]
@@ -31,13 +30,11 @@ class Judged:
     def __init__(self, rows: list[Row], path: str) -> None:
         found = analysis.cells(rows, "judge").items()
         self.cells = {cell: measured for cell, measured in found if cell.path == path}
-        self.best = {cell: self._is_best(rows, cell) for cell in self.cells}
-
-    @staticmethod
-    def _is_best(rows: list[Row], cell: CellKey) -> bool:
-        if cell.path == "published":
-            return True
-        return cell.lr == analysis.best_rate(rows, cell.path, cell.rule, cell.budget)
+        self.best = {
+            cell: path == "published"
+            or cell.lr == analysis.best_rate(rows, path, cell.rule, cell.budget, cell.betas)
+            for cell in self.cells
+        }
 
     def curve(self, rule: str) -> dict[int, Measured]:
         """By budget, at the rule's best rates."""
@@ -76,8 +73,8 @@ def _rates(found: dict[CellKey, Measured], phase: str) -> Table:
 
 def _judged(lines: Iterable[dict[str, Any]]) -> Table:
     columns = ("subset", "path", "passes", "rule", "lr", "best", "queries", "% of base")
-    from_rival = f"from {RIVAL} at equal passes"
-    table = Table(*columns, from_rival, "at equal seconds", "ms", "J", title="judged")
+    rivals = ("from kNN at equal passes", "from SIFT", "from kNN at equal seconds")
+    table = Table(*columns, *rivals, "ms", "J", title="judged")
     for line in sorted(lines, key=lambda x: (x["subset"], x["path"], x["budget"])):
         cells = [_interval_text(line, name) for name in INTERVALS]
         joules = line["joules"] if line["joules"] == "not available" else f"{line['joules']:.1f}"
@@ -103,20 +100,19 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for phase in ("calibrate", "explore"):
         for cell, measured in analysis.cells(rows, phase).items():
-            found += _lines(phase, cell, measured, {"best": ""}, None, None)
+            found += _lines(phase, cell, measured, {"best": ""}, [None, None, None])
     for path in dict.fromkeys(row["path"] for row in rows if row["phase"] == "judge"):
         judged = Judged(rows, path)
-        rival = judged.curve(RIVAL)
-        points = [(measured.seconds, measured.percent) for measured in rival.values()]
+        knn, sift = judged.curve("kNN"), judged.curve("SIFT")
+        points = [(measured.seconds, measured.percent) for measured in knn.values()]
         for cell, measured in judged.cells.items():
-            equal = rival.get(cell.budget)
-            wanted = analysis.mean(measured.seconds)
-            timed = analysis.at_cost(points, wanted) if points else None
+            rivals = [curve.get(cell.budget) for curve in (knn, sift)]
+            others = [None if r is None or r is measured else r.percent for r in rivals]
+            own = cell.rule == "kNN" and judged.best[cell] and cell.betas == PUBLISHED_BETAS
+            cost = analysis.mean(measured.seconds)
+            others.append(None if own or not points else analysis.at_cost(points, cost))
             best = {"best": "yes" if judged.best[cell] else "no"}
-            passes = equal.percent if equal is not None and equal is not measured else None
-            found += _lines(
-                "judge", cell, measured, best, passes, timed if passes is not None else None
-            )
+            found += _lines("judge", cell, measured, best, others)
     return found
 
 
@@ -125,8 +121,7 @@ def _lines(
     cell: CellKey,
     measured: Measured,
     told: dict[str, Any],
-    at_passes: Values | None,
-    at_seconds: Values | None,
+    others: list[Values | None],
 ) -> list[dict[str, Any]]:
     first = next(iter(measured.rows.values()))
     beta1, beta2 = cell.betas
@@ -143,7 +138,7 @@ def _lines(
         percent = of_subset(measured.percent, subset)
         rivals = [
             None if other is None else of_subset(analysis.apart(measured.percent, other), subset)
-            for other in (at_passes, at_seconds)
+            for other in others
         ]
         line = head | {"subset": subset, "queries": len(percent)}
         line["base_bpb"] = analysis.mean(of_subset(measured.column("base_bpb"), subset))
