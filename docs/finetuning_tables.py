@@ -284,7 +284,6 @@ def headline() -> str:
                 "finetuning",
             )
             for name, model, passes in (
-                ("GPT-2 small", "GPT-2 small", "float32"),
                 ("GPT-2 small", "GPT-2 small", "bf16"),
                 ("SmolLM2-135M", "smollm2-135m", "bf16"),
             )

@@ -16,10 +16,11 @@ from pathlib import Path
 import finetuning_tables
 import optimizer_tables
 import selection_tables
+import ttft_tables
 from rows import ROOT, TABLES
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SOURCES = (selection_tables, finetuning_tables, optimizer_tables)  # importing them fills TABLES
+SOURCES = (selection_tables, finetuning_tables, optimizer_tables, ttft_tables)  # fill TABLES
 
 
 def pages() -> list[Path]:
