@@ -1,4 +1,4 @@
-"""The pictures about cost: bits per byte over seconds, and where a query's time goes."""
+"""The pictures about cost: bits per byte over seconds, and where the time of a query goes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ttft_tables import (
     subsets,
 )
 
-PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 196, 170, 48, 40
+PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 196, 170, 48, 58
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -69,7 +69,7 @@ def _curves(subset: str) -> dict[str, list[Point]]:
         settings = {"rule": "hull", "budget": row["budget"], "lr": PUBLISHED_LR}
         same = one(GPU, phase="judge", path=main_path(GPU), subset=subset, **settings)
         found["published"].append((row["budget"], float(row["seconds"]), float(same["percent"])))
-    for rule in ("kNN", "hull, at most 2"):
+    for rule in ("kNN", "hull, at most 2", "kNN, joined to 1024"):
         rows = [best(GPU, rule, budget, subset) for budget in budgets(GPU)]
         found[rule] = [(r["budget"], float(r["seconds"]), float(r["percent"])) for r in rows]
     return found
@@ -85,11 +85,17 @@ def cost(theme: Theme) -> str:
     """BPB over seconds a query: the published procedure, and hullkit at the best rates."""
     if not measured(GPU):
         return _nothing(theme)
-    colours = {"published": theme.other, "kNN": theme.accent, "hull, at most 2": theme.ink}
+    colours = {
+        "published": theme.other,
+        "kNN": theme.accent,
+        "hull, at most 2": theme.ink,
+        "kNN, joined to 1024": theme.faint,
+    }
     words = {
         "published": "published procedure: hull at its published settings, its own loop",
         "kNN": "hullkit: nearest neighbours at their best rate",
         "hull, at most 2": "hullkit: hull, at most two updates, at its best rate",
+        "kNN, joined to 1024": "hullkit: nearest neighbours joined to sequences of 1024 tokens",
     }
     parts: list[str] = []
     panels = [subset for subset in subsets(GPU) if subset != ALL]
@@ -105,7 +111,7 @@ def cost(theme: Theme) -> str:
             parts.append(line(points, colours[name]))
             for (budget, *_), (x, y) in zip(ordered, points, strict=True):
                 parts.append(dot(x, y, 3.5, colours[name]))
-                if name != "hull, at most 2":
+                if name in ("published", "kNN"):
                     parts.append(text(x, y - 7, budget, colours[name], 10))
     floor = TOP + PANEL_HEIGHT
     parts.append(text(LEFT, floor + 38, "seconds a query", theme.faint, 12, "start"))
@@ -118,7 +124,7 @@ def cost(theme: Theme) -> str:
         text(LEFT + 500, floor + 58, "numbers at points: passes", theme.faint, 12, "start")
     )
     width = LEFT + len(panels) * (PANEL_WIDTH + 46)
-    return svg(width, floor + 106, "bits per byte over seconds a query", theme.ink, parts)
+    return svg(width, floor + 122, "bits per byte over seconds a query", theme.ink, parts)
 
 
 def _bars(rows: Iterable[Row], theme: Theme) -> list[str]:
@@ -154,4 +160,6 @@ def bars(theme: Theme) -> str:
     if not measured(GPU):
         return _nothing(theme)
     rows = [best(GPU, rule, budgets(GPU)[1], ALL) for rule in rules(GPU)]
-    return svg(720, 44 + 26 * len(rows), "where a query's time goes", theme.ink, _bars(rows, theme))
+    return svg(
+        720, 44 + 26 * len(rows), "where the time of a query goes", theme.ink, _bars(rows, theme)
+    )

@@ -57,7 +57,7 @@ def main_path(name: str) -> str:
 
 
 def best(name: str, rule: str, budget: str, subset: str, path: str | None = None) -> Row:
-    wanted = {"rule": rule, "budget": budget, "subset": subset}
+    wanted = {"rule": rule, "budget": budget, "subset": subset, "beta2": PUBLISHED_BETA2}
     return one(name, phase="judge", best="yes", path=path or main_path(name), **wanted)
 
 
@@ -78,8 +78,9 @@ def overall(name: str) -> str:
 def rules(name: str) -> list[str]:
     """Those that were judged at every budget."""
     found = judged(name, path=main_path(name), subset=overall(name), best="yes")
+    found = [row for row in found if row["beta2"] == PUBLISHED_BETA2]
     asked = {(row["rule"], row["budget"]) for row in found}
-    every = dict.fromkeys(row["rule"] for row in found)
+    every = sorted({row["rule"] for row in found}, key=lambda rule: (rule.lower(), rule))
     return [rule for rule in every if all((rule, budget) in asked for budget in budgets(name))]
 
 
