@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import architecture_tables
 import finetuning_tables
 import optimizer_tables
 import selection_tables
@@ -20,7 +21,14 @@ import ttft_tables
 from rows import ROOT, TABLES
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SOURCES = (selection_tables, finetuning_tables, optimizer_tables, ttft_tables)  # fill TABLES
+# Importing them fills TABLES.
+SOURCES = (
+    selection_tables,
+    finetuning_tables,
+    optimizer_tables,
+    architecture_tables,
+    ttft_tables,
+)
 
 
 def pages() -> list[Path]:

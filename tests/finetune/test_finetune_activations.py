@@ -1,4 +1,4 @@
-"""activations="recompute": the layers it finds, the same result, and the way back."""
+"""Activations that are computed again: the layers it finds, the same result, and the way back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import pytest
 import torch
 from _models import COUNTS, Before, FailingCall, gpt2, injected, llama, same_bits, state, texts
 from hullkit.finetune import TestTimeFinetuner
+from hullkit.finetune.activations import CHOICES, ActivationPlan, ActivationsTooLarge
+from hullkit.finetune.capture_memory import HeldTensors
+from hullkit.language_model.loss import CausalLoss
 from hullkit.language_model.recomputed_layers import recomputing, repeated_layers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -94,8 +97,46 @@ def test_forwards_are_back_after_the_block() -> None:
     assert layers[1].__dict__["forward"] is wrapped
 
 
+def test_longer_texts_than_one_that_did_not_fit_are_recomputed() -> None:
+    short, long = ({"input_ids": torch.zeros(1, tokens)} for tokens in (4, 8))
+    always = {"auto": (False, False), "keep": (False, False), "recompute": (True, True)}
+    for choice in CHOICES:
+        plan = ActivationPlan(choice)
+        assert (plan.recomputes(short), plan.recomputes(long)) == always[choice]
+        assert plan.may_recompute(long) is (choice == "auto")
+    plan = ActivationPlan("auto")
+    plan.note_too_large(long)
+    assert (plan.recomputes(short), plan.recomputes(long)) == (False, True)
+    assert not plan.may_recompute(long)
+
+
+@pytest.mark.parametrize("room", [0, 1 << 40])
+def test_a_warm_up_counts_what_a_pass_holds(room: int) -> None:
+    """Counted alike on the device and on the host; the gradients are those of a plain pass."""
+    model = gpt2().eval()
+    inputs = {"input_ids": texts(1)[0][None], "labels": texts(1)[0][None]}
+    loss_of = CausalLoss(model, "float32", compile=False, fuse=False)
+    loss_of(inputs).backward()
+    wanted = model.lm_head.weight.grad
+    model.zero_grad()
+    held = HeldTensors(model, room, None)
+    loss_of(inputs, held).backward()
+    assert torch.equal(model.lm_head.weight.grad, wanted)
+    # 2 layers of about 34 numbers a token and unit of width, 50 logits a token: a rough lower end.
+    assert held.num_bytes > 4 * inputs["input_ids"].numel() * model.config.n_embd * 20
+    with pytest.raises(ActivationsTooLarge):
+        loss_of(inputs, HeldTensors(model, room, held.num_bytes - 1))
+    loss_of(inputs, HeldTensors(model, room, held.num_bytes))
+
+
+def test_the_report_says_which() -> None:
+    for activations, wanted in (("auto", "keep"), ("keep", "keep"), ("recompute", "recompute")):
+        report = TestTimeFinetuner(llama(), activations=activations).adapt_(texts(1), [1])
+        assert report.activations == wanted
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="activations: expected"):
         TestTimeFinetuner(llama(), activations="drop")
-    with pytest.raises(ValueError, match="expected 'keep' for compile=True"):
+    with pytest.raises(ValueError, match="expected 'auto' or 'keep' for compile=True"):
         TestTimeFinetuner(llama(), activations="recompute", compile=True)

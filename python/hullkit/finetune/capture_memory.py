@@ -14,15 +14,22 @@ from ..language_model.loss import CausalLoss, matmul_precision
 from ..language_model.pass_copies import PassCopies
 from ..language_model.saved_tensors import Packed, Saved
 from ..native.torch_private import StorageWatch, watch_storage
+from .activations import ActivationPlan, ActivationsTooLarge
 from .padding import Inputs
 
+# The part of a device that is left for gradients, workspaces and what others need.
+_MARGIN = 1 / 16
 _COMPILED_WARMUPS = 2  # the first compiles, the second tunes
 
 
 class CaptureMemory:
-    """A stream for captures, and one pool of memory for all graphs of a model."""
+    """A stream for captures, and one pool of memory for all graphs of a model.
 
-    def __init__(self, device: torch.device) -> None:
+    plan: which passes compute activations again, to hold less.
+    """
+
+    def __init__(self, device: torch.device, plan: ActivationPlan) -> None:
+        self.plan = plan
         self.stream = _capture_stream(device)
         _take_workspaces(self.stream)
         self.renew()
@@ -31,6 +38,16 @@ class CaptureMemory:
         """Takes a new pool for the next graphs. A graph that failed leaves the old one unusable."""
         self.pool = torch.cuda.graph_pool_handle()
         self._reserved = 0  # bytes of the pool that were allocated in one piece
+
+    def free(self) -> int:
+        """Bytes of the device that a pass may take beside the pool."""
+        free, total = torch.cuda.mem_get_info(self.stream.device)
+        return max(0, free - int(total * _MARGIN))
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of the pool that every pass can use."""
+        return self._reserved
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -102,10 +119,12 @@ def warm_up(
     loss_of: CausalLoss,
     inputs: Inputs,
     copies: PassCopies,
+    memory: CaptureMemory,
     forward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[dict[nn.Parameter, torch.dtype], int]:
     """Passes before a capture, so that everything lazy is done.
 
+    memory: its plan learns here whether the pass must compute activations again.
     forward: a block around the forward half, which the compiler's passes go without.
     Returns the dtype of each parameter's gradient, in the order in which gradients come, and the
     bytes that a pass holds at a time; 0 with the compiler, which plans memory itself.
@@ -117,25 +136,50 @@ def warm_up(
                 order.clear()
                 loss_of(inputs).backward()
             return order, 0
-        offloaded = Offloaded(model)
-        with forward():
-            loss = loss_of(inputs, offloaded, copies)
-        loss.backward()
+        try:
+            held = _pass(model, loss_of, inputs, copies, memory, forward)
+        except ActivationsTooLarge:
+            memory.plan.note_too_large(inputs)
+            held = None
+        if held is None:  # the error is gone, and with it the tensors that its frames held
+            order.clear()
+            held = _pass(model, loss_of, inputs, copies, memory, forward)
     # A pass holds most as its backward half begins: all saved tensors, and a little more for gaps
     # between them. Gradients of whole matrices get pieces of their own.
-    return order, offloaded.num_bytes + offloaded.num_bytes // 16
+    return order, held + held // 16
 
 
-class Offloaded(Saved):
-    """Keeps saved tensors on the host and adds up their size on the device.
+def _pass(
+    model: nn.Module,
+    loss_of: CausalLoss,
+    inputs: Inputs,
+    copies: PassCopies,
+    memory: CaptureMemory,
+    forward: Callable[[], AbstractContextManager[None]],
+) -> int:
+    """One pass; returns the bytes that it held. It may raise ActivationsTooLarge."""
+    room, plan = memory.free(), memory.plan
+    most = room + memory.reserved if plan.may_recompute(inputs) else None
+    held = HeldTensors(model, room, most)
+    with forward():
+        loss = loss_of(inputs, held, copies, recompute=plan.recomputes(inputs))
+    loss.backward()
+    return held.num_bytes
 
-    So a warm-up needs little memory, before a pass has its memory in one piece. The model's own
-    tensors stay on the device and do not count.
+
+class HeldTensors(Saved):
+    """Keeps saved tensors of a warm-up, and adds up their size.
+
+    Those beyond `room` bytes lie on the host meanwhile: a pool of earlier passes may hold most of
+    the device, and the pass will use that pool. The model's own tensors do not count.
+
+    most: the bytes with which ActivationsTooLarge is raised; None for no limit.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, room: int, most: int | None) -> None:
         super().__init__()
         self.num_bytes = 0
+        self._room, self._most = room, most
         own = (*model.parameters(), *model.buffers())
         self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
         self._counted: dict[int, StorageWatch] = {}
@@ -149,6 +193,10 @@ class Offloaded(Saved):
         if counted is None or counted.expired():  # else the address belongs to a known tensor
             self._counted[address] = watch_storage(storage)
             self.num_bytes += storage.nbytes()
+            if self._most is not None and self.num_bytes > self._most:
+                raise ActivationsTooLarge
+        if self.num_bytes <= self._room:
+            return tensor
         return functools.partial(tensor.cpu().to, tensor.device)
 
 

@@ -21,6 +21,7 @@ from ..language_model.saved_tensors import Saved
 from ..optim import _kernels
 from ..optim._record import BROKEN, HEAD, LIMIT, NUM_OPTIONS, SEED, AdamOptions
 from ..optim._tensor_table import HALVES, same_layout
+from .activations import ActivationPlan
 from .base_weights import NotCapturable, Weights, pass_copies
 from .capture_memory import CaptureMemory, hooks, update_stream, warm_up
 from .padding import Inputs, Padding
@@ -46,6 +47,7 @@ class CapturedPasses:
         model_tensors: list[Tensor],
         parameters: list[nn.Parameter],
         loss_of: CausalLoss,
+        activations: ActivationPlan,
         *,
         host_snapshot: bool,
         rounding: Rounding,
@@ -59,7 +61,7 @@ class CapturedPasses:
         self._tensors = _addresses(model_tensors)
         self._capacity = 64
         self._padding = Padding(longest_padded(model), self._plain_loss)
-        self._memory = CaptureMemory(self.weights.device)
+        self._memory = CaptureMemory(self.weights.device, activations)
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
         self._plain = True  # until the forward pass as it is could not be recorded
 
@@ -163,8 +165,10 @@ class _Pass:
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._result = torch.zeros(2, dtype=torch.float64, device=owner.weights.device)
         order, held = warm_up(
-            owner._model, parameters, owner._loss_of, self._inputs, owner.copies, noted
-        )
+            owner._model, parameters, owner._loss_of, self._inputs, owner.copies, owner._memory,
+            noted,
+        )  # fmt: skip
+        self.recomputes = owner._memory.plan.recomputes(self._inputs)
         # A model may replace a tensor that it keeps as an attribute; the graph reads the old one.
         self._tables = Attributes(list(owner._model.modules())).tensors
         self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
@@ -183,7 +187,9 @@ class _Pass:
                     owner._memory.reserve(held)
                     self.updates.begin()
                     with hooks(parameters, self.updates.ready), served():
-                        loss = owner._loss_of(self._inputs, Saved(), owner.copies)
+                        loss = owner._loss_of(
+                            self._inputs, Saved(), owner.copies, recompute=self.recomputes
+                        )
                         loss.backward()
                     self.updates.join()
                     self._result[0].copy_(loss.detach())
@@ -204,7 +210,8 @@ class _Pass:
             self.fused = owner._loss_of.fused
         finally:
             failure = None  # the error holds this frame, and the frame holds the pass's tensors
-            _drop_gradients(parameters)  # their memory stays in the graph's pool
+            for parameter in parameters:
+                parameter.grad = None  # its memory stays in the graph's pool
 
     def replay(self, inputs: Inputs, num_steps: int, result: Tensor) -> None:
         for name, tensor in self._inputs.items():
@@ -212,11 +219,6 @@ class _Pass:
         self.updates.set_num_steps(num_steps)
         self._graph.replay()
         result.copy_(self._result)
-
-
-def _drop_gradients(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
 
 
 def _addresses(tensors: list[Tensor]) -> list[Any]:

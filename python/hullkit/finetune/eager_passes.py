@@ -13,11 +13,11 @@ from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies
 from ..native.torch_private import foreach_norm
 from ..optim import accumulate_
+from .activations import ActivationPlan
+from .padding import Inputs
 from .report import Clock
 from .rounding import Rounding, RoundingAdam
 from .schedule import Reuse
-
-Inputs = dict[str, Tensor]
 
 
 def check_finite(name: str, value: float) -> None:
@@ -74,13 +74,14 @@ def reuse(
     inputs: list[Inputs],
     schedule: list[Reuse],
     trained: Trained,
+    plan: ActivationPlan,
     clock: Clock,
 ) -> list[float]:
     """Finetunes in place, burst by burst, and returns the losses. Gradients are None before and
     after."""
     losses = []
     for example, num_steps in schedule:
-        losses.append(_pass(loss_of, inputs[example], example, trained.parameters))
+        losses.append(_pass(loss_of, inputs[example], example, trained, plan))
         clock.lap("passes")
         trained.step_with(trained.gradients(), num_steps)
         trained.zero_grad()
@@ -93,6 +94,7 @@ def accumulate(
     inputs: list[Inputs],
     schedule: list[Reuse],
     trained: Trained,
+    plan: ActivationPlan,
     clock: Clock,
 ) -> list[float]:
     """Finetunes in place by one update with the mean gradient of the multiset; see `reuse`."""
@@ -100,7 +102,7 @@ def accumulate(
     sums: dict[nn.Parameter, Tensor] = {}  # only for parameters that had a gradient
     losses = []
     for example, count in schedule:
-        losses.append(_pass(loss_of, inputs[example], example, trained.parameters))
+        losses.append(_pass(loss_of, inputs[example], example, trained, plan))
         clock.lap("passes")
         grads = trained.gradients()
         for parameter in grads.keys() - sums.keys():
@@ -115,19 +117,32 @@ def accumulate(
 
 
 def _pass(
-    loss_of: CausalLoss, inputs: Inputs, example: int, parameters: list[nn.Parameter]
+    loss_of: CausalLoss, inputs: Inputs, example: int, trained: Trained, plan: ActivationPlan
 ) -> float:
     """Runs forward and backward; returns the loss. Loss and gradients must be finite."""
-    loss = loss_of(inputs)
-    loss.backward()
-    value = loss.item()
+    value = None
+    if trained.parameters[0].is_cuda and plan.may_recompute(inputs):
+        try:
+            value = _backward(loss_of, inputs, recompute=False)
+        except torch.OutOfMemoryError:  # here its frames still hold tensors of the pass
+            plan.note_too_large(inputs)
+            trained.zero_grad()
+    if value is None:
+        value = _backward(loss_of, inputs, recompute=plan.recomputes(inputs))
     check_finite(f"loss of examples[{example}]", value)
-    grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel() > 0]
+    gradients = trained.gradients().values()
+    grads = [gradient for gradient in gradients if gradient.numel() > 0]
     if not math.isfinite(_largest(foreach_norm(grads, 2))):
         # A square may have overflowed. The maximum norm tells, but takes a CPU eight times as long.
         largest = _largest(foreach_norm(grads, math.inf))
         check_finite(f"largest gradient entry of examples[{example}]", largest)
     return value
+
+
+def _backward(loss_of: CausalLoss, inputs: Inputs, *, recompute: bool) -> float:
+    loss = loss_of(inputs, recompute=recompute)
+    loss.backward()
+    return loss.item()
 
 
 def _largest(norms: Sequence[Tensor]) -> float:

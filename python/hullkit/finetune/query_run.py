@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..language_model.loss import CausalLoss, matmul_precision
 from ..language_model.pass_copies import PassCopies, narrowed_tensors
 from . import eager_passes
+from .activations import ActivationPlan
 from .base_weights import NotCapturable, Weights, adam_options
 from .captured_passes import CapturedPasses
-from .eager_passes import Inputs
+from .padding import Inputs
 from .report import AdaptReport, Clock, PhaseSeconds, peak_memory
 from .rounding import rounding_of
 from .schedule import Reuse
@@ -43,16 +44,16 @@ class ModelPasses:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
-        recompute = settings.activations == "recompute"
-        self.loss = CausalLoss(
-            model, settings.precision, settings.compile, settings.fuse, recompute
-        )
+        self.loss = CausalLoss(model, settings.precision, settings.compile, settings.fuse)
+        self._choice = settings.activations
+        self.activations = ActivationPlan(self._choice)
         self.captured: CapturedPasses | None = None
         self._not_capturable: str | None = None  # why, once an attempt has failed
 
     def release(self) -> None:
-        """Forgets the graphs, and that this model could not be captured."""
+        """Forgets the graphs, that this model could not be captured, and which passes fitted."""
         self.captured = self._not_capturable = None
+        self.activations = ActivationPlan(self._choice)
 
     def capture(
         self, parameters: list[nn.Parameter], buffers: list[Tensor], settings: Settings
@@ -69,6 +70,7 @@ class ModelPasses:
                     tensors,
                     trained,
                     self.loss,
+                    self.activations,
                     host_snapshot=settings.snapshot == "host",
                     rounding=rounding_of(self.model, settings.rounding, settings.seed),
                 )
@@ -120,6 +122,7 @@ class QueryRun:
         self._select_seconds = select_seconds
         self._captured: CapturedPasses | None = None
         self._fused: tuple[str, ...] = ()
+        self._recomputed = False
 
     def prepare(self, parameters: list[nn.Parameter], buffers: list[Tensor]) -> Weights | None:
         """The memory that keeps base values for captured passes; None where passes run eagerly.
@@ -142,6 +145,10 @@ class QueryRun:
             if losses is None:
                 losses = self._run_eagerly(clock)
                 self._fused = self._passes.loss.fused
+                self._recomputed = any(
+                    self._passes.activations.recomputes(self._inputs[example])
+                    for example, _ in self._schedule
+                )
         return self._report(path, losses, clock)
 
     def _replay(
@@ -162,6 +169,7 @@ class QueryRun:
         options = adam_options(settings.lr, settings.betas, settings.eps)
         names = {name for recorded, _ in passes.values() for name in recorded.fused}
         self._fused = tuple(sorted(names))
+        self._recomputed = any(recorded.recomputes for recorded, _ in passes.values())
         results = captured.run(passes, schedule, options)
         clock.lap("passes")
         for burst, (loss, finite) in zip(schedule, results, strict=True):
@@ -176,6 +184,7 @@ class QueryRun:
 
     def _run_eagerly(self, clock: Clock) -> list[float]:
         settings, model, loss_of = self._settings, self._passes.model, self._passes.loss
+        plan = self._passes.activations
         parameters = trained_parameters(model.parameters())
         if not self._schedule and not settings.compile:
             return []
@@ -196,7 +205,7 @@ class QueryRun:
             )
             run = eager_passes.reuse if settings.mode == "reuse" else eager_passes.accumulate
             try:
-                return run(loss_of, self._inputs, self._schedule, trained, clock)
+                return run(loss_of, self._inputs, self._schedule, trained, plan, clock)
             finally:
                 # A traceback keeps this frame; it must not keep the moments.
                 trained.reset()
@@ -220,6 +229,7 @@ class QueryRun:
             path=path,
             reason=self._passes.eager_reason(clock.device, self._settings) if eager else None,
             fused=self._fused,
+            activations="recompute" if self._recomputed else "keep",
         )
 
 

@@ -35,8 +35,9 @@ class AdaptReport(NamedTuple):
         path: "captured" if passes were replayed CUDA graphs, else "eager".
         reason: why passes were not captured; None if they were.
         fused: the model's methods and functions that a pass replaced while it lasted, sorted by
-            name: "package.Class.forward" or "module.function". On a CPU the norms' and the loss's
-            replacements call the model's own.
+            name: "package.Class.forward" or "module.function". On a CPU the norms', the
+            adapters' and the loss's replacements call the model's own.
+        activations: "recompute" if a pass ran layers again in its backward half, else "keep".
 
     >>> import hullkit, torch
     >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
@@ -53,6 +54,7 @@ class AdaptReport(NamedTuple):
     path: str
     reason: str | None
     fused: tuple[str, ...]
+    activations: str
 
 
 class Clock:

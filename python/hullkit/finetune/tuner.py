@@ -22,7 +22,7 @@ from ..language_model.interface import (
     token_limits,
 )
 from ..language_model.loss import PRECISIONS
-from ..language_model.recomputed_layers import ACTIVATIONS
+from . import activations as activation_plan
 from .adaptation import Adaptation, is_adapted
 from .query_run import ModelPasses, QueryRun, Settings, trained_parameters
 from .report import AdaptReport
@@ -76,7 +76,9 @@ class TestTimeFinetuner:
             replaced. What others have replaced is left alone, and so is all with `compile`.
         activations: "keep" holds the tensors that the backward pass needs. "recompute" holds one
             input for each layer, for long texts; a layer then runs twice. Layers are the members of
-            every `nn.ModuleList` of modules of one class. Not with `compile`.
+            every `nn.ModuleList` of modules of one class. "auto" keeps them while they fit into
+            the free memory of a CUDA device, and recomputes those of longer texts. With `compile`
+            the compiler decides.
 
     Attributes:
         last_report: the AdaptReport of the latest query; None if it failed.
@@ -120,7 +122,7 @@ class TestTimeFinetuner:
         rounding: str = "stochastic",
         seed: int = 0,
         fuse: bool = True,
-        activations: str = "keep",
+        activations: str = "auto",
     ) -> None:
         check_module(model)
         self.model = model
@@ -139,7 +141,7 @@ class TestTimeFinetuner:
         check_choice("capture", capture, (None, True, False))
         check_choice("compile", compile, (True, False))
         check_choice("fuse", fuse, (True, False))
-        check_choice("activations", activations, ACTIVATIONS)
+        check_choice("activations", activations, activation_plan.CHOICES)
         self.precision = precision
         self.capture = capture
         self.compile = compile
@@ -149,7 +151,9 @@ class TestTimeFinetuner:
         self.rounding = rounding
         self.seed = check_int("seed", seed, 0, (1 << 63) - 1)
         if compile and activations == "recompute":
-            raise ValueError("activations: expected 'keep' for compile=True, got 'recompute'")
+            raise ValueError(
+                "activations: expected 'auto' or 'keep' for compile=True, got 'recompute'"
+            )
         if capture and mode == "accumulate":
             raise ValueError("capture: expected None or False for mode='accumulate', got True")
         self.last_report: AdaptReport | None = None

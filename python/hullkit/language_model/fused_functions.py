@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..optim._tensor_table import uses_triton
 from . import short_attention
 from .gates import gated
+from .low_rank import add_low_rank
 from .norms import WIDEST, Norm, norm
 from .products import SharedInput, linear, share
 from .saved_tensors import Saved
@@ -131,6 +132,16 @@ class FusedFunctions(TorchFunctionMode):
             return NotImplemented
         tensor, shared = self._shared(x)
         return linear(tensor, shared, weight, bias, transposed=True)
+
+    def low_rank(self, base: Any, x: Any, a: Any, b: Any, scale: float) -> Any:
+        """base(x) + scale (x a^T) b^T of a linear layer and the factors of an adapter."""
+        if not self._fits(x, base.weight, base.bias):
+            return NotImplemented
+        if not self._fits(x, a, None) or not self._fits(x, b, None):
+            return NotImplemented
+        y = base(x)
+        tensor, shared = self._shared(x)
+        return add_low_rank(y, tensor, shared, a, b, scale)
 
     # Norms.
 

@@ -7,7 +7,6 @@ numbers, to compute a known formula. The loss and the last layer are found by th
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -19,10 +18,12 @@ from torch import Tensor, nn
 
 from . import causal_masks, rotary
 from .cross_entropy import TiedGradient, linear_next_token_loss, next_token_loss
-from .fused_functions import FusedFunctions, proven_activation
+from .fused_functions import FusedFunctions
 from .interface import forward_parameters
-from .norms import Norm, proven_rms_norm
+from .low_rank import LowRank
+from .norms import Norm
 from .pass_copies import PassCopies
+from .proofs import proof
 from .replaced_globals import replaced_globals
 from .saved_tensors import Saved
 
@@ -85,14 +86,15 @@ class _Loss:
 
 def _fused_forward(module: nn.Module, functions: FusedFunctions) -> Forward | None:
     """A forward by fused functions, if the module was found to compute the same; else None."""
-    found = _proof(module)
+    found = proof(module)
     if found is None:
         return None
-    fused = (
-        partial(_rms_norm, module, functions, found)
-        if isinstance(found, Norm)
-        else partial(functions.activation, found)
-    )
+    if isinstance(found, str):
+        fused = partial(functions.activation, found)
+    elif isinstance(found, Norm):
+        fused = partial(_rms_norm, module, functions, found)
+    else:
+        fused = partial(_low_rank, module, functions, found)
     return partial(_of_one_input, module, fused)
 
 
@@ -108,40 +110,10 @@ def _rms_norm(module: Any, functions: FusedFunctions, formula: Norm, x: Tensor) 
     return type(module).forward(module, x) if y is NotImplemented else y  # type: ignore[no-any-return]
 
 
-def _proof(module: nn.Module) -> Norm | str | None:
-    """The known formula that a module computes: an RMS norm, or the name of an activation.
-
-    It is tried once, and again when an attribute has changed.
-    """
-    parameters = [p for p in module._parameters.values() if p is not None]
-    if module._modules or module._buffers or len(parameters) > 1:
-        return None
-    kind = type(module)
-    if kind.__module__.startswith("torch.nn."):  # these call functions of torch
-        return None
-    facts: Any = (kind.forward, *((p.dtype, p.shape, p.device) for p in parameters))
-    plain = (int, float, str, bool, type(None))
-    for name, value in vars(module).items():
-        if name[0] != "_" and name != "training":
-            facts += (name, value if isinstance(value, plain) else id(value))
-    known = _PROOFS.get(module)
-    if known is not None and known[0] == facts:
-        return known[1]
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return None  # a proof waits for the device
-    weight = parameters[0] if parameters else None
-    if weight is not None:
-        found: Norm | str | None = proven_rms_norm(module, weight.dtype)
-    else:
-        found = proven_activation(module, torch.float32, torch.device("cpu"))
-    _PROOFS[module] = (facts, found)
-    return found
-
-
-# What modules were found to compute, and the facts on which that rests.
-_PROOFS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Norm | str | None]] = (
-    weakref.WeakKeyDictionary()
-)
+def _low_rank(module: Any, functions: FusedFunctions, adapter: LowRank, x: Tensor) -> Tensor:
+    a, b = (part[adapter.name].weight for part in (module.lora_A, module.lora_B))
+    y = functions.low_rank(module.base_layer, x, a, b, adapter.scale)
+    return type(module).forward(module, x) if y is NotImplemented else y  # type: ignore[no-any-return]
 
 
 @contextmanager

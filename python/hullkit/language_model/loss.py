@@ -42,12 +42,9 @@ class CausalLoss:
     entropy of its logits, in float32.
 
     fuse: whether passes run cheaper pieces in place of the model's own (`fused_modules.py`).
-    recompute: whether repeated layers run again in the backward pass (`recomputed_layers.py`).
     """
 
-    def __init__(
-        self, model: nn.Module, precision: str, compile: bool, fuse: bool, recompute: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, precision: str, compile: bool, fuse: bool) -> None:
         self._model = model
         self.fuses = fuse and not compile  # the compiler fuses what it finds itself
         self.fused: tuple[str, ...] = ()  # names of what the latest pass replaced
@@ -56,25 +53,27 @@ class CausalLoss:
         self._forward = forward_parameters(model)
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
         self.compiled = compile
-        self._recompute = recompute
 
     def __call__(
         self,
         inputs: dict[str, Tensor],
         saved: Saved | None = None,
         copies: PassCopies | None = None,
+        *,
+        recompute: bool = False,
     ) -> Tensor:
         """The loss of one pass.
 
         saved: keeps the tensors that the backward pass needs; None leaves that to autograd.
         copies: copies of weights that the loss multiplies with.
+        recompute: whether repeated layers run again in the backward half (`recomputed_layers.py`).
         """
         if self.compiled:  # the compiler decides itself what is saved, and checkpoints nothing
             self.fused = ()
             return self._of(self._call, inputs, self.autocast)
         layers = checkpointed_layers(self._model)
         # Layers that the user's checkpointing runs again are not run a third time.
-        repeated = repeated_layers(self._model) if self._recompute and not layers else []
+        repeated = repeated_layers(self._model) if recompute and not layers else []
         pieces: AbstractContextManager[set[str]] = nullcontext(set())
         if self.fuses:
             plain = inputs.keys() <= {"input_ids", "labels"}

@@ -1,4 +1,4 @@
-"""Layers that keep only their input and run again in the backward pass: `activations="recompute"`.
+"""Layers that keep only their input and run again in the backward pass.
 
 A pass then holds one input for each layer, and the tensors of one layer at a time.
 """
@@ -12,8 +12,6 @@ from typing import Any
 
 import torch.utils.checkpoint
 from torch import nn
-
-ACTIVATIONS = ("keep", "recompute")
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:

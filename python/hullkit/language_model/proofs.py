@@ -1,0 +1,70 @@
+"""What modules compute: formulas that were found by trying a module on random numbers."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from .fused_functions import proven_activation
+from .low_rank import LowRank, is_watched, proven_low_rank
+from .norms import Norm, proven_rms_norm
+
+Formula = Norm | LowRank | str
+
+# What modules were found to compute, and the facts on which that rests.
+_PROOFS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Formula | None]] = (
+    weakref.WeakKeyDictionary()
+)
+_PLAIN = (int, float, str, bool, type(None))
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parts, hooks and the like
+
+
+def proof(module: nn.Module) -> Formula | None:
+    """The known formula that a module computes; None if none was found.
+
+    That is an RMS norm, a low-rank adapter beside a linear layer, or the name of an activation. It
+    is tried once, and again when an attribute has changed.
+    """
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn."):  # these call functions of torch
+        return None
+    adapted = "lora_A" in module._modules
+    parameters = [p for p in module._parameters.values() if p is not None]
+    if not adapted and (module._modules or module._buffers or len(parameters) > 1):
+        return None
+    facts: Any = (kind.forward, *((p.dtype, p.shape, p.device) for p in parameters))
+    for name, value in vars(module).items():
+        if name not in _OF_EVERY_MODULE:
+            facts += (name, _fact(value))
+    if adapted:  # its parts, which may be replaced or watched, and whether they train: dropout does
+        for part in module.modules():
+            own = tuple(name for name, p in part._parameters.items() if p is not None)
+            facts += (id(part), type(part), part.training, own, is_watched(part))
+    known = _PROOFS.get(module)
+    if known is not None and known[0] == facts:
+        return known[1]
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return None  # a proof waits for the device
+    found: Formula | None
+    if adapted:
+        found = proven_low_rank(module)
+    elif parameters:
+        found = proven_rms_norm(module, parameters[0].dtype)
+    else:
+        found = proven_activation(module, torch.float32, torch.device("cpu"))
+    _PROOFS[module] = (facts, found)
+    return found
+
+
+def _fact(value: Any) -> Any:
+    """Something that changes when the value does."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, dict):
+        return tuple((_fact(key), _fact(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return tuple(map(_fact, value))
+    return id(value)

@@ -1,0 +1,146 @@
+"""Low-rank adapters in passes: the formula, the proof, and what is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hullkit.language_model.fused_functions import FusedFunctions
+from hullkit.language_model.fused_modules import stand_ins
+from hullkit.language_model.low_rank import LowRank, add_low_rank
+from hullkit.language_model.products import share
+from hullkit.language_model.proofs import proof
+from torch import Tensor, nn
+
+peft = pytest.importorskip("peft", reason="an extra is not installed")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they run on it
+NAME = "peft.tuners.lora.layer.Linear.forward"
+
+
+def adapted(**options: Any) -> Any:
+    """A model of two linear layers with adapters, none of them zero."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 24, bias=False))
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ["0", "2"]}
+    model = peft.get_peft_model(plain, peft.LoraConfig(**settings | options)).eval().to(DEVICE)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "base_layer")]
+
+
+def gradients(model: nn.Module, x: Tensor, run: Callable[..., Tensor]) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = run(x)
+    y.backward(torch.ones_like(y) / 3)
+    found = [p.grad for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    assert all(g is not None for g in (*found, x.grad))
+    return [y.detach(), x.grad, *found]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_formula(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2, 5, 9), (2, 5, 24), (4, 24), (9, 4))
+    y, x, a, b = (torch.randn(*s, generator=generator).to(DEVICE, dtype) for s in sizes)
+    results = []
+    for wide in (False, True):
+        leaves = [t.double() if wide else t.clone() for t in (y, x, a, b)]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        if wide:
+            result = leaves[0] + 1.5 * (leaves[1] @ leaves[2].t()) @ leaves[3].t()
+        else:
+            result = add_low_rank(leaves[0], *share(leaves[1], dtype), *leaves[2:], 1.5)
+        result.backward(torch.ones_like(result) / 3)
+        results.append([result.detach(), *(leaf.grad for leaf in leaves)])
+    for found, exact in zip(*results, strict=True):
+        assert found is not None
+        assert exact is not None
+        # Each product rounds once, and one of its factors is a rounded product.
+        unit = torch.finfo(dtype).eps * float(exact.abs().max())
+        assert float((found.double() - exact).abs().max()) <= 8.0 * unit
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_model_computes_the_same(rslora: bool) -> None:
+    model = adapted(use_rslora=rslora)
+    x = torch.randn(3, 5, 24, device=DEVICE)
+    wanted = gradients(model, x, model)
+    with stand_ins(model, backend="triton" if DEVICE.type == "cpu" else None) as names:
+        found = gradients(model, x, model)
+    assert NAME in names
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert all("forward" not in layer.__dict__ for layer in layers(model))
+
+
+def test_the_proof_reads_the_module() -> None:
+    model = adapted()
+    first, _ = layers(model)
+    assert proof(first) == LowRank("default", 1.5)
+    first.scaling["default"] = 2.0  # within a dict
+    assert proof(first) == LowRank("default", 2.0)
+    model.train()  # without dropout it computes the same
+    assert proof(first) == LowRank("default", 2.0)
+    with model.disable_adapter():
+        assert proof(first) is None
+    assert proof(first) == LowRank("default", 2.0)
+    model.merge_adapter()
+    assert proof(first) is None
+    model.unmerge_adapter()
+    assert proof(first) == LowRank("default", 2.0)
+    first.lora_B["default"].register_forward_hook(lambda *args: None)
+    assert proof(first) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"lora_bias": True, "target_modules": ["0"]}, {"lora_dropout": 0.5}],
+)
+def test_other_formulas_are_left_alone(options: dict[str, Any]) -> None:
+    model = adapted(**options)
+    model.train()
+    assert all(proof(layer) is None for layer in layers(model))
+    model.eval()
+    dropout_is_off = "lora_dropout" in options
+    assert all((proof(layer) is not None) == dropout_is_off for layer in layers(model))
+
+
+def test_two_adapters_and_changed_classes_are_left_alone() -> None:
+    model = adapted()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0"]))
+    model.base_model.set_adapter(["default", "second"])
+    first, second = layers(model)
+    assert proof(first) is None
+    assert proof(second) is not None
+
+    class Clipped(type(second)):  # type: ignore[misc]
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(x, *args, **kwargs).clamp(-2.0, 2.0)  # type: ignore[no-any-return]
+
+    second.__class__ = Clipped
+    assert proof(second) is None
+
+
+def test_calls_that_do_not_fit_take_their_own_way() -> None:
+    model = adapted().double()  # kernels take no float64
+    x = torch.randn(3, 24, device=DEVICE, dtype=torch.float64)
+    wanted = gradients(model, x, model)
+    with stand_ins(model, backend="triton" if DEVICE.type == "cpu" else None):
+        found = gradients(model, x, model)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+    functions = FusedFunctions(backend="triton")
+    layer = layers(adapted())[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert functions.low_rank(layer.base_layer, x.float(), a, b.double(), 1.0) is NotImplemented
