@@ -166,27 +166,34 @@ def ttft_subsets() -> str:
     return table(header, lines, 2)
 
 
+def _reuse(name: str) -> str:
+    """The control: k updates with one gradient against one update of k times the rate."""
+    found = find(name, phase="calibrate", subset=overall(name), path=main_path(name))
+    steps = {
+        (row["rule"], row["budget"], f"{float(row['lr']) * k:g}"): row
+        for rule, k in (("kNN", 1), ("kNN x 2", 2))
+        for row in found
+        if row["rule"] == rule
+    }
+    lines = []
+    for budget in budgets(name):
+        for step in sorted({float(step) for *_, step in steps}):
+            cells = [steps[rule, budget, f"{step:g}"] for rule in ("kNN", "kNN x 2")]
+            lines.append([budget, f"{step:g}", *(triple(row, "percent") for row in cells)])
+    header = ["passes", "learning rate times updates", "one update a gradient", "two"]
+    return table(header, lines, 2)
+
+
 @generated
 @when_measured(GPU)
 def ttft_reuse() -> str:
-    """The control: k updates with one gradient against one update of k times the rate."""
-    found = find(GPU, phase="calibrate", subset=ALL, path=main_path(GPU))
-    lines = []
-    for budget in budgets(GPU):
-        for step in sorted({float(row["lr"]) for row in found if row["rule"] == "kNN"}):
-            cells = []
-            for rule, k in (("kNN", 1), ("kNN x 2", 2)):
-                wanted = {"rule": rule, "budget": budget}
-                row = next(
-                    r
-                    for r in found
-                    if all(r[c] == v for c, v in wanted.items())
-                    and abs(float(r["lr"]) * k / step - 1.0) < 1e-3
-                )
-                cells.append(triple(row, "percent"))
-            lines.append([budget, f"{step:g}", *cells])
-    header = ["passes", "learning rate times updates", "one update a gradient", "two"]
-    return table(header, lines, 2)
+    return _reuse(GPU)
+
+
+@generated
+@when_measured(CPU)
+def ttft_reuse_cpu() -> str:
+    return _reuse(CPU)
 
 
 @generated

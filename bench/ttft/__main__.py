@@ -75,12 +75,21 @@ def judged_cells(arguments: argparse.Namespace, path: str, rows: list[store.Row]
         yield Cell(*explored)
 
 
-def window(arguments: argparse.Namespace, phase: str) -> list[int]:
-    """This shard's queries of each corpus, in the order in which they are measured."""
+Pair = tuple[Bench, int]  # a corpus and the number of a query
+Work = list[tuple[Bench, int, Cell]]
+
+
+def window(arguments: argparse.Namespace, phase: str, benches: list[Bench]) -> list[Pair]:
+    """This shard's queries, round the subsets: a run that ends early has measured all alike."""
     number, of = arguments.shard
     first = arguments.calibration if phase == "judge" else 0
     last = first + arguments.judged if phase == "judge" else arguments.calibration
-    return [query for query in range(first, last) if query % of == number]
+    return [
+        (bench, query)
+        for query in range(first, last)
+        for place, bench in enumerate(benches)
+        if (query + place) % of == number
+    ]
 
 
 def measure(arguments: argparse.Namespace, phases: list[str]) -> None:
@@ -89,22 +98,23 @@ def measure(arguments: argparse.Namespace, phases: list[str]) -> None:
     device = torch.device(arguments.device)
     tokens = texts.Tokens(arguments.model, arguments.start, arguments.max_length)
     command = f"python -m bench.ttft {' '.join(phases)} --max-length {arguments.max_length}"
-    queries = sorted({query for phase in phases for query in window(arguments, phase)})
     most = arguments.calibration + arguments.judged
     loaded = corpora.load(arguments.texts, arguments.subsets, most)
     benches = [Bench(corpus, tokens, device, command) for corpus in loaded]
     model = texts.language_model(arguments.model, device)
+    for bench, query in {pair for phase in phases for pair in window(arguments, phase, benches)}:
+        bench.score_base(model, query)
     for bench in benches:
-        bench.score_base(model, queries)
-        bench.retrieve_ms(queries[0])  # the first one fills caches
+        bench.retrieve_ms(0)  # the first one fills caches
     del model
+    names = [*(arguments.rules or RULES), *arguments.ideas]
+    longest = max(arguments.max_length, *(EVERY[name].join for name in names))
     for path in arguments.paths:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         way = opened(path, arguments.model, device, arguments.max_length)
-        joined = max(EVERY[name].join for name in [*(arguments.rules or RULES), *arguments.ideas])
-        way.warm_up({n for bench in benches for n in bench.lengths(queries, joined)})
+        way.warm_up(range(32, longest + 1, 32))
         for phase in phases:
             if phase == "judge" and path != "published":
                 wait_for_calibration(arguments, phases, path, len(benches), ends)
@@ -115,19 +125,14 @@ def measure(arguments: argparse.Namespace, phases: list[str]) -> None:
         del way
 
 
-Work = list[tuple[Bench, int, Cell]]
-
-
 def left(arguments: argparse.Namespace, phase: str, path: str, benches: list[Bench]) -> Work:
-    """What has no row yet. Queries go round the subsets: a run that ends early has measured all of
-    them alike."""
+    """What has no row yet."""
     done = {store.key(row) for row in store.read(arguments.out)}
     head = {"phase": phase, "model": arguments.model.name, "path": path}
     wanted = list(cells(arguments, phase, path))
     return [
         (bench, query, cell)
-        for query in window(arguments, phase)
-        for bench in benches
+        for bench, query in window(arguments, phase, benches)
         for cell in wanted
         if store.key(_key(head, bench, query, cell)) not in done
     ]
@@ -155,11 +160,11 @@ def run(
 
 
 def wait_for_calibration(
-    arguments: argparse.Namespace, phases: list[str], path: str, corpora_: int, ends: float
+    arguments: argparse.Namespace, phases: list[str], path: str, subsets: int, ends: float
 ) -> None:
     """Until the rows of the other shards are there: they decide the rates."""
     expected = {
-        phase: arguments.calibration * corpora_ * len(list(cells(arguments, phase, path)))
+        phase: arguments.calibration * subsets * len(list(cells(arguments, phase, path)))
         for phase in phases
         if phase != "judge"
     }
@@ -192,7 +197,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("phases", nargs="+", choices=(*PHASES, "report"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the rows; of a report also parquet"
+    )
     parser.add_argument("--texts", type=Path, help="default: the standard library")
     parser.add_argument("--subsets", nargs="+", help="of --texts; default: all")
     parser.add_argument("--model", type=Path, default=OWN_MODEL, help="folder or name of the Hub")
