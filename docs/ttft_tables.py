@@ -196,20 +196,30 @@ def ttft_reuse_cpu() -> str:
     return _reuse(CPU)
 
 
+def _published(name: str) -> str:
+    """The published loop at its settings, and hullkit's rows of the same settings."""
+    lines = []
+    for row in judged(name, path="published", subset=overall(name)):
+        wanted = {"rule": row["rule"], "budget": row["budget"], "subset": overall(name)}
+        ours = one(name, phase="judge", path=main_path(name), lr=PUBLISHED_LR, **wanted)
+        ratio = float(row["seconds"]) / float(ours["seconds"])
+        costs = [_ms(row), _ms(ours), times(ratio), _joules(row), _joules(ours)]
+        apart = triple(row, "from_first_path", "+")
+        lines.append([row["rule"], row["budget"], row["queries"], apart, *costs])
+    header = ["rule", "passes", "queries", "points from hullkit", "published, ms", "hullkit, ms"]
+    return table([*header, "ratio", "published, joules", "hullkit, joules"], lines)
+
+
 @generated
 @when_measured(GPU)
 def ttft_published() -> str:
-    """The published loop at its settings, and hullkit's rows of the same settings."""
-    lines = []
-    for row in judged(GPU, path="published", subset=ALL):
-        same = {"rule": row["rule"], "budget": row["budget"], "subset": ALL, "lr": PUBLISHED_LR}
-        ours = one(GPU, phase="judge", path=main_path(GPU), **same)
-        ratio = float(row["seconds"]) / float(ours["seconds"])
-        costs = [_ms(row), _ms(ours), times(ratio), _joules(row), _joules(ours)]
-        lines.append([row["rule"], row["budget"], row["queries"], *costs])
-    header = ["rule", "passes", "queries", "published, ms", "hullkit, ms", "ratio"]
-    header += ["published, joules", "hullkit, joules"]
-    return table(header, lines)
+    return _published(GPU)
+
+
+@generated
+@when_measured(CPU)
+def ttft_published_cpu() -> str:
+    return _published(CPU)
 
 
 @generated

@@ -15,7 +15,7 @@ from bench.ttft.analysis import ALL, CellKey, Measured, Values, of_subset
 from bench.ttft.rules import PUBLISHED_BETAS
 from bench.ttft.store import Row, write_parquet
 
-INTERVALS = ("percent", "from_knn", "from_sift", "from_knn_at_seconds")
+INTERVALS = ("percent", "from_knn", "from_sift", "from_knn_at_seconds", "from_first_path")
 COSTS = ["seconds", *analysis.PHASES_OF_A_QUERY, "passes", "updates", "distinct", "tokens"]
 COSTS += ["joules", "peak_mb"]
 FIELDS = ["model", "phase", "path", "rule", "budget", "lr", "beta1", "beta2", "best", "subset"]
@@ -76,7 +76,7 @@ def _judged(lines: Iterable[dict[str, Any]]) -> Table:
     rivals = ("from kNN at equal passes", "from SIFT", "from kNN at equal seconds")
     table = Table(*columns, *rivals, "ms", "J", title="judged")
     for line in sorted(lines, key=lambda x: (x["subset"], x["path"], x["budget"])):
-        cells = [_interval_text(line, name) for name in INTERVALS]
+        cells = [_interval_text(line, name) for name in INTERVALS[:-1]]
         joules = line["joules"] if line["joules"] == "not available" else f"{line['joules']:.1f}"
         table.add_row(
             *(str(line[name]) for name in ("subset", "path", "budget", "rule", "lr", "best")),
@@ -100,9 +100,10 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for phase in ("calibrate", "explore"):
         for cell, measured in analysis.cells(rows, phase).items():
-            found += _lines(phase, cell, measured, {"best": ""}, [None, None, None])
-    for path in dict.fromkeys(row["path"] for row in rows if row["phase"] == "judge"):
-        judged = Judged(rows, path)
+            found += _lines(phase, cell, measured, {"best": ""}, [None] * 4)
+    paths = list(dict.fromkeys(row["path"] for row in rows if row["phase"] == "judge"))
+    every = {path: Judged(rows, path) for path in paths}
+    for judged in every.values():
         knn, sift = judged.curve("kNN"), judged.curve("SIFT")
         points = [(measured.seconds, measured.percent) for measured in knn.values()]
         for cell, measured in judged.cells.items():
@@ -111,6 +112,8 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
             own = cell.rule == "kNN" and judged.best[cell] and cell.betas == PUBLISHED_BETAS
             cost = analysis.mean(measured.seconds)
             others.append(None if own or not points else analysis.at_cost(points, cost))
+            first = every[paths[0]].cells.get(cell._replace(path=paths[0]))
+            others.append(None if first is None or first is measured else first.percent)
             best = {"best": "yes" if judged.best[cell] else "no"}
             found += _lines("judge", cell, measured, best, others)
     return found

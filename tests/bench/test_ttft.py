@@ -114,6 +114,29 @@ def test_every_phase_and_a_second_call_measures_nothing_again(
     assert knn["from_knn"] == ""
 
 
+def assert_lowest(bench: Any, rows: list[dict[str, str]]) -> None:
+    """The best rate of kNN has the lowest mean of the two subsets' single queries."""
+    sums: dict[float, float] = {}
+    for row in rows:
+        if (row["phase"], row["rule"]) == ("calibrate", "kNN"):
+            rate = float(row["lr"])
+            sums[rate] = sums.get(rate, 0.0) + float(row["percent"])
+    assert len(sums) == 2
+    assert bench.analysis.best_rate(rows, "float32", "kNN", 2) == min(sums, key=lambda r: sums[r])
+
+
+def test_a_row_counts_once_and_a_line_that_was_cut_off_not_at_all(
+    bench: Any, tmp_path: Path
+) -> None:
+    row = dict.fromkeys(bench.store.FIELDS, "1")
+    bench.store.write(tmp_path, 0, [row | {"bpb": "2"}, row | {"query": "2"}])
+    bench.store.write(tmp_path, 1, [row | {"bpb": "3"}])
+    with (tmp_path / "rows-1.csv").open("a") as file:
+        file.write("judge,model,bf16")
+    kept = [(found["query"], found["bpb"]) for found in bench.store.read(tmp_path)]
+    assert kept == [("1", "2"), ("2", "1")]
+
+
 def test_budgets_are_kept_by_every_rule(bench: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     pool = torch.nn.functional.normalize(torch.randn(300, 16, generator=generator), dim=1)
@@ -135,16 +158,19 @@ def test_budgets_are_kept_by_every_rule(bench: Any) -> None:
 
 
 def test_a_stretched_query_goes_from_the_hull_to_the_nearest(bench: Any) -> None:
-    generator = torch.Generator().manual_seed(1)
-    pool = torch.randn(50, 8, generator=generator)
-    query = torch.randn(8, generator=generator)
     from bench.harness.texts import Embeddings
 
-    data = Embeddings(pool, query, torch.arange(50))
-    rule = bench.rules.Rule("hull", 1, 1, stretch=1e6)
-    far = bench.choices.choose(rule, data, 5, 5, len)
-    nearest = (pool @ query).topk(5).indices.tolist()
-    assert sorted(row for rows in far.groups for row in rows) == sorted(nearest)
+    # Three rows lean to one side of the query; two others, less near, balance them.
+    pool = torch.tensor([[1.0, 0.9], [1.0, 0.8], [1.0, 0.7], [0.4, -0.8], [0.4, -0.9], [-1.0, 0]])
+    data = Embeddings(pool, torch.tensor([0.7, 0.1]), torch.arange(6))
+
+    def rows(stretch: float) -> list[int]:
+        rule = bench.rules.Rule("hull", 1, 1, stretch=stretch)
+        groups = bench.choices.choose(rule, data, 3, 3, len).groups
+        return sorted(row for group in groups for row in group)
+
+    assert rows(1e6) == [0, 1, 2] == sorted((pool @ data.query).topk(3).indices.tolist())
+    assert {3, 4} & set(rows(1.0))
 
 
 def test_intervals_and_equal_costs(bench: Any) -> None:
@@ -173,3 +199,18 @@ def test_two_builds_differ_by_their_bits(bench: Any) -> None:
     middle, low, high = compare.ratio([2.0, 2.2, 2.1], [1.0, 1.1, 1.05])
     assert middle == pytest.approx(2.0)
     assert low <= middle <= high
+
+
+def test_energy_is_the_sum_of_the_packages_counters(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.ttft import energy
+
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    assert energy.meter(torch.device("cpu")) is None
+    for package, microjoules in (("0", 2_500_000), ("1", 500_000), ("0:0", 9_000_000)):
+        (tmp_path / f"intel-rapl:{package}").mkdir()
+        (tmp_path / f"intel-rapl:{package}" / "energy_uj").write_text(f"{microjoules}\n")
+    read = energy.meter(torch.device("cpu"))
+    assert read is not None
+    assert read() == 3.0  # 0:0 is a part of 0
