@@ -16,6 +16,7 @@ from pathlib import Path
 import architecture_tables
 import finetuning_tables
 import optimizer_tables
+import scaling_tables
 import selection_tables
 import ttft_tables
 from rows import ROOT, TABLES
@@ -27,6 +28,7 @@ SOURCES = (
     finetuning_tables,
     optimizer_tables,
     architecture_tables,
+    scaling_tables,
     ttft_tables,
 )
 

@@ -21,6 +21,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bindings/read_tensor.h"
 #include "hullkit/pool_spec.h"
 
 namespace hullkit {
@@ -75,14 +76,16 @@ class Reader : public ArgumentVisitor<Reader> {
  public:
   explicit Reader(const py::args& arguments) : arguments_(arguments.ptr()) {}
 
-  void shared(const char* name, TensorView& view) { read(name, view); }
-  void input(const char* name, TensorView& view) { read(name, view); }
-  void optional(const char* name, TensorView& view) { read(name, view); }
-  void output(const char* name, TensorView& view) { read(name, view); }
+  void shared(const char* name, TensorView& view) { read(name, view, true); }
+  void input(const char* name, TensorView& view) { read(name, view, true); }
+  void optional(const char* name, TensorView& view) { read(name, view, true); }
+  void output(const char* name, TensorView& view) { read(name, view, false); }
   template <typename Value>
   void option(const char* name, Value& value) {
     PyObject* const object = next(name);
-    if constexpr (std::is_floating_point_v<Value>) {
+    if constexpr (std::is_same_v<Value, py::object>) {
+      value = py::reinterpret_borrow<py::object>(object);
+    } else if constexpr (std::is_floating_point_v<Value>) {
       value = PyFloat_AsDouble(object);
     } else {
       value = static_cast<Value>(PyLong_AsLongLong(object));
@@ -101,27 +104,10 @@ class Reader : public ArgumentVisitor<Reader> {
     return PyTuple_GET_ITEM(arguments_, at_++);
   }
 
-  // A tensor arrives as (address, dtype code, shape, strides in elements), an absent one as None.
-  void read(const char* name, TensorView& view) {
-    PyObject* const tuple = next(name);
-    if (tuple == Py_None) return;
-    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 4) {
-      throw py::type_error(std::string(name) + ": expected a tensor as (address, dtype, shape, strides)");
-    }
-    view.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, 0));
-    view.dtype = static_cast<DType>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 1)));
-    PyObject* const shape = PyTuple_GET_ITEM(tuple, 2);
-    PyObject* const stride = PyTuple_GET_ITEM(tuple, 3);
-    if (!PyTuple_Check(shape) || !PyTuple_Check(stride) || PyTuple_GET_SIZE(shape) != PyTuple_GET_SIZE(stride) ||
-        PyTuple_GET_SIZE(shape) > kMaxRank) {
-      throw py::type_error(std::string(name) + ": expected a shape and strides of one length, at most 4");
-    }
-    view.rank = static_cast<int>(PyTuple_GET_SIZE(shape));
-    for (int i = 0; i < view.rank; ++i) {
-      view.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
-      view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride, i));
-    }
-    if (PyErr_Occurred()) throw py::error_already_set();
+  // An absent tensor arrives as None.
+  void read(const char* name, TensorView& view, bool freed) {
+    PyObject* const object = next(name);
+    if (object != Py_None) read_tensor(name, object, freed, view);
   }
 
   PyObject* const arguments_;

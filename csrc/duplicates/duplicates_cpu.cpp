@@ -11,19 +11,22 @@ namespace hullkit {
 namespace {
 
 template <typename T>
-std::vector<double> squared_norms(const PoolRows<T>& rows, int num_threads) {
+std::vector<double> norms_of(const PoolRows<T>& rows, int num_threads) {
   std::vector<T> squares(rows.size());
   rows.squares(squares.data(), num_threads);
   const int64_t broken = first_not_finite(squares.data(), rows.size());
   if (broken < rows.size()) rows.explain_not_finite(broken, "itself");
-  return {squares.begin(), squares.end()};
+  // The product of two squared norms underflows or overflows long before the product of two norms.
+  std::vector<double> norms(squares.begin(), squares.end());
+  for (double& norm : norms) norm = std::sqrt(norm);
+  return norms;
 }
 
 template <typename T>
 void duplicates_one(const PoolSpec& pool, int64_t b, double eps, int64_t width, int64_t* out, int num_threads) {
   const PoolRows<T> rows(pool, b, /*reuse=*/true);
   const int64_t n = rows.size();
-  const std::vector<double> squares = squared_norms(rows, num_threads);
+  const std::vector<double> norms = norms_of(rows, num_threads);
   GramColumns<T> columns(rows, num_threads);
   std::vector<int64_t> representative(n, -1);
   std::vector<double> likely(n);  // the first ones not yet spoken for are asked for next
@@ -33,7 +36,7 @@ void duplicates_one(const PoolSpec& pool, int64_t b, double eps, int64_t width, 
     representative[r] = r;
     const T* const column = columns.column(r, likely.data(), n - r - 1);
     for (int64_t i = r + 1; i < n; ++i) {
-      if (representative[i] >= 0 || !(column[i] > (1.0 - eps) * std::sqrt(squares[r] * squares[i]))) continue;
+      if (representative[i] >= 0 || !(column[i] > (1.0 - eps) * norms[r] * norms[i])) continue;
       representative[i] = r;
       likely[i] = -std::numeric_limits<double>::infinity();
     }

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) duplicates_kernel(const DevicePool p
 #pragma unroll 1
     for (int i = r + 1 + static_cast<int>(threadIdx.x); i < n; i += kThreads) {
       if (representative[i] != i) continue;
-      if (gram[r * stride + i] > (1.0 - eps) * sqrt(squares[r] * squares[i])) representative[i] = r;
+      if (gram[r * stride + i] > (1.0 - eps) * sqrt(squares[r]) * sqrt(squares[i])) representative[i] = r;
     }
     __syncthreads();
   }

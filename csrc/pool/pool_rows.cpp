@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "hullkit/check.h"
+#include "hullkit/interrupt.h"
 #include "hullkit/parallel.h"
 #include "simd/simd.h"
 
@@ -16,15 +17,33 @@ constexpr int64_t kRowsPerBlock = 64;
 // Below this many multiply-adds a pass takes less time than waking a thread.
 constexpr int64_t kMinParallelWork = int64_t{1} << 21;
 
-bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
-
-void widen_half(DType dtype, const void* source, float* out, int64_t count) {
-  const auto* halves = static_cast<const uint16_t*>(source);
+void widen(DType dtype, const void* source, int64_t count, float* out) {
+  const auto* const halves = static_cast<const uint16_t*>(source);
   if (dtype == DType::kFloat16) {
     simd().widen_f16(halves, out, count);
   } else {
     simd().widen_bf16(halves, out, count);
   }
+}
+
+void widen(DType dtype, const void* source, int64_t count, double* out) {
+  if (dtype == DType::kFloat32) {
+    std::copy_n(static_cast<const float*>(source), count, out);
+    return;
+  }
+  constexpr int64_t kChunk = 256;
+  float chunk[kChunk];
+  const auto* const halves = static_cast<const uint16_t*>(source);
+  for (int64_t i = 0; i < count; i += kChunk) {
+    const int64_t n = std::min(kChunk, count - i);
+    widen(dtype, halves + i, n, chunk);
+    std::copy_n(chunk, n, out + i);
+  }
+}
+
+template <typename T>
+bool is_narrower(DType dtype) {
+  return dtype != (std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32);
 }
 
 template <typename T>
@@ -39,12 +58,10 @@ QueryVector<T>::QueryVector(const TensorView& view, int64_t index, const char* a
   const int64_t d = view.shape[1];
   const char* source = static_cast<const char*>(view.data) + index * view.stride[0] * element_bytes(view.dtype);
   data_ = reinterpret_cast<const T*>(source);
-  if constexpr (std::is_same_v<T, float>) {
-    if (is_half(view.dtype)) {
-      copy_.resize(d);
-      widen_half(view.dtype, source, copy_.data(), d);
-      data_ = copy_.data();
-    }
+  if (is_narrower<T>(view.dtype)) {
+    copy_.resize(d);
+    widen(view.dtype, source, d, copy_.data());
+    data_ = copy_.data();
   }
   const int64_t j = first_not_finite(data_, d);
   HULLKIT_CHECK(j == d, argument, ": expected finite values, got ", data_[j], " at [", index, ", ", j, "]");
@@ -69,7 +86,7 @@ PoolRows<T>::PoolRows(const PoolSpec& spec, int64_t b, bool reuse)
     for (int64_t i = 0; i < length; ++i) sources_[i] = base_ + i * row_bytes_;
   }
   HULLKIT_CHECK(!sources_.empty(), "candidates: expected at least one candidate in entry ", b, ", got only -1");
-  if (reuse && size() * dim_ * static_cast<int64_t>(sizeof(float)) <= kMaxWidenedBytes) keep_widened();
+  if (reuse && size() * dim_ * static_cast<int64_t>(sizeof(T)) <= kMaxWidenedBytes) keep_widened();
 }
 
 template <typename T>
@@ -109,62 +126,51 @@ void PoolRows<T>::add(const PoolSpec& spec, int64_t position, int64_t row) {
 
 template <typename T>
 void PoolRows<T>::keep_widened() {
-  if constexpr (std::is_same_v<T, float>) {
-    if (!is_half(dtype_)) return;
-    widened_.reset(new float[size() * dim_]);
-    for (int64_t i = 0; i < size(); ++i) {
-      float* row = widened_.get() + i * dim_;
-      widen(sources_[i], row);
-      sources_[i] = row;
-    }
+  if (!is_narrower<T>(dtype_)) return;
+  widened_.reset(new T[size() * dim_]);
+  for (int64_t i = 0; i < size(); ++i) {
+    T* const row = widened_.get() + i * dim_;
+    widen(dtype_, sources_[i], dim_, row);
+    sources_[i] = row;
   }
-}
-
-template <typename T>
-void PoolRows<T>::widen(const void* source, float* out) const {
-  widen_half(dtype_, source, out, dim_);
 }
 
 template <typename T>
 bool PoolRows<T>::in_place() const {
-  return !is_half(dtype_) || widened_ != nullptr;
+  return !is_narrower<T>(dtype_) || widened_ != nullptr;
 }
 
 template <typename T>
 const T* PoolRows<T>::row(int64_t i, T* buffer) const {
-  if constexpr (std::is_same_v<T, float>) {
-    if (!in_place()) {
-      widen(sources_[i], buffer);
-      return buffer;
-    }
-  }
-  return static_cast<const T*>(sources_[i]);
+  if (in_place()) return static_cast<const T*>(sources_[i]);
+  widen(dtype_, sources_[i], dim_, buffer);
+  return buffer;
 }
 
 template <typename T>
 template <typename Visit>
 void PoolRows<T>::visit_part(const void* const* sources, int64_t begin, int64_t end, Visit&& visit) const {
-  if constexpr (std::is_same_v<T, float>) {
-    if (!in_place()) {
-      std::vector<float> block(kRowsPerBlock * dim_);
-      const float* rows[kRowsPerBlock];
-      for (int64_t first = begin; first < end; first += kRowsPerBlock) {
-        const int64_t n = std::min(kRowsPerBlock, end - first);
-        for (int64_t i = 0; i < n; ++i) {
-          widen(sources[first + i], block.data() + i * dim_);
-          rows[i] = block.data() + i * dim_;
-        }
-        visit(rows, n, first);
-      }
-      return;
-    }
+  if (in_place()) {
+    visit(reinterpret_cast<const T* const*>(sources + begin), end - begin, begin);
+    return;
   }
-  visit(reinterpret_cast<const T* const*>(sources + begin), end - begin, begin);
+  std::vector<T> block(kRowsPerBlock * dim_);
+  const T* rows[kRowsPerBlock];
+  for (int64_t first = begin; first < end; first += kRowsPerBlock) {
+    const int64_t n = std::min(kRowsPerBlock, end - first);
+    for (int64_t i = 0; i < n; ++i) {
+      T* const row = block.data() + i * dim_;
+      widen(dtype_, sources[first + i], dim_, row);
+      rows[i] = row;
+    }
+    visit(rows, n, first);
+  }
 }
 
 template <typename T>
 template <typename Visit>
 void PoolRows<T>::visit(const void* const* sources, int64_t count, int num_threads, Visit&& visit) const {
+  stop_if_asked();
   if (num_threads < 2 || count * dim_ < kMinParallelWork) {
     visit_part(sources, 0, count, visit);
     return;

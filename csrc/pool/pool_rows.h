@@ -1,4 +1,4 @@
-// One query's candidates as kernels read them: addresses of valid rows, widened from half precision.
+// One query's candidates as kernels read them: addresses of valid rows, widened to the arithmetic type T.
 #pragma once
 
 #include <cmath>
@@ -43,7 +43,7 @@ class QueryVector {
 };
 
 // Valid candidates of batch entry `b`, in position order.
-// reuse = true: rows will be read many times, so half-precision ones are widened once where that is small.
+// reuse = true: rows will be read many times, so narrower ones are widened once where that is small.
 template <typename T>
 class PoolRows {
  public:
@@ -81,7 +81,6 @@ class PoolRows {
   void visit(const void* const* sources, int64_t count, int num_threads, Visit&& visit) const;
   template <typename Visit>
   void visit_part(const void* const* sources, int64_t begin, int64_t end, Visit&& visit) const;
-  void widen(const void* source, float* out) const;
   void keep_widened();
 
   DType dtype_;

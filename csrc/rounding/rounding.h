@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "hullkit/apportion.h"
+#include "hullkit/interrupt.h"
 
 namespace hullkit {
 
@@ -78,6 +79,7 @@ class Rounding {
  private:
   void complete() {
     for (; remaining_ > 0; --remaining_) {
+      if (remaining_ % 16 == 0) stop_if_asked();
       int64_t best = 0;
       double best_change = std::numeric_limits<double>::infinity();
       for (int64_t i = 0; i < size_; ++i) {
@@ -101,6 +103,7 @@ class Rounding {
       if (at_start[i] == 0) continue;
       // Asked again before every move: the published procedure does not, and its counts can turn negative.
       for (int64_t j = 0; counts_[i] > 0 && (j = next_receiver(i, j, threshold)) < size_; ++j) {
+        stop_if_asked();
         --counts_[i];
         ++counts_[j];
         add_to_slope(i, -1.0);

@@ -1,4 +1,8 @@
 // Chooses the instruction set once per process.
+#ifdef HULLKIT_X86
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
@@ -8,12 +12,20 @@
 namespace hullkit {
 namespace {
 
+#ifdef HULLKIT_X86
+// clang before 17 does not know the name in __builtin_cpu_supports.
+bool supports_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 const Simd& choose() {
   const Simd* available[3] = {&kSimdPortable};
   int count = 1;
 #ifdef HULLKIT_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c();
   if (avx2) available[count++] = &kSimdAvx2;
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {

@@ -3,12 +3,18 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
+
+#include "hullkit/interrupt.h"
 
 namespace hullkit {
 namespace {
@@ -23,21 +29,44 @@ struct Loop {
   std::mutex error_mutex;
   int64_t error_index = -1;
   std::exception_ptr error;
+  Interruption* const interruption = current_interruption();
 
   void work() {
     inside_task = true;
+    adopt_interruption(interruption);
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
       try {
+        stop_if_asked();
         (*task)(i);
+      } catch (const Interrupted&) {
+        next.store(count, std::memory_order_relaxed);  // nobody starts another
+        record(i, std::current_exception());
       } catch (...) {
-        const std::lock_guard<std::mutex> lock(error_mutex);
-        if (error_index < 0 || i < error_index) {
-          error_index = i;
-          error = std::current_exception();
-        }
+        record(i, std::current_exception());
       }
     }
     inside_task = false;
+  }
+
+  // By the caller while it waits for the others. A handler that this runs may come back here: it then works alone.
+  void look() {
+    inside_task = true;
+    try {
+      stop_if_asked();
+    } catch (const Interrupted&) {
+      next.store(count, std::memory_order_relaxed);
+      record(count, std::current_exception());
+    }
+    inside_task = false;
+  }
+
+ private:
+  void record(int64_t i, std::exception_ptr thrown) {
+    const std::lock_guard<std::mutex> lock(error_mutex);
+    if (error_index < 0 || i < error_index) {
+      error_index = i;
+      error = std::move(thrown);
+    }
   }
 };
 
@@ -49,10 +78,7 @@ class Pool {
     if (!in_use.owns_lock()) return false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (static_cast<int>(threads_.size()) < num_workers) {
-        threads_.emplace_back([this] { serve(); });
-        kept_off_ = -1;
-      }
+      num_workers = grow(num_workers);
       keep_off(sched_getcpu());
       loop_ = &loop;
       wanted_ = num_workers;
@@ -62,12 +88,30 @@ class Pool {
     loop.work();
     std::unique_lock<std::mutex> lock(mutex_);
     wanted_ = 0;  // a worker that has not woken by now finds nothing left to do
-    done_.wait(lock, [this] { return busy_ == 0; });
+    while (!done_.wait_for(lock, kPatience, [this] { return busy_ == 0; })) {
+      lock.unlock();
+      loop.look();
+      lock.lock();
+    }
     loop_ = nullptr;
     return true;
   }
 
  private:
+  static constexpr std::chrono::milliseconds kPatience{50};
+
+  // Makes threads up to num_workers; returns how many there are. The system may refuse to make more.
+  int grow(int num_workers) {
+    try {
+      while (static_cast<int>(threads_.size()) < num_workers) {
+        threads_.emplace_back([this] { serve(); });
+        kept_off_ = -1;
+      }
+    } catch (const std::system_error&) {
+    }
+    return std::min(num_workers, static_cast<int>(threads_.size()));
+  }
+
   // Keeps the workers off the caller's processor. A wake-up may leave a worker where the caller runs, and
   // the scheduler can take longer than a whole batch to move it: two threads then take the time of one.
   // The system is asked only when the caller has moved.

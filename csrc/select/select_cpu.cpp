@@ -11,7 +11,7 @@ namespace hullkit {
 void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                 const RoundingParams& rounding_params, const FrankWolfeResult& result, const TensorView& counts,
                 const TensorView& residual_norm, int num_threads) {
-  const auto [total, exchange_passes, max_multiplicity] = rounding_params;
+  const int64_t total = rounding_params.total, max_multiplicity = rounding_params.max_multiplicity;
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr double kRounding = std::is_same_v<T, double> ? 1e-10 : 1e-5;
@@ -26,7 +26,7 @@ void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeP
         std::vector<double> products, gram, weights;
         run.support(&products, &gram, &weights);
         Rounding rounding(std::move(gram), std::move(products), weights.data(), total, max_multiplicity);
-        rounding.run(exchange_passes, counts.at<int64_t>(b), counts.shape[1]);
+        rounding.run(rounding_params.exchange_passes, counts.at<int64_t>(b), counts.shape[1]);
         const double loss = rounding.loss(run.query_squared());
         *residual_norm.at<double>(b) = rounding.doubtful(loss, run.query_squared(), kRounding)
                                            ? run.residual_norm(rounding.shares())

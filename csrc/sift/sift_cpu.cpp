@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "hullkit/check.h"
+#include "hullkit/interrupt.h"
 #include "hullkit/parallel.h"
 #include "hullkit/sift.h"
 #include "pool/gram_columns.h"
@@ -19,10 +20,9 @@ namespace {
 // The posterior kernel is never written down. A stretch of steps that choose one candidate s subtracts a multiple of
 // c c' from it, with c the posterior column of s, k_S(x_s, .), when the stretch began: each of its steps leaves that
 // column a multiple of itself. So the column of a candidate is that of the Gram matrix minus one term for each stretch.
-template <typename T>
 class SiftRun {
  public:
-  SiftRun(const PoolRows<T>& rows, const SiftParams& params, int64_t num_vectors, int num_threads)
+  SiftRun(const PoolRows<double>& rows, const SiftParams& params, int64_t num_vectors, int num_threads)
       : rows_(rows),
         params_(params),
         num_vectors_(num_vectors),
@@ -37,14 +37,14 @@ class SiftRun {
         counts_(rows.size()) {}
 
   // Vector k of prompt b, before run.
-  void set_query(int64_t b, int64_t k, const T* query) {
-    std::vector<T> products(rows_.size());
+  void set_query(int64_t b, int64_t k, const double* query) {
+    std::vector<double> products(rows_.size());
     rows_.dots(query, products.data(), num_threads_);
     const int64_t broken = first_not_finite(products.data(), rows_.size());
     if (broken < rows_.size()) rows_.explain_not_finite(broken, "query");
     std::copy(products.begin(), products.end(), products_.begin() + k * padded_);
-    T square;
-    simd().ops<T>().squares(&query, 1, rows_.dim(), &square);
+    double square;
+    simd().f64.squares(&query, 1, rows_.dim(), &square);
     HULLKIT_CHECK(std::isfinite(square), "query: expected a squared norm within the range of the arithmetic, got an ",
                   "overflow in entry ", b, "; scale the embeddings down");
     variance_ += square;
@@ -56,14 +56,20 @@ class SiftRun {
     int64_t* const order = result.order.at<int64_t>(b);
     double* const variance = result.variance.at<double>(b);
     int64_t steps = 0;
-    while (steps < total) {
+    for (;;) {
+      stop_if_asked();
       const int64_t chosen = best_;
       observe(chosen);
       order[steps] = rows_.position(chosen);
       variance[steps] = variance_;
       ++steps;
       if (params_.alpha > 0.0 && std::sqrt(variance_) > 1.0 / (params_.alpha * static_cast<double>(steps))) break;
-      if (steps < total) condition(chosen, total - steps);
+      if (steps == total) break;
+      condition(chosen, total - steps);
+      // Among NaN alone the best is a place behind the candidates.
+      HULLKIT_CHECK(best_ < rows_.size() && std::isfinite(gains_[best_]), "noise: expected gains within the range of ",
+                    "float64, got an overflow in entry ", b, ", step ", steps, "; raise the noise or scale the ",
+                    "embeddings down");
     }
     std::fill(order + steps, order + total, -1);
     std::fill(variance + steps, variance + total, variance_);
@@ -92,7 +98,7 @@ class SiftRun {
     // Division: max_multiplicity * n may be out of range.
     HULLKIT_CHECK((params_.total - 1) / params_.max_multiplicity < n, "max_multiplicity: expected at least total / ", n,
                   " for total = ", params_.total, " and ", n, " candidates, got ", params_.max_multiplicity);
-    std::vector<T> squares(n);
+    std::vector<double> squares(n);
     rows_.squares(squares.data(), num_threads_);
     const int64_t broken = first_not_finite(squares.data(), n);
     if (broken < n) rows_.explain_not_finite(broken, "itself");
@@ -143,7 +149,7 @@ class SiftRun {
       std::copy_n(folded_row(i), padded_, now);
     } else {
       // Every stretch but the last needs a column: the last step is observed only.
-      const T* const gram = gram_.column(i, gains_.data(), later - 1);
+      const double* const gram = gram_.column(i, gains_.data(), later - 1);
       const int64_t broken = first_not_finite(gram, n);
       if (broken < n) rows_.explain_not_finite(broken, "candidate " + std::to_string(rows_.position(i)));
       std::copy_n(gram, n, now);
@@ -169,9 +175,10 @@ class SiftRun {
     const bool first = folded_ == nullptr;
     if (first) folded_ = allocate(n);
     for (int64_t i = 0; i < n; ++i) {
+      stop_if_asked();
       double* const row = folded_row(i);
       if (first) {
-        const T* const gram = gram_.column(i, gains_.data(), n - 1 - i);
+        const double* const gram = gram_.column(i, gains_.data(), n - 1 - i);
         const int64_t broken = first_not_finite(gram, n);
         if (broken < n) rows_.explain_not_finite(broken, "candidate " + std::to_string(rows_.position(i)));
         std::copy_n(gram, n, row);
@@ -190,12 +197,12 @@ class SiftRun {
     return blocks_[place / kColumnsPerBlock][place % kColumnsPerBlock * padded_ / 8].values;
   }
 
-  const PoolRows<T>& rows_;
+  const PoolRows<double>& rows_;
   const SiftParams params_;
   const int64_t num_vectors_;
   const int num_threads_;
   const int64_t padded_;
-  GramColumns<T> gram_;
+  GramColumns<double> gram_;
   std::vector<double> products_;   // [num_vectors, padded] k_S(query, candidate)
   std::vector<double> moves_;      // [num_vectors] products with the chosen candidate, then their change by a step
   std::vector<double> variances_;  // [padded] k_S(candidate, candidate)
@@ -219,16 +226,13 @@ void sift_cpu(const PoolSpec& pool, const TensorView& query, const SiftParams& p
   check_params(params);
   const bool several = query.rank == 3;
   const int64_t num_vectors = several ? query.shape[1] : 1;
-  with_compute_type(pool.rows.dtype, [&](auto type) {
-    using T = decltype(type);
-    for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
-      const PoolRows<T> rows(pool, b, /*reuse=*/true);
-      SiftRun<T> run(rows, params, num_vectors, threads);
-      for (int64_t k = 0; k < num_vectors; ++k) {
-        run.set_query(b, k, QueryVector<T>(several ? query.entry(b) : query, several ? k : b, "query").data());
-      }
-      run.run(b, result);
-    });
+  for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
+    const PoolRows<double> rows(pool, b, /*reuse=*/true);
+    SiftRun run(rows, params, num_vectors, threads);
+    for (int64_t k = 0; k < num_vectors; ++k) {
+      run.set_query(b, k, QueryVector<double>(several ? query.entry(b) : query, several ? k : b, "query").data());
+    }
+    run.run(b, result);
   });
 }
 

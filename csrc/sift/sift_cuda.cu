@@ -149,10 +149,13 @@ struct Run {
     return contest.least(best);
   }
 
+  // The number of steps; kBroken if a gain is not finite any more.
+  static constexpr int64_t kBroken = -1;
   __device__ int64_t run() {
     int last = -1;
     for (int64_t steps = 0;;) {
       const Best best = best_gain();  // and every thread is done with the step before
+      if (!isfinite(value_of(best.key))) return kBroken;
       const int chosen = static_cast<int>(best.index);
       const bool again = chosen == last;
       if (!again && terms == max_terms) {
@@ -258,6 +261,8 @@ struct Run {
   __device__ void write_broken() {
     variance = __longlong_as_double(0x7ff8000000000000ll);  // NaN
     distinct = 0;
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) counts[k] = 0;
     write(0);
   }
 };
@@ -292,8 +297,9 @@ __global__ void __launch_bounds__(kMaxThreads, kPerThread == 1 ? 2 : 1)
                       variances + n + num_vectors,
                       variances + n + num_vectors + kTerms,
                       Contest(places)};
-  if (run.prepare()) {
-    run.write(run.run());
+  const int64_t steps = run.prepare() ? run.run() : run.kBroken;
+  if (steps != run.kBroken) {
+    run.write(steps);
   } else {
     run.write_broken();
   }

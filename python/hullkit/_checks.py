@@ -43,6 +43,8 @@ def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -
     if value < minimum or (maximum is not None and value > maximum):
         bound = f">= {minimum}" if maximum is None else f"in {minimum}..{maximum}"
         raise ValueError(f"{name}: expected an int {bound}, got {value}")
+    if maximum is None and isinstance(value, int):
+        check_below_2_63(name, value)  # the operators take int64
     return value
 
 
@@ -55,7 +57,12 @@ def check_number(name: str, value: Any, minimum: float) -> float:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r})")
     if not value >= minimum:  # also refuses NaN
         raise ValueError(f"{name}: expected a number >= {minimum}, got {value}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name}: expected a number within the range of float64, got an int beyond it"
+        ) from None
 
 
 def check_positive(name: str, value: Any) -> float:

@@ -1,4 +1,4 @@
-# The compiled module; private. A tensor is (address, dtype code, shape, strides in elements).
+# The compiled module; private.
 from collections.abc import Callable
 from typing import Any, final
 
@@ -12,6 +12,8 @@ dtypes: dict[str, int]
 statuses: dict[str, int]
 variants: dict[str, int]
 
+def name_dtypes(codes: dict[Any, int], /) -> None: ...  # {torch.float64: code}, once
+
 # Names of the fields of what optimizer kernels read, in order.
 layouts: dict[str, tuple[str, ...]]
 
@@ -21,8 +23,7 @@ class Operation:
     schema: str  # of its operator
     arguments: tuple[str, ...]  # their names, in the order of the schema
     cpu: Callable[..., None]  # (*arguments, num_threads)
-    workspace_bytes: Callable[..., int] | None  # (*arguments); None without CUDA, like cuda
-    cuda: Callable[..., None] | None  # (*arguments, address of the workspace, stream)
+    cuda: Callable[..., None] | None  # (*arguments, allocate, stream); None without CUDA
 
 def build_info() -> dict[str, Any]: ...
 def usable_exchange(capsule: Any, /) -> bool: ...

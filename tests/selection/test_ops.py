@@ -77,7 +77,8 @@ def _arguments(name: str) -> list[tuple[Any, ...]]:
             weights = torch.tensor([[0.7, 0.3, 0.0]] * b, dtype=torch.float64)
             calls.append((*problem[:2], indices, weights, problem[3], 7, 2, 7, counts))
         elif name == "duplicates":
-            calls.append((problem[0], *problem[2:], 0.1, _outputs(b, 9)[0]))
+            positions = (problem[0] if problem[3] is None else problem[3].mT).shape[-2]
+            calls.append((problem[0], *problem[2:], 0.1, _outputs(b, positions)[0]))
         elif name == "apportion":
             weights = torch.rand(b, 5, dtype=torch.float64)
             calls.append((weights, 7, _outputs(b, 5)[0]))

@@ -333,4 +333,25 @@ def test_far_queries_say_so() -> None:
     with pytest.raises(ValueError, match=r"pool: .* overflow in entry 0"):
         hullkit.sift(pool * 1e10, query * 1e150, 3)
     with pytest.raises(ValueError, match=r"query: .* overflow in entry 0; scale the embeddings"):
-        hullkit.sift(pool.float() * 1e-9, query.float() * 1e25, 3)
+        hullkit.sift(pool * 1e-90, query * 1e160, 3)
+
+
+def test_gains_that_overflow_on_the_way_say_so() -> None:
+    """All gains are NaN after some steps: none is the largest."""
+    pool = torch.tensor([[1e150], [3.0], [1e140]], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"noise: expected gains .* overflow in entry 0, step \d+"):
+        hullkit.sift(pool, torch.tensor([1.0], dtype=torch.float64), 12, noise=1e-300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_variances_are_right_where_rows_nearly_depend_on_one_another(dtype: torch.dtype) -> None:
+    """The noise is as small as the rounding of products in float32."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(40, 5, generator=generator) @ torch.randn(5, 30, generator=generator)
+    pool, query = flat.to(dtype), torch.randn(30, generator=generator).to(dtype)
+    result = hullkit.sift(pool, query, 30, noise=2e-4)
+    rows, wide = pool[result.order].double(), query.double()
+    products = rows @ wide
+    kernel = rows @ rows.T + 2e-4 * torch.eye(30, dtype=torch.float64)
+    expected = wide @ wide - products @ torch.linalg.solve(kernel, products)
+    assert abs(result.variance[-1] - expected) <= 1e-9 * (wide @ wide)

@@ -11,6 +11,7 @@
 #include "frank_wolfe/choose_solver.h"
 #include "frank_wolfe/run/run_cpu.h"
 #include "frank_wolfe/support.h"
+#include "hullkit/interrupt.h"
 
 namespace hullkit {
 
@@ -60,6 +61,7 @@ class PoolTeam {
   };
   template <typename Value>
   Best best(Value&& value) const {
+    stop_if_asked();  // every iteration comes by
     Best best{-1, -std::numeric_limits<double>::infinity()};
     for (int i = 0; i < size(); ++i) {
       const double here = value(i);

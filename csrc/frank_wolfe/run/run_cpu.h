@@ -13,6 +13,7 @@
 #include "frank_wolfe/step.h"
 #include "frank_wolfe/support.h"
 #include "hullkit/frank_wolfe.h"
+#include "hullkit/interrupt.h"
 #include "pool/gram_columns.h"
 #include "pool/pool_rows.h"
 #include "simd/simd.h"
@@ -38,6 +39,7 @@ class FrankWolfeRun {
     // Asked before the first step, so that a support of one is the nearest vertex with weight 1.
     if (support_full()) return Status::kMaxSupport;
     while (num_iters_ < params_.max_iters) {
+      if (num_iters_ % 16 == 0) stop_if_asked();  // a step that computes a column looks too
       const double residual = refined(query_squared_ - 2.0 * query_iterate_ + iterate_squared_,
                                       [this] { return support_.minus_iterate(query_).squared; });
       if (std::sqrt(std::max(residual, 0.0)) < params_.tol) return Status::kConverged;

@@ -29,19 +29,20 @@ struct SiftResult {
 HULLKIT_FIELDS(SiftResult, order, variance, indices, counts, num_steps)
 
 // query [B, d], or [B, m, d]: prompts of m vectors, whose variances add up.
-// Fewer than total / max_multiplicity valid candidates are a ValueError.
-// Numerics: inner products accumulate in float32 (float64 for float64 input) in an order that depends on d alone;
-// everything after them is float64, so variances are right to within the rounding of ||query||^2.
-// Cost: O(n d) for each candidate chosen: one column of the pool's Gram matrix, computed once. Step t costs
-// O(n (m + min(t, n))), and O(n m) if it chooses as the step before. Memory: at most n min(total, n) float64 a query,
-// twice that where total > n.
+// Fewer than total / max_multiplicity valid candidates are a ValueError, and so are gains beyond float64.
+// Numerics: everything is float64, so variances are right to within the rounding of ||query||^2. Inner products
+// accumulate in an order that depends on d alone. In float32 they would not do: where rows nearly depend on one
+// another, conditioning magnifies their rounding by max ||row||^2 / noise. Cost: O(n d) for each candidate chosen: one
+// column of the pool's Gram matrix, computed once. Step t costs O(n (m + min(t, n))), and O(n m) if it chooses as the
+// step before. Memory: at most n min(total, n) float64 a query, twice that where total > n; and a copy of the rows in
+// float64 where this has at most 32 MiB.
 void sift_cpu(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
               int num_threads);
 
 // The same on a GPU, for n + m - 1 <= kMaxOnDevice (common/limits.h); for more the workspace query throws
 // NotImplementedError. One launch computes the Gram matrices of all prompts on tensor cores, a second takes their
-// steps, a block for each prompt. An entry that the CPU would refuse gets order and indices -1, counts and num_steps 0
-// and variance NaN. The output is contiguous.
+// steps, a block for each prompt. Products of half-precision rows accumulate in float32 here. An entry that the CPU
+// would refuse gets order and indices -1, counts and num_steps 0 and variance NaN. The output is contiguous.
 void sift_cuda(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
                void* workspace, void* stream);
 int64_t sift_workspace_bytes(const PoolSpec& pool, const TensorView& query, const SiftParams& params);

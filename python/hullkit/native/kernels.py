@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ STATUSES = _core.statuses
 VARIANTS = _core.variants
 LAYOUTS = _core.layouts  # fields of what optimizer kernels read, in order
 _DTYPE_CODES = {getattr(torch, name): code for name, code in _core.dtypes.items()}
+_core.name_dtypes(_DTYPE_CODES)
 
 
 def argument_names(operation: str) -> tuple[str, ...]:
@@ -45,7 +46,7 @@ def cpu_kernel(operation: str) -> Callable[..., None]:
     native = _core.operations[operation].cpu
 
     def run(*arguments: Any) -> None:
-        native(*_native_arguments(arguments), torch.get_num_threads())
+        native(*arguments, torch.get_num_threads())
 
     return run
 
@@ -53,32 +54,26 @@ def cpu_kernel(operation: str) -> Callable[..., None]:
 def cuda_kernel(operation: str) -> Callable[..., None]:
     """Runs on the current stream of the device of its first tensor, in a workspace of torch's."""
     native = _core.operations[operation].cuda
-    workspace_bytes = _core.operations[operation].workspace_bytes
 
     def run(first: Tensor, *others: Any) -> None:
         device = first.device
-        if native is None or workspace_bytes is None:
+        if native is None:
             raise NotImplementedError(
                 f"{operation}: expected CPU tensors, got device {device}: this "
                 "build is without CUDA. Build with HULLKIT_CUDA=ON, move the inputs with .cpu(), "
                 "or pass backend='reference' (slow)"
             )
-        views = _native_arguments((first, *others))
-        size = workspace_bytes(*views)
+        for name, argument in zip(argument_names(operation)[1:], others, strict=True):
+            if isinstance(argument, Tensor) and argument.device != device:
+                raise ValueError(f"{name}: expected device {device}, got {argument.device}")
+
+        def allocate(size: int) -> Tensor:
+            return torch.empty(size, dtype=torch.uint8, device=device)
+
         with torch.cuda.device(device):
-            workspace = torch.empty(size, dtype=torch.uint8, device=device)
-            native(*views, workspace.data_ptr(), raw_stream(device))
+            native(first, *others, allocate, raw_stream(device))
 
     return run
-
-
-def _native_arguments(arguments: Sequence[Any]) -> list[Any]:
-    """Tensors as (address, dtype code, shape, strides in elements), anything else as it is."""
-    # One comprehension, since a call for each argument is a tenth of a small selection's time.
-    return [
-        (a.data_ptr(), _DTYPE_CODES[a.dtype], a.shape, a.stride()) if isinstance(a, Tensor) else a
-        for a in arguments
-    ]
 
 
 usable_exchange = _core.usable_exchange

@@ -23,6 +23,9 @@ _ON_DEVICE = math.nan  # an option that is filled in on the device
 
 Options = AdamOptions | SGDOptions
 
+# The step counter in the state is float32, as torch's is: it counts up to here.
+MAX_NUM_STEPS = 2**24
+
 
 class FusedOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose `step(num_steps=k)` makes k updates in one pass over memory."""
@@ -142,11 +145,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: as in torch.optim; evaluated once.
-            num_steps: k >= 1.
+            num_steps: 1 <= k <= 2**24: so far torch's step counter, a float32, counts.
         Returns:
             The closure's value, or None.
         Raises:
-            TypeError, ValueError: a sparse or complex gradient; num_steps out of range.
+            TypeError, ValueError: a sparse or complex gradient; num_steps out of range, by name.
 
         >>> import hullkit, torch
         >>> p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
@@ -164,7 +167,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None, *, num_steps: int = 1) -> Any:
-        check_int("num_steps", num_steps, 1)
+        check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -199,7 +202,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._opt_called = True  # what torch's schedulers look for
 
     def _step_with(self, grads: Mapping[Tensor, Tensor], *, num_steps: int = 1) -> None:
-        check_int("num_steps", num_steps, 1)
+        check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
         self._forget_if_replaced()
         launches: list[Launch] = []
         for index, group in enumerate(self.param_groups):

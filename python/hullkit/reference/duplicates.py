@@ -20,7 +20,7 @@ def duplicates(pool: Array, eps: float) -> NDArray[np.int64]:
     out = np.empty(len(pool), np.int64)
     for i, row in enumerate(pool):
         products = row_dots(pool[representatives], row) if representatives else np.empty(0)
-        close = products > (1 - eps) * np.sqrt(squares[representatives] * squares[i])
+        close = products > (1 - eps) * np.sqrt(squares[representatives]) * np.sqrt(squares[i])
         if close.any():
             out[i] = representatives[int(np.argmax(close))]
         else:

@@ -93,6 +93,11 @@ def round_multiplicities(
     check_total(total)
     check_int("exchange_passes", exchange_passes, 0)
     leading = problem.query.shape[:-1]
+    for field in ("indices", "weights"):
+        if not hasattr(result, field):
+            raise TypeError(
+                f"result: expected a FrankWolfeResult, got {type(result).__name__} without {field}"
+            )
     weights = check_floating("result.weights", result.weights)
     shape = weights.shape
     if shape[:-1] != leading or len(shape) != len(leading) + 1 or shape[-1] == 0:

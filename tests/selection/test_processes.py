@@ -1,0 +1,69 @@
+"""Selections in processes that others made: forked, spawned, workers of a DataLoader."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from typing import Any
+
+import hullkit
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+def _problem(seed: int) -> tuple[Tensor, Tensor]:
+    pool = torch.randn(8, 63, 33, generator=torch.Generator().manual_seed(seed))
+    return pool, pool.mean(1)
+
+
+def choose(seed: int) -> list[Any]:
+    torch.set_num_threads(2)
+    pool, query = _problem(seed)
+    return hullkit.select(pool, query, 12).indices.tolist()
+
+
+class Choices(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, seed: int) -> Tensor:
+        return torch.tensor(choose(seed))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))  # where a spawned one finds Choices
+    expected = [choose(seed) for seed in range(6)]  # this process has threads in its pool
+    loader = DataLoader(Choices(), num_workers=2, multiprocessing_context=method)
+    assert [batch.squeeze(0).tolist() for batch in loader] == expected
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_fork_while_another_thread_selects() -> None:
+    """The child has a pool of threads of its own: the parent's is locked for ever."""
+    torch.set_num_threads(2)
+    expected = choose(0)
+    stop = threading.Event()
+
+    def select() -> None:
+        while not stop.is_set():
+            choose(1)
+
+    thread = threading.Thread(target=select)
+    thread.start()
+    try:
+        context = multiprocessing.get_context("fork")
+        for _ in range(5):
+            receive, send = context.Pipe(duplex=False)
+            child = context.Process(target=lambda to=send: to.send(choose(0)))
+            child.start()
+            assert receive.poll(60), "a call hangs in the child"
+            assert receive.recv() == expected
+            child.join(60)
+            assert child.exitcode == 0
+    finally:
+        stop.set()
+        thread.join()
