@@ -60,8 +60,9 @@ def finetune_published_runs() -> str:
         ours = one("gpu", op="finetune", **wanted)
         ratio = float(row["p50"]) / float(ours["p50"])
         cells = [f"{float(r['p50']):.0f}" for r in (row, ours)]
-        lines.append([row["shape"], row["commit"], *cells, times(ratio)])
-    return table(["one query, ms", "commit", "published", "bf16", "ratio"], lines, 2)
+        device = row["device"].removesuffix(" 80GB HBM3").removeprefix("NVIDIA ")
+        lines.append([row["shape"], device, row["commit"], *cells, times(ratio)])
+    return table(["one query, ms", "device", "commit", "published", "bf16", "ratio"], lines, 3)
 
 
 @generated
