@@ -82,6 +82,7 @@ def test_every_phase_and_a_second_call_measures_nothing_again(
     rows = run(bench, tmp_path, texts, "calibrate", "judge", *options)
     assert rows[: len(first)] == first
     judged = [row for row in rows if row["phase"] == "judge"]
+    assert_lowest(bench, rows)
     best = {rule: bench.analysis.best_rate(rows, "float32", rule, 2) for rule in ("kNN", "hull")}
     for row in judged:
         rates = {best[row["rule"]]}
