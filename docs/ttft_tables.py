@@ -227,7 +227,8 @@ def ttft_published_cpu() -> str:
 def ttft_paths() -> str:
     """Other precisions and adapters, on the queries that each was judged on."""
     budget = budgets(GPU)[1]
-    found = judged(GPU, rule="kNN", budget=budget, subset=ALL, best="yes")
+    wanted = {"rule": "kNN", "budget": budget, "beta2": PUBLISHED_BETA2}
+    found = judged(GPU, subset=ALL, best="yes", **wanted)
     lines = []
     for row in found:
         if row["path"] != "published":
