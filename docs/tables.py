@@ -16,6 +16,7 @@ from pathlib import Path
 import architecture_tables
 import finetuning_tables
 import optimizer_tables
+import reliability_tables
 import scaling_tables
 import selection_tables
 import ttft_tables
@@ -30,6 +31,7 @@ SOURCES = (
     architecture_tables,
     scaling_tables,
     ttft_tables,
+    reliability_tables,
 )
 
 
