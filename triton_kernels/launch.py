@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from . import attention, cross_entropy, gate, low_rank, norm, rotary
+from . import attention, cross_entropy, gate, low_rank, norm, rotary, stacked_adam
 from .accumulate import accumulate_kernel, squares_kernel
 from .adam import ROWS, adam_coefficients_kernel, adam_kernel, restore_kernel
 from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
@@ -36,6 +36,10 @@ KERNELS = {
     "low_rank_gradient_a": (low_rank.low_rank_gradient_a_kernel, _TILES),
     "attention": (attention.attention_kernel, {}),
     "attention_gradient": (attention.attention_gradient_kernel, {}),
+    "stacked_adam": (
+        stacked_adam.stacked_adam_kernel,
+        {"BLOCK": BLOCK_SIZE, "BLOCKS": stacked_adam.BLOCKS},
+    ),
 }
 
 

@@ -110,9 +110,8 @@ class _AddLowRank(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.shared, ctx.scale, ctx.shape = shared, scale, y.shape
-        ctx.kernels = uses_triton("x", x.device, backend) and a.shape[-2] <= _LARGEST_RANK
-        forward = _forward if ctx.kernels else _plain_forward
-        out, inner = forward(*_entries(y, x, a, b), scale)
+        ctx.backend = backend
+        out, inner = low_rank_forward(*_entries(y, x, a, b), scale, backend)
         ctx.save_for_backward(x, inner, a, b)
         return out.view(y.shape)
 
@@ -131,10 +130,45 @@ class _AddLowRank(torch.autograd.Function):
         if of_x:
             total, fresh = ctx.shared.total(x.numel() // x.shape[-1], x.shape[-1], x.device)
             d_x = total.view(entries[1].shape)
-        backward = _backward if ctx.kernels else _plain_backward
         with torch.autocast(x.device.type, enabled=False):
-            backward(*entries, inner, ctx.scale, d_a, d_b, d_x, fresh)
+            low_rank_backward(*entries, inner, ctx.scale, d_a, d_b, d_x, fresh, ctx.backend)
         return gradient, None, d_a, d_b, None, None, None
+
+
+def low_rank_forward(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """y + inner b^T (K, T, E), and inner = scale x a^T (K, T, R), without autograd.
+
+    y (K, T, E), x (K, T, D): rows without gaps. a (K, R, D), b (K, E, R): contiguous.
+    """
+    forward = _forward if _uses_kernels(x, a, backend) else _plain_forward
+    return forward(y, x, a, b, scale)
+
+
+def low_rank_backward(
+    d: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    inner: Tensor,
+    scale: float,
+    d_a: Tensor | None,
+    d_b: Tensor | None,
+    d_x: Tensor | None,
+    fresh: bool,
+    backend: str | None = None,
+) -> None:
+    """The gradients of `low_rank_forward` for d (K, T, E): its y's. None leaves one out.
+
+    d_a, d_b: contiguous, overwritten. d_x (K, T, D): overwritten if `fresh`, else added to.
+    """
+    backward = _backward if _uses_kernels(x, a, backend) else _plain_backward
+    backward(d, x, a, b, inner, scale, d_a, d_b, d_x, fresh)
+
+
+def _uses_kernels(x: Tensor, a: Tensor, backend: str | None) -> bool:
+    return uses_triton("x", x.device, backend) and a.shape[-2] <= _LARGEST_RANK
 
 
 def _entries(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
