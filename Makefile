@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-retriever fuzz sanitize sanitize-cpu lint format clean
+.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz sanitize sanitize-cpu lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python bench/demo/run.py $(ARGS)
@@ -32,6 +32,14 @@ bench-finetune: $(VENV)/.test
 bench-gpu: $(VENV)/.test
 	$(BIN)/python -m bench.ops.selection_gpu $(ARGS)
 	$(BIN)/python -m bench.ops.sift_gpu $(ARGS)
+
+# Two cores take about ten minutes. A run that was stopped goes on from its rows in demo_out/ttft.
+TTFT := --out demo_out/ttft --budgets 3 6 --calibration 4
+bench-ttft: $(VENV)/.test
+	$(BIN)/python -m bench.ttft calibrate judge $(TTFT) --judged 20 --paths float32 --steps 1e-4 2e-4 4e-4 \
+	  --rules kNN "kNN x 2" SIFT hull "hull, at most 2" $(ARGS)
+	$(BIN)/python -m bench.ttft judge $(TTFT) --judged 4 --paths published $(ARGS)
+	$(BIN)/python -m bench.ttft report --out demo_out/ttft $(SUMMARY)
 
 bench-retriever: $(VENV)/.test
 	$(BIN)/python -m bench.ops.retriever $(ARGS)

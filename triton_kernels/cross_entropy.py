@@ -62,7 +62,7 @@ def cross_entropy_kernel(
 def cross_entropy_gradient_kernel(
     logits, targets, normalisers, scale, stride, columns, MATH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """scale [1]: the gradient of the sum of all losses."""
+    """scale [T]: the gradient of each row's loss."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     at = logits + row * stride
@@ -72,7 +72,7 @@ def cross_entropy_gradient_kernel(
     inside = last < columns
     if target != IGNORED:
         normaliser = tl.load(normalisers + row)
-        factor = tl.load(scale).to(MATH)
+        factor = tl.load(scale + row).to(MATH)
         for start in range(0, whole, BLOCK):
             column = start + tl.arange(0, BLOCK)
             x = tl.load(at + column).to(MATH)

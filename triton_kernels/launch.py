@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from . import attention, cross_entropy, gate, norm, rotary
+from . import attention, cross_entropy, gate, low_rank, norm, rotary, stacked_adam
 from .accumulate import accumulate_kernel, squares_kernel
 from .adam import ROWS, adam_coefficients_kernel, adam_kernel, restore_kernel
 from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
@@ -13,6 +13,7 @@ from .sgd import sgd_kernel
 
 _CHUNKS = {"BLOCK": BLOCK_SIZE, "CHUNK": CHUNK_SIZE}
 _ROWS = {"BLOCK": cross_entropy.BLOCK_SIZE}
+_TILES = {"ROWS": low_rank.ROWS, "COLUMNS": low_rank.COLUMNS}
 KERNELS = {
     "adam_coefficients": (adam_coefficients_kernel, {"BLOCK": ROWS}),
     "adam": (adam_kernel, _CHUNKS),
@@ -29,8 +30,16 @@ KERNELS = {
     "gate": (gate.gate_kernel, {"BLOCK": gate.BLOCK_SIZE}),
     "gate_gradient": (gate.gate_gradient_kernel, {"BLOCK": gate.BLOCK_SIZE}),
     "rotary": (rotary.rotary_kernel, {}),
+    "low_rank_inner": (low_rank.low_rank_inner_kernel, _TILES),
+    "low_rank_add": (low_rank.low_rank_add_kernel, _TILES),
+    "low_rank_gradient_b": (low_rank.low_rank_gradient_b_kernel, _TILES),
+    "low_rank_gradient_a": (low_rank.low_rank_gradient_a_kernel, _TILES),
     "attention": (attention.attention_kernel, {}),
     "attention_gradient": (attention.attention_gradient_kernel, {}),
+    "stacked_adam": (
+        stacked_adam.stacked_adam_kernel,
+        {"BLOCK": BLOCK_SIZE, "BLOCKS": stacked_adam.BLOCKS},
+    ),
 }
 
 

@@ -5,10 +5,11 @@ of a candidate pool), round it to an integer multiset, and spend each gradient o
 Method: HullFT, arXiv 2605.30337.
 """
 
-from . import optim
+from . import optim, prompt_batch
 from .finetune import AdaptReport, Reuse, TestTimeFinetuner, reuse_schedule
 from .language_model import bits_per_byte
 from .native.kernels import __version__, build_info
+from .prompt_batch import Answer, PromptBatch, Query
 from .selection import (
     FrankWolfeResult,
     KNNResult,
@@ -28,10 +29,13 @@ from .selection import (
 
 __all__ = [
     "AdaptReport",
+    "Answer",
     "FrankWolfeResult",
     "KNNResult",
     "LMOResult",
     "Multiset",
+    "PromptBatch",
+    "Query",
     "Reuse",
     "SIFTResult",
     "Status",
@@ -45,6 +49,7 @@ __all__ = [
     "knn",
     "lmo",
     "optim",
+    "prompt_batch",
     "reuse_schedule",
     "round_multiplicities",
     "select",

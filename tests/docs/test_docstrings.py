@@ -11,6 +11,7 @@ import hullkit
 import pytest
 from hullkit import optim, reference
 from hullkit.interop import activeft
+from hullkit.interop import faiss as faiss_adapter
 from hullkit.interop import hullft as hullft_adapter
 
 CONSTANTS = {"__version__", "optim"}
@@ -31,6 +32,8 @@ def public() -> Iterator[tuple[str, Any]]:
     yield "hullkit.interop.activeft.Retriever", activeft.Retriever
     for name in ("FWSelector", "integerize_by_geometry"):
         yield f"hullkit.interop.hullft.{name}", getattr(hullft_adapter, name)
+    for name in ("search", "select", "Texts"):
+        yield f"hullkit.interop.faiss.{name}", getattr(faiss_adapter, name)
 
 
 NAMES = dict(public())

@@ -47,28 +47,89 @@ def gradients(model: nn.Module, x: Tensor, run: Callable[..., Tensor]) -> list[T
     return [y.detach(), x.grad, *found]  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_formula(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((2, 5, 9), (2, 5, 24), (4, 24), (9, 4))
-    y, x, a, b = (torch.randn(*s, generator=generator).to(DEVICE, dtype) for s in sizes)
-    results = []
-    for wide in (False, True):
-        leaves = [t.double() if wide else t.clone() for t in (y, x, a, b)]
-        for leaf in leaves:
-            leaf.requires_grad_()
-        if wide:
-            result = leaves[0] + 1.5 * (leaves[1] @ leaves[2].t()) @ leaves[3].t()
-        else:
-            result = add_low_rank(leaves[0], *share(leaves[1], dtype), *leaves[2:], 1.5)
-        result.backward(torch.ones_like(result) / 3)
-        results.append([result.detach(), *(leaf.grad for leaf in leaves)])
-    for found, exact in zip(*results, strict=True):
-        assert found is not None
-        assert exact is not None
-        # Each product rounds once, and one of its factors is a rounded product.
-        unit = torch.finfo(dtype).eps * float(exact.abs().max())
-        assert float((found.double() - exact).abs().max()) <= 8.0 * unit
+def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def results(
+    inputs: list[Tensor], wanted: list[bool], run: Callable[..., Tensor]
+) -> list[Tensor | None]:
+    """The result, and the gradients of the inputs for which they are wanted."""
+    for tensor, want in zip(inputs, wanted, strict=True):
+        tensor.requires_grad_(want)
+    result = run(*inputs)
+    result.backward(random(*result.shape, dtype=torch.float64, seed=9).to(result.dtype))
+    return [result.detach(), *(tensor.grad for tensor in inputs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", [None, "triton"])
+@pytest.mark.parametrize(
+    ("slots", "rows", "columns", "wide", "rank"),
+    [(0, 1, 9, 5, 1), (0, 45, 300, 24, 4), (2, 33, 70, 260, 16), (3, 7, 129, 40, 20)],
+)
+@pytest.mark.parametrize("frozen", [None, 1, 2])  # the place of an input without a gradient
+def test_the_formula(
+    slots: int,
+    rows: int,
+    columns: int,
+    wide: int,
+    rank: int,
+    frozen: int | None,
+    backend: str | None,
+    dtype: torch.dtype,
+) -> None:
+    first, own = ([slots], [slots]) if slots else ([1], [])
+    inputs = [
+        random(*shape, dtype=dtype, seed=seed)
+        for seed, shape in enumerate(
+            (
+                [*first, rows, wide],
+                [*first, rows, columns],
+                [*own, rank, columns],
+                [*own, wide, rank],
+            )
+        )
+    ]
+    wanted = [place != frozen for place in range(4)]
+    exact_inputs = [tensor.double() for tensor in inputs]
+
+    def ours(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return add_low_rank(y, *share(x, dtype), a, b, 1.5, backend)
+
+    def exact(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return y + 1.5 * (x @ a.mT) @ b.mT
+
+    found = results(inputs, wanted, ours)
+    for mine, theirs in zip(found, results(exact_inputs, wanted, exact), strict=True):
+        if theirs is None:
+            assert mine is None
+            continue
+        assert mine is not None
+        # A product of rounded products; sums are in float32, and the largest terms do not cancel.
+        unit = torch.finfo(dtype).eps * float(theirs.abs().max())
+        assert float((mine.double() - theirs).abs().max()) <= 8.0 * unit
+
+
+def test_a_gradient_is_added_to_what_others_left() -> None:
+    """Layers that share an input add up its gradient in place, whoever comes first."""
+    dtype = torch.float32
+    x, y, a, b = (
+        random(*s, dtype=dtype, seed=1) for s in ((1, 40, 24), (1, 40, 8), (4, 24), (8, 4))
+    )
+    grads = []
+    for backend in (None, "triton"):
+        leaf = x.clone().requires_grad_()
+        tensor, shared = share(leaf, dtype)
+        first = add_low_rank(y, tensor, shared, a, b, 1.0, backend)
+        second = add_low_rank(first, tensor, shared, 2 * a, b, 1.0, backend)
+        second.sum().backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+    wanted = (torch.ones(40, 8, device=DEVICE) @ b @ a * 3.0)[None]
+    torch.testing.assert_close(grads[0], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

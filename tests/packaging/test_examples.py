@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 EXAMPLES = sorted(path.name for path in FOLDER.glob("[0-9]*.py"))
-NEEDS = {"04": "faiss", "05": "faiss", "06": "peft"}
+NEEDS = {"04": "faiss", "05": "faiss", "06": "peft", "07": "ray"}
 
 
 def test_numbering() -> None:
@@ -21,6 +21,9 @@ def test_numbering() -> None:
 
 
 # PEFT asks transformers by a name that transformers has since deprecated.
+# Ray warns about itself, and leaves files and sockets to the end of its processes.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore:.*(deprecated|RAY_).*::ray")
 # activeft turns tensors into arrays by a way that NumPy has since deprecated.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -31,6 +34,7 @@ def test_example(
     if name[:2] in NEEDS:
         pytest.importorskip(NEEDS[name[:2]], reason="an extra is not installed")
     monkeypatch.syspath_prepend(str(FOLDER))  # as python examples/... does
+    monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(FOLDER / name), run_name="__main__")
     sys.modules.pop("passages", None)
     printed = capsys.readouterr().out

@@ -36,17 +36,31 @@ def next_token_loss(logits: Tensor, labels: Tensor, *, backend: str | None = Non
     Returns:
         A 0-d float32 tensor; float64 for float64 logits.
     """
+    return next_token_losses(logits, labels, backend=backend)[0]
+
+
+def next_token_losses(
+    logits: Tensor, labels: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum over K sequences of their `next_token_loss`, and each one's, without gradient.
+
+    logits (K, T, V), labels (K, T). The loss of a sequence without a scored token is 0.
+    """
     if uses_triton("logits", logits.device, backend):
-        rows = logits.flatten(0, 1)  # [T, V]; logits[0] would copy the gradient
-        loss: Tensor = _Fused.apply(rows, _targets(labels))  # type: ignore[no-untyped-call]
-        return loss
-    return plain_next_token_loss(logits, labels)
+        rows = logits.flatten(0, 1)  # [K T, V]; logits[0] would copy the gradient
+        both: tuple[Tensor, Tensor] = _Fused.apply(rows, _targets(labels))  # type: ignore[no-untyped-call]
+        return both
+    rows = at_least_float32(logits.flatten(0, 1))
+    targets = _targets(labels)
+    losses = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    means = (losses.view(targets.shape) * _shares(targets, losses.dtype)).sum(1)
+    return means.sum(), means.detach()
 
 
 def plain_next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """`next_token_loss` by torch alone, on any device. Logits stay as they are."""
     rows = at_least_float32(logits.flatten(0, 1))
-    return F.cross_entropy(rows, _targets(labels), ignore_index=IGNORED)
+    return F.cross_entropy(rows, _targets(labels).flatten(), ignore_index=IGNORED)
 
 
 class TiedGradient:
@@ -84,30 +98,50 @@ def linear_next_token_loss(
         tied: the object whose `embedding` looks up rows of the same weight.
         copy: the weight in the products' dtype, if there is one already.
     """
+    return linear_next_token_losses(hidden, weight, labels, tied, copy)[0]
+
+
+def linear_next_token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    tied: TiedGradient | None = None,
+    copy: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`next_token_losses(F.linear(hidden, weight), labels)` without all logits in memory.
+
+    hidden (K, T, D), labels (K, T); the other arguments as in `linear_next_token_loss`.
+    """
     arguments = (hidden.flatten(0, 1), weight, _targets(labels), tied, copy)
-    loss: Tensor = _FusedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
-    return loss
+    both: tuple[Tensor, Tensor] = _FusedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    return both
 
 
 def _targets(labels: Tensor) -> Tensor:
-    """The label that each position predicts (T,); -100 for the last position."""
-    return F.pad(labels[0, 1:], (0, 1), value=IGNORED)
+    """The label that each position predicts (K, T); -100 for the last positions."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _shares(targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """(K, 1): what a scored position weighs in the mean of its sequence."""
+    count = (targets != IGNORED).sum(1, keepdim=True)
+    return count.clamp(min=1).to(dtype).reciprocal()
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        losses, normalisers, count = _row_results(logits.dtype, targets)
+        losses, normalisers, shares = _row_results(logits.dtype, targets)
         _launch("cross_entropy", logits, targets, losses, normalisers)
-        ctx.save_for_backward(logits, targets, normalisers, count)
-        return losses.sum() / count
+        ctx.save_for_backward(logits, targets, normalisers, shares)
+        return _means(ctx, losses, shares)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, targets, normalisers, count = ctx.saved_tensors
-        scale = (gradient / count).reshape(1)
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        logits, targets, normalisers, shares = ctx.saved_tensors
+        scale = shares * gradient
         _launch("cross_entropy_gradient", logits, targets, normalisers, scale)
         torch.autograd.graph.increment_version(logits)
         return logits, None
@@ -122,14 +156,14 @@ class _FusedLinear(torch.autograd.Function):
         targets: Tensor,
         tied: TiedGradient | None,
         copy: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         kind = hidden.device.type
         cast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else hidden.dtype
         wide = weight.dtype if widens(hidden) else dtype
         product = copy if copy is not None and copy.dtype is dtype else weight.to(dtype)
         with torch.autocast(kind, enabled=False):
-            loss, d_hidden, d_weight = _of_chunks(
+            losses, shares, d_hidden, d_weight = _of_chunks(
                 hidden.to(dtype), product, targets, wide, *ctx.needs_input_grad[:2]
             )
         ctx.gradients = (
@@ -137,12 +171,12 @@ class _FusedLinear(torch.autograd.Function):
             None if d_weight is None else d_weight.to(weight.dtype),
         )
         ctx.tied = tied
-        return loss
+        return _means(ctx, losses, shares)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, gradient: Tensor
+        ctx: Any, gradient: Tensor, _: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None  # autograd copies a gradient that has another reference
@@ -181,17 +215,17 @@ def _of_chunks(
     wide: torch.dtype,
     of_hidden: bool,
     of_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and its gradients by hidden (T, D) and weight (V, D) where they are wanted.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Losses and their shares (K, T), and gradients by hidden (K T, D) and weight (V, D).
 
-    wide: dtype of the weight's gradient.
+    targets: (K, T). wide: dtype of the weight's gradient. Gradients are made where wanted.
     """
     length, columns = len(hidden), len(weight)
     stride = -(-columns // _ALIGNED) * _ALIGNED
     chunks = -(-length * stride * hidden.itemsize // CHUNK_BYTES)
     step = -(-length // chunks)
-    losses, normalisers, count = _row_results(hidden.dtype, targets)
-    scale = count.to(losses.dtype).reciprocal().reshape(1)
+    of_all = _row_results(hidden.dtype, targets)
+    losses, normalisers, scale, rows_of = (t.flatten() for t in (*of_all, targets))
     d_hidden = torch.empty_like(hidden) if of_hidden else None
     # This outlives the logits, so it is allocated before them.
     d_weight = torch.empty_like(weight, dtype=wide) if of_weight else None
@@ -200,20 +234,20 @@ def _of_chunks(
         rows = slice(first, min(first + step, length))
         x = hidden[rows]
         logits = memory[: len(x), :columns]
-        of_rows = (targets[rows], losses[rows], normalisers[rows])
+        of_rows = (rows_of[rows], losses[rows], normalisers[rows])
         for part in _parts(columns):
             torch.mm(x, weight[part].t(), out=logits[:, part])
         _launch("cross_entropy", logits, *of_rows)
         if not (of_hidden or of_weight):
             continue
-        _launch("cross_entropy_gradient", logits, of_rows[0], of_rows[2], scale)
+        _launch("cross_entropy_gradient", logits, of_rows[0], of_rows[2], scale[rows])
         for part in _parts(columns):
             if d_hidden is not None:
                 beta = int(part.start > 0)
                 d_hidden[rows].addmm_(logits[:, part], weight[part], beta=beta)
             if d_weight is not None:
                 add_product(d_weight[part], logits[:, part].t(), x, fresh=first == 0)
-    return losses.sum() / count, d_hidden, d_weight
+    return of_all[0], of_all[2], d_hidden, d_weight
 
 
 def _parts(columns: int) -> list[slice]:
@@ -226,10 +260,17 @@ def _parts(columns: int) -> list[slice]:
 
 
 def _row_results(dtype: torch.dtype, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for each row's loss and normaliser, and the number of scored rows."""
+    """Memory for each row's loss and normaliser, and each row's share in its mean; all (K, T)."""
     math = _kernels.arithmetic_dtype(dtype)
-    losses = torch.zeros(len(targets), dtype=math, device=targets.device)
-    return losses, torch.empty_like(losses), (targets != IGNORED).sum()
+    losses = torch.zeros(targets.shape, dtype=math, device=targets.device)
+    return losses, torch.empty_like(losses), _shares(targets, math).expand_as(losses).contiguous()
+
+
+def _means(ctx: Any, losses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of all sequences' means, and each one's, which has no gradient."""
+    means = (losses * shares).sum(1)
+    ctx.mark_non_differentiable(means)
+    return means.sum(), means
 
 
 def _launch(name: str, logits: Tensor, *arguments: Tensor) -> None:

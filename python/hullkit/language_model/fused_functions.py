@@ -141,7 +141,7 @@ class FusedFunctions(TorchFunctionMode):
             return NotImplemented
         y = base(x)
         tensor, shared = self._shared(x)
-        return add_low_rank(y, tensor, shared, a, b, scale)
+        return add_low_rank(y, tensor, shared, a, b, scale, self._backend)
 
     # Norms.
 

@@ -35,9 +35,9 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def logits_of(output: Any, ids: Tensor, before: int = 0) -> Tensor:
-    """The logits (1, T, V) in a causal language model's output for ids (1, T).
+    """The logits (K, T, V) in a causal language model's output for ids (K, T).
 
-    They are (1, before + T, V) if the model puts `before` positions of its own before the ids.
+    They are (K, before + T, V) if the model puts `before` positions of its own before the ids.
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
@@ -46,8 +46,8 @@ def logits_of(output: Any, ids: Tensor, before: int = 0) -> Tensor:
             f"got {type(output).__name__}"
         )
     lengths = (ids.shape[1], ids.shape[1] + before)
-    if logits.ndim != 3 or logits.shape[0] != 1 or logits.shape[1] not in lengths:
-        expected = f"(1, {ids.shape[1]}, V)"
+    if logits.ndim != 3 or len(logits) != len(ids) or logits.shape[1] not in lengths:
+        expected = f"({len(ids)}, {ids.shape[1]}, V)"
         raise ValueError(f"logits: expected shape {expected}, got {tuple(logits.shape)}")
     return logits
 

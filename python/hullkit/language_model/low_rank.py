@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .products import SharedInput, add_product
+from ..optim._tensor_table import uses_triton
+from .products import SharedInput
 
 _PARTS = ("base_layer", "lora_A", "lora_B")
 _ROWS, _IN, _RANK, _OUT = 4, 6, 3, 5  # of a proof
+_LARGEST_RANK = 64  # with a larger one torch's products are as fast
+# So many programs keep a GPU busy; more parts than these cost more to add up than they save.
+_PROGRAMS, _MOST_PARTS = 256, 8
 
 
 class LowRank(NamedTuple):
@@ -71,53 +75,211 @@ def _layer(columns: int, rows: int, random: torch.Generator) -> nn.Linear:
 
 
 def add_low_rank(
-    y: Tensor, x: Tensor, shared: SharedInput, a: Tensor, b: Tensor, scale: float
+    y: Tensor,
+    x: Tensor,
+    shared: SharedInput,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    backend: str | None = None,
 ) -> Tensor:
-    """y + scale (x a^T) b^T.
+    """y + scale (x a^T) b^T, with gradients for y, x, a and b.
 
-    y (..., D_out). x (..., D_in): the tensor that `share` returned with `shared`, of y's dtype.
-    a (r, D_in), b (D_out, r).
+    y (..., E). x (..., D): the tensor that `share` returned with `shared`, of y's dtype.
+    a (R, D), b (E, R); or a (K, R, D), b (K, E, R) for x (K, ..., D), each entry with its own.
+    backend: "triton" takes CPU tensors too, in Triton's interpreter.
+
+    Cost: R (D + E) multiply-adds for each row of x forwards, twice that backwards. Kernels read x
+    and y once in each direction; the thin product between them stays small.
     """
-    result: Tensor = _AddLowRank.apply(y, x, a, b, shared, scale)  # type: ignore[no-untyped-call]
+    result: Tensor = _AddLowRank.apply(y, x, a, b, shared, scale, backend)  # type: ignore[no-untyped-call]
     return result
 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, shared: SharedInput, scale: float
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        shared: SharedInput,
+        scale: float,
+        backend: str | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.shared, ctx.scale, ctx.of_x = shared, scale, ctx.needs_input_grad[1]
-        inner = _product(x.reshape(-1, x.shape[-1]), a.to(x.dtype).t(), scale)
+        ctx.shared, ctx.scale, ctx.shape = shared, scale, y.shape
+        ctx.backend = backend
+        out, inner = low_rank_forward(*_entries(y, x, a, b), scale, backend)
         ctx.save_for_backward(x, inner, a, b)
-        flat = y.reshape(-1, y.shape[-1])
-        return torch.addmm(flat, inner, b.to(x.dtype).t()).view(y.shape)
+        return out.view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, gradient: Tensor | None
-    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None, None]:
         if gradient is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         x, inner, a, b = ctx.saved_tensors
-        g = gradient.reshape(-1, gradient.shape[-1])
-        rows = x.reshape(-1, x.shape[-1])
-        d_a = d_b = None
-        with torch.autocast(g.device.type, enabled=False):
-            if ctx.needs_input_grad[3]:
-                d_b = g.new_empty(b.shape, dtype=b.dtype)
-                add_product(d_b, g.t(), inner, fresh=True)
-            d_inner = _product(g, b.to(g.dtype), ctx.scale)
-            if ctx.needs_input_grad[2]:
-                d_a = g.new_empty(a.shape, dtype=a.dtype)
-                add_product(d_a, d_inner.t(), rows, fresh=True)
-            if ctx.of_x:
-                ctx.shared.add(d_inner, a.to(g.dtype))
-        return gradient, None, d_a, d_b, None, None
+        _, of_x, of_a, of_b = ctx.needs_input_grad[:4]
+        entries = _entries(gradient, x, a, b)
+        d_a, d_b = (torch.empty_like(t) if of else None for t, of in ((a, of_a), (b, of_b)))
+        d_x, fresh = None, False
+        if of_x:
+            total, fresh = ctx.shared.total(x.numel() // x.shape[-1], x.shape[-1], x.device)
+            d_x = total.view(entries[1].shape)
+        with torch.autocast(x.device.type, enabled=False):
+            low_rank_backward(*entries, inner, ctx.scale, d_a, d_b, d_x, fresh, ctx.backend)
+        return gradient, None, d_a, d_b, None, None, None
 
 
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale a @ b."""
-    return torch.addmm(a.new_empty(1), a, b, beta=0.0, alpha=scale)
+def low_rank_forward(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """y + inner b^T (K, T, E), and inner = scale x a^T (K, T, R), without autograd.
+
+    y (K, T, E), x (K, T, D): rows without gaps. a (K, R, D), b (K, E, R): contiguous.
+    """
+    forward = _forward if _uses_kernels(x, a, backend) else _plain_forward
+    return forward(y, x, a, b, scale)
+
+
+def low_rank_backward(
+    d: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    inner: Tensor,
+    scale: float,
+    d_a: Tensor | None,
+    d_b: Tensor | None,
+    d_x: Tensor | None,
+    fresh: bool,
+    backend: str | None = None,
+) -> None:
+    """The gradients of `low_rank_forward` for d (K, T, E): its y's. None leaves one out.
+
+    d_a, d_b: contiguous, overwritten. d_x (K, T, D): overwritten if `fresh`, else added to.
+    """
+    backward = _backward if _uses_kernels(x, a, backend) else _plain_backward
+    backward(d, x, a, b, inner, scale, d_a, d_b, d_x, fresh)
+
+
+def _uses_kernels(x: Tensor, a: Tensor, backend: str | None) -> bool:
+    return uses_triton("x", x.device, backend) and a.shape[-2] <= _LARGEST_RANK
+
+
+def _entries(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [K, T, E], x [K, T, D], a [K, R, D], b [K, E, R]; K = 1 for factors of all rows."""
+    a, b = (factor if factor.ndim == 3 else factor[None] for factor in (a, b))
+    wide = (t.reshape(len(a), -1, t.shape[-1]) for t in (y, x))
+    y, x = (t if t.stride(-1) == 1 else t.contiguous() for t in wide)
+    return y, x, a.contiguous(), b.contiguous()
+
+
+def _plain_forward(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    inner = torch.bmm(x, a.to(x.dtype).mT).mul_(scale)
+    return torch.baddbmm(y, inner, b.to(x.dtype).mT), inner
+
+
+def _plain_backward(
+    d: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    inner: Tensor,
+    scale: float,
+    d_a: Tensor | None,
+    d_b: Tensor | None,
+    d_x: Tensor | None,
+    fresh: bool,
+) -> None:
+    if d_b is not None:
+        d_b.view(b.shape).copy_(torch.bmm(d.mT, inner))
+    d_inner = torch.bmm(d, b.to(d.dtype)).mul_(scale)
+    if d_a is not None:
+        d_a.view(a.shape).copy_(torch.bmm(d_inner.mT, x))
+    if d_x is not None:
+        product = torch.bmm(d_inner, a.to(d.dtype))
+        d_x.copy_(product) if fresh else d_x.add_(product)
+
+
+def _forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from ..triton_kernels.launch import launch
+
+    slots, rows, columns = x.shape
+    rank, wide = a.shape[1], y.shape[2]
+    down, across = _blocks(rows, wide)
+    count, length = _split(slots * down, columns)
+    parts = x.new_empty(slots, count, rows, rank, dtype=torch.float32)
+    inner, out = x.new_empty(slots, rows, rank), y.new_empty(slots, rows, wide)
+    constants = _constants(x, rank)
+    with torch.cuda.device_of(x):
+        sizes = (rows, columns, rank, x.stride(0), x.stride(1), count, length, scale)
+        launch("low_rank_inner", (down * count, slots), (x, a, parts, *sizes), constants)
+        tensors = (y, b, parts, inner, out)
+        outer = (rows, wide, rank, y.stride(0), y.stride(1), count)
+        launch("low_rank_add", (down * across, slots), (*tensors, *outer), constants)
+    return out, inner
+
+
+def _backward(
+    d: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    inner: Tensor,
+    scale: float,
+    d_a: Tensor | None,
+    d_b: Tensor | None,
+    d_x: Tensor | None,
+    fresh: bool,
+) -> None:
+    from ..triton_kernels.launch import launch
+
+    slots, rows, columns = x.shape
+    rank, wide = a.shape[1], d.shape[2]
+    down, across = _blocks(rows, wide)
+    count, length = _split(slots * down, wide)
+    parts = x.new_empty(slots, count, rows, rank, dtype=torch.float32)
+    constants = _constants(x, rank)
+    with torch.cuda.device_of(x):
+        outer = (rows, wide, rank, d.stride(0), d.stride(1), count, length, scale)
+        programs = (down * count + across * (d_b is not None), slots)
+        tensors = (d, b, inner, parts, b if d_b is None else d_b)
+        flags = {"OF_B": d_b is not None}
+        launch("low_rank_gradient_b", programs, (*tensors, *outer), flags | constants)
+        if d_a is None and d_x is None:
+            return
+        _, across = _blocks(rows, columns)
+        programs = (across + down * across * (d_x is not None), slots)
+        tensors = (x, a, parts, a if d_a is None else d_a, x if d_x is None else d_x)
+        sizes = (rows, columns, rank, x.stride(0), x.stride(1), count)
+        flags = {"OF_A": d_a is not None, "OF_X": d_x is not None, "ADD": not fresh}
+        launch("low_rank_gradient_a", programs, (*tensors, *sizes), flags | constants)
+
+
+def _blocks(rows: int, columns: int) -> tuple[int, int]:
+    """Blocks of the kernels, down and across."""
+    from ..triton_kernels.low_rank import COLUMNS, ROWS
+
+    return -(-rows // ROWS), -(-columns // COLUMNS)
+
+
+def _split(programs: int, columns: int) -> tuple[int, int]:
+    """The number of parts of a sum over columns, and each part's columns."""
+    from ..triton_kernels.low_rank import COLUMNS
+
+    blocks = -(-columns // COLUMNS)
+    wanted = min(blocks, _MOST_PARTS, max(1, _PROGRAMS // programs))
+    length = -(-blocks // wanted) * COLUMNS
+    return -(-columns // length), length
+
+
+def _constants(x: Tensor, rank: int) -> dict[str, Any]:
+    kind = x.dtype if x.is_cuda else torch.float32  # the interpreter multiplies no bfloat16
+    return {"HALF": kind, "R": max(16, 1 << (rank - 1).bit_length())}

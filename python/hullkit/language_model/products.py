@@ -44,10 +44,15 @@ class SharedInput:
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Adds a @ b to the gradient."""
+        total, fresh = self.total(len(a), b.shape[1], a.device)
+        add_product(total, a, b, fresh)
+
+    def total(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, bool]:
+        """The gradient so far, for a caller who adds to it, and whether it has no value yet."""
         fresh = self._gradient is None
         if self._gradient is None:
-            self._gradient = a.new_empty(len(a), b.shape[1], dtype=self._dtype)
-        add_product(self._gradient, a, b, fresh)
+            self._gradient = torch.empty(rows, columns, dtype=self._dtype, device=device)
+        return self._gradient, fresh
 
     def take(self) -> Tensor | None:
         gradient, self._gradient = self._gradient, None

@@ -1,0 +1,184 @@
+"""Selection from any faiss index: the pool is searched, the corpus is never loaded.
+
+An index may lie on disk: `faiss.read_index(path, faiss.IO_FLAG_MMAP)` reads only the lists that a
+search visits. Embeddings may be `numpy.load(path, mmap_mode="r")` or a tensor of safetensors'
+`safe_open`, of which only the candidates' rows are read. Needs faiss, which brings the index.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._checks import check_int
+from ..selection import Multiset
+from ..selection import select as select_rows
+from ..selection._arrays import is_array, tensor_of, to_numpy
+
+
+def search(
+    index: Any, query: Any, num_candidates: int, *, embeddings: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The candidates of each prompt, and where their vectors lie.
+
+    Args:
+        index: any faiss index. Without `embeddings` it must be able to reconstruct its vectors, as
+            flat, IVF and HNSW indices do; quantized ones reconstruct approximations.
+        query: `(B, d)` or `(d,)`, float32 for faiss.
+        num_candidates: n >= 1, the most for one prompt.
+        embeddings: `(M, d)`, the vector of each id of the index: an array or tensor, also one that
+            lies on disk. None for the vectors of the index.
+    Returns:
+        ids `(B, n)` int64 in the index, -1 where faiss found no more; a pool of vectors; and each
+        candidate's row in that pool, `(B, n)`, -1 = none. With `embeddings` the pool is these,
+        in place, and rows are ids. Otherwise the pool has the candidates of this call alone.
+    Raises:
+        TypeError, ValueError: the argument, what was expected and what came; a query with NaN or
+            infinity, which faiss would take.
+
+    >>> import faiss, numpy as np
+    >>> from hullkit.interop.faiss import search
+    >>> index = faiss.IndexFlatL2(2)
+    >>> index.add(np.array([[0, 1], [1, 0], [1, 1]], dtype="float32"))
+    >>> search(index, np.array([1, 0], dtype="float32"), 2)[0]
+    tensor([[1, 2]])
+
+    Cost: faiss's search, and n rows of d numbers for each prompt.
+    """
+    num_candidates = check_int("num_candidates", num_candidates, 1)
+    queries = np.atleast_2d(to_numpy("query", query, np.float32))
+    if queries.ndim != 2 or queries.shape[1] != index.d:
+        raise ValueError(f"query: expected shape (B, {index.d}), got {queries.shape}")
+    if not np.isfinite(queries).all():
+        raise ValueError("query: expected finite numbers, got NaN or infinity")
+    if embeddings is None:
+        _, ids, vectors = index.search_and_reconstruct(queries, num_candidates)
+        rows = np.where(ids < 0, -1, np.arange(ids.size).reshape(ids.shape))
+        pool = torch.from_numpy(vectors.reshape(-1, index.d))
+        return torch.from_numpy(ids), pool, torch.from_numpy(rows)
+    if not is_array(embeddings):
+        kind = type(embeddings).__name__
+        raise TypeError(f"embeddings: expected an array or a tensor, got {kind}")
+    pool = embeddings if isinstance(embeddings, Tensor) else tensor_of("embeddings", embeddings)
+    if pool.ndim != 2 or tuple(pool.shape) != (index.ntotal, index.d):
+        expected, got = (index.ntotal, index.d), tuple(pool.shape)
+        raise ValueError(f"embeddings: expected shape {expected}, as the index, got {got}")
+    ids = torch.from_numpy(index.search(queries, num_candidates)[1])
+    return ids, pool, ids
+
+
+def select(
+    index: Any,
+    query: Any,
+    total: Any,
+    *,
+    num_candidates: int = 200,
+    embeddings: Any = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Multiset:
+    """:func:`hullkit.select` among the candidates that an index finds; `rows` are the index's ids.
+
+    All prompts' pools are one native call.
+
+    Args:
+        index, query, num_candidates, embeddings: as in :func:`search`.
+        total, options: as in :func:`hullkit.select`.
+        device: where to choose; None for the device of `embeddings`, else the CPU. With another
+            device the candidates' rows alone are copied there.
+    Returns:
+        Multiset of tensors. `indices` are positions among the candidates of a prompt. Without B for
+        a query `(d,)`.
+    Raises:
+        As :func:`search` and :func:`hullkit.select`; `lengths` and `candidates` are not options.
+
+    >>> import faiss, numpy as np
+    >>> from hullkit.interop.faiss import select
+    >>> index = faiss.IndexFlatL2(2)
+    >>> index.add(np.array([[0, 1], [1, 0], [1, 1]], dtype="float32"))
+    >>> chosen = select(index, np.array([1, 0], dtype="float32"), 4, num_candidates=2)
+    >>> chosen.rows[:1], chosen.counts[:1]
+    (tensor([1]), tensor([4]))
+    """
+    for name in ("lengths", "candidates"):
+        if name in options:
+            raise TypeError(f"{name}: the index says which candidates there are")
+    ids, pool, rows = search(index, query, num_candidates, embeddings=embeddings)
+    vectors = torch.atleast_2d(torch.as_tensor(query)).to(pool.dtype)
+    if device is not None and torch.device(device) != pool.device:
+        pool, rows = _gathered(pool, rows)
+        pool, rows, vectors = (part.to(device) for part in (pool, rows, vectors))
+    chosen = select_rows(pool, vectors.to(pool.device), total, candidates=rows, **options)
+    places = chosen.indices
+    found = ids.to(places.device).gather(-1, places.clamp_min(0))
+    chosen = chosen._replace(rows=torch.where(places < 0, places, found))
+    return chosen if np.ndim(query) > 1 else _unbatched(chosen)
+
+
+def _gathered(pool: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows in use, read in order, and each candidate's place among them."""
+    used, places = torch.unique(rows.clamp_min(0), return_inverse=True)
+    return pool[used], torch.where(rows < 0, rows, places)
+
+
+def _unbatched(value: Any) -> Any:
+    """The only entry of a batch of one."""
+    if isinstance(value, Tensor):
+        return value[0]
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return type(value)._make(_unbatched(part) for part in value)
+    return value
+
+
+class Texts(Sequence[str]):
+    """Texts of one file by their places in it; nothing but the text that is asked for is read.
+
+    Text i is the bytes `offsets[i]` to `offsets[i + 1]` of the file, in UTF-8.
+
+    Args:
+        path: the file.
+        offsets: `(M + 1,)` integers, not falling, the last at most the file's size. An array that
+            lies on disk is read at two places for each text; only its ends are checked at once.
+    Raises:
+        TypeError, ValueError: bad offsets. OSError: no such file. IndexError: no such text.
+
+    >>> import tempfile
+    >>> from hullkit.interop.faiss import Texts
+    >>> file = tempfile.NamedTemporaryFile()
+    >>> _ = file.write("oneäntwo".encode()), file.flush()
+    >>> texts = Texts(file.name, [0, 3, 9])
+    >>> len(texts), texts[0], texts[-1]
+    (2, 'one', 'äntwo')
+    """
+
+    def __init__(self, path: str | PathLike[str], offsets: Any) -> None:
+        self._offsets: NDArray[Any] = np.asarray(offsets)
+        if self._offsets.ndim != 1 or self._offsets.dtype.kind not in "iu" or not len(offsets):
+            got = f"shape {self._offsets.shape} of {self._offsets.dtype}"
+            raise TypeError(f"offsets: expected integers of shape (M + 1,), got {got}")
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            # A file without bytes cannot be mapped.
+            self._bytes = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+        first, last = int(self._offsets[0]), int(self._offsets[-1])
+        if not 0 <= first <= last <= size:
+            raise ValueError(f"offsets: expected places in {size} bytes, got {first} to {last}")
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        begin, end = int(self._offsets[place]), int(self._offsets[place + 1])
+        if not 0 <= begin <= end <= len(self._bytes):
+            raise ValueError(f"offsets[{place}]: expected not to fall, got {begin}, then {end}")
+        return self._bytes[begin:end].decode()

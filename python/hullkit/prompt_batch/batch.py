@@ -1,0 +1,275 @@
+"""Many prompts at once on one frozen model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_choice, check_int, check_number, check_positive
+from ..language_model.interface import (
+    check_module,
+    check_trainable,
+    logits_of,
+    longest_padded,
+)
+from ..language_model.loss import PRECISIONS
+from .export import write_adapter
+from .factors import SlotFactors
+from .layers import SlotForwards, chosen_layers
+from .passes import SlotPasses, evaluating
+from .queries import Answer, Query
+from .stream import Run, Stream
+
+_SCALE = 1024.0  # of a float16 model's loss: its gradients would vanish
+
+
+class PromptBatch:
+    """K slots, each with its own low-rank adapters, trained together on one frozen model.
+
+    A chosen linear layer with weight W computes, for the text of slot k,
+
+        y = x W^T + bias + s (x A_k^T) B_k^T,    s = alpha / rank, or alpha / sqrt(rank) (rslora)
+
+    with A_k (rank, D_in) and B_k (D_out, rank) in float32. A query is trained as
+    :class:`TestTimeFinetuner` trains an adapter of PEFT: bursts of `reuse_schedule`, Adam, fresh
+    factors (A as PEFT's, B = 0) and moments. A pass has one text of every busy slot, padded to one
+    length, and its loss is the sum of the slots' mean next-token cross entropies.
+
+    A query's results depend on its neighbours by rounding alone. With the same neighbours they have
+    the same bits on one device.
+
+    Args:
+        model: a causal language model in memory, float32, bfloat16 or float16, on one device. Its
+            weights are neither trained nor written.
+        slots: K >= 1, prompts at once.
+        rank, alpha, rslora: of the adapters.
+        target: "all-linear", every `torch.nn.Linear` and `Conv1D` of transformers but the output
+            head; or a sequence of names, or ends of names, of layers.
+        lr, betas, eps, refresh_interval, seed: as TestTimeFinetuner's; seed is of fresh factors.
+        precision: of the passes, as TestTimeFinetuner's: "float32", "tf32" or "bf16".
+        capture: whether passes with their updates are CUDA graphs, one for each padded length.
+            None: where possible, else eager with a warning. True: an error. False: never.
+
+    Raises:
+        TypeError, ValueError: a bad argument; no such layers; layers of other classes (quantised
+            ones, adapters); parameters on the meta device.
+
+    >>> import hullkit, torch
+    >>> embedding = torch.nn.Embedding(8, 4)
+    >>> model = torch.nn.Sequential(embedding, torch.nn.Linear(4, 4), torch.nn.Linear(4, 8))
+    >>> batch = hullkit.PromptBatch(model, slots=2, rank=2)
+    >>> query = hullkit.Query([torch.tensor([1, 2, 3])], [5], hullkit.prompt_batch.score([1, 2]))
+    >>> [answer.error for answer in batch.map([query] * 3)]
+    [None, None, None]
+
+    Cost: for K slots with the sum N of rank (D_in + D_out): 16 N K bytes of factors, gradients and
+    moments, 2 N K more for copies where products are in half precision, and the pass's activations.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        slots: int = 8,
+        rank: int = 16,
+        alpha: float = 16.0,
+        rslora: bool = False,
+        target: str | Sequence[str] = "all-linear",
+        lr: float = 2e-3,
+        refresh_interval: int = 2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        precision: str = "float32",
+        capture: bool | None = None,
+        seed: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        check_module(model)
+        check_trainable(model)
+        self.model = model
+        self.slots = check_int("slots", slots, 1)
+        self.rank = check_int("rank", rank, 1)
+        self.alpha = check_positive("alpha", alpha)
+        check_choice("rslora", rslora, (True, False))
+        self.rslora = rslora
+        self.lr = check_number("lr", lr, 0.0)
+        self.refresh_interval = check_int("refresh_interval", refresh_interval, 1)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas: expected a pair of numbers, got {betas!r}")
+        for i, beta in enumerate(betas):
+            if check_number(f"betas[{i}]", beta, 0.0) >= 1.0:
+                raise ValueError(f"betas[{i}]: expected a number below 1, got {beta}")
+        check_number("eps", eps, 0.0)
+        check_choice("precision", precision, PRECISIONS)
+        check_choice("capture", capture, (None, True, False))
+        self.seed = check_int("seed", seed, 0, (1 << 63) - 1)
+        if isinstance(target, str) and target != "all-linear":
+            raise ValueError(f"target: expected 'all-linear' or names, got {target!r}")
+        self._layers = chosen_layers(model, target)
+        weights = [layer.module.weight for layer in self._layers]
+        devices, dtypes = {w.device for w in weights}, {w.dtype for w in weights}
+        known = {torch.float32, torch.bfloat16, torch.float16}
+        if len(devices) != 1 or len(dtypes) != 1 or not dtypes <= known:
+            found = sorted(map(str, devices | dtypes))
+            raise ValueError(
+                "model: expected layers on one device in float32, bfloat16 or float16, got "
+                + ", ".join(found)
+            )
+        [device], [dtype] = devices, dtypes
+        half = torch.bfloat16 if precision == "bf16" else dtype
+        scale = _SCALE if dtype is torch.float16 else 1.0
+        self._factors = SlotFactors(
+            self._layers, slots, rank, device, None if half is torch.float32 else half,
+            (float(betas[0]), float(betas[1])), float(eps), 1.0 / scale, backend,
+        )  # fmt: skip
+        share = alpha / (math.sqrt(rank) if rslora else rank)
+        self._forwards = SlotForwards(self._layers, slots, share, backend)
+        self._passes = SlotPasses(
+            model, self._factors, self._forwards, precision=precision, capture=capture,
+            scale=scale, capacity=refresh_interval,
+        )  # fmt: skip
+        self._longest = longest_padded(model)
+        self._busy = False
+        for slot in range(slots):
+            self._factors.reset_(slot, seed)
+
+    @property
+    def path(self) -> str:
+        """How the latest pass ran: "eager" or "captured"."""
+        return self._passes.path
+
+    def map(self, queries: Iterable[Any], *, progress: bool = False) -> Iterator[Answer]:
+        """The answers of queries, in order, while later queries are under way.
+
+        A slot that has finished takes the next query. At most 4 K queries are read ahead of the
+        answer that is due. A query that fails (a bad id, an empty or too long example, a loss or
+        gradient that is not finite, an exception of its `then`) has the exception in its answer,
+        and touches no other.
+
+        Args:
+            queries: :class:`Query`, or tuples `(examples, counts, then)`.
+            progress: whether tqdm shows a bar.
+
+        Returns:
+            An iterator of :class:`Answer`. Slots are fresh when it ends or is closed.
+
+        Raises:
+            RuntimeError: another `map` or `adapt_` of this batch is under way.
+            torch.OutOfMemoryError: in a pass or its capture.
+        """
+        answers = self._answers(queries, keep=False)
+        if not progress:
+            return answers
+        from tqdm import tqdm
+
+        total = len(queries) if isinstance(queries, Sequence) else None
+        bar: Iterator[Answer] = iter(tqdm(answers, total=total))
+        return bar
+
+    def adapt_(self, queries: Sequence[Any]) -> list[Answer]:
+        """Adapts slot k to query k, and keeps it: for calls, :meth:`slot` and :meth:`export`.
+
+        Args:
+            queries: at most K. Slots without a query, and those of failed ones, are fresh.
+
+        Raises:
+            ValueError: more queries than slots. RuntimeError, torch.OutOfMemoryError: as `map`.
+        """
+        if len(queries) > self.slots:
+            raise ValueError(f"queries: expected at most {self.slots}, got {len(queries)}")
+        return list(self._answers(queries, keep=True))
+
+    def _answers(self, queries: Iterable[Any], keep: bool) -> Iterator[Answer]:
+        if self._busy:
+            raise RuntimeError("expected no other map or adapt_ of this batch under way")
+        self._busy = True
+        stream = Stream(self, queries, keep)
+        try:
+            yield from stream
+        finally:
+            stream.close()
+            self._busy = False
+
+    # What a stream needs.
+
+    def start(self, slot: int, run: Run) -> None:
+        seed = self.seed if run.query.seed is None else run.query.seed
+        self._factors.reset_(slot, seed)
+
+    def reset(self, slot: int) -> None:
+        self._factors.reset_(slot, self.seed)
+
+    def step(self, tokens: Tensor, runs: list[Run | None]) -> tuple[Tensor, Tensor]:
+        """One pass and its updates; each slot's loss and whether a gradient was not finite."""
+        steps = [0 if run is None else run.burst.num_steps for run in runs]
+        done = [0 if run is None else run.updates for run in runs]
+        lr = [0.0 if run is None else run.lr for run in runs]
+        control = self._factors.control(steps, done, lr, self.refresh_interval)
+        return self._passes.run(tokens, control)
+
+    @property
+    def longest(self) -> int:
+        """The length up to which texts are padded."""
+        return self._longest
+
+    # The adapted models.
+
+    @contextmanager
+    def slot(self, k: int) -> Iterator[nn.Module]:
+        """A block in which the model behaves as adapted with slot k, in eval mode. It yields it.
+
+        Raises:
+            IndexError: no such slot.
+        """
+        if not 0 <= k < self.slots:
+            raise IndexError(f"k: expected a slot in [0, {self.slots}), got {k}")
+        with self._using(self._forwards.one(k)):
+            yield self.model
+
+    @contextmanager
+    def _using(self, forwards: AbstractContextManager[None]) -> Iterator[None]:
+        with evaluating(self.model), self._passes.products(), self._passes.autocast(), forwards:
+            yield
+
+    def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k."""
+        self._check_rows(input_ids)
+        with torch.no_grad(), self._using(self._forwards.all()):
+            return logits_of(self.model(input_ids, **inputs), input_ids)
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """`model.generate(input_ids, **options)`, where row k (K, T) is continued by slot k."""
+        self._check_rows(input_ids)
+        with self._using(self._forwards.all()):
+            out: Tensor = self.model.generate(input_ids, **options)  # type: ignore[operator]
+            return out
+
+    def _check_rows(self, input_ids: Tensor) -> None:
+        if input_ids.ndim != 2 or len(input_ids) != self.slots:
+            got = tuple(input_ids.shape)
+            raise ValueError(f"input_ids: expected shape ({self.slots}, T), got {got}")
+
+    def export(self, k: int, directory: str | Path) -> None:
+        """Writes slot k as an adapter that `peft.PeftModel.from_pretrained` loads.
+
+        It takes the extra packages peft and safetensors. The logits are the same but for rounding.
+
+        Raises:
+            IndexError: no such slot. ImportError: a package is missing.
+        """
+        if not 0 <= k < self.slots:
+            raise IndexError(f"k: expected a slot in [0, {self.slots}), got {k}")
+        write_adapter(
+            self._factors.of_slot(k), self._layers, Path(directory), self.rank, self.alpha,
+            self.rslora,
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """Frees captured passes and their memory. Slots stay as they are."""
+        self._passes.release()

@@ -1,0 +1,40 @@
+"""A slot as an adapter of PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .layers import Layer
+
+
+def write_adapter(
+    factors: dict[str, tuple[Tensor, Tensor]],
+    layers: list[Layer],
+    directory: Path,
+    rank: int,
+    alpha: float,
+    rslora: bool,
+) -> None:
+    """adapter_config.json and adapter_model.safetensors.
+
+    factors: each layer's A (R, I) and B (O, R) by its name.
+    """
+    import peft
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides; a fraction is fine
+        use_rslora=rslora,
+        target_modules=[*factors],
+        fan_in_fan_out=not all(isinstance(layer.module, nn.Linear) for layer in layers),
+        inference_mode=True,
+    ).save_pretrained(str(directory))
+    tensors = {}
+    for name, (a, b) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
+    save_file(tensors, str(directory / "adapter_model.safetensors"), metadata={"format": "pt"})

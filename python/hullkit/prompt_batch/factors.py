@@ -1,0 +1,192 @@
+"""The factors of all slots in one memory, and their updates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..optim._tensor_table import uses_triton
+from .layers import Layer
+
+_ALIGNED = 64  # elements: where a factor begins
+_LEAST = 1.1754943508222875e-38  # normal numbers of float32 begin there
+RESET = -1  # in the place of a number of updates
+
+
+class SlotFactors:
+    """The factors of all layers and slots, their gradients and Adam's moments.
+
+    Memory is a list of blocks, one for each factor of a layer: its slots (K, R, I) or (K, O, R).
+    Fresh factors are as PEFT's: A uniform within 1 / sqrt(I), B 0.
+
+    half: the dtype of the copies that products read; None if they read the float32 factors.
+    betas, eps: Adam's. unscale: what gradients are multiplied with first, a power of 2.
+    backend: "triton" takes CPU tensors too, in Triton's interpreter.
+    """
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        slots: int,
+        rank: int,
+        device: torch.device,
+        half: torch.dtype | None,
+        betas: tuple[float, float],
+        eps: float,
+        unscale: float,
+        backend: str | None,
+    ) -> None:
+        self.slots = slots
+        self._layers = layers
+        self._betas, self._eps, self._unscale, self._backend = betas, eps, unscale, backend
+        self._blocks: list[tuple[int, int]] = []  # where each begins, and a slot's elements
+        size = 0
+        for layer in layers:
+            for width in (layer.inputs, layer.outputs):
+                self._blocks.append((size, rank * width))
+                size += -(-slots * rank * width // _ALIGNED) * _ALIGNED
+        self.params, self.grads, self.exp_avg, self.exp_avg_sq = (
+            torch.zeros(size, device=device) for _ in range(4)
+        )
+        self.copies = None if half is None else torch.zeros(size, dtype=half, device=device)
+        read = self.params if self.copies is None else self.copies
+        factors, gradients = self._of_blocks(read), self._of_blocks(self.grads)
+        for place, layer in enumerate(layers):
+            of_a, of_b = (slots, rank, layer.inputs), (slots, layer.outputs, rank)
+            layer.a, layer.d_a = (m[2 * place].view(of_a) for m in (factors, gradients))
+            layer.b, layer.d_b = (m[2 * place + 1].view(of_b) for m in (factors, gradients))
+        self._rank = rank
+        self._initial: tuple[int, Tensor] | None = None
+        self._chunks: Tensor | None = None
+
+    def _of_blocks(self, memory: Tensor) -> list[Tensor]:
+        """Each block (K, size of a slot)."""
+        return [
+            memory[first : first + self.slots * size].view(self.slots, size)
+            for first, size in self._blocks
+        ]
+
+    def of_slot(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each layer's float32 factors (R, I) and (O, R) of one slot."""
+        blocks = [block[slot] for block in self._of_blocks(self.params)]
+        pairs = zip(self._layers, blocks[::2], blocks[1::2], strict=True)
+        return {x.name: (a.view(self._rank, -1), b.view(-1, self._rank)) for x, a, b in pairs}
+
+    def fresh(self, seed: int) -> Tensor:
+        """A slot's fresh factors, block after block."""
+        if self._initial is None or self._initial[0] != seed:
+            random = torch.Generator().manual_seed(seed)
+            parts = []
+            for layer in self._layers:
+                a = torch.empty(self._rank, layer.inputs)
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5.0), generator=random)
+                parts += [a.flatten(), torch.zeros(self._rank * layer.outputs)]
+            self._initial = (seed, torch.cat(parts).to(self.params.device))
+        return self._initial[1]
+
+    def reset_(self, slot: int, seed: int) -> None:
+        """Fresh factors and moments, whatever the slot held."""
+        fresh = self.fresh(seed)
+        if uses_triton("params", self.params.device, self._backend):
+            steps = [0] * self.slots
+            steps[slot] = RESET
+            zeros = [0.0] * self.slots
+            control = self.control(steps, [0] * self.slots, zeros, 1).to(fresh.device)
+            broken = torch.zeros(self.slots, dtype=torch.int32, device=fresh.device)
+            self._launch(control, broken, fresh)
+            return
+        at = 0
+        memories = (self.params, self.exp_avg, self.exp_avg_sq)
+        for param, *moments in zip(*map(self._of_blocks, memories), strict=True):
+            own = fresh[at : at + param.shape[1]]
+            at += param.shape[1]
+            param[slot].copy_(own)
+            for moment in moments:
+                moment[slot].zero_()
+        self._copy(slot)
+
+    def control(
+        self, num_steps: list[int], done: list[int], lr: list[float], capacity: int
+    ) -> Tensor:
+        """What `update_` obeys, (K, 1 + 2 capacity) float32 on the host: for each slot the number
+        of updates, then each one's step size and the number added to its root.
+
+        lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) is size m / (sqrt(v) + damping) with
+        root = sqrt(1 - b2^t), size = lr root / (1 - b1^t), damping = eps root.
+        """
+        beta1, beta2 = self._betas
+        rows = []
+        for steps, before, rate in zip(num_steps, done, lr, strict=True):
+            row = [float(steps)]
+            for t in range(before + 1, before + capacity + 1):
+                root = math.sqrt(1.0 - beta2**t)
+                damping = max(self._eps * root, _LEAST if self._eps else 0.0)
+                row += [rate * root / (1.0 - beta1**t), damping]
+            rows.append(row)
+        return torch.tensor(rows)
+
+    def update_(self, control: Tensor, broken: Tensor) -> None:
+        """Adam's updates with the gradients in memory.
+
+        Slots without updates are neither read nor written. torch's path reads `control` on the
+        host. The kernel reads it on the device, so that a captured launch obeys its new content.
+
+        broken: (K,) int32, set to 1 where a gradient is not finite.
+        """
+        if uses_triton("params", self.params.device, self._backend):
+            self._launch(control, broken, self.params)
+            return
+        beta1, beta2 = self._betas
+        memories = (self.params, self.grads, self.exp_avg, self.exp_avg_sq)
+        blocks = [*zip(*map(self._of_blocks, memories), strict=True)]
+        for slot, (steps, *coefficients) in enumerate(control.tolist()):
+            if steps <= 0:
+                continue
+            for block in blocks:
+                param, grad, mean, square = (memory[slot] for memory in block)
+                grad = grad * self._unscale
+                if not grad.isfinite().all():
+                    broken[slot] = 1
+                for i in range(int(steps)):
+                    size, damping = coefficients[2 * i : 2 * i + 2]
+                    mean.lerp_(grad, 1.0 - beta1)
+                    square.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+                    param.addcdiv_(mean, square.sqrt().add_(damping), value=-size)
+            self._copy(slot)
+
+    def _copy(self, slot: int) -> None:
+        if self.copies is not None:
+            pairs = zip(self._of_blocks(self.copies), self._of_blocks(self.params), strict=True)
+            for copy, param in pairs:
+                copy[slot].copy_(param[slot])
+
+    def _launch(self, control: Tensor, broken: Tensor, fresh: Tensor) -> None:
+        from ..triton_kernels.launch import launch
+
+        if self._chunks is None:
+            self._chunks = torch.tensor(self._table(), device=self.params.device)
+        beta1, beta2 = self._betas
+        copies = self.params if self.copies is None else self.copies
+        memory = (self.params, self.grads, self.exp_avg, self.exp_avg_sq, copies)
+        options: tuple[Any, ...] = (self._unscale, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
+        with torch.cuda.device_of(self.params):
+            launch(
+                "stacked_adam", (len(self._chunks), self.slots),
+                (*memory, fresh, control, broken, self._chunks, control.shape[1], *options),
+                {"COPY": self.copies is not None},
+            )  # fmt: skip
+
+    def _table(self) -> list[list[int]]:
+        """For each program: its block's begin, a slot's elements, the first that it works on, and
+        the place of the block's fresh factors."""
+        from ..triton_kernels.multi_tensor import BLOCK_SIZE
+        from ..triton_kernels.stacked_adam import BLOCKS
+
+        rows, place = [], 0
+        for first, size in self._blocks:
+            rows += [[first, size, at, place] for at in range(0, size, BLOCK_SIZE * BLOCKS)]
+            place += size
+        return rows

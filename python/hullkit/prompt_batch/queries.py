@@ -1,0 +1,95 @@
+"""Queries of a batch, their answers, and what to do with an adapted model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..language_model.cross_entropy import next_token_losses
+from ..language_model.interface import device_of, logits_of
+
+
+class Query(NamedTuple):
+    """One prompt's examples, and what to do with the model that they adapt.
+
+    Attributes:
+        examples: a sequence of int64 token ids, (T,) or (1, T) with T >= 2.
+        counts: (n,) integers >= 0, updates for each example; 0 skips it.
+        then: called with the adapted model, in a block in which it behaves as adapted. Its result
+            is the answer's value. `score` and `generate` make such callables. None: no value.
+        lr: the learning rate; None for the batch's.
+        seed: of the fresh factors; None for the batch's.
+
+    >>> import hullkit, torch
+    >>> hullkit.Query([torch.tensor([1, 2, 3])], [2]).counts
+    [2]
+    """
+
+    examples: Any
+    counts: Any
+    then: Callable[[nn.Module], Any] | None = None
+    lr: float | None = None
+    seed: int | None = None
+
+
+class Answer(NamedTuple):
+    """What became of one query.
+
+    Attributes:
+        index: the query's place.
+        value: the result of its `then`; None without one or after an error.
+        losses: the loss of each pass, in nats a token, in order.
+        error: the exception that ended this query, or None. It touched no other query.
+
+    >>> import hullkit
+    >>> hullkit.Answer(0, 1.5, (2.0,), None).value
+    1.5
+    """
+
+    index: int
+    value: Any
+    losses: tuple[float, ...]
+    error: Exception | None
+
+
+class score:  # noqa: N801: used as a function
+    """A query's `then`: the mean next-token cross entropy of `ids`, in nats, a float.
+
+    Args:
+        ids: int64 (T,) or (1, T), T >= 2.
+
+    >>> import hullkit, torch
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+    >>> loss = hullkit.prompt_batch.score(torch.tensor([1, 2, 3]))(model)
+    >>> isinstance(loss, float)
+    True
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids.reshape(1, -1)
+
+    def __call__(self, model: nn.Module) -> float:
+        ids = self.ids.to(device_of(model, self.ids))
+        with torch.no_grad():
+            return float(next_token_losses(logits_of(model(ids), ids), ids)[0])
+
+
+class generate:  # noqa: N801: used as a function
+    """A query's `then`: the tokens that `model.generate(ids, **options)` adds, int64 (N,).
+
+    Args:
+        ids: int64 (T,) or (1, T), the prompt.
+        options: of transformers' `generate`.
+    """
+
+    def __init__(self, ids: Tensor, **options: Any) -> None:
+        self.ids = ids.reshape(1, -1)
+        self.options = options
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        ids = self.ids.to(device_of(model, self.ids))
+        out: Tensor = model.generate(ids, **self.options)  # type: ignore[operator]
+        return out[0, ids.shape[1] :]

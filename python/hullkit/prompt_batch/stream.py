@@ -1,0 +1,174 @@
+"""Queries that stream through slots: a slot that has finished takes the next one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import check_number
+from ..finetune.padding import bucket
+from ..finetune.schedule import Reuse, reuse_schedule
+from ..language_model.interface import IGNORED, check_labels, check_token_ids, token_limits
+from .queries import Answer, Query
+
+if TYPE_CHECKING:
+    from .batch import PromptBatch
+
+_AHEAD = 4  # times as many queries as slots may be read before the answer that is due
+
+
+class Run:
+    """One query on its way: checked examples, its bursts, and how far it is."""
+
+    def __init__(self, index: int, query: Query, texts: list[Tensor], bursts: list[Reuse]) -> None:
+        self.index = index
+        self.query = query
+        self.lr = 0.0
+        self._texts = texts
+        self._bursts = bursts
+        self._at = 0
+        self.updates = 0  # so far
+        self._results: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def burst(self) -> Reuse:
+        return self._bursts[self._at]
+
+    @property
+    def text(self) -> Tensor:
+        """The ids (T,) of the next pass."""
+        return self._texts[self.burst.example]
+
+    def note(self, losses: Tensor, broken: Tensor) -> bool:
+        """Takes the results of a pass; whether it was the last."""
+        self._results.append((losses, broken))
+        self.updates += self.burst.num_steps
+        self._at += 1
+        return self._at == len(self._bursts)
+
+    def losses(self, slot: int) -> tuple[float, ...]:
+        """Each pass's loss. Raises FloatingPointError if one or its gradient is not finite."""
+        losses, broken = zip(*self._results, strict=True)
+        values = torch.stack(losses)[:, slot].tolist()
+        lost = torch.stack(broken)[:, slot].tolist()
+        for burst, value, bad in zip(self._bursts, values, lost, strict=True):
+            if bad or not math.isfinite(value):
+                what = "gradient that is not finite" if math.isfinite(value) else f"loss {value}"
+                raise FloatingPointError(
+                    f"examples[{burst.example}]: expected a finite loss and gradient, got a {what}"
+                )
+        return tuple(values)
+
+
+class Stream:
+    """An iterator of answers in the order of the queries.
+
+    keep: slots keep what they have learned, and take no second query.
+    """
+
+    def __init__(self, batch: PromptBatch, queries: Iterable[Any], keep: bool) -> None:
+        self._batch = batch
+        self._queries = enumerate(queries)
+        self._keep = keep
+        self._runs: list[Run | None] = [None] * batch.slots
+        self._free = list(range(batch.slots))[::-1]
+        self._answers: dict[int, Answer] = {}
+        self._read = 0
+        self._limits = token_limits(batch.model)
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Answer]:
+        due = 0
+        while True:
+            self._fill(due)
+            while due in self._answers:
+                yield self._answers.pop(due)
+                due += 1
+            if any(run is not None for run in self._runs):
+                self._pass()
+            elif self._ended:
+                return
+
+    def _fill(self, due: int) -> None:
+        """Gives the next queries to free slots. A bad query becomes an answer."""
+        while self._free and not self._ended and self._read < due + _AHEAD * self._batch.slots:
+            entry = next(self._queries, None)
+            if entry is None:
+                self._ended = True
+                return
+            index, query = entry
+            self._read = index + 1
+            try:
+                run = self._checked(index, query)
+            except (TypeError, ValueError) as error:
+                self._answers[index] = Answer(index, None, (), error)
+                continue
+            slot = self._free.pop()
+            self._batch.start(slot, run)
+            self._runs[slot] = run
+
+    def _checked(self, index: int, query: Any) -> Run:
+        if not isinstance(query, (tuple, list)) or not 2 <= len(query) <= len(Query._fields):
+            raise TypeError(f"query: expected a Query, got {type(query).__name__}")
+        query = Query(*query)
+        if isinstance(query.examples, str) or not isinstance(query.examples, Sequence):
+            kind = type(query.examples).__name__
+            raise TypeError(f"examples: expected a list of examples, got {kind}")
+        if query.then is not None and not callable(query.then):
+            raise TypeError(f"then: expected a callable, got {type(query.then).__name__}")
+        bursts = reuse_schedule(query.counts, self._batch.refresh_interval)
+        if len(query.examples) != len(query.counts):
+            expected, got = len(query.counts), len(query.examples)
+            raise ValueError(f"examples: expected {expected}, as counts, got {got}")
+        texts = []
+        for i, example in enumerate(query.examples):
+            ids = check_token_ids(f"examples[{i}]", example, self._limits)
+            check_labels(f"examples[{i}]", ids[:, 1:], self._limits)
+            texts.append(ids[0].cpu())
+        run = Run(index, query, texts, bursts)
+        run.lr = self._batch.lr if query.lr is None else check_number("lr", query.lr, 0.0)
+        return run
+
+    def _pass(self) -> None:
+        longest = max(len(run.text) for run in self._runs if run is not None)
+        length = bucket(longest, self._batch.longest)
+        tokens = torch.zeros(2, len(self._runs), length, dtype=torch.int64)
+        tokens[1] = IGNORED
+        for row, run in zip(tokens.unbind(1), self._runs, strict=True):
+            if run is not None:
+                row[0] = F.pad(run.text, (0, length - len(run.text)))
+                row[1, : len(run.text)] = run.text
+        losses, broken = self._batch.step(tokens, self._runs)
+        for slot, run in enumerate(self._runs):
+            if run is not None and run.note(losses, broken):
+                self._finish(slot, run)
+
+    def _finish(self, slot: int, run: Run) -> None:
+        value, error, losses = None, None, ()
+        try:
+            losses = run.losses(slot)
+            if run.query.then is not None:
+                with self._batch.slot(slot) as model:
+                    value = run.query.then(model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:
+            error = failure
+        self._answers[run.index] = Answer(run.index, value, losses, error)
+        self._runs[slot] = None
+        if error is not None or not self._keep:
+            self._batch.reset(slot)
+        if not self._keep:
+            self._free.append(slot)
+
+    def close(self) -> None:
+        """Resets the slots of queries that were not finished."""
+        for slot, run in enumerate(self._runs):
+            if run is not None:
+                self._batch.reset(slot)
+                self._runs[slot] = None

@@ -1,0 +1,171 @@
+"""Rows adapted to by Ray's actors: as alone, each once, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hullkit
+import numpy as np
+import pytest
+import torch
+
+ray = pytest.importorskip("ray", reason="an extra is not installed")
+pytest.importorskip("ray.data", reason="an extra is not installed")
+
+import pyarrow.parquet as pq  # noqa: E402
+from hullkit.interop.ray import AdaptRows, Setup, unfinished  # noqa: E402
+
+# Ray leaves files and sockets to the end of its processes, and warns about itself.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
+
+ROWS = 24
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64))
+
+
+def choose(block: Any) -> Any:
+    return [([torch.tensor([n, n + 1, n + 2])], [3]) for n in block["n"].tolist()]
+
+
+def use(adapted: torch.nn.Module, row: Any) -> dict[str, Any]:
+    return {"score": float(adapted[1].bias.detach().double().sum())}  # type: ignore[index]
+
+
+def setup() -> Setup:
+    torch.set_num_threads(1)
+    return Setup(hullkit.TestTimeFinetuner(model(), lr=0.1), choose, use)
+
+
+def block(*numbers: int) -> dict[str, Any]:
+    return {"n": np.array(numbers), "text": np.array([str(n) for n in numbers])}
+
+
+def alone(numbers: range) -> dict[int, float]:
+    rows = AdaptRows(setup, keep=["n"])(block(*numbers)).to_pylist()
+    return {row["n"]: row["score"] for row in rows}
+
+
+def test_a_block_is_its_rows(one_thread: None) -> None:
+    rows = AdaptRows(setup, keep=["text", "n"])(block(3, 1, 2)).to_pylist()
+    assert [row["n"] for row in rows] == [3, 1, 2]
+    tuner = hullkit.TestTimeFinetuner(model(), lr=0.1)
+    for row in rows:
+        with tuner.adapted(*choose(block(row["n"]))[0]) as adapted:
+            assert row["score"] == use(adapted, row)["score"]
+        assert (row["num_updates"], row["num_passes"], row["error"]) == (3, 2, None)
+        assert row["text"] == str(row["n"])
+
+
+def test_a_row_that_fails_is_its_own_error() -> None:
+    wanted = alone(range(4))
+
+    def picky(given: Any) -> Any:
+        if 2 in given["n"]:
+            raise KeyError("two")
+        return choose(given)
+
+    def odd(adapted: torch.nn.Module, row: Any) -> dict[str, Any]:
+        if row["n"] == 3:
+            raise ZeroDivisionError("three")
+        return use(adapted, row)
+
+    actor = AdaptRows(lambda: setup()._replace(choose=picky, use=odd), keep=["n"])
+    rows = {row["n"]: row for row in actor(block(0, 99, 2, 3, 1)).to_pylist()}
+    assert rows[0]["score"] == wanted[0]
+    assert rows[1]["score"] == wanted[1]
+    errors = {n: rows[n]["error"] for n in (2, 3, 99)}
+    assert errors[2] == "KeyError: 'two'"
+    assert errors[3] == "ZeroDivisionError: three"
+    assert errors[99].startswith("ValueError: examples[0]: expected ids in")
+    assert all(rows[n]["score"] is None for n in errors)
+
+
+def test_refusals() -> None:
+    with pytest.raises(
+        ValueError, match=r"keep: expected columns of \['n', 'text'\], got \['id'\]"
+    ):
+        AdaptRows(setup, keep=["id"])(block(1))
+    short = AdaptRows(lambda: setup()._replace(choose=lambda given: []), keep=["n"])
+    with pytest.raises(ValueError, match="choose: expected 2 pairs, one a row, got 0"):
+        short(block(1, 2))
+
+    def exhausted(adapted: torch.nn.Module, row: Any) -> dict[str, Any]:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        AdaptRows(lambda: setup()._replace(use=exhausted), keep=["n"])(block(1))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    here = str(Path(__file__).parent)  # workers find the functions of this file by its name
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": here}},
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+def run(folder: Path, marks: Path | None = None) -> None:
+    """All rows through two actors. With marks, one of them is killed half-way."""
+
+    def fragile(adapted: torch.nn.Module, row: Any) -> dict[str, Any]:
+        if marks is not None:
+            (marks / f"{row['n']}-{os.getpid()}").touch()
+            if row["n"] == ROWS // 2 and not (marks / "killed").exists():
+                (marks / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return use(adapted, row)
+
+    rows = unfinished(ray.data.from_items([{"n": n} for n in range(ROWS)]), folder, "n")
+    rows.map_batches(
+        AdaptRows,
+        fn_constructor_args=[lambda: setup()._replace(use=fragile), ["n"]],
+        compute=ray.data.ActorPoolStrategy(size=2),
+        batch_size=4,
+        num_cpus=0.5,
+    ).write_parquet(str(folder))
+
+
+def check(folder: Path) -> None:
+    rows = [row for path in folder.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert sorted(row["n"] for row in rows) == [*range(ROWS)]  # each once
+    assert {row["n"]: row["score"] for row in rows} == alone(range(ROWS))
+
+
+def test_a_killed_worker_costs_no_row(cluster: None, tmp_path: Path) -> None:
+    marks, out = tmp_path / "marks", tmp_path / "out"
+    marks.mkdir()
+    run(out, marks)
+    assert (marks / "killed").exists()
+    check(out)
+
+
+def test_a_run_goes_on_where_it_stopped(cluster: None, tmp_path: Path) -> None:
+    run(tmp_path)
+    check(tmp_path)
+    first, second, *others = sorted(tmp_path.glob("*.parquet"))
+    first.write_bytes(first.read_bytes()[:-9])  # as a killed run leaves a file
+    second.unlink()
+    run(tmp_path)
+    check(tmp_path)
+    assert not first.exists()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parquet")}
+    run(tmp_path)  # nothing is left to do
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parquet")}
+    with pytest.raises(ValueError, match="key: expected a column of"):
+        unfinished(ray.data.from_items([{"id": 1}]), tmp_path, "id")
+    assert len(others) >= 1

@@ -1,0 +1,197 @@
+"""Many prompts at once: against PEFT trained alone, beside neighbours, and with bad queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hullkit
+import pytest
+import torch
+from hullkit.language_model.cross_entropy import next_token_losses
+from hullkit.prompt_batch import score
+from torch import Tensor, nn
+
+from tests.helpers._models import VOCABULARY, gpt2, llama
+
+peft = pytest.importorskip("peft", reason="an extra is not installed")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they run on it
+RANK, LR = 4, 1e-2
+
+
+def text(length: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (length,), generator=generator)
+
+
+def query(seed: int) -> hullkit.Query:
+    """Two or three examples of mixed lengths and counts, and a text to score."""
+    examples = [text(5 + (7 * seed + 11 * i) % 40, 100 * seed + i) for i in range(2 + seed % 2)]
+    counts = [1 + (seed + i) % 4 for i in range(len(examples))]
+    return hullkit.Query(examples, counts, score(text(20, 1000 + seed)))
+
+
+def batch_of(model: nn.Module, slots: int, **options: Any) -> hullkit.PromptBatch:
+    settings: dict[str, Any] = {"rank": RANK, "alpha": 6, "lr": LR}
+    return hullkit.PromptBatch(model, slots=slots, **settings | options)
+
+
+def by_peft(model: nn.Module, of: hullkit.Query) -> tuple[float, nn.Module]:
+    """The score by an adapter of PEFT that begins with the same factors; the adapted model."""
+    fresh = batch_of(model, 1)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM",
+        fan_in_fan_out=model.config.model_type == "gpt2",
+    )  # fmt: skip
+    adapted = peft.get_peft_model(model, config)
+    factors = fresh._factors.of_slot(0)
+    for name, module in adapted.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            a, b = factors[name.removeprefix("base_model.model.")]
+            module.lora_A["default"].weight.data.copy_(a)
+            module.lora_B["default"].weight.data.copy_(b)
+    tuner = hullkit.TestTimeFinetuner(adapted, lr=LR, capture=False)
+    tuner.adapt_(of.examples, of.counts)
+    assert of.then is not None
+    return of.then(adapted.eval()), adapted
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_slot_learns_what_an_adapter_of_peft_learns(make: Any, tmp_path: Path) -> None:
+    queries = [query(seed) for seed in range(4)]
+    batch = batch_of(make().to(DEVICE), 4)
+    answers = batch.adapt_(queries)
+    ids = torch.stack([text(12, seed) for seed in range(4)]).to(DEVICE)
+    together = batch(ids)
+    for k, (of, answer) in enumerate(zip(queries, answers, strict=True)):
+        assert answer.error is None
+        wanted, adapted = by_peft(make().to(DEVICE), of)
+        assert answer.value == pytest.approx(wanted, rel=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                together[k], adapted(ids[k : k + 1]).logits[0], rtol=1e-3, atol=1e-4
+            )
+            with batch.slot(k) as model:
+                alone = model(ids[k : k + 1]).logits[0]
+    torch.testing.assert_close(together[3], alone, rtol=1e-5, atol=1e-5)
+    batch.export(3, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make().to(DEVICE), str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(together[3], loaded(ids[3:]).logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_neighbours_change_a_result_by_rounding_alone() -> None:
+    queries = [query(seed) for seed in range(11)]
+    alone = [a.value for a in batch_of(llama().to(DEVICE), 1).map(queries)]
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 4)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    together = [*batch.map(queries)]
+    assert [a.index for a in together] == list(range(11))
+    assert [a.value for a in together] == pytest.approx(alone, rel=1e-5)
+    assert [a.value for a in batch.map(queries)] == [a.value for a in together]  # the same bits
+    assert len({a.value for a in together}) == 11
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.requires_grad
+        assert parameter.grad is None
+    assert model.training and not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_bad_queries_become_their_own_errors() -> None:
+    def raises(model: nn.Module) -> float:
+        raise KeyError("mine")
+
+    good = [query(seed) for seed in range(6)]
+    ids = text(8, 0)
+    bad: dict[int, tuple[Any, type[Exception], str]] = {
+        1: (good[0]._replace(examples=[ids + VOCABULARY], counts=[1]), ValueError, "ids in"),
+        2: (([ids[:0]], [2]), ValueError, "at least 2 tokens"),
+        4: (([ids], [0]), ValueError, "counts"),
+        5: (([ids, ids], [1]), ValueError, "as counts"),
+        7: (hullkit.Query([ids], [4], score(ids), lr=1e38), FloatingPointError, "finite"),
+        8: (([ids], [1], raises), KeyError, "mine"),
+        9: ("text", TypeError, "Query"),
+    }
+    rest = iter(good)
+    mixed = [bad[i][0] if i in bad else next(rest) for i in range(13)]
+    batch = batch_of(llama().to(DEVICE), 3)
+    wanted = iter([a.value for a in batch.map(good)])
+    for answer in batch.map(mixed):
+        if answer.index in bad:
+            _, kind, words = bad[answer.index]
+            assert type(answer.error) is kind and words in str(answer.error)
+            assert answer.value is None
+        else:
+            assert answer.error is None
+            assert answer.value == pytest.approx(next(wanted), rel=1e-5)
+
+
+def test_a_closed_stream_leaves_fresh_slots() -> None:
+    model = llama().to(DEVICE).eval()
+    batch = batch_of(model, 2)
+    stream = batch.map(query(seed) for seed in range(9))
+    next(stream)
+    with pytest.raises(RuntimeError, match="no other map"):
+        next(batch.map([query(0)]))
+    stream.close()  # type: ignore[attr-defined]
+    ids = torch.stack([text(9, 0), text(9, 1)]).to(DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(batch(ids), model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_learn_too(dtype: torch.dtype) -> None:
+    wanted = [a.losses for a in batch_of(llama().to(DEVICE), 2).map([query(0), query(1)])]
+    got = [a.losses for a in batch_of(llama().to(DEVICE, dtype), 2).map([query(0), query(1)])]
+    for one, other in zip(wanted, got, strict=True):
+        assert one == pytest.approx(other, rel=0.02)
+
+
+def test_the_kernels_compute_what_torch_does() -> None:
+    queries = [query(seed)._replace(counts=[2, 1, 0][: 2 + seed % 2]) for seed in range(2)]
+    wanted = [a.value for a in batch_of(llama(), 2).map(queries)]
+    batch = batch_of(llama().to(DEVICE), 2, backend="triton")
+    assert [a.value for a in batch.map(queries)] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_generate_continues_each_row_with_its_slot() -> None:
+    batch = batch_of(gpt2().to(DEVICE), 2, lr=0.1)
+    batch.adapt_([query(seed)._replace(then=None) for seed in range(2)])
+    ids = torch.stack([text(6, 5)] * 2).to(DEVICE)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    out = batch.generate(ids, **options)
+    for k in range(2):
+        with batch.slot(k) as model:
+            assert torch.equal(model.generate(ids[k : k + 1], **options)[0], out[k])
+    assert not torch.equal(*out.unbind())
+
+
+def test_losses_of_several_sequences_are_those_of_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=generator).to(DEVICE)
+    labels = torch.randint(7, (3, 5), generator=generator).to(DEVICE)
+    labels[1, 2:], labels[2] = -100, -100
+    for backend in (None, "triton"):
+        leaf = logits.clone().requires_grad_()
+        total, each = next_token_losses(leaf * 1.0, labels, backend=backend)
+        total.backward()
+        for k in range(2):
+            alone = logits[k : k + 1].clone().requires_grad_()
+            loss, _ = next_token_losses(alone * 1.0, labels[k : k + 1])
+            loss.backward()
+            assert float(each[k]) == pytest.approx(float(loss), rel=1e-6)
+            assert leaf.grad is not None and alone.grad is not None
+            torch.testing.assert_close(leaf.grad[k], alone.grad[0])
+        assert each[2] == 0 and not leaf.grad[2].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"slots": 0}, "slots"), ({"rank": 0}, "rank"), ({"target": ["nothing"]}, "target"),
+     ({"target": "all"}, "target"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr": -1.0}, "lr")],
+)  # fmt: skip
+def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        hullkit.PromptBatch(llama(), **options)

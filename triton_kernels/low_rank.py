@@ -1,0 +1,163 @@
+"""Low-rank adapters beside linear layers, K of them at once: y + scale (x a^T) b^T, and gradients.
+
+    inner = scale x a^T;  out = y + inner b^T
+    d_b = d^T inner;  d_inner = scale d b;  d_a = d_inner^T x;  d_x += d_inner a
+
+x [K, T, D], y and d [K, T, E], a [K, R, D], b [K, E, R]. Products with the thin side R stay on
+chip. A sum over D or E is split between programs, so that one text keeps a GPU busy; parts
+[K, PARTS, T, R] are in float32 and added up, in order, where they are read. Products take their
+inputs in HALF and add up in float32.
+"""
+
+import triton
+import triton.language as tl
+
+# Blocks of rows of T and of columns of D or E.
+ROWS = 32
+COLUMNS = 128
+
+
+@triton.jit
+def _tile(base, row, column, stride, rows, columns, HALF: tl.constexpr):
+    """[ROWS, COLUMNS] of a matrix; 0 outside."""
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    of = base + row[:, None].to(tl.int64) * stride + column[None, :]
+    return tl.load(of, mask=mask, other=0.0).to(HALF)
+
+
+@triton.jit
+def _put(base, row, column, stride, rows, columns, value):
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    of = base + row[:, None].to(tl.int64) * stride + column[None, :]
+    tl.store(of, value.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_of_parts(parts, row, rank_at, rows, rank, count):
+    """[ROWS, R] float32."""
+    total = tl.zeros((row.shape[0], rank_at.shape[0]), tl.float32)
+    for part in range(0, count):
+        total += _tile(parts + part * rows * rank, row, rank_at, rank, rows, rank, tl.float32)
+    return total
+
+
+@triton.jit
+def _part(
+    x, factor, out, row, begin, end, rows, columns, rank, x_row, rank_stride, column_stride, scale,
+    HALF: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Writes scale * x[:, begin:end] times columns begin:end of a factor [R, D] or [D, R]."""
+    rank_at = tl.arange(0, R)
+    total = tl.zeros((row.shape[0], R), tl.float32)
+    for start in range(begin, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        values = _tile(x, row, column, x_row, rows, columns, HALF)
+        mask = (column < columns)[:, None] & (rank_at < rank)[None, :]
+        of = factor + column[:, None].to(tl.int64) * column_stride + rank_at[None, :] * rank_stride
+        total += tl.dot(values, tl.load(of, mask=mask, other=0.0).to(HALF), input_precision="ieee")
+    _put(out, row, rank_at, rank, rows, rank, total * scale)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def low_rank_inner_kernel(
+    x, a, parts, rows, columns, rank, x_slot, x_row, count, length, scale,
+    HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A program for a block of rows and `length` columns, which are one of `count` parts."""
+    slot = tl.program_id(1).to(tl.int64)
+    block, part = tl.program_id(0) // count, tl.program_id(0) % count
+    row = block * ROWS + tl.arange(0, ROWS)
+    out = parts + (slot * count + part) * rows * rank
+    _part(
+        x + slot * x_slot, a + slot * rank * columns, out, row, part * length,
+        tl.minimum(part * length + length, columns), rows, columns, rank, x_row, columns, 1, scale,
+        HALF, R, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def low_rank_add_kernel(
+    y, b, parts, inner, out, rows, columns, rank, y_slot, y_row, count,
+    HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A program for a block of out [K, T, E]. The first of a row writes inner [K, T, R]."""
+    slot = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(columns, COLUMNS)
+    block, place = tl.program_id(0) // across, tl.program_id(0) % across
+    row = block * ROWS + tl.arange(0, ROWS)
+    column = place * COLUMNS + tl.arange(0, COLUMNS)
+    rank_at = tl.arange(0, R)
+    total = _sum_of_parts(parts + slot * count * rows * rank, row, rank_at, rows, rank, count)
+    if place == 0:
+        _put(inner + slot * rows * rank, row, rank_at, rank, rows, rank, total)
+    thin = _tile(b + slot * columns * rank, column, rank_at, rank, columns, rank, HALF)
+    sums = tl.dot(total.to(HALF), tl.trans(thin), input_precision="ieee")
+    sums += _tile(y + slot * y_slot, row, column, y_row, rows, columns, tl.float32)
+    _put(out + slot * rows * columns, row, column, columns, rows, columns, sums)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def low_rank_gradient_b_kernel(
+    d, b, inner, parts, d_b, rows, columns, rank, d_slot, d_row, count, length, scale,
+    OF_B: tl.constexpr,
+    HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The first programs write parts of d_inner, the others blocks of d_b [K, E, R]."""
+    slot = tl.program_id(1).to(tl.int64)
+    first = tl.cdiv(rows, ROWS) * count
+    rank_at = tl.arange(0, R)
+    d += slot * d_slot
+    if tl.program_id(0) < first:
+        block, part = tl.program_id(0) // count, tl.program_id(0) % count
+        row = block * ROWS + tl.arange(0, ROWS)
+        _part(
+            d, b + slot * columns * rank, parts + (slot * count + part) * rows * rank, row,
+            part * length, tl.minimum(part * length + length, columns), rows, columns, rank,
+            d_row, 1, rank, scale, HALF, R, COLUMNS,
+        )  # fmt: skip
+    elif OF_B:
+        column = (tl.program_id(0) - first) * COLUMNS + tl.arange(0, COLUMNS)
+        total = tl.zeros((COLUMNS, R), tl.float32)
+        for start in range(0, rows, ROWS):
+            row = start + tl.arange(0, ROWS)
+            values = _tile(d, row, column, d_row, rows, columns, HALF)
+            thin = _tile(inner + slot * rows * rank, row, rank_at, rank, rows, rank, HALF)
+            total += tl.dot(tl.trans(values), thin, input_precision="ieee")
+        _put(d_b + slot * columns * rank, column, rank_at, rank, columns, rank, total)
+
+
+@triton.jit
+def low_rank_gradient_a_kernel(
+    x, a, parts, d_a, d_x, rows, columns, rank, x_slot, x_row, count,
+    OF_A: tl.constexpr, OF_X: tl.constexpr, ADD: tl.constexpr,
+    HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The first programs write blocks of d_a [K, R, D], the others add to blocks of d_x [K, T, D].
+
+    ADD: d_x has a value already.
+    """
+    slot = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(columns, COLUMNS)
+    rank_at = tl.arange(0, R)
+    parts += slot * count * rows * rank
+    if tl.program_id(0) < across:
+        if OF_A:
+            column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+            total = tl.zeros((R, COLUMNS), tl.float32)
+            for start in range(0, rows, ROWS):
+                row = start + tl.arange(0, ROWS)
+                values = _tile(x + slot * x_slot, row, column, x_row, rows, columns, HALF)
+                thin = _sum_of_parts(parts, row, rank_at, rows, rank, count).to(HALF)
+                total += tl.dot(tl.trans(thin), values, input_precision="ieee")
+            _put(d_a + slot * rank * columns, rank_at, column, columns, rank, columns, total)
+    elif OF_X:
+        other = tl.program_id(0) - across
+        row = (other // across) * ROWS + tl.arange(0, ROWS)
+        column = (other % across) * COLUMNS + tl.arange(0, COLUMNS)
+        thin = _sum_of_parts(parts, row, rank_at, rows, rank, count).to(HALF)
+        factor = _tile(a + slot * rank * columns, rank_at, column, columns, rank, columns, HALF)
+        sums = tl.dot(thin, factor, input_precision="ieee")
+        target = d_x + slot * rows * columns
+        if ADD:
+            sums += _tile(target, row, column, columns, rows, columns, tl.float32)
+        _put(target, row, column, columns, rows, columns, sums)
