@@ -1,12 +1,14 @@
 # Each target makes its own .venv; nothing else to know. ARGS="..." goes to the demo or to pytest.
 PYTHON ?= python3
 JOBS ?= 2
+CLANG ?= clang++
+FUZZ_SECONDS ?= 600
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-retriever sanitize lint format clean
+.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz sanitize sanitize-cpu lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python bench/demo/run.py $(ARGS)
@@ -31,6 +33,14 @@ bench-gpu: $(VENV)/.test
 	$(BIN)/python -m bench.ops.selection_gpu $(ARGS)
 	$(BIN)/python -m bench.ops.sift_gpu $(ARGS)
 
+# Two cores take about ten minutes. A run that was stopped goes on from its rows in demo_out/ttft.
+TTFT := --out demo_out/ttft --budgets 3 6 --calibration 4
+bench-ttft: $(VENV)/.test
+	$(BIN)/python -m bench.ttft calibrate judge $(TTFT) --judged 20 --paths float32 --steps 1e-4 2e-4 4e-4 \
+	  --rules kNN "kNN x 2" SIFT hull "hull, at most 2" $(ARGS)
+	$(BIN)/python -m bench.ttft judge $(TTFT) --judged 4 --paths published $(ARGS)
+	$(BIN)/python -m bench.ttft report --out demo_out/ttft $(SUMMARY)
+
 bench-retriever: $(VENV)/.test
 	$(BIN)/python -m bench.ops.retriever $(ARGS)
 
@@ -38,6 +48,18 @@ sanitize: $(VENV)/.test
 	for tool in memcheck racecheck initcheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/helpers/every_call.py || exit 1; \
 	done
+
+# Selections of the core on calls that clang's fuzzer makes up. What it learns stays in build/fuzz/corpus.
+fuzz:
+	cmake -S . -B build/fuzz -DHULLKIT_CUDA=OFF -DHULLKIT_PYTHON=OFF -DSKBUILD_PROJECT_VERSION=0 \
+	  -DCMAKE_CXX_COMPILER=$(CLANG) -DHULLKIT_SANITIZE=fuzzer,address,undefined
+	cmake --build build/fuzz --target fuzz_selection --parallel $(JOBS)
+	mkdir -p build/fuzz/corpus
+	build/fuzz/fuzz_selection -max_total_time=$(FUZZ_SECONDS) -max_len=64 -timeout=20 -print_final_stats=1 \
+	  -artifact_prefix=build/fuzz/ build/fuzz/corpus csrc/fuzz/seeds
+
+sanitize-cpu: $(VENV)/.test
+	.ci/sanitize $(BIN)/python $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -52,6 +52,48 @@ def architectures_counted() -> str:
 
 
 @generated
+def pass_profile() -> str:
+    """Kernels and microseconds of a pass by kind, of the latest commit that has such rows."""
+    found = find("gpu", op="pass profile")
+    found = [row for row in found if row["commit"] == found[-1]["commit"]]
+    models = list(dict.fromkeys(_model(row) for row in found))
+    kinds = list(dict.fromkeys(row["provider"].rpartition(", ")[2] for row in found))
+    lines = []
+    for kind in [*kinds, "all"]:
+        cells = [kind]
+        for model in models:
+            own = [row for row in found if _model(row) == model]
+            own = [r for r in own if kind in ("all", r["provider"].rpartition(", ")[2])]
+            kernels = sum(float(row["shape"].rpartition("kernels=")[2]) for row in own)
+            cells += [f"{kernels:.0f}", f"{sum(float(row['p50']) for row in own):.0f}"]
+        lines.append(cells)
+    header = ["kernels"]
+    for model in models:
+        header += [f"{model}: number", "microseconds"]
+    return table(header, lines) + "\n\n" + source(found[0])
+
+
+def _model(row: dict[str, str]) -> str:
+    trained = row["provider"].split(", ")[1]
+    return row["shape"].partition(" tokens=")[0] + ("" if trained == "all" else f", {trained}")
+
+
+@generated
+def recording() -> str:
+    """Eager passes that recording costs, of the latest commit that has such rows."""
+    found = find("gpu", op="recording")
+    found = [row for row in found if row["commit"] == found[-1]["commit"]]
+    lines: dict[str, list[str]] = {}
+    for row in found:
+        model, _, tokens = row["shape"].partition(" T=")
+        first = " (first of all)" if row["provider"].endswith("first of all") else ""
+        lines.setdefault(model, []).append(f"{tokens}{first}: {float(row['p50']):.1f}")
+    cells = [[model, ", ".join(values)] for model, values in lines.items()]
+    header = ["model", "tokens: recording costs so many eager passes"]
+    return table(header, cells, 2) + "\n\n" + source(found[0])
+
+
+@generated
 def architectures_eager() -> str:
     lines = [[row["architecture"], row["reason"]] for row in _latest() if row["reason"]]
     return table(["architecture", "why its passes are not captured"], lines, 2)

@@ -317,7 +317,6 @@ def cap_apart() -> str:
     return table(header, lines)
 
 
-@generated
 def no_winner() -> str:
     """The line of the README that says where the hull does not win."""
     apart = {s: _apart("hull", "30", "kNN, two updates each", s) for s in TEXTS}

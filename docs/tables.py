@@ -16,18 +16,23 @@ from pathlib import Path
 import architecture_tables
 import finetuning_tables
 import optimizer_tables
+import reliability_tables
 import scaling_tables
 import selection_tables
+import ttft_tables
 from rows import ROOT, TABLES
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# Importing them fills TABLES.
 SOURCES = (
     selection_tables,
     finetuning_tables,
     optimizer_tables,
     architecture_tables,
     scaling_tables,
-)  # importing them fills TABLES
+    ttft_tables,
+    reliability_tables,
+)
 
 
 def pages() -> list[Path]:

@@ -5,10 +5,11 @@
     python -m bench.ttft judge     --out DIR ...    # other queries, each rule at its best rate
     python -m bench.ttft report    --out DIR [--summary CSV]            # tables; no model
 
-Without --texts it takes the standard library's own source; --texts is a folder in the format of
-bench/harness/texts.py or any folder of text files. Without --model it takes the byte-level model
-in bench/assets. Rows that are there already are not measured again, so a run that stopped goes on
-where it was. `--shard 0/4` to `--shard 3/4` share the work between four processes.
+Several phases in one call share the model and its captured passes. Without --texts it takes the
+standard library's own source; --texts is a folder in the format of bench/harness/texts.py or any
+folder of text files. Without --model it takes the byte-level model in bench/assets. Rows that are
+there already are not measured again, so a run that stopped goes on where it was. `--shard 0/4` to
+`--shard 3/4`, begun together, share the work: each judges when all have calibrated.
 """
 
 from __future__ import annotations
@@ -29,100 +30,150 @@ from tqdm import tqdm
 from bench.harness import texts
 from bench.harness.rows import ROOT
 from bench.ttft import corpora, report, store
-from bench.ttft.analysis import best_rate
+from bench.ttft.analysis import best_idea, best_rate
 from bench.ttft.measure import Bench
-from bench.ttft.paths import PATHS, opened
-from bench.ttft.rules import EVERY, IDEAS, PUBLISHED, PUBLISHED_LR, RULES, Cell, rates
+from bench.ttft.paths import PATHS, Hullkit, Published, opened
+from bench.ttft.rules import EVERY, IDEAS, PUBLISHED_LR, PUBLISHED_RULE, RULES, Cell, rates
 
 OWN_MODEL = ROOT / "bench" / "assets" / "pybytes"
+PHASES = ("calibrate", "explore", "judge")
 BETAS = [(0.9, 0.95), (0.9, 0.99), (0.8, 0.95), (0.5, 0.9)]
 
 
-def cells(arguments: argparse.Namespace, path: str) -> Iterator[Cell]:
+def cells(arguments: argparse.Namespace, phase: str, path: str) -> Iterator[Cell]:
     """The phase's cells of one path."""
-    if arguments.phase == "calibrate":
+    middle = arguments.budgets[len(arguments.budgets) // 2]
+    if phase == "calibrate":
         for name in arguments.rules or RULES:
             for budget in arguments.budgets:
-                yield from (Cell(name, budget, lr) for lr in rates(path, EVERY[name]))
-    elif arguments.phase == "explore":
-        middle = arguments.budgets[len(arguments.budgets) // 2]
-        for name in arguments.rules or IDEAS:
-            low, *between, high = rates(path, EVERY[name])
-            yield from (Cell(name, middle, lr) for lr in between)
-        for betas in [] if arguments.rules else BETAS:
-            low, *between, high = rates(path, EVERY["kNN"])
-            yield from (Cell("kNN", middle, lr, betas) for lr in between)
+                tried = rates(path, EVERY[name], arguments.steps)
+                yield from (Cell(name, budget, lr) for lr in tried)
+    elif phase == "explore":
+        for name in arguments.ideas:
+            yield from (Cell(name, middle, lr) for lr in rates(path, EVERY[name], None)[1:-1])
+        for betas in BETAS:
+            knn = rates(path, EVERY["kNN"], None)[1:-1]
+            yield from (Cell("kNN", middle, lr, betas) for lr in knn)
     elif path == "published":
-        for name in arguments.rules or PUBLISHED:
+        for name in arguments.rules or [PUBLISHED_RULE]:
             yield from (Cell(name, budget, PUBLISHED_LR) for budget in arguments.budgets)
     else:
-        rows = store.read(arguments.out)
-        wanted = []
-        for name in arguments.rules or RULES:
-            for budget in arguments.budgets:
-                wanted.append(Cell(name, budget, best_rate(rows, path, name, budget)))
-                if name in PUBLISHED and path != "lora":
-                    wanted.append(Cell(name, budget, PUBLISHED_LR))
-        yield from dict.fromkeys(wanted)
+        yield from dict.fromkeys(judged_cells(arguments, path, store.read(arguments.out)))
 
 
-def window(arguments: argparse.Namespace) -> list[int]:
-    """This shard's queries of each corpus, in the order in which they are measured."""
+def judged_cells(arguments: argparse.Namespace, path: str, rows: list[store.Row]) -> Iterator[Cell]:
+    """Each rule at its best rate, the published settings, and the idea that explored best."""
+    names = arguments.rules or RULES
+    for name in names:
+        for budget in arguments.budgets:
+            yield Cell(name, budget, best_rate(rows, path, name, budget))
+    if PUBLISHED_RULE in names and path != "lora":
+        for budget in arguments.budgets:
+            yield Cell(PUBLISHED_RULE, budget, PUBLISHED_LR)
+    explored = best_idea(rows, path)
+    if explored is not None:
+        yield Cell(*explored)
+
+
+Pair = tuple[Bench, int]  # a corpus and the number of a query
+Work = list[tuple[Bench, int, Cell]]
+
+
+def window(arguments: argparse.Namespace, phase: str, benches: list[Bench]) -> list[Pair]:
+    """This shard's queries, round the subsets: a run that ends early has measured all alike."""
     number, of = arguments.shard
-    if arguments.phase == "judge":
-        first = arguments.calibration
-        queries = range(first, first + arguments.judged)
-    else:
-        queries = range(arguments.calibration)
-    return [query for query in queries if query % of == number]
+    first = arguments.calibration if phase == "judge" else 0
+    last = first + arguments.judged if phase == "judge" else arguments.calibration
+    return [
+        (bench, query)
+        for query in range(first, last)
+        for place, bench in enumerate(benches)
+        if (query + place) % of == number
+    ]
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    began = time.perf_counter()
+def measure(arguments: argparse.Namespace, phases: list[str]) -> None:
+    """All phases; stops where the time is over."""
+    ends = time.perf_counter() + 60 * arguments.minutes
     device = torch.device(arguments.device)
     tokens = texts.Tokens(arguments.model, arguments.start, arguments.max_length)
-    command = f"python -m bench.ttft {arguments.phase} --max-length {arguments.max_length}"
-    queries = window(arguments)
-    loaded = corpora.load(
-        arguments.texts, arguments.subsets, arguments.calibration + arguments.judged
-    )
+    command = f"python -m bench.ttft {' '.join(phases)} --max-length {arguments.max_length}"
+    most = arguments.calibration + arguments.judged
+    loaded = corpora.load(arguments.texts, arguments.subsets, most)
     benches = [Bench(corpus, tokens, device, command) for corpus in loaded]
     model = texts.language_model(arguments.model, device)
+    for bench, query in {pair for phase in phases for pair in window(arguments, phase, benches)}:
+        bench.score_base(model, query)
     for bench in benches:
-        bench.score_base(model, queries)
+        bench.retrieve_ms(0)  # the first one fills caches
     del model
-    done = {store.key(row) for row in store.read(arguments.out)}
+    names = [*(arguments.rules or RULES), *arguments.ideas]
+    longest = max(arguments.max_length, *(EVERY[name].join for name in names))
     for path in arguments.paths:
-        wanted = list(cells(arguments, path))
-        head: dict[str, Any] = {"phase": arguments.phase, "model": arguments.model.name}
-        head["path"] = path
-        # Queries go round the subsets: a run that ends early has measured all of them alike.
-        work = [
-            (bench, query, cell)
-            for query in queries
-            for bench in benches
-            for cell in wanted
-            if store.key(_key(head, bench, query, cell)) not in done
-        ]
-        if not work:
-            continue
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         way = opened(path, arguments.model, device, arguments.max_length)
-        way.warm_up({n for bench in benches for n in bench.lengths(queries, wanted)})
-        for bench in benches:  # the first selection compiles and fills caches
-            bench.retrieve_ms(queries[0])
-        warm: set[str] = set()
-        for bench, query, cell in tqdm(work, desc=path, unit="run", mininterval=5):
-            if time.perf_counter() - began > 60 * arguments.minutes:
+        way.warm_up(range(32, longest + 1, 32))
+        for phase in phases:
+            if phase == "judge" and path != "published":
+                wait_for_calibration(arguments, phases, path, len(benches), ends)
+            work = left(arguments, phase, path, benches)
+            if not run(arguments, phase, path, way, work, ends):
                 print(f"{arguments.minutes} minutes are over; the same command goes on from here")
                 return
-            if cell.rule not in warm:  # a first run of a rule is discarded
-                bench.run(way, query, cell)
-                warm.add(cell.rule)
-            store.write(arguments.out, arguments.shard[0], [head | bench.run(way, query, cell)])
         del way
+
+
+def left(arguments: argparse.Namespace, phase: str, path: str, benches: list[Bench]) -> Work:
+    """What has no row yet."""
+    done = {store.key(row) for row in store.read(arguments.out)}
+    head = {"phase": phase, "model": arguments.model.name, "path": path}
+    wanted = list(cells(arguments, phase, path))
+    return [
+        (bench, query, cell)
+        for bench, query in window(arguments, phase, benches)
+        for cell in wanted
+        if store.key(_key(head, bench, query, cell)) not in done
+    ]
+
+
+def run(
+    arguments: argparse.Namespace,
+    phase: str,
+    path: str,
+    way: Hullkit | Published,
+    work: Work,
+    ends: float,
+) -> bool:
+    """Whether all was measured in time."""
+    head = {"phase": phase, "model": arguments.model.name, "path": path}
+    warm: set[str] = set()
+    for bench, query, cell in tqdm(work, desc=f"{path}, {phase}", unit="run", mininterval=5):
+        if time.perf_counter() > ends:
+            return False
+        if cell.rule not in warm:  # a first run of a rule is discarded
+            bench.run(way, query, cell)
+            warm.add(cell.rule)
+        store.write(arguments.out, arguments.shard[0], [head | bench.run(way, query, cell)])
+    return True
+
+
+def wait_for_calibration(
+    arguments: argparse.Namespace, phases: list[str], path: str, subsets: int, ends: float
+) -> None:
+    """Until the rows of the other shards are there: they decide the rates."""
+    expected = {
+        phase: arguments.calibration * subsets * len(list(cells(arguments, phase, path)))
+        for phase in phases
+        if phase != "judge"
+    }
+    while time.perf_counter() < ends:
+        rows = [row for row in store.read(arguments.out) if row["path"] == path]
+        found = {phase: sum(row["phase"] == phase for row in rows) for phase in expected}
+        if all(found[phase] >= number for phase, number in expected.items()):
+            return
+        time.sleep(1.0)
 
 
 def _key(head: dict[str, Any], bench: Bench, query: int, cell: Cell) -> dict[str, Any]:
@@ -145,8 +196,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("phase", choices=("calibrate", "explore", "judge", "report"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
+    parser.add_argument("phases", nargs="+", choices=(*PHASES, "report"))
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the rows; of a report also parquet"
+    )
     parser.add_argument("--texts", type=Path, help="default: the standard library")
     parser.add_argument("--subsets", nargs="+", help="of --texts; default: all")
     parser.add_argument("--model", type=Path, default=OWN_MODEL, help="folder or name of the Hub")
@@ -155,25 +208,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=["bf16"])
-    parser.add_argument("--rules", nargs="+", choices=list(EVERY), help="default: the phase's")
+    parser.add_argument(
+        "--rules", nargs="+", choices=list(EVERY), help="default: the seven compared"
+    )
+    parser.add_argument("--ideas", nargs="*", choices=list(IDEAS), default=list(IDEAS))
     parser.add_argument("--budgets", type=int, nargs="+", default=[8, 16, 32], help="passes")
+    parser.add_argument(
+        "--steps",
+        type=float,
+        nargs="+",
+        help="of calibrate: learning rate times updates with one gradient; default: four",
+    )
     parser.add_argument("--calibration", type=int, default=8, help="queries of each subset")
     parser.add_argument("--judged", type=int, default=40, help="queries of each subset after them")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/N")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run later")
-    parser.add_argument("--summary", type=Path, metavar="CSV", help="of the report, for bench/results")
+    parser.add_argument(
+        "--summary", type=Path, metavar="CSV", help="of the report, for bench/results"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    if arguments.phase != "report":
-        measure(arguments)
-    elif arguments.summary is None:
-        report.show(store.read(arguments.out))
-    else:
-        report.show(store.read(arguments.out))
-        report.summarise(store.read(arguments.out), arguments.summary)
+    phases = [phase for phase in PHASES if phase in arguments.phases]
+    if phases:
+        measure(arguments, phases)
+    if "report" in arguments.phases:
+        rows = store.read(arguments.out)
+        report.show(rows)
+        if arguments.summary is not None:
+            report.write_summary(rows, arguments.summary)
 
 
 if __name__ == "__main__":

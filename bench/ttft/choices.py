@@ -88,8 +88,7 @@ def _joined(
     backend: str | None,
 ) -> Choice:
     """Sequences of several documents: as many documents as `budget` sequences hold."""
-    most = min(len(data.candidates), budget * 8)
-    rows = selected(rule, data, most, backend).rows.tolist()
+    rows = selected(rule, data, len(data.candidates), backend).rows.tolist()
     groups: list[list[int]] = []
     used = 0
     for row in rows:

@@ -44,16 +44,9 @@ class Bench:
         self.retrieve_ms = cache(self._retrieve_ms)
         self._base: dict[int, float] = {}
 
-    def score_base(self, model: torch.nn.Module, queries: list[int]) -> None:
+    def score_base(self, model: torch.nn.Module, query: int) -> None:
         """With the model as it comes, in float32."""
-        for i in queries:
-            self._base[i] = self._bits(model, i)
-
-    def lengths(self, queries: list[int], cells: list[Cell]) -> set[int]:
-        """Tokens of everything that these queries may train on."""
-        rows = self.corpus.data.candidates[queries].unique().tolist()
-        longest = max(EVERY[cell.rule].join for cell in cells)
-        return {len(self.document(row)) for row in rows} | set(range(32, longest + 1, 32))
+        self._base[query] = self._bits(model, query)
 
     def _bits(self, model: torch.nn.Module, i: int) -> float:
         ids = self.query(i)
@@ -64,7 +57,7 @@ class Bench:
 
         def once() -> float:
             began = self._now()
-            hullkit.knn(pool, query[i], NUM_CANDIDATES)
+            hullkit.knn(pool, query[i], min(NUM_CANDIDATES, len(pool)))
             return 1e3 * (self._now() - began)
 
         once()

@@ -32,8 +32,8 @@ class Hullkit:
         self.tuner.refresh_interval = rule.refresh_interval
         return self.tuner.adapted(examples, counts)
 
-    def warm_up(self, lengths: set[int]) -> None:
-        self.tuner.warmup(sorted(lengths))
+    def warm_up(self, lengths: range) -> None:
+        self.tuner.warmup(lengths)
 
 
 class Published:
@@ -60,8 +60,8 @@ class Published:
         yield self._model
         published.restore(self._model, self._state)
 
-    def warm_up(self, lengths: set[int]) -> None:
-        example = torch.zeros(min(lengths), dtype=torch.int64)
+    def warm_up(self, lengths: range) -> None:
+        example = torch.zeros(min(lengths.start, self._max_length), dtype=torch.int64)
         published.finetune(self._model, [example], [1], max_length=self._max_length)
         published.restore(self._model, self._state)
 
@@ -82,8 +82,6 @@ def opened(path: str, folder: Path, device: torch.device, max_length: int) -> Hu
         import peft
 
         torch.manual_seed(0)
-        config = peft.LoraConfig(
-            r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        config = peft.LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, config)
     return Hullkit(model.eval(), PRECISIONS[path])

@@ -40,10 +40,10 @@ RULES = {
     "SIFT, two updates": Rule("sift", 2),
     "hull": Rule("hull", 2),
     "hull, at most 2": Rule("hull", 2, 2),
-    "hull, at most 1": Rule("hull", 1, 1),
+    "kNN, joined to 1024": Rule("knn", join=1024),
 }
 # As published, at the published learning rate.
-PUBLISHED = ("kNN", "SIFT", "hull")
+PUBLISHED_RULE = "hull"
 PUBLISHED_LR = 5e-5
 PUBLISHED_BETAS = (0.9, 0.999)
 
@@ -52,12 +52,12 @@ IDEAS = {
     "kNN, farthest first": Rule("knn", order="reversed"),
     "kNN x 4": Rule("knn", 4, 4),
     "kNN, joined to 512": Rule("knn", join=512),
-    "kNN, joined to 1024": Rule("knn", join=1024),
     "SIFT, by first choice": Rule("sift"),
     "SIFT, farthest first": Rule("sift", order="reversed"),
     "SIFT, noise 0.2": Rule("sift", order="chosen", noise=0.2),
     "SIFT, noise 1": Rule("sift", order="chosen", noise=1.0),
     "SIFT, at most 1": Rule("sift", cap=1),
+    "hull, at most 1": Rule("hull", 1, 1),
     "hull, at most 1, nearest first": Rule("hull", 1, 1, order="nearest"),
     "hull, at most 1, stretched 1.2": Rule("hull", 1, 1, stretch=1.2),
     "hull, at most 1, stretched 1.5": Rule("hull", 1, 1, stretch=1.5),
@@ -80,8 +80,12 @@ class Cell(NamedTuple):
     betas: tuple[float, float] = PUBLISHED_BETAS
 
 
-def rates(path: str, rule: Rule) -> list[float]:
+STEPS = (5e-5, 1e-4, 2e-4, 4e-4)
+LORA_STEPS = (5e-4, 1e-3, 2e-3, 4e-3)
+
+
+def rates(path: str, rule: Rule, steps: list[float] | None) -> list[float]:
     """The learning rates that are tried. k updates with one gradient are tried at a k-th of them:
     that is the control which tells reuse from a larger step."""
-    steps = (5e-4, 1e-3, 2e-3, 4e-3) if path == "lora" else (5e-5, 1e-4, 2e-4, 4e-4)
-    return [float(f"{step / rule.refresh_interval:.6g}") for step in steps]
+    tried = steps or (LORA_STEPS if path == "lora" else STEPS)
+    return [float(f"{step / rule.refresh_interval:.6g}") for step in tried]

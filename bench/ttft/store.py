@@ -23,7 +23,12 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def read(folder: Path) -> list[Row]:
-    """All rows; of a key that was measured twice the first."""
+    """All rows of a folder, or of a parquet file; of a key that was measured twice the first."""
+    if folder.suffix == ".parquet":
+        import pyarrow.parquet
+
+        found: list[Row] = pyarrow.parquet.read_table(folder).to_pylist()
+        return found
     rows: dict[tuple[str, ...], Row] = {}
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:

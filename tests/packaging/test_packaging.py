@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -260,6 +261,24 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     isolation = ("--no-build-isolation",) if shutil.which("cmake") else ()
     run(*pip, "install", "--no-deps", "--ignore-installed", *isolation, str(sdist), cwd=folder)
     return python, sdist.with_name(sdist.name.removesuffix(".tar.gz"))
+
+
+def test_sdist_has_the_same_bytes_whenever_it_is_built(tmp_path: Path) -> None:
+    build = "import sys, scikit_build_core.build as b; print(b.build_sdist(sys.argv[1]))"
+    hashes = set()
+    for folder in (tmp_path / "one", tmp_path / "another one"):
+        done = subprocess.run(
+            [sys.executable, "-c", build, str(folder)],
+            cwd=ROOT,
+            env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        (sdist,) = folder.glob("*.tar.gz")
+        hashes.add(hashlib.sha256(sdist.read_bytes()).hexdigest())
+    assert len(hashes) == 1
 
 
 def test_a_strangers_path(stranger: tuple[Path, Path]) -> None:

@@ -107,7 +107,7 @@ def test_duplicates_at_any_scale(scale: float) -> None:
 
 ENDLESS = {
     "frank_wolfe": "hullkit.frank_wolfe(pool, query, max_iters=10**12, tol=0.0)",
-    "pairwise": "hullkit.frank_wolfe(pool, query, max_iters=10**12, tol=0.0, max_weight=0.3)",
+    "capped": "hullkit.frank_wolfe(pool, query, max_iters=10**12, tol=0.0, max_weight=0.3)",
     "sift": "hullkit.sift(pool, query, 30_000_000)",
     "batch": "hullkit.frank_wolfe(pool, query.repeat(4, 1), max_iters=10**12, tol=0.0)",
     # The first prompt's error is there long before; Ctrl-C must not get lost behind it.

@@ -61,7 +61,7 @@ class PoolTeam {
   };
   template <typename Value>
   Best best(Value&& value) const {
-    stop_if_asked();  // every iteration comes by
+    stop_if_asked();  // every iteration asks for the best or for a ranking
     Best best{-1, -std::numeric_limits<double>::infinity()};
     for (int i = 0; i < size(); ++i) {
       const double here = value(i);
@@ -71,6 +71,7 @@ class PoolTeam {
   }
 
   void rank(const double* scores, int k, int* out) {
+    stop_if_asked();
     std::iota(order_.begin(), order_.end(), 0);
     const auto precedes = [scores](int i, int j) { return scores[i] != scores[j] ? scores[i] > scores[j] : i < j; };
     std::partial_sort(order_.begin(), order_.begin() + k, order_.end(), precedes);

@@ -1,4 +1,4 @@
-"""Tensors to the compiled core: addresses, shapes, strides. The only importer of `_core`."""
+"""Calls of the compiled core: threads, device, workspace, stream. The only importer of `_core`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,165 @@
+"""The pictures about cost: bits per byte over seconds, and where the time of a query goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from rows import Row, one
+from svg import Theme, box, dot, line, svg, text
+from ttft_tables import (
+    ALL,
+    GPU,
+    NAMES,
+    PUBLISHED_LR,
+    best,
+    budgets,
+    judged,
+    main_path,
+    measured,
+    rules,
+    subsets,
+)
+
+PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 196, 170, 48, 58
+SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class Axes:
+    """One panel: seconds on a logarithmic axis, BPB in % of the unadapted model on the other."""
+
+    def __init__(self, left: float, seconds: list[float], percents: list[float]) -> None:
+        self._left = left
+        self._low, self._high = math.log(min(seconds) / 1.25), math.log(max(seconds) * 1.25)
+        self._bottom, self._top = math.floor(min(percents)) - 1, math.ceil(max(percents)) + 1
+
+    def place(self, seconds: float, percent: float) -> tuple[float, float]:
+        across = (math.log(seconds) - self._low) / (self._high - self._low)
+        up = (percent - self._bottom) / (self._top - self._bottom)
+        return self._left + across * PANEL_WIDTH, TOP + (1.0 - up) * PANEL_HEIGHT
+
+    def drawn(self, title: str, theme: Theme) -> list[str]:
+        floor = TOP + PANEL_HEIGHT
+        parts = [
+            text(self._left + PANEL_WIDTH / 2, TOP - 14, title, theme.ink),
+            line([(self._left, TOP), (self._left, floor)], theme.faint),
+            line([(self._left, floor), (self._left + PANEL_WIDTH, floor)], theme.faint),
+        ]
+        for seconds in SECONDS:
+            if self._low <= math.log(seconds) <= self._high:
+                x, _ = self.place(seconds, self._bottom)
+                parts.append(line([(x, floor), (x, floor + 4)], theme.faint))
+                parts.append(text(x, floor + 18, f"{seconds:g}", theme.faint, 11))
+        step = max(1, round((self._top - self._bottom) / 5))
+        for percent in range(self._bottom + step, self._top, step):
+            _, y = self.place(math.exp(self._low), percent)
+            parts.append(line([(self._left - 4, y), (self._left, y)], theme.faint))
+            parts.append(text(self._left - 7, y + 4, f"{percent}", theme.faint, 11, "end"))
+        return parts
+
+
+Point = tuple[str, float, float]  # passes, seconds, percent
+
+
+def _curves(subset: str) -> dict[str, list[Point]]:
+    """The published loop ran on fewer queries than the others: its seconds are its own, its BPB is
+    that of the same settings in hullkit's passes, on all queries."""
+    found: dict[str, list[Point]] = {"published": []}
+    for row in judged(GPU, path="published", subset=subset, rule="hull"):
+        settings = {"rule": "hull", "budget": row["budget"], "lr": PUBLISHED_LR}
+        same = one(GPU, phase="judge", path=main_path(GPU), subset=subset, **settings)
+        found["published"].append((row["budget"], float(row["seconds"]), float(same["percent"])))
+    for rule in ("kNN", "hull, at most 2", "kNN, joined to 1024"):
+        rows = [best(GPU, rule, budget, subset) for budget in budgets(GPU)]
+        found[rule] = [(r["budget"], float(r["seconds"]), float(r["percent"])) for r in rows]
+    return found
+
+
+def _nothing(theme: Theme) -> str:
+    return svg(
+        420, 40, "not measured yet", theme.ink, [text(210, 25, "not measured yet", theme.ink)]
+    )
+
+
+def cost(theme: Theme) -> str:
+    """BPB over seconds a query: the published procedure, and hullkit at the best rates."""
+    if not measured(GPU):
+        return _nothing(theme)
+    colours = {
+        "published": theme.other,
+        "kNN": theme.accent,
+        "hull, at most 2": theme.ink,
+        "kNN, joined to 1024": theme.faint,
+    }
+    words = {
+        "published": "published procedure: hull at its published settings, its own loop",
+        "kNN": "hullkit: nearest neighbours at their best rate",
+        "hull, at most 2": "hullkit: hull, at most two updates, at its best rate",
+        "kNN, joined to 1024": "hullkit: nearest neighbours joined to sequences of 1024 tokens",
+    }
+    parts: list[str] = []
+    panels = [subset for subset in subsets(GPU) if subset != ALL]
+    for number, subset in enumerate(panels):
+        curves = _curves(subset)
+        every = [point for curve in curves.values() for point in curve]
+        left = LEFT + number * (PANEL_WIDTH + 46)
+        axes = Axes(left, [seconds for _, seconds, _ in every], [percent for *_, percent in every])
+        parts += axes.drawn(NAMES[subset], theme)
+        for name, curve in curves.items():
+            ordered = sorted(curve, key=lambda point: point[1])
+            points = [axes.place(seconds, percent) for _, seconds, percent in ordered]
+            parts.append(line(points, colours[name]))
+            for (budget, *_), (x, y) in zip(ordered, points, strict=True):
+                parts.append(dot(x, y, 3.5, colours[name]))
+                if name in ("published", "kNN"):
+                    parts.append(text(x, y - 7, budget, colours[name], 10))
+    floor = TOP + PANEL_HEIGHT
+    parts.append(text(LEFT, floor + 38, "seconds a query", theme.faint, 12, "start"))
+    parts.append(text(6, 16, "bits per byte, % of the unadapted model", theme.faint, 12, "start"))
+    for number, (name, told) in enumerate(words.items()):
+        y = floor + 58 + 18 * number
+        parts += [dot(LEFT + 4, y - 4, 4, colours[name])]
+        parts.append(text(LEFT + 14, y, told, theme.ink, 12, "start"))
+    parts.append(
+        text(LEFT + 500, floor + 58, "numbers at points: passes", theme.faint, 12, "start")
+    )
+    width = LEFT + len(panels) * (PANEL_WIDTH + 46)
+    return svg(width, floor + 122, "bits per byte over seconds a query", theme.ink, parts)
+
+
+def _bars(rows: Iterable[Row], theme: Theme) -> list[str]:
+    named = {
+        "retrieve_ms": ("retrieval", theme.faint),
+        "select_ms": ("selection", theme.accent),
+        "adapt_ms": ("passes and updates", theme.other),
+        "restore_ms": ("restoring", theme.ink),
+    }
+    kept = list(rows)
+    longest = max(sum(float(row[name]) for name in named) for row in kept)
+    parts: list[str] = []
+    for number, row in enumerate(kept):
+        y, x = 14 + 26 * number, 190.0
+        parts.append(text(180, y + 13, row["rule"], theme.ink, 12, "end"))
+        for name, (_, colour) in named.items():
+            width = max(1.0, 420 * float(row[name]) / longest)
+            parts.append(box(x, y, width, 18, colour, colour, radius=0))
+            x += width
+        total = sum(float(row[name]) for name in named)
+        parts.append(text(x + 8, y + 13, f"{total:.0f} ms", theme.ink, 12, "start"))
+    x = 190.0
+    for words, colour in named.values():
+        y = 30 + 26 * len(kept)
+        parts.append(box(x, y - 10, 12, 12, colour, colour, radius=0))
+        parts.append(text(x + 18, y, words, theme.ink, 12, "start"))
+        x += 40 + 7 * len(words)
+    return parts
+
+
+def bars(theme: Theme) -> str:
+    """Where the milliseconds of a query go, by rule, at the middle budget."""
+    if not measured(GPU):
+        return _nothing(theme)
+    rows = [best(GPU, rule, budgets(GPU)[1], ALL) for rule in rules(GPU)]
+    return svg(
+        720, 44 + 26 * len(rows), "where the time of a query goes", theme.ink, _bars(rows, theme)
+    )

@@ -1,0 +1,302 @@
+"""The generated blocks about what finetuning for a query costs, and what it buys."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import selection_tables
+from rows import RESULTS, Row, figure, find, generated, one, source, table, times
+
+GPU, CPU = "ttft_gpu", "ttft_cpu"
+ALL = "mean of subsets"
+NAMES = {
+    "python": "Python",
+    "kernel_docs": "kernel docs",
+    "sotu": "speeches",
+    "deb_control": "package descriptions",
+    "stdlib": "standard library",
+    ALL: "mean",
+}
+PUBLISHED_LR, PUBLISHED_BETA2 = "5e-05", "0.999"
+RIVALS = ("SIFT", "hull", "hull, at most 2")
+
+
+def measured(name: str) -> bool:
+    return (RESULTS / f"{name}.csv").exists()
+
+
+def when_measured(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
+    """A block says so while the file of rows is not there."""
+
+    def wrap(block: Callable[[], str]) -> Callable[[], str]:
+        @functools.wraps(block)
+        def written() -> str:
+            return block() if measured(name) else "Not measured yet."
+
+        return written
+
+    return wrap
+
+
+def triple(row: Row, name: str, sign: str = "") -> str:
+    """The mean and its 95 % interval; nothing where there was nothing to compare with."""
+    if row[name] == "":
+        return ""
+    mean, low, high = (f"{float(row[name + end]):{sign}.1f}" for end in ("", "_low", "_high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def judged(name: str, **wanted: str) -> list[Row]:
+    return find(name, phase="judge", **wanted)
+
+
+def main_path(name: str) -> str:
+    """The path on which every rule was judged: the first."""
+    return judged(name)[0]["path"]
+
+
+def best(name: str, rule: str, budget: str, subset: str, path: str | None = None) -> Row:
+    wanted = {"rule": rule, "budget": budget, "subset": subset, "beta2": PUBLISHED_BETA2}
+    return one(name, phase="judge", best="yes", path=path or main_path(name), **wanted)
+
+
+def budgets(name: str) -> list[str]:
+    found = {row["budget"] for row in judged(name, path=main_path(name), rule="kNN")}
+    return sorted(found, key=int)
+
+
+def subsets(name: str) -> list[str]:
+    found = dict.fromkeys(row["subset"] for row in judged(name) if row["subset"] != ALL)
+    return [*found, *([ALL] if len(found) > 1 else [])]
+
+
+def overall(name: str) -> str:
+    return subsets(name)[-1]
+
+
+def rules(name: str) -> list[str]:
+    """Those that were judged at every budget."""
+    found = judged(name, path=main_path(name), subset=overall(name), best="yes")
+    found = [row for row in found if row["beta2"] == PUBLISHED_BETA2]
+    asked = {(row["rule"], row["budget"]) for row in found}
+    every = sorted({row["rule"] for row in found}, key=lambda rule: (rule.lower(), rule))
+    return [rule for rule in every if all((rule, budget) in asked for budget in budgets(name))]
+
+
+def _verdict(cells: list[Row]) -> str:
+    """The rule whose interval of differences from kNN lies below 0, the lowest of several."""
+    ahead = [row for row in cells if float(row["from_knn_high"]) < 0.0]
+    if ahead:
+        return min(ahead, key=lambda row: float(row["from_knn"]))["rule"]
+    behind = [row for row in cells if float(row["from_knn_low"]) > 0.0]
+    return "kNN" if len(behind) == len(cells) else "none is apart"
+
+
+def _winners(name: str, budget: str) -> str:
+    lines = []
+    for subset in subsets(name):
+        if subset == ALL:
+            continue
+        cells = [best(name, rule, budget, subset) for rule in RIVALS]
+        knn = triple(best(name, "kNN", budget, subset), "percent")
+        apart = [triple(row, "from_knn", "+") for row in cells]
+        lines.append([NAMES[subset], knn, *apart, _verdict(cells)])
+    header = [f"{budget} passes, each rule at its best rate", "kNN, % of base"]
+    header += [*(f"{rule}, points from kNN" for rule in RIVALS), "ahead"]
+    return table(header, lines)
+
+
+@generated
+def ttft_winners() -> str:
+    """The four lines of the README about who wins where."""
+    if not measured(GPU):
+        return selection_tables.no_winner()
+    return _winners(GPU, budgets(GPU)[1])
+
+
+def _rules(name: str) -> str:
+    lines = []
+    for budget in budgets(name):
+        for rule in rules(name):
+            row = best(name, rule, budget, overall(name))
+            apart = [triple(row, f"from_knn{at}", "+") for at in ("", "_at_seconds")]
+            rate, percent = f"{float(row['lr']):g}", triple(row, "percent")
+            lines.append([budget, rule, rate, percent, *apart, _ms(row), _joules(row)])
+    header = ["passes", "rule", "its best rate", "% of base", "from kNN at equal passes"]
+    header += ["at equal seconds", "ms", "joules"]
+    row = best(name, "kNN", budgets(name)[0], overall(name))
+    return table(header, lines, 3) + "\n\n" + source(row)
+
+
+def _ms(row: Row) -> str:
+    return f"{1e3 * float(row['seconds']):.0f}"
+
+
+def _joules(row: Row) -> str:
+    return row["joules"] if row["joules"] == "not available" else figure(float(row["joules"]))
+
+
+@generated
+@when_measured(GPU)
+def ttft_rules() -> str:
+    return _rules(GPU)
+
+
+@generated
+@when_measured(CPU)
+def ttft_rules_cpu() -> str:
+    return _rules(CPU)
+
+
+@generated
+@when_measured(GPU)
+def ttft_subsets() -> str:
+    lines = []
+    for subset in subsets(GPU):
+        for budget in budgets(GPU):
+            apart = [
+                triple(best(GPU, rule, budget, subset), "from_knn", "+")
+                for rule in rules(GPU)
+                if rule != "kNN"
+            ]
+            knn = triple(best(GPU, "kNN", budget, subset), "percent")
+            lines.append([NAMES[subset], budget, knn, *apart])
+    header = ["texts", "passes", "kNN, % of base", *(r for r in rules(GPU) if r != "kNN")]
+    return table(header, lines, 2)
+
+
+def _reuse(name: str) -> str:
+    """The control: k updates with one gradient against one update of k times the rate."""
+    found = find(name, phase="calibrate", subset=overall(name), path=main_path(name))
+    steps = {
+        (row["rule"], row["budget"], f"{float(row['lr']) * k:g}"): row
+        for rule, k in (("kNN", 1), ("kNN x 2", 2))
+        for row in found
+        if row["rule"] == rule
+    }
+    lines = []
+    for budget in budgets(name):
+        for step in sorted({float(step) for *_, step in steps}):
+            cells = [steps[rule, budget, f"{step:g}"] for rule in ("kNN", "kNN x 2")]
+            lines.append([budget, f"{step:g}", *(triple(row, "percent") for row in cells)])
+    header = ["passes", "learning rate times updates", "one update a gradient", "two"]
+    return table(header, lines, 2)
+
+
+@generated
+@when_measured(GPU)
+def ttft_reuse() -> str:
+    return _reuse(GPU)
+
+
+@generated
+@when_measured(CPU)
+def ttft_reuse_cpu() -> str:
+    return _reuse(CPU)
+
+
+def _published(name: str) -> str:
+    """The published loop at its settings, and hullkit's rows of the same settings."""
+    lines = []
+    for row in judged(name, path="published", subset=overall(name)):
+        wanted = {"rule": row["rule"], "budget": row["budget"], "subset": overall(name)}
+        ours = one(name, phase="judge", path=main_path(name), lr=PUBLISHED_LR, **wanted)
+        ratio = float(row["seconds"]) / float(ours["seconds"])
+        costs = [_ms(row), _ms(ours), times(ratio), _joules(row), _joules(ours)]
+        apart = triple(row, "from_first_path", "+")
+        lines.append([row["rule"], row["budget"], row["queries"], apart, *costs])
+    header = ["rule", "passes", "queries", "points from hullkit", "published, ms", "hullkit, ms"]
+    return table([*header, "ratio", "published, joules", "hullkit, joules"], lines)
+
+
+@generated
+@when_measured(GPU)
+def ttft_published() -> str:
+    return _published(GPU)
+
+
+@generated
+@when_measured(CPU)
+def ttft_published_cpu() -> str:
+    return _published(CPU)
+
+
+@generated
+@when_measured(GPU)
+def ttft_paths() -> str:
+    """Other precisions and adapters, on the queries that each was judged on."""
+    budget = budgets(GPU)[1]
+    wanted = {"rule": "kNN", "budget": budget, "beta2": PUBLISHED_BETA2}
+    found = judged(GPU, subset=ALL, best="yes", **wanted)
+    lines = []
+    for row in found:
+        if row["path"] != "published":
+            costs = [_ms(row), _joules(row), f"{float(row['peak_mb']):.0f}"]
+            rate, percent = f"{float(row['lr']):g}", triple(row, "percent")
+            lines.append([row["path"], row["queries"], rate, percent, *costs])
+    header = ["weights and passes", "queries", "rate", "% of base", "ms", "joules", "peak MB"]
+    return table(header, lines)
+
+
+@generated
+@when_measured(GPU)
+def ttft_ideas() -> str:
+    """What was tried on the calibration queries, each at the better of two rates."""
+    found = find(GPU, phase="explore", subset=ALL)
+    budget = found[0]["budget"]
+    tried: dict[tuple[str, str, str], Row] = {}
+    for row in [*found, *find(GPU, phase="calibrate", subset=ALL, budget=budget)]:
+        key = (row["rule"], row["beta1"], row["beta2"])
+        kept = tried.get(key)
+        if kept is None or float(row["percent"]) < float(kept["percent"]):
+            tried[key] = row
+    lines = []
+    for (rule, *betas), row in sorted(tried.items(), key=lambda item: float(item[1]["percent"])):
+        rate, percent = f"{float(row['lr']):g}", triple(row, "percent")
+        lines.append([rule, ", ".join(betas), rate, percent, _ms(row)])
+    return table([f"{budget} passes", "betas", "rate", "% of base", "ms"], lines, 2)
+
+
+@generated
+@when_measured(GPU)
+def ttft_recipe() -> str:
+    """Judged cells that are none of the rules: against kNN and SIFT at their best rates."""
+    shown = [
+        row
+        for row in judged(GPU, path=main_path(GPU), subset=ALL, best="yes")
+        if row["rule"] not in ("kNN", "SIFT") or row["beta2"] != PUBLISHED_BETA2
+    ]
+    lines = []
+    for row in shown:
+        apart = [triple(row, f"from_{rival}", "+") for rival in ("knn", "sift", "knn_at_seconds")]
+        settings = [row["rule"], f"{row['beta1']}, {row['beta2']}", row["budget"], row["lr"]]
+        lines.append([*settings, triple(row, "percent"), *apart, _ms(row)])
+    header = ["rule", "betas", "passes", "rate", "% of base", "from kNN", "from SIFT"]
+    return table([*header, "from kNN at equal seconds", "ms"], lines, 2)
+
+
+def _sentence(name: str, budget: str) -> str:
+    row = best(name, "kNN", budget, overall(name))
+    parts = ["retrieve_ms", "select_ms", "adapt_ms", "restore_ms"]
+    retrieval, selection, adaptation, restoring = (figure(float(row[p]), 2) for p in parts)
+    joules = "" if row["joules"] == "not available" else f" and {_joules(row)} joules"
+    bought = [f"{100 - float(row['percent' + end]):.1f}" for end in ("", "_high", "_low")]
+    return (
+        f"On {row['device']}, {row['model']}, a query of {budget} passes with nearest neighbours "
+        f"takes {_ms(row)} ms{joules}: retrieval {retrieval}, selection "
+        f"{selection}, passes and updates {adaptation}, restoring {restoring} ms. It lowers bits "
+        f"per byte by {bought[0]} % [{bought[1]}, {bought[2]}]."
+    )
+
+
+@generated
+@when_measured(GPU)
+def ttft_cost() -> str:
+    return _sentence(GPU, budgets(GPU)[1])
+
+
+@generated
+@when_measured(CPU)
+def ttft_cost_cpu() -> str:
+    return _sentence(CPU, budgets(CPU)[-1])
