@@ -83,10 +83,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             release(device)
             random = torch.Generator().manual_seed(0)
             length = (arguments.tokens,)
-            queries = [
-                ([torch.randint(shape.vocabulary, length, generator=random) for _ in COUNTS], COUNTS)
-                for _ in range(slots)
-            ]  # fmt: skip
+            queries = []
+            for _ in range(slots):
+                size = shape.vocabulary
+                examples = [torch.randint(size, length, generator=random) for _ in COUNTS]
+                queries.append((examples, COUNTS))
             times: list[float] = []
             try:
                 model, _ = build(shape, CASES[case], device)

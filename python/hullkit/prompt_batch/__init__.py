@@ -1,6 +1,6 @@
 """Many prompts at once: a slot of low-rank adapters for each, on one frozen model."""
 
 from .batch import PromptBatch
-from .queries import Answer, Query, generate, score
+from .queries import Answer, Generate, Query, Score
 
-__all__ = ["Answer", "PromptBatch", "Query", "generate", "score"]
+__all__ = ["Answer", "Generate", "PromptBatch", "Query", "Score"]

@@ -23,7 +23,7 @@ from .export import write_adapter
 from .factors import SlotFactors
 from .layers import SlotForwards, chosen_layers
 from .passes import SlotPasses, evaluating
-from .queries import Answer, Query
+from .queries import Answer
 from .stream import Run, Stream
 
 _SCALE = 1024.0  # of a float16 model's loss: its gradients would vanish
@@ -55,16 +55,19 @@ class PromptBatch:
         precision: of the passes, as TestTimeFinetuner's: "float32", "tf32" or "bf16".
         capture: whether passes with their updates are CUDA graphs, one for each padded length.
             None: where possible, else eager with a warning. True: an error. False: never.
+        backend: "triton" runs the kernels on CPU tensors too, in Triton's interpreter.
 
     Raises:
         TypeError, ValueError: a bad argument; no such layers; layers of other classes (quantised
             ones, adapters); parameters on the meta device.
+        RuntimeError: from a pass: a chosen layer ran twice in it.
 
     >>> import hullkit, torch
     >>> embedding = torch.nn.Embedding(8, 4)
     >>> model = torch.nn.Sequential(embedding, torch.nn.Linear(4, 4), torch.nn.Linear(4, 8))
     >>> batch = hullkit.PromptBatch(model, slots=2, rank=2)
-    >>> query = hullkit.Query([torch.tensor([1, 2, 3])], [5], hullkit.prompt_batch.score([1, 2]))
+    >>> ids = torch.tensor([1, 2, 3])
+    >>> query = hullkit.Query([ids], [5], hullkit.prompt_batch.Score(ids))
     >>> [answer.error for answer in batch.map([query] * 3)]
     [None, None, None]
 

@@ -19,7 +19,7 @@ class Query(NamedTuple):
         examples: a sequence of int64 token ids, (T,) or (1, T) with T >= 2.
         counts: (n,) integers >= 0, updates for each example; 0 skips it.
         then: called with the adapted model, in a block in which it behaves as adapted. Its result
-            is the answer's value. `score` and `generate` make such callables. None: no value.
+            is the answer's value. `Score` and `Generate` are such callables. None: no value.
         lr: the learning rate; None for the batch's.
         seed: of the fresh factors; None for the batch's.
 
@@ -55,7 +55,7 @@ class Answer(NamedTuple):
     error: Exception | None
 
 
-class score:  # noqa: N801: used as a function
+class Score:
     """A query's `then`: the mean next-token cross entropy of `ids`, in nats, a float.
 
     Args:
@@ -63,7 +63,7 @@ class score:  # noqa: N801: used as a function
 
     >>> import hullkit, torch
     >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
-    >>> loss = hullkit.prompt_batch.score(torch.tensor([1, 2, 3]))(model)
+    >>> loss = hullkit.prompt_batch.Score(torch.tensor([1, 2, 3]))(model)
     >>> isinstance(loss, float)
     True
     """
@@ -77,7 +77,7 @@ class score:  # noqa: N801: used as a function
             return float(next_token_losses(logits_of(model(ids), ids), ids)[0])
 
 
-class generate:  # noqa: N801: used as a function
+class Generate:
     """A query's `then`: the tokens that `model.generate(ids, **options)` adds, int64 (N,).
 
     Args:
