@@ -213,13 +213,19 @@ def test_kernels_compile_for_a_gpu() -> None:
         flags = dict.fromkeys(("RMS", "BIAS", "NARROW", "FIRST", "SECOND", "OF_WEIGHT"), True)
         flags |= {"OFFSET": 0.0, "ROUND": False, "PROGRAMS": 256, "KIND": "silu", "BACKWARD": True}
         attention = {"HALF": tl.bfloat16, "BLOCK": 64, "D": 64}
-        of_passes = {
+        thin = {"HALF": tl.bfloat16, "R": 16, "OF_A": True, "OF_B": True, "OF_X": True}
+        names = ("low_rank_inner", "low_rank_add", "low_rank_gradient_b", "low_rank_gradient_a")
+        of_passes = dict.fromkeys(names, thin | {"ADD": True}) | {
+            "stacked_adam": {"COPY": True},
             "norm": flags | {"BLOCK": 1024}, "norm_gradient": flags | {"BLOCK": 1024},
             "column_sums": flags, "gate": flags, "gate_gradient": flags,
             "rotary": flags | {"HEADS": 16, "HALF": 32},
             "attention": attention, "attention_gradient": attention,
         }
         numbers = ("rows", "columns", "stride", "size", "heads", "half", "length", "width", "group")
+        numbers += ("rank", "count")
+        scalars = ("eps", "unscale", "beta1", "rest1", "beta2", "rest2")
+        whole = {"chunks": "*i64", "broken": "*i32"}
         for name, (kernel, sizes) in KERNELS.items():
             if name not in of_passes:
                 continue
@@ -227,9 +233,10 @@ def test_kernels_compile_for_a_gpu() -> None:
             constants = {k: v for k, v in known.items() if k in kernel.arg_names}
             signature = {}
             for argument in kernel.arg_names:
-                strides = argument.endswith(("_head", "_row")) or argument in numbers
-                scalar = argument == "eps" or (argument == "scale" and "attention" in name)
-                kind = "i32" if strides else "fp32" if scalar else "*fp32"
+                strides = argument.endswith(("_head", "_row", "_slot")) or argument in numbers
+                scaled = "attention" in name or "low_rank" in name
+                scalar = argument in scalars or (argument == "scale" and scaled)
+                kind = "i32" if strides else "fp32" if scalar else whole.get(argument, "*fp32")
                 signature[argument] = "constexpr" if argument.isupper() else kind
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
             compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
@@ -278,4 +285,4 @@ def test_kernels_compile_for_a_gpu() -> None:
         env=environment,
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 17
+    assert len(result.stdout.split()) == 22

@@ -1,0 +1,121 @@
+"""Low-rank products of K slots, fused and by baddbmm: `python -m bench.ops.lora_products`.
+
+y + s (x A^T) B^T and all its gradients at 400 rows a slot in bfloat16, each provider as a CUDA
+graph, so that launches cost both the same. No time without a green check of results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hullkit.language_model.low_rank import low_rank_backward, low_rank_forward
+from torch import Tensor
+
+from bench.harness.rows import append, timings
+
+ROWS, SCALE = 400, 1.0
+
+
+def problem(slots: int, width: int, rank: int) -> list[Tensor]:
+    """y, x, d, d_x (K, T, D), a (K, R, D), b (K, D, R)."""
+    wide = [torch.randn(slots, ROWS, width, device="cuda") for _ in range(4)]
+    thin = [torch.randn(slots, rank, width, device="cuda") / width**0.5]
+    thin += [torch.randn(slots, width, rank, device="cuda") / rank**0.5]
+    return [t.to(torch.bfloat16) for t in (*wide, *thin)]
+
+
+def fused(tensors: list[Tensor]) -> list[Tensor]:
+    y, x, d, d_x, a, b = tensors
+    out, inner = low_rank_forward(y, x, a, b, SCALE)
+    d_a, d_b = torch.empty_like(a), torch.empty_like(b)
+    low_rank_backward(d, x, a, b, inner, SCALE, d_a, d_b, d_x, False)
+    return [out, d_a, d_b]
+
+
+def by_baddbmm(tensors: list[Tensor]) -> list[Tensor]:
+    y, x, d, d_x, a, b = tensors
+    inner = torch.bmm(x, a.mT)
+    out = torch.baddbmm(y, inner, b.mT, alpha=SCALE)
+    d_b = torch.bmm(d.mT, inner)
+    d_inner = torch.bmm(d, b)
+    d_a = torch.bmm(d_inner.mT, x)
+    d_x.baddbmm_(d_inner, a)
+    return [out, d_a, d_b]
+
+
+def graph_of(run: Callable[[list[Tensor]], list[Tensor]], tensors: list[Tensor]) -> Any:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(tensors)
+        run(tensors)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run(tensors)
+    return graph
+
+
+def milliseconds(graph: Any, rounds: int) -> list[float]:
+    times, repeats = [], 20
+    for _ in range(rounds):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(repeats):
+            graph.replay()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last) / repeats)
+    return times
+
+
+def check(tensors: list[Tensor]) -> None:
+    results = [run([t.clone() for t in tensors]) for run in (fused, by_baddbmm)]
+    for one, other in zip(*results, strict=True):
+        error = (one.float() - other.float()).abs().max() / other.float().abs().max()
+        if not error <= 2**-5:
+            raise AssertionError(f"results differ by {float(error):.3g}, relative")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slots", default="1,8,32,64")
+    parser.add_argument("--widths", default="576,2048,4096")
+    parser.add_argument("--ranks", default="8,16,64")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=80.0, help="no case begins after so many")
+    parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
+    arguments = parser.parse_args(argv)
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    numbers = [
+        [int(n) for n in text.split(",")]
+        for text in (arguments.slots, arguments.widths, arguments.ranks)
+    ]
+    for slots, width, rank in (
+        (k, d, r) for k in numbers[0] for d in numbers[1] for r in numbers[2]
+    ):
+        if time.perf_counter() - began > arguments.seconds:
+            print(f"K={slots} d={width} r={rank}: left out")
+            continue
+        tensors = problem(slots, width, rank)
+        check(tensors)
+        shape = f"K={slots} T={ROWS} d={width} r={rank} forward and backward"
+        times = {}
+        for provider, run in (("fused", fused), ("baddbmm", by_baddbmm)):
+            graph = graph_of(run, [t.clone() for t in tensors])
+            key = ("low-rank products", provider, "bfloat16", shape)
+            times[key] = milliseconds(graph, arguments.rounds)
+        own, other = (sorted(values)[len(values) // 2] for values in times.values())
+        print(f"{shape}: {own:.4f} ms, baddbmm {other:.4f} ms, {other / own:.2f}x", flush=True)
+        if arguments.out is not None:
+            command = "python -m bench.ops.lora_products"
+            append(arguments.out, timings(times, torch.cuda.get_device_name(), command))
+
+
+if __name__ == "__main__":
+    main()
