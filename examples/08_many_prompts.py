@@ -21,5 +21,5 @@ for _ in range(10):
 for answer in batch.map(queries):
     first, *_, last = answer.losses
     print(
-        f"prompt {answer.index}: loss {first:.2f} to {last:.2f}, of its last words {answer.value:.2f}"
+        f"prompt {answer.index}: loss {first:.2f} to {last:.2f}, then {answer.value:.2f}"
     )
