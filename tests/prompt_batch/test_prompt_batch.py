@@ -8,13 +8,12 @@ from typing import Any
 import hullkit
 import pytest
 import torch
+from _models import VOCABULARY, gpt2, llama
 from hullkit.language_model.cross_entropy import next_token_losses
 from hullkit.prompt_batch import Score
 from hullkit.prompt_batch.factors import SlotFactors
 from hullkit.prompt_batch.layers import Layer
 from torch import Tensor, nn
-
-from tests.helpers._models import VOCABULARY, gpt2, llama
 
 peft = pytest.importorskip("peft", reason="an extra is not installed")
 
@@ -92,7 +91,7 @@ def test_neighbours_change_a_result_by_rounding_alone() -> None:
     batch = batch_of(model, 3)
     before = {name: p.clone() for name, p in model.named_parameters()}
     together = [*batch.map(queries)]
-    assert [a.index for a in together] == list(range(5))
+    assert [a.place for a in together] == list(range(5))
     assert [a.value for a in together] == pytest.approx(alone, rel=1e-5)
     assert [a.value for a in batch.map(queries)] == [a.value for a in together]  # the same bits
     assert len({a.value for a in together}) == 5
@@ -124,8 +123,8 @@ def test_bad_queries_become_their_own_errors() -> None:
     batch = batch_of(llama().to(DEVICE), 3)
     wanted = iter([a.value for a in batch.map(good)])
     for answer in batch.map(mixed):
-        if answer.index in bad:
-            _, kind, words = bad[answer.index]
+        if answer.place in bad:
+            _, kind, words = bad[answer.place]
             assert type(answer.error) is kind
             assert words in str(answer.error)
             assert answer.value is None
