@@ -164,6 +164,9 @@ def factors_of(backend: str | None) -> SlotFactors:
     return factors
 
 
+@pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # NumPy's, where the interpreter meets infinity
 def test_the_kernel_updates_and_resets_as_torch_does() -> None:
     both = [factors_of("triton"), factors_of(None)]
     random = torch.Generator().manual_seed(0)
