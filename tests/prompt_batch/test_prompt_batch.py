@@ -59,9 +59,7 @@ def by_peft(model: nn.Module, of: hullkit.Query) -> tuple[float, nn.Module]:
     return of.then(adapted.eval()), adapted
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)  # by peft
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_a_slot_learns_what_an_adapter_of_peft_learns(make: Any, tmp_path: Path) -> None:
     queries = [query(seed) for seed in range(2)]
