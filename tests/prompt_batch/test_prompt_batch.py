@@ -165,6 +165,7 @@ def factors_of(backend: str | None) -> SlotFactors:
     return factors
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # inf, by the interpreter
 def test_the_kernel_updates_and_resets_as_torch_does() -> None:
     both = [factors_of("triton"), factors_of(None)]
     random = torch.Generator().manual_seed(0)
