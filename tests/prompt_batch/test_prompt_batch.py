@@ -60,7 +60,9 @@ def by_peft(model: nn.Module, of: hullkit.Query) -> tuple[float, nn.Module]:
     return of.then(adapted.eval()), adapted
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # by peft
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_a_slot_learns_what_an_adapter_of_peft_learns(make: Any, tmp_path: Path) -> None:
     queries = [query(seed) for seed in range(2)]
@@ -187,9 +189,10 @@ def test_the_kernel_updates_and_resets_as_torch_does() -> None:
         control = factors.control([1, 1, 1], [4, 0, 0], [0.0, 0.0, 0.0], 2)
         factors.update_(control.to(DEVICE), broken)
         assert broken.tolist() == [1, 0, 0]
-    for name in ("params", "exp_avg", "copies"):
+    # The interpreter cuts bfloat16 instead of rounding it.
+    for name, bound in (("params", 1e-5), ("exp_avg", 1e-5), ("copies", 2**-7)):
         of_kernel, of_torch = (getattr(factors, name)[1:] for factors in both)
-        torch.testing.assert_close(of_kernel[64:], of_torch[64:], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(of_kernel[64:], of_torch[64:], rtol=bound, atol=1e-6)
 
 
 def test_generate_continues_each_row_with_its_slot() -> None:
