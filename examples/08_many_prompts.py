@@ -20,4 +20,4 @@ for _ in range(10):
     queries.append(hullkit.Query([text[:32]], [20], then=Score(text[32:])))
 for answer in batch.map(queries):
     first, *_, last = answer.losses
-    print(f"prompt {answer.index}: loss {first:.2f} to {last:.2f}, then {answer.value:.2f}")
+    print(f"prompt {answer.place}: loss {first:.2f} to {last:.2f}, then {answer.value:.2f}")

@@ -94,7 +94,7 @@ def test_neighbours_change_a_result_by_rounding_alone() -> None:
     batch = batch_of(model, 3)
     before = {name: p.clone() for name, p in model.named_parameters()}
     together = [*batch.map(queries)]
-    assert [a.index for a in together] == list(range(5))
+    assert [a.place for a in together] == list(range(5))
     assert [a.value for a in together] == pytest.approx(alone, rel=1e-5)
     assert [a.value for a in batch.map(queries)] == [a.value for a in together]  # the same bits
     assert len({a.value for a in together}) == 5
@@ -126,8 +126,8 @@ def test_bad_queries_become_their_own_errors() -> None:
     batch = batch_of(llama().to(DEVICE), 3)
     wanted = iter([a.value for a in batch.map(good)])
     for answer in batch.map(mixed):
-        if answer.index in bad:
-            _, kind, words = bad[answer.index]
+        if answer.place in bad:
+            _, kind, words = bad[answer.place]
             assert type(answer.error) is kind
             assert words in str(answer.error)
             assert answer.value is None

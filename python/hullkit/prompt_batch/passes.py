@@ -120,7 +120,7 @@ class SlotPasses:
                     total, losses = next_token_losses(out, labels)
                 else:  # the last layer has returned its input
                     total, losses = linear_next_token_losses(out, head, labels)
-            (total * self._scale).backward()  # type: ignore[no-untyped-call]
+            (total * self._scale).backward()
         return losses
 
     def _graph(self, tokens: Tensor) -> _Graph | None:

@@ -39,7 +39,7 @@ class Answer(NamedTuple):
     """What became of one query.
 
     Attributes:
-        index: the query's place.
+        place: of the query among the queries, from 0.
         value: the result of its `then`; None without one or after an error.
         losses: the loss of each pass, in nats a token, in order.
         error: the exception that ended this query, or None. It touched no other query.
@@ -49,7 +49,7 @@ class Answer(NamedTuple):
     1.5
     """
 
-    index: int
+    place: int
     value: Any
     losses: tuple[float, ...]
     error: Exception | None

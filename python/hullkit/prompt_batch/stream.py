@@ -149,7 +149,8 @@ class Stream:
                 self._finish(slot, run)
 
     def _finish(self, slot: int, run: Run) -> None:
-        value, error, losses = None, None, ()
+        value, error = None, None
+        losses: tuple[float, ...] = ()
         try:
             losses = run.losses(slot)
             if run.query.then is not None:
