@@ -83,6 +83,10 @@ class Generate:
     Args:
         ids: int64 (T,) or (1, T), the prompt.
         options: of transformers' `generate`.
+
+    >>> import hullkit, torch
+    >>> hullkit.prompt_batch.Generate(torch.tensor([1, 2]), max_new_tokens=5).options
+    {'max_new_tokens': 5}
     """
 
     def __init__(self, ids: Tensor, **options: Any) -> None:
