@@ -9,12 +9,12 @@ from typing import Any
 
 import hullkit
 import pytest
-from hullkit import optim, reference
+from hullkit import optim, prompt_batch, reference
 from hullkit.interop import activeft
 from hullkit.interop import faiss as faiss_adapter
 from hullkit.interop import hullft as hullft_adapter
 
-CONSTANTS = {"__version__", "optim"}
+CONSTANTS = {"__version__", "optim", "prompt_batch"}
 
 
 def public() -> Iterator[tuple[str, Any]]:
@@ -25,6 +25,8 @@ def public() -> Iterator[tuple[str, Any]]:
         yield f"hullkit.TestTimeFinetuner.{name}", getattr(hullkit.TestTimeFinetuner, name)
     for name in optim.__all__:
         yield f"hullkit.optim.{name}", getattr(optim, name)
+    for name in prompt_batch.__all__:
+        yield f"hullkit.prompt_batch.{name}", getattr(prompt_batch, name)
     for name in ("step", "update_in_backward"):
         yield f"hullkit.optim.Adam.{name}", getattr(optim.Adam, name)
     for name in reference.__all__:

@@ -39,7 +39,7 @@ class Answer(NamedTuple):
     """What became of one query.
 
     Attributes:
-        place: the query's, from 0.
+        place: of the query among the queries, from 0.
         value: the result of its `then`; None without one or after an error.
         losses: the loss of each pass, in nats a token, in order.
         error: the exception that ended this query, or None. It touched no other query.
@@ -83,6 +83,10 @@ class Generate:
     Args:
         ids: int64 (T,) or (1, T), the prompt.
         options: of transformers' `generate`.
+
+    >>> import hullkit, torch
+    >>> hullkit.prompt_batch.Generate(torch.tensor([1, 2]), max_new_tokens=5).options
+    {'max_new_tokens': 5}
     """
 
     def __init__(self, ids: Tensor, **options: Any) -> None:

@@ -149,8 +149,8 @@ class Stream:
                 self._finish(slot, run)
 
     def _finish(self, slot: int, run: Run) -> None:
-        losses: tuple[float, ...] = ()
         value, error = None, None
+        losses: tuple[float, ...] = ()
         try:
             losses = run.losses(slot)
             if run.query.then is not None:
