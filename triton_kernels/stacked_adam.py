@@ -15,7 +15,7 @@ COLUMNS = tl.constexpr(4)  # of `chunks`
 
 @triton.jit
 def stacked_adam_kernel(
-    params, grads, exp_avg, exp_avg_sq, copies, fresh, control, broken, chunks, control_row,
+    values, grads, exp_avg, exp_avg_sq, copies, fresh, control, broken, chunks, control_row,
     unscale, beta1, rest1, beta2, rest2, COPY: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def stacked_adam_kernel(
             inside = at < size
             of = begin + at
             if num_steps > 0:
-                param = tl.load(params + of, mask=inside, other=0.0)
+                param = tl.load(values + of, mask=inside, other=0.0)
                 grad = tl.load(grads + of, mask=inside, other=0.0) * unscale
                 mean = tl.load(exp_avg + of, mask=inside, other=0.0)
                 square = tl.load(exp_avg_sq + of, mask=inside, other=0.0)
@@ -56,7 +56,7 @@ def stacked_adam_kernel(
                 param = tl.load(fresh + at, mask=inside, other=0.0)
                 mean = tl.zeros_like(param)
                 square = tl.zeros_like(param)
-            tl.store(params + of, param, mask=inside)
+            tl.store(values + of, param, mask=inside)
             tl.store(exp_avg + of, mean, mask=inside)
             tl.store(exp_avg_sq + of, square, mask=inside)
             if COPY:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hullkit import optim
 from hullkit.finetune.base_weights import adam_options
-from hullkit.finetune.capture_memory import Offloaded
+from hullkit.finetune.capture_memory import HeldTensors
 from hullkit.finetune.padding import bucket
 from hullkit.optim import _kernels
 from hullkit.optim._record import BROKEN, LIMIT, TensorRow
@@ -130,10 +130,10 @@ def test_what_a_warm_up_keeps_off_the_device() -> None:
     wanted = [p.grad for p in model.parameters() if p.grad is not None]
     for parameter in model.parameters():
         parameter.grad = None
-    offloaded = Offloaded(model)
-    with offloaded.hooks():
+    held = HeldTensors(model, room=0, most=None)
+    with held.hooks():
         run()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(map(torch.equal, grads, wanted))
     floats = x.numel() + 5 * 16 + 5 * 4  # batch norm saves its input, too
-    assert floats * 4 <= offloaded.num_bytes <= (floats + 2 * 8) * 4
+    assert floats * 4 <= held.num_bytes <= (floats + 2 * 8) * 4
