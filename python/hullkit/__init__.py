@@ -5,7 +5,7 @@ of a candidate pool), round it to an integer multiset, and spend each gradient o
 Method: HullFT, arXiv 2605.30337.
 """
 
-from . import optim, prompt_batch
+from . import optim, prompt_batch, recipes
 from .finetune import AdaptReport, Reuse, TestTimeFinetuner, reuse_schedule
 from .language_model import bits_per_byte
 from .native.kernels import __version__, build_info
@@ -50,6 +50,7 @@ __all__ = [
     "lmo",
     "optim",
     "prompt_batch",
+    "recipes",
     "reuse_schedule",
     "round_multiplicities",
     "select",

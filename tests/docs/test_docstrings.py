@@ -14,7 +14,7 @@ from hullkit.interop import activeft
 from hullkit.interop import faiss as faiss_adapter
 from hullkit.interop import hullft as hullft_adapter
 
-CONSTANTS = {"__version__", "optim", "prompt_batch"}
+CONSTANTS = {"__version__", "recipes", "optim", "prompt_batch"}
 
 
 def public() -> Iterator[tuple[str, Any]]:

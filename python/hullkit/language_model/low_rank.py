@@ -14,7 +14,9 @@ from .products import SharedInput
 
 _PARTS = ("base_layer", "lora_A", "lora_B")
 _ROWS, _IN, _RANK, _OUT = 4, 6, 3, 5  # of a proof
-_LARGEST_RANK = 64  # with a larger one torch's products are as fast
+_LARGEST_RANK = 64  # of the kernels
+# Where they were found to be faster than torch's products (bench/ops/lora_products.py).
+_PAYING_RANK, _PAYING_COLUMNS = 16, 1 << 14
 # So many programs keep a GPU busy; more parts than these cost more to add up than they save.
 _PROGRAMS, _MOST_PARTS = 256, 8
 
@@ -168,7 +170,10 @@ def low_rank_backward(
 
 
 def _uses_kernels(x: Tensor, a: Tensor, backend: str | None) -> bool:
-    return uses_triton("x", x.device, backend) and a.shape[-2] <= _LARGEST_RANK
+    if not uses_triton("x", x.device, backend) or a.shape[-2] > _LARGEST_RANK:
+        return False
+    slots, rank, columns = a.shape
+    return backend == "triton" or (rank <= _PAYING_RANK and slots * columns >= _PAYING_COLUMNS)
 
 
 def _entries(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -182,7 +187,7 @@ def _entries(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor
 def _plain_forward(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    inner = torch.bmm(x, a.to(x.dtype).mT).mul_(scale)
+    inner = _product(x, a.to(x.dtype).mT, scale)
     return torch.baddbmm(y, inner, b.to(x.dtype).mT), inner
 
 
@@ -199,13 +204,27 @@ def _plain_backward(
     fresh: bool,
 ) -> None:
     if d_b is not None:
-        d_b.view(b.shape).copy_(torch.bmm(d.mT, inner))
-    d_inner = torch.bmm(d, b.to(d.dtype)).mul_(scale)
+        _put(d_b.view(b.shape), d.mT, inner, fresh=True)
+    d_inner = _product(d, b.to(d.dtype), scale)
     if d_a is not None:
-        d_a.view(a.shape).copy_(torch.bmm(d_inner.mT, x))
+        _put(d_a.view(a.shape), d_inner.mT, x, fresh=True)
     if d_x is not None:
-        product = torch.bmm(d_inner, a.to(d.dtype))
-        d_x.copy_(product) if fresh else d_x.add_(product)
+        _put(d_x, d_inner, a.to(d.dtype), fresh)
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale a @ b of batches of matrices."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0.0, alpha=scale)
+
+
+def _put(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """total = a @ b; without `fresh` total += a @ b."""
+    if total.dtype is a.dtype:
+        total.baddbmm_(a, b, beta=0.0 if fresh else 1.0)
+    elif fresh:
+        total.copy_(torch.bmm(a, b))
+    else:
+        total.add_(torch.bmm(a, b))
 
 
 def _forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
