@@ -279,14 +279,17 @@ def headline() -> str:
         ),
         *(
             _measured(
-                f"finetune {name}, 400 tokens, 50 updates, {passes}",
-                (_query(model, "400", "published"), "published loop, padded to 1024 tokens"),
-                _query(model, "400", PASSES[passes]),
+                f"finetune {name}, 400 tokens, 50 updates, bf16",
+                (
+                    _newest(model, commit, "published"),
+                    "published loop, padded to 1024 tokens",
+                ),
+                _newest(model, commit, "hullkit, bf16"),
                 "finetuning",
             )
-            for name, model, passes in (
-                ("GPT-2 small", "GPT-2 small", "bf16"),
-                ("SmolLM2-135M", "smollm2-135m", "bf16"),
+            for name, model, commit in (
+                ("GPT-2 small", "GPT-2 small", "2ba5f2f"),
+                ("SmolLM2-135M", "smollm2", "dfc045a"),
             )
         ),
         _measured(
@@ -298,6 +301,11 @@ def headline() -> str:
         _four_updates(),
     ]
     return table(["what", "before", "hullkit", "ratio", "measured on"], lines)
+
+
+def _newest(model: str, commit: str, provider: str) -> Row:
+    shape = f"{model} tokens=400 updates=50 gradients=30"
+    return one("gpu", op="finetune", provider=provider, shape=shape, commit=commit)
 
 
 SMALL = selection_tables.CPU
