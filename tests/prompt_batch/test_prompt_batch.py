@@ -8,13 +8,12 @@ from typing import Any
 import hullkit
 import pytest
 import torch
+from _models import VOCABULARY, gpt2, llama
 from hullkit.language_model.cross_entropy import next_token_losses
 from hullkit.prompt_batch import Score
 from hullkit.prompt_batch.factors import SlotFactors
 from hullkit.prompt_batch.layers import Layer
 from torch import Tensor, nn
-
-from tests.helpers._models import VOCABULARY, gpt2, llama
 
 peft = pytest.importorskip("peft", reason="an extra is not installed")
 

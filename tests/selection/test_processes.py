@@ -5,37 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from typing import Any
 
-import hullkit
+import _choices
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-
-def _problem(seed: int) -> tuple[Tensor, Tensor]:
-    pool = torch.randn(8, 63, 33, generator=torch.Generator().manual_seed(seed))
-    return pool, pool.mean(1)
-
-
-def choose(seed: int) -> list[Any]:
-    torch.set_num_threads(2)
-    pool, query = _problem(seed)
-    return hullkit.select(pool, query, 12).indices.tolist()
-
-
-class Choices(Dataset[Tensor]):
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, seed: int) -> Tensor:
-        return torch.tensor(choose(seed))
+from _choices import Choices, choose
+from torch.utils.data import DataLoader
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_of_a_data_loader(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))  # where a spawned one finds Choices
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(_choices.__file__))
     expected = [choose(seed) for seed in range(6)]  # this process has threads in its pool
     loader = DataLoader(Choices(), num_workers=2, multiprocessing_context=method)
     assert [batch.squeeze(0).tolist() for batch in loader] == expected

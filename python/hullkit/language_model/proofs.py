@@ -18,6 +18,7 @@ Formula = Norm | LowRank | str
 _PROOFS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Formula | None]] = (
     weakref.WeakKeyDictionary()
 )
+_DEEPEST = 4  # containers within containers
 _PLAIN = (int, float, str, bool, type(None))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parts, hooks and the like
 
@@ -59,12 +60,12 @@ def proof(module: nn.Module) -> Formula | None:
     return found
 
 
-def _fact(value: Any) -> Any:
-    """Something that changes when the value does."""
+def _fact(value: Any, depth: int = 0) -> Any:
+    """Something that changes when the value does. Deep containers count as they are, not by
+    content: one may hold itself."""
     if isinstance(value, _PLAIN):
         return value
-    if isinstance(value, dict):
-        return tuple((_fact(key), _fact(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return tuple(map(_fact, value))
+    if depth < _DEEPEST and isinstance(value, (list, tuple, set, frozenset, dict)):
+        items = value.items() if isinstance(value, dict) else value
+        return tuple(_fact(item, depth + 1) for item in items)
     return id(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,6 @@ from ..finetune.padding import bucket
 from ..finetune.schedule import Reuse, reuse_schedule
 from ..language_model.interface import IGNORED, check_labels, check_token_ids, token_limits
 from .queries import Answer, Query
-
-if TYPE_CHECKING:
-    from .batch import PromptBatch
 
 _AHEAD = 4  # times as many queries as slots may be read before the answer that is due
 
@@ -71,7 +68,7 @@ class Stream:
     keep: slots keep what they have learned, and take no second query.
     """
 
-    def __init__(self, batch: PromptBatch, queries: Iterable[Any], keep: bool) -> None:
+    def __init__(self, batch: Any, queries: Iterable[Any], keep: bool) -> None:
         self._batch = batch
         self._queries = enumerate(queries)
         self._keep = keep
