@@ -267,8 +267,10 @@ def headline() -> str:
         ),
         _measured(
             "`sift`, one prompt",
-            one("cpu", op="sift", provider="activeft", shape=near),
-            one("cpu", op="sift", provider="hullkit", shape=near),
+            *(
+                one("cpu", op="sift", provider=provider, shape=near, commit="538ee16")
+                for provider in ("activeft", "hullkit")
+            ),
             "selection_cpu",
         ),
         _measured(

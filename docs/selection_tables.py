@@ -103,7 +103,7 @@ def sift_cpu() -> str:
     lines = []
     for name, shape in PROBLEMS.items():
         values = [
-            median("cpu", op="sift", provider=provider, shape=shape)
+            median("cpu", op="sift", provider=provider, shape=shape, commit="f024c71")
             for provider in ("numpy", "activeft", "hullkit")
         ]
         lines.append([name, *map(figure, values), times(values[1] / values[2])])
