@@ -66,10 +66,10 @@ class AdaptRows:
     ...     tuner = hullkit.TestTimeFinetuner(model)
     ...     choose = lambda block: [([torch.tensor([1, n])], [2]) for n in block["n"].tolist()]
     ...     return Setup(tuner, choose, lambda model, row: {"seen": row["n"] + 1})
-    >>> rows = AdaptRows(setup, keep=["n"])({"n": numpy.array([2, 99])}).to_pylist()
-    >>> rows[0]
+    >>> good, bad = AdaptRows(setup, keep=["n"])({"n": numpy.array([2, 99])}).to_pylist()
+    >>> good
     {'n': 2, 'num_updates': 2, 'num_passes': 1, 'error': None, 'seen': 3}
-    >>> rows[1]["error"].partition(" ids")[0]
+    >>> bad["error"].partition(" ids")[0]
     'ValueError: examples[0]: expected'
 
     Cost: that of the tuner's queries; a block is held in memory.
