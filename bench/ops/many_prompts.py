@@ -17,22 +17,10 @@ import hullkit
 import torch
 
 from bench.harness.rows import append, commit, processor
-from bench.ops.finetune import synchronize
+from bench.ops.finetune import timed
 from bench.ops.model_sizes import CASES, COUNTS, SHAPES, build, release
 
 RANK = 16
-
-
-def seconds(run: Callable[[], None], device: torch.device, rounds: int) -> list[float]:
-    run()  # records, compiles
-    times = []
-    for _ in range(rounds):
-        synchronize(device)
-        began = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return times
 
 
 def alone(model: Any, queries: list[Any]) -> Callable[[], None]:
@@ -96,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                     if provider.startswith("PromptBatch")
                     else alone(model, queries)
                 )
-                times = sorted(seconds(run, device, arguments.rounds))
+                run()  # records, compiles
+                times = sorted(ms / 1e3 for ms in timed(run, device, arguments.rounds))
             except RuntimeError as error:
                 provider += ", " + str(error).splitlines()[0][:60].replace(",", ";")
             peak = torch.cuda.max_memory_reserved(device) if cuda else None

@@ -248,3 +248,17 @@ def test_captured_passes_give_what_eager_ones_give(dtype: torch.dtype) -> None:
         assert batch.path == ("captured" if capture else "eager")
     for one, other in zip(*answers, strict=True):
         assert one == pytest.approx(other, rel=1e-5 if dtype is torch.float32 else 1e-2)
+
+
+def test_a_forward_that_somebody_replaced_stays() -> None:
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 1)
+    layer = model.model.layers[0].mlp.up_proj
+    own = layer.forward = lambda x: x
+    with pytest.raises(RuntimeError, match="expected its class's forward"), batch.slot(0):
+        pass
+    assert layer.__dict__["forward"] is own
+    del layer.forward
+    with batch.slot(0), pytest.raises(RuntimeError, match="another slot"), batch.slot(0):
+        pass
+    assert "forward" not in layer.__dict__

@@ -109,6 +109,12 @@ class SlotForwards:
 
     @contextmanager
     def _replaced(self, of: slice, slots: int, anchor: Tensor | None) -> Iterator[None]:
+        for layer in self._layers:  # what others put there since would be lost at the end
+            if "forward" in layer.module.__dict__:
+                raise RuntimeError(
+                    f"{layer.name}: expected its class's forward, got another: somebody "
+                    "replaced it, or the model runs with another slot"
+                )
         try:
             for layer in self._layers:
                 forward = partial(self._forward, layer, of, slots, anchor)
