@@ -13,42 +13,24 @@ a figure that must stay what it is, and how often.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from bench.harness.rows import RESULTS, append, commit, processor
-from bench.quality import load
-from bench.quality.endless_calls import CALLS, program
+from bench.quality import endless_calls, load
 from bench.quality.load import Figures
 
 FIELDS = ["check", "figure", "value", "unit", "count", "device", "torch", "commit", "command"]
 
 
-def answered_after(call: str) -> float:
-    """Seconds from the signal to KeyboardInterrupt, after which the library must still work."""
-    command = [sys.executable, "-c", program(call)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(1.0)
-        sent = time.time()
-        process.send_signal(signal.SIGINT)
-        heard, works = [*process.communicate(timeout=300)[0].split(), ""][:2]
-    if works != "True":  # or it finished before
-        raise RuntimeError(f"{call}: expected a library that works after Ctrl-C")
-    return float(heard) - sent
-
-
 def ctrl_c(rounds: int) -> Figures:
     found: Figures = []
-    for name, call in CALLS.items():
-        worst = max(answered_after(call) for _ in range(rounds))
+    for name, answered in itertools.groupby(endless_calls.answers(1.0, rounds), lambda x: x[0]):
+        worst = max(seconds for _, seconds in answered)
         found.append({"figure": name, "value": round(worst, 3), "unit": "s", "count": rounds})
         print(found[-1], flush=True)
     return found
