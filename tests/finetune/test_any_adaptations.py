@@ -104,12 +104,10 @@ class Acts:
         self.owner.more = nn.Linear(2, 2)
 
     def load(self) -> None:
-        zeros = {name: torch.zeros_like(t) for name, t in self.model.state_dict().items()}
-        trained = {id(p) for p in self.parameters}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if id(parameter) not in trained:  # those are the user's to leave alone
-                zeros[name] = parameter.detach()
-        self.model.load_state_dict(zeros)
+        trained = {id(p) for p in self.parameters}  # frozen ones are the user's to leave alone
+        named = self.model.named_parameters(remove_duplicate=False)
+        zeros = {name: torch.zeros_like(p) for name, p in named if id(p) in trained}
+        self.model.load_state_dict(zeros, strict=False)
 
 
 class InBlock(Acts):
@@ -127,9 +125,6 @@ class InBlock(Acts):
 
     def free(self) -> None:
         self.chosen.untyped_storage().resize_(0)
-
-    def compute(self) -> None:
-        torch.set_float32_matmul_precision("medium")
 
     def copy(self) -> None:
         with pytest.raises(RuntimeError, match="not being adapted"):
@@ -176,7 +171,7 @@ class AnyAdaptations(RuleBasedStateMachine):
 
     @rule(
         numbers=counts,
-        acts=st.lists(st.tuples(st.sampled_from(public(InBlock)), st.integers(0, 30)), max_size=4),
+        acts=st.lists(st.tuples(st.sampled_from(public(InBlock)), st.integers(0, 30)), max_size=6),
         leave=st.booleans(),
     )
     def query(self, numbers: list[int], acts: list[tuple[str, int]], leave: bool) -> None:
@@ -272,7 +267,7 @@ class AnyAdaptations(RuleBasedStateMachine):
         self.tuner.warmup([2, 9])
 
 
-AnyAdaptations.TestCase.settings = budget(12, 12)
+AnyAdaptations.TestCase.settings = budget(30, 12)
 TestAnyAdaptations = pytest.mark.usefixtures("one_thread")(AnyAdaptations.TestCase)
 
 

@@ -199,7 +199,7 @@ class AnyBatches(RuleBasedStateMachine):
         self.before = Before(self.model)
 
 
-AnyBatches.TestCase.settings = budget(10, 10)
+AnyBatches.TestCase.settings = budget(15, 10)
 TestAnyBatches = pytest.mark.usefixtures("one_thread")(AnyBatches.TestCase)
 
 
