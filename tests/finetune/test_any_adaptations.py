@@ -15,7 +15,7 @@ from typing import Any
 import hullkit
 import pytest
 import torch
-from _machines import budget
+from _cases import machine
 from _models import VOCABULARY, Before, distance, gpt2, llama, plain, same_bits, state, texts
 from hullkit import reference
 from hypothesis import strategies as st
@@ -267,7 +267,7 @@ class AnyAdaptations(RuleBasedStateMachine):
         self.tuner.warmup([2, 9])
 
 
-AnyAdaptations.TestCase.settings = budget(30, 12)
+AnyAdaptations.TestCase.settings = machine(30, 12)
 TestAnyAdaptations = pytest.mark.usefixtures("one_thread")(AnyAdaptations.TestCase)
 
 
