@@ -34,6 +34,20 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
 
 
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Options with which the model's forward keeps no keys and values, of use for generation only.
+
+    PEFT's models hand options on to the model inside them.
+    """
+    parameters = forward_parameters(model)
+    model = getattr(model, "_orig_mod", model)
+    inner = getattr(model, "get_base_model", None)
+    if callable(inner) and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        learned = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", True)
+        parameters = {} if learned else forward_parameters(inner())
+    return {"use_cache": False} if "use_cache" in parameters else {}
+
+
 def logits_of(output: Any, ids: Tensor, before: int = 0) -> Tensor:
     """The logits (K, T, V) in a causal language model's output for ids (K, T).
 
