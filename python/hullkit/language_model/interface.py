@@ -127,6 +127,8 @@ def check_token_ids(name: str, ids: Any, limits: TokenLimits) -> Tensor:
         raise TypeError(f"{name}: expected dtype torch.int64, got {tokens.dtype}")
     if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and tokens.shape[0] != 1):
         raise ValueError(f"{name}: expected shape (T,) or (1, T), got {tuple(tokens.shape)}")
+    if tokens.is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
     if tokens.shape[-1] < 2:
         raise ValueError(f"{name}: expected at least 2 tokens, got {tokens.shape[-1]}")
     if limits.positions is not None and tokens.shape[-1] > limits.positions:
