@@ -120,7 +120,7 @@ def token_limits(model: nn.Module) -> TokenLimits:
     return TokenLimits(vocabulary, _predicted(model) or vocabulary, _positions(model))
 
 
-def check_token_ids(name: str, ids: Any, limits: TokenLimits) -> Tensor:
+def check_token_ids(name: str, ids: Any, limits: TokenLimits, fewest: int = 2) -> Tensor:
     """`ids` as (1, T), after checking type, dtype, rank, T and the range of the ids."""
     tokens = check_tensor(name, ids)
     if tokens.dtype != torch.int64:
@@ -129,8 +129,8 @@ def check_token_ids(name: str, ids: Any, limits: TokenLimits) -> Tensor:
         raise ValueError(f"{name}: expected shape (T,) or (1, T), got {tuple(tokens.shape)}")
     if tokens.is_meta:
         raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
-    if tokens.shape[-1] < 2:
-        raise ValueError(f"{name}: expected at least 2 tokens, got {tokens.shape[-1]}")
+    if tokens.shape[-1] < fewest:
+        raise ValueError(f"{name}: expected at least {fewest} tokens, got {tokens.shape[-1]}")
     if limits.positions is not None and tokens.shape[-1] > limits.positions:
         raise ValueError(
             f"{name}: expected at most {limits.positions} tokens, the model's positions, "
