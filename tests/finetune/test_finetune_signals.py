@@ -74,6 +74,7 @@ class AtEvery:
                 sys.settrace(outer)
             check(self._seen >= self._chosen)
             if self._seen < self._chosen:
+                print(f"{self._chosen - 1} moments")
                 return
         pytest.fail("not every moment was tried")
 
