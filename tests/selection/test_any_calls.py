@@ -5,6 +5,7 @@ A call is refused by name, or its results are what the operation promises. No ca
 
 from __future__ import annotations
 
+import inspect
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +23,19 @@ DTYPES = [*FLOATS, torch.int64, torch.int32, torch.bool, torch.complex64]
 ODD = [0.0, -0.0, 1e-45, 1e-310, 3e38, 1e300, float("nan"), float("inf"), -float("inf")]
 NAMES = ["lmo", "knn", "duplicates", "frank_wolfe", "select", "sift", "round_multiplicities"]
 NAMES += ["apportion"]
+
+TAKEN = {
+    name: inspect.signature(getattr(hullkit, name)).parameters
+    for name in ("lmo", "knn", "frank_wolfe", "sift", "select")
+}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    *({"variant": variant} for variant in ("away", "pairwise", "fully_corrective", "none")),
+    *({"method": method} for method in ("hull", "knn", "sift", "none")),
+    *({"max_weight": number, "max_multiplicity": 3} for number in (0.5, 0.01, 2.0)),
+    *({"tol": tol, "max_iters": 3, "noise": tol, "alpha": tol} for tol in (0.0, 1e-300, 1e300)),
+    {"max_support": 2, "merge_duplicates": 0.5, "backend": "reference"},
+]
 
 sizes = st.lists(st.integers(0, 9), max_size=4)
 integers = st.one_of(st.integers(-2, 12), st.sampled_from([2**31, 2**40, 2**62, -(2**63)]))
@@ -103,6 +117,8 @@ class AnyCalls(RuleBasedStateMachine):
         number=integers,
         value=st.one_of(st.none(), numbers),
         lengths=st.one_of(st.none(), st.integers(-1, 10)),
+        option=st.sampled_from(OPTIONS),
+        candidates=st.booleans(),
     )
     def call_function(
         self,
@@ -112,6 +128,8 @@ class AnyCalls(RuleBasedStateMachine):
         number: int,
         value: float | None,
         lengths: int | None,
+        option: dict[str, Any],
+        candidates: bool,
     ) -> None:
         batch, n, d = shape
         pool = torch.randn(n, d, generator=torch.Generator().manual_seed(n)).to(dtype)
@@ -121,6 +139,9 @@ class AnyCalls(RuleBasedStateMachine):
         options: dict[str, Any] = {}
         if lengths is not None:
             options["lengths"] = torch.full((batch,), lengths)
+        if candidates:  # some of them are none, or row n, which is not there
+            options["candidates"] = torch.arange(batch * 7).reshape(batch, 7) % (n + 2) - 1
+        options |= {key: of for key, of in option.items() if key in TAKEN[name]}
         most = min(number, 50)  # so many outputs; the rest are refused
         extra = {"knn": [most], "sift": [most], "select": [most]}.get(name, [])
         try:
@@ -128,10 +149,11 @@ class AnyCalls(RuleBasedStateMachine):
         except REFUSALS:
             return
         indices = result.index if name == "lmo" else result.indices
-        valid = n if lengths is None else lengths
+        valid = lengths if lengths is not None else 7 if candidates else n
         assert ((indices >= -1) & (indices < valid)).all()
         if name == "select":
-            assert (result.counts.sum(-1) == most).all()
+            sums = result.counts.sum(-1)
+            assert (sums == most).all() or ("alpha" in options and (sums <= most).all())
         if name == "frank_wolfe":
             assert ((result.weights.sum(-1) - 1).abs() < 1e-9).all()
 
