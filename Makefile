@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz sanitize sanitize-cpu lint format clean
+.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz fuzz-python sanitize sanitize-cpu lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python bench/demo/run.py $(ARGS)
@@ -57,6 +57,12 @@ fuzz:
 	mkdir -p build/fuzz/corpus
 	build/fuzz/fuzz_selection -max_total_time=$(FUZZ_SECONDS) -max_len=64 -timeout=20 -print_final_stats=1 \
 	  -artifact_prefix=build/fuzz/ build/fuzz/corpus csrc/fuzz/seeds
+
+# Any calls in any order, from Python, for some minutes; the same in every `make test`, for seconds.
+fuzz-python: $(VENV)/.test
+	$(BIN)/python -m pytest -q --hypothesis-profile=long --hypothesis-show-statistics \
+	  tests/selection/test_any_calls.py tests/optim/test_optim_changes.py \
+	  tests/finetune/test_any_adaptations.py tests/prompt_batch/test_any_batches.py $(ARGS)
 
 sanitize-cpu: $(VENV)/.test
 	.ci/sanitize $(BIN)/python $(ARGS)

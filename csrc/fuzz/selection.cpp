@@ -74,7 +74,7 @@ void fuzz_knn(Input& input) {
 void fuzz_duplicates(Input& input) {
   const Problem problem(input, false);
   const int64_t batch = problem.batch();
-  const double eps = input.one_of({1e-12, 0.01, 0.5, 1.0, 2.0});
+  const double eps = input.one_of({1e-12, 0.01, 0.5, 1.0, 2.0, 1e-300});
   struct Outputs {
     Buffer representatives;
     bool same(const Outputs& other) const { return representatives.same(other.representatives); }
