@@ -78,37 +78,27 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
 
 
 class SlotForwards:
-    """Runs layers with the factors of slots: of all, or of one.
+    """Runs layers with the factors of slots.
 
     scale: of the low-rank product. autocast: whether products are in bfloat16.
     """
 
-    def __init__(self, layers: list[Layer], slots: int, scale: float, backend: str | None) -> None:
+    def __init__(self, layers: list[Layer], scale: float, backend: str | None) -> None:
         self._layers = layers
-        self._slots = slots
         self._scale = scale
         self._backend = backend
         self._used: set[str] = set()
 
     @contextmanager
-    def all(self, anchor: Tensor | None = None) -> Iterator[None]:
-        """Inside the block row k of a batch goes through the factors of slot k.
+    def some(self, first: int, slots: int, anchor: Tensor | None = None) -> Iterator[None]:
+        """Inside the block row i of a batch goes through the factors of slot first + i.
 
+        slots: the number of rows.
         anchor: a tensor that requires a gradient, of a pass with a backward half. Every layer may
             then run once, since its gradients are overwritten.
         """
         self._used = set()
-        with self._replaced(slice(None), self._slots, anchor):
-            yield
-
-    @contextmanager
-    def one(self, slot: int) -> Iterator[None]:
-        """Inside the block the model behaves as adapted with one slot."""
-        with self._replaced(slice(slot, slot + 1), 1, None):
-            yield
-
-    @contextmanager
-    def _replaced(self, of: slice, slots: int, anchor: Tensor | None) -> Iterator[None]:
+        of = slice(first, first + slots)
         for layer in self._layers:  # what others put there since would be lost at the end
             if "forward" in layer.module.__dict__:
                 raise RuntimeError(
@@ -167,7 +157,7 @@ class _Stacked(torch.autograd.Function):
             y, inner = low_rank_forward(y, x, layer.a[of], layer.b[of], scale, backend)
         if anchor is not None:
             ctx.save_for_backward(x, inner)
-            ctx.layer, ctx.scale, ctx.backend = layer, scale, backend
+            ctx.layer, ctx.of, ctx.scale, ctx.backend = layer, of, scale, backend
         return y
 
     @staticmethod
@@ -180,8 +170,9 @@ class _Stacked(torch.autograd.Function):
             d = d.contiguous()
             if ctx.needs_input_grad[0]:
                 d_x = (d.flatten(0, 1) @ layer.weight(d.dtype).t()).view(x.shape)
+            of: slice = ctx.of
             low_rank_backward(
-                d, x, layer.a, layer.b, inner, ctx.scale, layer.d_a, layer.d_b, d_x, False,
-                ctx.backend,
+                d, x, layer.a[of], layer.b[of], inner, ctx.scale, layer.d_a[of], layer.d_b[of],
+                d_x, False, ctx.backend,
             )  # fmt: skip
         return d_x, None, None, None, None, None
