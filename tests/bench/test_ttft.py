@@ -39,7 +39,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(bench: Any, folder: Path, texts: Path, *options: str) -> list[dict[str, str]]:
     common = ["--out", str(folder), "--texts", str(texts), "--device", "cpu"]
     common += ["--max-length", "24", "--calibration", "1", "--judged", "1"]
-    bench.__main__.main([*options, *common])
+    bench.__main__.main([*common, *options])
     return list(bench.store.read(folder))
 
 
@@ -85,6 +85,31 @@ def test_every_phase_and_a_second_call_measures_nothing_again(
     assert {line["subset"] for line in lines} == {"one", "two", "mean of subsets"}
     assert float(knn["percent_low"]) <= float(knn["percent"]) <= float(knn["percent_high"])
     assert knn["from_knn"] == ""
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_many_prompts_share_a_stream_and_the_rates_of_one(
+    bench: Any, texts: Path, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    pytest.importorskip("peft")
+    options = ["--paths", "lora", "many", "--rules", "kNN", "--budgets", "2", "--slots", "2"]
+    options += ["--steps", "1e-3", "--judged", "2"]
+    rows = run(bench, tmp_path, texts, "calibrate", "judge", *options)
+    assert [row["path"] for row in rows if row["phase"] == "calibrate"] == ["lora"] * 2
+    alone, many = (
+        {(row["subset"], row["query"]): row for row in rows if row["path"] == path}
+        for path in ("lora", "many")
+    )
+    judged = {(subset, query) for subset in ("one", "two") for query in ("1", "2")}
+    assert judged == many.keys()
+    for query, row in many.items():
+        assert (row["lr"], row["passes"], row["slots"]) == ("0.001", "2", "2")
+        assert float(row["percent"]) < 100
+        # Fresh factors are random and differ, so the bits do.
+        assert float(row["bpb"]) == pytest.approx(float(alone[query]["bpb"]), rel=0.05)
+        assert float(row["adapt_ms"]) == float(many[query[0], "1"]["adapt_ms"]) > 0
+    assert {row["slots"] for row in alone.values()} == {"1"}
 
 
 def assert_lowest(bench: Any, rows: list[dict[str, str]]) -> None:
