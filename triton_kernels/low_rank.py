@@ -15,7 +15,7 @@ import triton.language as tl
 from .tiles import load_tile, store_tile
 
 # Blocks of rows of T and of columns of D or E.
-ROWS = 32
+ROWS = 64
 COLUMNS = 128
 
 
