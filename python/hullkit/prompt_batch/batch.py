@@ -21,7 +21,7 @@ from ..language_model.interface import (
 from ..language_model.loss import PRECISIONS
 from .export import write_adapter
 from .factors import SlotFactors
-from .layers import SlotForwards, chosen_layers
+from .layers import SlotForwards, chosen_layers, device_and_dtype
 from .memory import PLANNED, Room, budget, slots_within
 from .passes import SlotPasses, evaluating
 from .queries import Answer
@@ -47,15 +47,15 @@ class PromptBatch:
 
     Args:
         model: a causal language model in memory, float32, bfloat16 or float16, on one device. Its
-            weights are neither trained nor written.
+            weights are neither trained nor written. Layers may be bitsandbytes' of 8 or 4 bits.
         slots: K >= 1, prompts at once. "auto": 64 or the largest power of 2 for which `memory` has
             room, with texts of 512 tokens.
         memory: for slots and passes, a number of bytes or a fraction of what is free now. A pass
             that would take more has fewer slots at a time. None: for "auto" all that is free, less
             1/16 of a CUDA device; else no bound, and fewer slots after a pass ran out of memory.
         rank, alpha, rslora: of the adapters.
-        target: "all-linear", every `torch.nn.Linear` and `Conv1D` of transformers but the output
-            head; or a sequence of names, or ends of names, of layers.
+        target: "all-linear", every `torch.nn.Linear`, `Conv1D` of transformers and quantised layer
+            but the output head; or a sequence of names, or ends of names, of layers.
         lr, betas, eps, refresh_interval, seed: as TestTimeFinetuner's; seed is of fresh factors.
         precision: of the passes, as TestTimeFinetuner's: "float32", "tf32" or "bf16".
         capture: whether passes with their updates are CUDA graphs, one for each padded length.
@@ -63,8 +63,8 @@ class PromptBatch:
         backend: "triton" runs the kernels on CPU tensors too, in Triton's interpreter.
 
     Raises:
-        TypeError, ValueError: a bad argument; no such layers; layers of other classes (quantised
-            ones, adapters); parameters on the meta device.
+        TypeError, ValueError: a bad argument; no such layers; layers of other classes (adapters,
+            other quantised ones); parameters on the meta device; no memory for the slots.
         RuntimeError: from a pass: a chosen layer ran twice in it.
 
     >>> import hullkit, torch
@@ -122,16 +122,7 @@ class PromptBatch:
         if isinstance(target, str) and target != "all-linear":
             raise ValueError(f"target: expected 'all-linear' or names, got {target!r}")
         self._layers = chosen_layers(model, target)
-        weights = [layer.module.weight for layer in self._layers]
-        devices, dtypes = {w.device for w in weights}, {w.dtype for w in weights}
-        known = {torch.float32, torch.bfloat16, torch.float16}
-        if len(devices) != 1 or len(dtypes) != 1 or not dtypes <= known:
-            found = sorted(map(str, devices | dtypes))
-            raise ValueError(
-                "model: expected layers on one device in float32, bfloat16 or float16, got "
-                + ", ".join(found)
-            )
-        [device], [dtype] = devices, dtypes
+        device, dtype = device_and_dtype(model, self._layers)
         half = torch.bfloat16 if precision == "bf16" else dtype
         scale = _SCALE if dtype is torch.float16 else 1.0
         share = alpha / (math.sqrt(rank) if rslora else rank)

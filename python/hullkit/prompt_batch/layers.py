@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
 from ..language_model.products import SharedInput, SharedInputs, add_product, product
+from .quantized import EIGHT_BITS, FOUR_BITS, check_quantized, product_of, weight_of
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 
@@ -34,12 +35,27 @@ class Layer:
         self.name = name
         self.module = module
         self.transposed = isinstance(module, nn.Linear)  # weight (O, I), else (I, O)
-        weight: Tensor = module.weight
-        self.outputs, self.inputs = weight.shape if self.transposed else weight.shape[::-1]
+        self.quantized = _kind(module) in (EIGHT_BITS, FOUR_BITS)
+        if self.transposed:
+            self.outputs, self.inputs = module.out_features, module.in_features
+        else:
+            self.inputs, self.outputs = module.weight.shape
         self._copy: tuple[Tensor, int, Tensor] | None = None
 
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's own product with x (..., I), its bias added, without autograd."""
+        if self.quantized:
+            return product_of(self.module, x)
+        rows = x.reshape(-1, x.shape[-1])
+        return product(x, rows, self.weight(x.dtype), self.module.bias)
+
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight (I, O) in the dtype of products. A copy is kept: the weight is frozen."""
+        """The weight (I, O) in the dtype of products. A copy is kept: the weight is frozen.
+
+        Of a quantised weight there is no copy, which would need the memory that it saves.
+        """
+        if self.quantized:
+            return weight_of(self.module, dtype).t()
         weight: Tensor = self.module.weight
         own = weight.detach()
         if own.dtype is not dtype:
@@ -60,22 +76,48 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
     ends = None if isinstance(target, str) else tuple(target)
     found = []
     for name, module in model.named_modules():
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        kind = _kind(module)
         if not (isinstance(module, nn.Linear) or kind == _CONV1D) or module is head:
             continue
         if ends is not None and not any(re.search(rf"(^|\.){re.escape(e)}$", name) for e in ends):
             continue
-        if type(module) is not nn.Linear and kind != _CONV1D:
+        if type(module) is not nn.Linear and kind not in (_CONV1D, EIGHT_BITS, FOUR_BITS):
             raise ValueError(
-                "model: expected linear layers of torch.nn.Linear or transformers' Conv1D, got "
-                f"{kind}: {name!r}"
+                "model: expected linear layers of torch.nn.Linear, transformers' Conv1D, or "
+                f"bitsandbytes' Linear8bitLt and Linear4bit, got {kind}: {name!r}"
             )
+        if kind in (EIGHT_BITS, FOUR_BITS):
+            check_quantized(name, module)
         if "forward" in module.__dict__:
             raise ValueError(f"model: expected layers with their own forward, got {name!r}")
         found.append(Layer(name, module))
     if not found:
         raise ValueError(f"target: expected linear layers in the model, got none for {target!r}")
     return found
+
+
+def device_and_dtype(model: nn.Module, layers: list[Layer]) -> tuple[torch.device, torch.dtype]:
+    """The device of the layers, and the dtype of their weights.
+
+    Where all are quantised, products have the dtype of the model's other parameters.
+    """
+    devices = {layer.module.weight.device for layer in layers}
+    dtypes = {layer.module.weight.dtype for layer in layers if not layer.quantized}
+    if not dtypes:
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    known = {torch.float32, torch.bfloat16, torch.float16}
+    if len(devices) != 1 or len(dtypes) != 1 or not dtypes <= known:
+        found = sorted(map(str, devices | dtypes))
+        raise ValueError(
+            "model: expected layers on one device in float32, bfloat16 or float16, got "
+            + ", ".join(found)
+        )
+    [device], [dtype] = devices, dtypes
+    return device, dtype
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 class SlotForwards:
@@ -170,7 +212,7 @@ class _Stacked(torch.autograd.Function):
         a, b = layer.a[of], layer.b[of]
         rows = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            y = product(x, rows, layer.weight(x.dtype), layer.module.bias)
+            y = layer.product(x)
             stacked = rows.view(len(a), -1, rows.shape[1])
             inner = low_rank_forward_(
                 y.view(len(a), -1, y.shape[-1]), stacked, a, b, scale, backend
