@@ -23,6 +23,7 @@ from .export import write_adapter
 from .factors import SlotFactors
 from .layers import SlotForwards, chosen_layers, device_and_dtype
 from .memory import PLANNED, Room, budget, slots_within
+from .neighbours import check_rows, feels_padding
 from .passes import SlotPasses, evaluating
 from .queries import Answer
 from .stream import Run, Stream
@@ -129,6 +130,7 @@ class PromptBatch:
         self._forwards = SlotForwards(self._layers, share, backend)
         self._longest = longest_padded(model)
         self._busy = False
+        self._pads: bool | None = None  # not known yet
 
         def make(number: int) -> None:
             self.slots = number
@@ -180,6 +182,7 @@ class PromptBatch:
 
         Raises:
             RuntimeError: another `map` or `adapt_` of this batch is under way.
+            ValueError: rows of a batch change each other in this model.
         """
         answers = self._answers(queries, keep=False)
         if not progress:
@@ -222,6 +225,17 @@ class PromptBatch:
 
     def reset(self, slot: int) -> None:
         self._factors.reset_(slot, self.seed)
+
+    def pads(self, text: Tensor) -> bool:
+        """Whether texts may be padded. The first text shows it.
+
+        Raises ValueError if rows of a batch change each other.
+        """
+        if self._pads is None:
+            if self.slots > 1:
+                check_rows(self._passes.logits, text, self._passes.exact)
+            self._pads = not feels_padding(self._passes.logits, text, self._passes.exact)
+        return self._pads
 
     def rows(self, length: int) -> int:
         """The slots of a pass of texts that are padded to this length."""

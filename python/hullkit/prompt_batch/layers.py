@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ _CONV1D = "transformers.pytorch_utils.Conv1D"
 class Layer:
     """A linear layer of the model. `SlotFactors` sets its factors.
 
-    a (K, R, I), b (K, O, R): what products read. d_a, d_b: float32, where gradients go.
+    a (K, R, I), b (K, O, R): what products read. d_a, d_b: float32, where gradients go. learned:
+    whether the latest pass has written them.
     """
 
     a: Tensor
@@ -34,6 +35,7 @@ class Layer:
     def __init__(self, name: str, module: Any) -> None:
         self.name = name
         self.module = module
+        self.learned = False
         self.transposed = isinstance(module, nn.Linear)  # weight (O, I), else (I, O)
         self.quantized = _kind(module) in (EIGHT_BITS, FOUR_BITS)
         if self.transposed:
@@ -120,6 +122,16 @@ def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+class _Call(NamedTuple):
+    """How layers run: with the factors of which slots, on how many rows of tokens."""
+
+    of: slice
+    slots: int
+    tokens: int | None  # in a pass with a backward half
+    anchor: Tensor | None
+    inputs: SharedInputs
+
+
 class SlotForwards:
     """Runs layers with the factors of slots.
 
@@ -133,23 +145,42 @@ class SlotForwards:
         self._used: set[str] = set()
 
     @contextmanager
-    def some(
-        self,
-        first: int,
-        slots: int,
-        anchor: Tensor | None = None,
-        inputs: SharedInputs | None = None,
-    ) -> Iterator[None]:
+    def some(self, first: int, slots: int) -> Iterator[None]:
         """Inside the block row i of a batch goes through the factors of slot first + i.
 
         slots: the number of rows.
-        anchor: a tensor that requires a gradient, of a pass with a backward half. Every layer may
-            then run once, since its gradients are overwritten.
+        """
+        with self._replaced(_Call(slice(first, first + slots), slots, None, None, SharedInputs())):
+            yield
+
+    @contextmanager
+    def learning(
+        self, first: int, shape: torch.Size, anchor: Tensor, inputs: SharedInputs
+    ) -> Iterator[None]:
+        """As `some`, of a pass with a backward half, of ids of this shape (R, T).
+
+        Every layer may then run once, since its gradients are overwritten.
+
+        anchor: a tensor that requires a gradient.
         inputs: of the layers in that pass.
         """
         self._used = set()
-        of = slice(first, first + slots)
-        inputs = inputs or SharedInputs()
+        for layer in self._layers:
+            layer.learned = False
+        rows, length = shape
+        of = slice(first, first + rows)
+        with self._replaced(_Call(of, rows, rows * length, anchor, inputs)):
+            yield
+
+    def clear_unlearned(self) -> None:
+        """Sets gradients of layers to 0 that took no part in the latest pass."""
+        for layer in self._layers:
+            if not layer.learned:
+                layer.d_a.zero_()
+                layer.d_b.zero_()
+
+    @contextmanager
+    def _replaced(self, call: _Call) -> Iterator[None]:
         for layer in self._layers:  # what others put there since would be lost at the end
             if "forward" in layer.module.__dict__:
                 raise RuntimeError(
@@ -158,36 +189,32 @@ class SlotForwards:
                 )
         try:
             for layer in self._layers:
-                forward = partial(self._forward, layer, of, slots, anchor, inputs)
-                layer.module.forward = forward
+                layer.module.forward = partial(self._forward, layer, call)
             yield
         finally:
             for layer in self._layers:
                 layer.module.__dict__.pop("forward", None)
 
-    def _forward(
-        self,
-        layer: Layer,
-        of: slice,
-        slots: int,
-        anchor: Tensor | None,
-        inputs: SharedInputs,
-        x: Tensor,
-    ) -> Tensor:
-        rows = math.prod(x.shape[:-1])
+    def _forward(self, layer: Layer, call: _Call, x: Tensor) -> Tensor:
+        rows, slots = math.prod(x.shape[:-1]), call.slots
         if rows % slots or (x.ndim > 2 and len(x) % slots):
             raise ValueError(
                 f"{layer.name}: expected rows of {slots} slots, got an input {tuple(x.shape)}"
             )
-        if anchor is not None:
+        if call.anchor is not None:
+            if rows != call.tokens:  # a part of the tokens, as experts get, may mix slots
+                raise RuntimeError(
+                    f"{layer.name}: expected a row for each of {call.tokens} tokens, got an input "
+                    f"{tuple(x.shape)}"
+                )
             if layer.name in self._used:
                 raise RuntimeError(f"{layer.name}: expected one call in a pass, got another")
             self._used.add(layer.name)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        tensor, shared = inputs.of(x, dtype)
+        tensor, shared = call.inputs.of(x, dtype)
         y: Tensor = _Stacked.apply(  # type: ignore[no-untyped-call]
-            tensor, anchor, layer, of, shared, self._scale, self._backend
+            tensor, call.anchor, layer, call.of, shared, self._scale, self._backend
         )
         return y
 
@@ -236,6 +263,7 @@ class _Stacked(torch.autograd.Function):
                 total, fresh = ctx.shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)
                 add_product(total, d.flatten(0, 1), layer.weight(d.dtype).t(), fresh)
                 d_x = total.view(x.shape)
+            layer.learned = True
             to = Gradients(layer.d_a[of], layer.d_b[of], d_x, fresh=False)
             low_rank_backward(d, x, layer.a[of], layer.b[of], inner, ctx.scale, to, ctx.backend)
         return (None,) * 7

@@ -121,6 +121,17 @@ class SlotPasses:
             self.path = "eager"
             return self.whole(tokens.to(self._device), first, control.to(self._device))
 
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits (R, T, V) of ids (R, T), by the model without factors."""
+        with torch.no_grad(), evaluating(self._model), self.products(), self.autocast():
+            ids = ids.to(self._device)
+            return logits_of(self._model(ids, **self._options), ids)
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are in full float32."""
+        return self._factors.copies is None and self._precision == "float32"
+
     def held(self, length: int) -> int:
         """The bytes that a pass of one text of this length holds at a time."""
         held = HeldTensors(self._model, _BOUNDLESS, None)
@@ -146,7 +157,7 @@ class SlotPasses:
         head = fused_head_weight(self._model)
         inputs = SharedInputs()
         pieces = stand_ins(self._model, inputs=inputs, plain_positions=True)
-        with self._forwards.some(first, len(ids), self._anchor, inputs), served():
+        with self._forwards.learning(first, ids.shape, self._anchor, inputs), served():
             with pieces, self.autocast():
                 out = logits_of(self._model(ids, **self._options), ids)
                 if head is None:
@@ -154,6 +165,7 @@ class SlotPasses:
                 else:  # the last layer has returned its input
                     total, losses = linear_next_token_losses(out, head, labels)
             (total * self._scale).backward()
+        self._forwards.clear_unlearned()
         return losses
 
     def _graph(self, tokens: Tensor) -> _Graph | None:

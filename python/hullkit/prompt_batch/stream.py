@@ -135,17 +135,27 @@ class Stream:
         return run
 
     def _pass(self) -> None:
-        """A burst of every busy slot: in one pass, or in several where one would be too large."""
-        length = max(self._padded(run) for run in self._runs if run is not None)
+        """A burst of every busy slot: in one pass, or in several where one would be too large.
+
+        Where padding would change a text, only those as long as the oldest query's have one.
+        """
+        busy = [run for run in self._runs if run is not None]
+        oldest = min(busy, key=lambda run: run.index)
+        pads = self._batch.pads(oldest.text)
+        runs = [
+            run if run is not None and (pads or len(run.text) == len(oldest.text)) else None
+            for run in self._runs
+        ]
+        length = max(self._padded(run) for run in runs if run is not None)
         rows = self._batch.rows(length)
-        for first in range(0, len(self._runs), rows):
-            group = self._runs[first : first + rows]
+        for first in range(0, len(runs), rows):
+            group = runs[first : first + rows]
             if any(run is not None for run in group) and not self._group(first, group):
                 return  # the rest goes on in smaller groups
 
     def _padded(self, run: Run) -> int:
-        length: int = bucket(len(run.text), self._batch.longest)
-        return length
+        own = len(run.text)
+        return bucket(own, self._batch.longest) if self._batch.pads(run.text) else own
 
     def _group(self, first: int, group: list[Run | None]) -> bool:
         """One pass; whether there was memory for it. A single text without is an error of its
