@@ -32,7 +32,7 @@ from bench.demo.language_model import OWN_MODEL
 from bench.harness import texts
 from bench.harness.rows import append, commit, processor
 from bench.ops.model_sizes import CASES, SHAPES, build
-from bench.quality.reliability import resident_bytes
+from bench.quality.load import resident_bytes
 from bench.ttft import corpora
 
 FIELDS = ["check", "model", "dtype", "shape", "figure", "value", "unit", "count"]
