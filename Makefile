@@ -11,7 +11,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels
 .PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz sanitize sanitize-cpu lint format clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python bench/demo/run.py $(ARGS)
+	$(BIN)/python -m bench.demo $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)

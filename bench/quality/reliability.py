@@ -22,7 +22,7 @@ import hullkit
 import torch
 from torch import nn
 
-from bench.demo import language_model
+from bench.harness import texts
 from bench.harness.rows import RESULTS, append, commit, processor
 
 FIELDS = ["check", "figure", "value", "unit", "count", "device", "torch", "commit", "command"]
@@ -68,7 +68,7 @@ def digest(model: nn.Module) -> str:
 
 
 def adaptations(seconds: float) -> list[dict[str, Any]]:
-    model = language_model.load(str(language_model.OWN_MODEL), torch.device("cpu")).model
+    model = texts.language_model(texts.OWN_MODEL, torch.device("cpu"))
     tuner = hullkit.TestTimeFinetuner(model, lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     before = digest(model)
