@@ -56,7 +56,7 @@ class Embedding:
         self.grams, self.dims, self.width = grams, dims, width
 
     def fit(self, pool: list[str]) -> np.ndarray:
-        """Learn frequencies and axes from the pool and embed it. [M, dims] float32"""
+        """Learn frequencies and axes from the pool and embed it. [M, min(M, dims)] float32"""
         counted = [
             self._count(text) for text in tqdm(pool, desc="embedding", unit="chunk", leave=False)
         ]
@@ -65,8 +65,11 @@ class Embedding:
             frequency[bins] += 1
         self._idf = np.log((1 + len(pool)) / (1 + frequency))
         hashed = np.stack([self._hash(*pair) for pair in counted])  # [M, width]
-        _, axes = np.linalg.eigh(hashed.T @ hashed)
-        self._axes = axes[:, ::-1][:, : self.dims]  # eigh lists the largest last
+        if len(pool) < self.width:
+            axes = np.linalg.svd(hashed, full_matrices=False)[2].T
+        else:
+            axes = np.linalg.eigh(hashed.T @ hashed)[1][:, ::-1]  # the largest one is the last
+        self._axes = axes[:, : self.dims]
         return unit_rows(hashed @ self._axes)
 
     def __call__(self, texts: list[str]) -> np.ndarray:
