@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,24 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _texts import write_texts
 
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-]
 
 
 @pytest.fixture(scope="module")
@@ -46,21 +31,8 @@ def bench() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two subsets of alike but not equal texts, in the format of bench/harness/texts.py."""
     folder = tmp_path_factory.mktemp("texts")
-    generator = np.random.default_rng(0)
-    for subset in ("one", "two"):
-        for part, count in (("", 30), (".queries", 3)):
-            lines = [
-                json.dumps({"text": f"{WORDS[i % 12]} {WORDS[i % 7]} {i}\n" * 3})
-                for i in range(count)
-            ]
-            with gzip.open(folder / f"{subset}{part}.jsonl.gz", "wt") as file:
-                file.write("\n".join(lines))
-        pool, query = generator.normal(size=(30, 8)), generator.normal(size=(3, 8))
-        np.save(folder / f"{subset}.emb.npy", pool)
-        np.save(folder / f"{subset}.query_emb.npy", query)
-        np.save(folder / f"{subset}.candidates.npy", np.argsort(-query @ pool.T)[:, :20])
+    write_texts(folder)
     return folder
 
 
