@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures about cost: bits per byte over seconds, and where the time of a query goes."""
 
 from __future__ import annotations

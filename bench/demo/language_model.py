@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A causal language model and its tokens, whatever the tokenizer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The methods that the demo compares, and how one of them is measured on one query.
 
 A method is a choice of examples with counts, and a number of updates per gradient. Everything timed

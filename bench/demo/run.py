@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo: test-time finetuning of a small language model on the standard library's own source.
 
     make demo                                   # or: python bench/demo/run.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What long use costs: adaptations one after another, Ctrl-C in long calls, and the fuzzer's count.
 
     python -m bench.quality.reliability --seconds 330                 # appends rows

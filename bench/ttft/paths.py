@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ways to finetune: the published procedure's own loop, and hullkit in several precisions."""
 
 from __future__ import annotations

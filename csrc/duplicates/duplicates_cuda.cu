@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "common/limits.h"
 #include "cuda/gram/gram.h"
 #include "cuda/primitives/device_pool.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Chooses the instruction set once per process.
 #ifdef HULLKIT_X86
 #include <cpuid.h>

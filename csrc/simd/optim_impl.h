@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The optimizers' arithmetic; included by simd_impl.h, and like it once per instruction set.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The arithmetic every CPU kernel is made of, once per instruction set, chosen at run time.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The selections' loops. Included by exactly one translation unit per instruction set, which defines
 // HULLKIT_SIMD_BYTES. Everything here has internal linkage: a function compiled for a wide instruction set must never
 // be the copy that the linker keeps for all units. For the same reason no header with inline templates comes in.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vectors of the instruction set at hand: loads, sums of lanes, comparisons. Included by simd_impl.h, and like it once
 // per instruction set.
 #pragma once

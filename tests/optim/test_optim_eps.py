@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam's quotient where denominators leave the range of reciprocals, in every instruction set."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is shipped: a core that links and exports nothing, an import without side effects."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of the compiled core: threads, device, workspace, stream. The only importer of `_core`."""
 
 from __future__ import annotations
