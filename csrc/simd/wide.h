@@ -7,6 +7,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(HULLKIT_SIMD_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace hullkit {
@@ -48,6 +50,9 @@ inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c)
 #elif defined(__AVX2__)
 inline Wide<float> multiply_add(Wide<float> a, Wide<float> b, Wide<float> c) { return _mm256_fmadd_ps(a, b, c); }
 inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) { return _mm256_fmadd_pd(a, b, c); }
+#elif defined(HULLKIT_SIMD_NEON)
+inline Wide<float> multiply_add(Wide<float> a, Wide<float> b, Wide<float> c) { return vfmaq_f32(c, a, b); }
+inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) { return vfmaq_f64(c, a, b); }
 #else
 inline Wide<float> multiply_add(Wide<float> a, Wide<float> b, Wide<float> c) { return a * b + c; }
 inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) { return a * b + c; }
