@@ -58,7 +58,7 @@ def test_build_info() -> None:
         "cuda_devices",
         "cuda_problem",
     }
-    assert info["simd"] in ("portable", "avx2", "avx512")
+    assert info["simd"] in ("portable", "avx2", "avx512", "neon")
     assert re.match(r"\w+ \d+", info["compiler"])
     assert isinstance(info["cuda"], bool)
     if info["cuda"]:
