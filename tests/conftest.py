@@ -13,6 +13,10 @@ from typing import Any
 import _hullft
 import pytest
 import torch
+from _machines import CI_EXAMPLES
+from hypothesis import settings
+
+settings.register_profile("long", max_examples=20 * CI_EXAMPLES)  # of `make fuzz-python`
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported

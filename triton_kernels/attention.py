@@ -8,22 +8,9 @@ inputs in HALF. Exponents are powers of 2.
 import triton
 import triton.language as tl
 
+from .tiles import load_tile, store_tile
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _tile(base, row, at, stride, length, width, HALF: tl.constexpr):
-    """Rows [BLOCK, D] of one head; 0 outside."""
-    mask = (row < length)[:, None] & (at < width)[None, :]
-    of = base + row[:, None].to(tl.int64) * stride + at[None, :]
-    return tl.load(of, mask=mask, other=0.0).to(HALF)
-
-
-@triton.jit
-def _put(base, row, at, stride, length, width, value):
-    mask = (row < length)[:, None] & (at < width)[None, :]
-    of = base + row[:, None].to(tl.int64) * stride + at[None, :]
-    tl.store(of, value.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -38,15 +25,15 @@ def attention_kernel(
     shared = head // group
     row = block * BLOCK + tl.arange(0, BLOCK)
     at = tl.arange(0, D)
-    queries = _tile(q + head * q_head, row, at, q_row, length, width, HALF)
+    queries = load_tile(q + head * q_head, row, at, q_row, length, width, HALF)
     factor = scale * _LOG2_E
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     sums = tl.zeros((BLOCK, D), tl.float32)
     for start in range(0, (block + 1) * BLOCK, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        keys = _tile(k + shared * k_head, column, at, k_row, length, width, HALF)
-        values = _tile(v + shared * v_head, column, at, v_row, length, width, HALF)
+        keys = load_tile(k + shared * k_head, column, at, k_row, length, width, HALF)
+        values = load_tile(v + shared * v_head, column, at, v_row, length, width, HALF)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * factor
         seen = (column[None, :] <= row[:, None]) & (column < length)[None, :]
         scores = tl.where(seen, scores, float("-inf"))
@@ -57,7 +44,7 @@ def attention_kernel(
         sums = sums * shrink[:, None]
         sums += tl.dot(weights.to(HALF), values, input_precision="ieee")
         top = higher
-    _put(out + head * out_head, row, at, out_row, length, width, sums / total[:, None])
+    store_tile(out + head * out_head, row, at, out_row, length, width, sums / total[:, None])
     tl.store(normalisers + head * length + row, top + tl.log2(total), mask=row < length)
 
 
@@ -94,32 +81,32 @@ def attention_gradient_kernel(
     if tl.program_id(0) < blocks:
         block = blocks - 1 - tl.program_id(0)
         row = block * BLOCK + tl.arange(0, BLOCK)
-        queries = _tile(q, row, at, q_row, length, width, HALF)
-        d = _tile(gradient, row, at, d_row, length, width, HALF)
-        o = _tile(out, row, at, out_row, length, width, tl.float32)
+        queries = load_tile(q, row, at, q_row, length, width, HALF)
+        d = load_tile(gradient, row, at, d_row, length, width, HALF)
+        o = load_tile(out, row, at, out_row, length, width, tl.float32)
         along = tl.sum(o * d.to(tl.float32), 1)
         normaliser = tl.load(normalisers + row, mask=row < length, other=0.0)
         sums = tl.zeros((BLOCK, D), tl.float32)
         for start in range(0, (block + 1) * BLOCK, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            keys = _tile(k, column, at, k_row, length, width, HALF)
-            values = _tile(v, column, at, v_row, length, width, HALF)
+            keys = load_tile(k, column, at, k_row, length, width, HALF)
+            values = load_tile(v, column, at, v_row, length, width, HALF)
             weights = _weights(queries, keys, normaliser, row, column, length, factor)
             moved = tl.dot(d, tl.trans(values), input_precision="ieee") - along[:, None]
             sums += tl.dot((weights * moved).to(HALF), keys, input_precision="ieee")
-        _put(q_gradient + head * dq_head, row, at, dq_row, length, width, sums * scale)
+        store_tile(q_gradient + head * dq_head, row, at, dq_row, length, width, sums * scale)
     else:
         block = tl.program_id(0) - blocks
         column = block * BLOCK + tl.arange(0, BLOCK)
-        keys = _tile(k, column, at, k_row, length, width, HALF)
-        values = _tile(v, column, at, v_row, length, width, HALF)
+        keys = load_tile(k, column, at, k_row, length, width, HALF)
+        values = load_tile(v, column, at, v_row, length, width, HALF)
         of_keys = tl.zeros((BLOCK, D), tl.float32)
         of_values = tl.zeros((BLOCK, D), tl.float32)
         for start in range(block * BLOCK, length, BLOCK):
             row = start + tl.arange(0, BLOCK)
-            queries = _tile(q, row, at, q_row, length, width, HALF)
-            d = _tile(gradient, row, at, d_row, length, width, HALF)
-            o = _tile(out, row, at, out_row, length, width, tl.float32)
+            queries = load_tile(q, row, at, q_row, length, width, HALF)
+            d = load_tile(gradient, row, at, d_row, length, width, HALF)
+            o = load_tile(out, row, at, out_row, length, width, tl.float32)
             along = tl.sum(o * d.to(tl.float32), 1)
             normaliser = tl.load(normalisers + row, mask=row < length, other=0.0)
             weights = _weights(queries, keys, normaliser, row, column, length, factor)
@@ -129,5 +116,5 @@ def attention_gradient_kernel(
             of_keys += tl.dot(tl.trans(inner), queries, input_precision="ieee")
         part = head * width
         together = tl.num_programs(1) * width
-        _put(k_gradient + part, column, at, together, length, width, of_keys * scale)
-        _put(v_gradient + part, column, at, together, length, width, of_values)
+        store_tile(k_gradient + part, column, at, together, length, width, of_keys * scale)
+        store_tile(v_gradient + part, column, at, together, length, width, of_values)

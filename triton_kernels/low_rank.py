@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters beside linear layers, K of them at once: y + scale (x a^T) b^T, and gradients.
 
-    inner = scale x a^T;  out = y + inner b^T
+    inner = scale x a^T;  y += inner b^T
     d_b = d^T inner;  d_inner = scale d b;  d_a = d_inner^T x;  d_x += d_inner a
 
 x [K, T, D], y and d [K, T, E], a [K, R, D], b [K, E, R]. Products with the thin side R stay on
@@ -13,24 +13,11 @@ inputs in HALF and add up in float32.
 import triton
 import triton.language as tl
 
+from .tiles import load_tile, store_tile
+
 # Blocks of rows of T and of columns of D or E.
-ROWS = 32
+ROWS = 64
 COLUMNS = 128
-
-
-@triton.jit
-def _tile(base, row, column, stride, rows, columns, HALF: tl.constexpr):
-    """[ROWS, COLUMNS] of a matrix; 0 outside."""
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    of = base + row[:, None].to(tl.int64) * stride + column[None, :]
-    return tl.load(of, mask=mask, other=0.0).to(HALF)
-
-
-@triton.jit
-def _put(base, row, column, stride, rows, columns, value):
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    of = base + row[:, None].to(tl.int64) * stride + column[None, :]
-    tl.store(of, value.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -38,7 +25,7 @@ def _sum_of_parts(parts, row, rank_at, rows, rank, count):
     """[ROWS, R] float32."""
     total = tl.zeros((row.shape[0], rank_at.shape[0]), tl.float32)
     for part in range(0, count):
-        total += _tile(parts + part * rows * rank, row, rank_at, rank, rows, rank, tl.float32)
+        total += load_tile(parts + part * rows * rank, row, rank_at, rank, rows, rank, tl.float32)
     return total
 
 
@@ -52,11 +39,11 @@ def _part(
     total = tl.zeros((row.shape[0], R), tl.float32)
     for start in range(begin, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        values = _tile(x, row, column, x_row, rows, columns, HALF)
+        values = load_tile(x, row, column, x_row, rows, columns, HALF)
         mask = (column < columns)[:, None] & (rank_at < rank)[None, :]
         of = factor + column[:, None].to(tl.int64) * column_stride + rank_at[None, :] * rank_stride
         total += tl.dot(values, tl.load(of, mask=mask, other=0.0).to(HALF), input_precision="ieee")
-    _put(out, row, rank_at, rank, rows, rank, total * scale)
+    store_tile(out, row, rank_at, rank, rows, rank, total * scale)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -78,10 +65,10 @@ def low_rank_inner_kernel(
 
 @triton.jit
 def low_rank_add_kernel(
-    y, b, parts, inner, out, rows, columns, rank, y_slot, y_row, count,
+    y, b, parts, inner, rows, columns, rank, count,
     HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A program for a block of out [K, T, E]. The first of a row writes inner [K, T, R]."""
+    """A program for a block of y [K, T, E]. The first of a row writes inner [K, T, R]."""
     slot = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(columns, COLUMNS)
     block, place = tl.program_id(0) // across, tl.program_id(0) % across
@@ -90,11 +77,12 @@ def low_rank_add_kernel(
     rank_at = tl.arange(0, R)
     total = _sum_of_parts(parts + slot * count * rows * rank, row, rank_at, rows, rank, count)
     if place == 0:
-        _put(inner + slot * rows * rank, row, rank_at, rank, rows, rank, total)
-    thin = _tile(b + slot * columns * rank, column, rank_at, rank, columns, rank, HALF)
+        store_tile(inner + slot * rows * rank, row, rank_at, rank, rows, rank, total)
+    thin = load_tile(b + slot * columns * rank, column, rank_at, rank, columns, rank, HALF)
     sums = tl.dot(total.to(HALF), tl.trans(thin), input_precision="ieee")
-    sums += _tile(y + slot * y_slot, row, column, y_row, rows, columns, tl.float32)
-    _put(out + slot * rows * columns, row, column, columns, rows, columns, sums)
+    y += slot * rows * columns
+    sums += load_tile(y, row, column, columns, rows, columns, tl.float32)
+    store_tile(y, row, column, columns, rows, columns, sums)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -121,10 +109,10 @@ def low_rank_gradient_b_kernel(
         total = tl.zeros((COLUMNS, R), tl.float32)
         for start in range(0, rows, ROWS):
             row = start + tl.arange(0, ROWS)
-            values = _tile(d, row, column, d_row, rows, columns, HALF)
-            thin = _tile(inner + slot * rows * rank, row, rank_at, rank, rows, rank, HALF)
+            values = load_tile(d, row, column, d_row, rows, columns, HALF)
+            thin = load_tile(inner + slot * rows * rank, row, rank_at, rank, rows, rank, HALF)
             total += tl.dot(tl.trans(values), thin, input_precision="ieee")
-        _put(d_b + slot * columns * rank, column, rank_at, rank, columns, rank, total)
+        store_tile(d_b + slot * columns * rank, column, rank_at, rank, columns, rank, total)
 
 
 @triton.jit
@@ -147,18 +135,18 @@ def low_rank_gradient_a_kernel(
             total = tl.zeros((R, COLUMNS), tl.float32)
             for start in range(0, rows, ROWS):
                 row = start + tl.arange(0, ROWS)
-                values = _tile(x + slot * x_slot, row, column, x_row, rows, columns, HALF)
+                values = load_tile(x + slot * x_slot, row, column, x_row, rows, columns, HALF)
                 thin = _sum_of_parts(parts, row, rank_at, rows, rank, count).to(HALF)
                 total += tl.dot(tl.trans(thin), values, input_precision="ieee")
-            _put(d_a + slot * rank * columns, rank_at, column, columns, rank, columns, total)
+            store_tile(d_a + slot * rank * columns, rank_at, column, columns, rank, columns, total)
     elif OF_X:
         other = tl.program_id(0) - across
         row = (other // across) * ROWS + tl.arange(0, ROWS)
         column = (other % across) * COLUMNS + tl.arange(0, COLUMNS)
         thin = _sum_of_parts(parts, row, rank_at, rows, rank, count).to(HALF)
-        factor = _tile(a + slot * rank * columns, rank_at, column, columns, rank, columns, HALF)
+        factor = load_tile(a + slot * rank * columns, rank_at, column, columns, rank, columns, HALF)
         sums = tl.dot(thin, factor, input_precision="ieee")
         target = d_x + slot * rows * columns
         if ADD:
-            sums += _tile(target, row, column, columns, rows, columns, tl.float32)
-        _put(target, row, column, columns, rows, columns, sums)
+            sums += load_tile(target, row, column, columns, rows, columns, tl.float32)
+        store_tile(target, row, column, columns, rows, columns, sums)

@@ -47,13 +47,15 @@ def norm_kernel(
 
 @triton.jit
 def norm_gradient_kernel(
-    x, weight, gradient, other, means, factors, x_gradient, partial, stride, rows, columns,
+    x, weight, gradient, other, more, means, factors, x_gradient, partial, stride, rows, columns,
     RMS: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    OF_WEIGHT: tl.constexpr, BIAS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+    MORE: tl.constexpr, OF_WEIGHT: tl.constexpr, BIAS: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program for every PROGRAMS-th row.
 
     gradient, other [T, D]: their sum is y's gradient; FIRST, SECOND: which of them there are.
+    more [T, D]: with MORE added to x's gradient, for x goes elsewhere too.
     partial [PROGRAMS, D], or [2, PROGRAMS, D] with BIAS: each program's part of the weight's
     gradient, and of the bias's.
     """
@@ -86,6 +88,8 @@ def norm_gradient_kernel(
             moved = (g - value * along) * factor
         else:
             moved = (g - tl.sum(g) / columns - value * along) * factor
+        if MORE:
+            moved += tl.load(more + begin + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(x_gradient + begin + at, moved.to(x_gradient.dtype.element_ty), mask=inside)
     if OF_WEIGHT:
         tl.store(partial + program * columns + at, of_weight, mask=inside)

@@ -7,15 +7,23 @@ import triton.language as tl
 
 @triton.jit
 def rotary_kernel(
-    x, cos, sin, out, heads, half, stride_head, stride_row, out_head, out_row, table_row,
+    x, cos, sin, out, heads, half, stride_text, stride_head, stride_row, out_text, out_head,
+    out_row, table_text, table_row,
     BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """A program for all heads of a row. x [heads, T, 2 * half] by strides; cos, sin [T, 2 * half].
+    """A program for all heads of a row of a text, axis 1 of the grid.
+
+    x [texts, heads, T, 2 * half] by strides; cos, sin [texts, T, 2 * half], or one for all texts.
 
     BACKWARD: the gradient of x from that of the result. Each product is rounded to out's dtype, as
     the model rounds it.
     """
     row = tl.program_id(0).to(tl.int64)
+    text = tl.program_id(1).to(tl.int64)
+    x += text * stride_text
+    out += text * out_text
+    cos += text * table_text
+    sin += text * table_text
     head = tl.arange(0, HEADS)[:, None]
     at = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (at < half)

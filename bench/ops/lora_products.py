@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hullkit.language_model.low_rank import low_rank_backward, low_rank_forward
+from hullkit.language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
 from torch import Tensor
 
 from bench.harness.rows import append, timings
@@ -32,10 +32,10 @@ def problem(slots: int, width: int, rank: int) -> list[Tensor]:
 
 def fused(tensors: list[Tensor]) -> list[Tensor]:
     y, x, d, d_x, a, b = tensors
-    out, inner = low_rank_forward(y, x, a, b, SCALE)
+    inner = low_rank_forward_(y, x, a, b, SCALE)
     d_a, d_b = torch.empty_like(a), torch.empty_like(b)
-    low_rank_backward(d, x, a, b, inner, SCALE, d_a, d_b, d_x, False)
-    return [out, d_a, d_b]
+    low_rank_backward(d, x, a, b, inner, SCALE, Gradients(d_a, d_b, d_x, fresh=False))
+    return [y, d_a, d_b]
 
 
 def by_baddbmm(tensors: list[Tensor]) -> list[Tensor]:

@@ -33,8 +33,17 @@ from bench.harness.rows import ROOT
 from bench.ttft import corpora, report, store
 from bench.ttft.analysis import best_idea, best_rate
 from bench.ttft.measure import Bench
-from bench.ttft.paths import PATHS, Hullkit, Published, opened
-from bench.ttft.rules import EVERY, IDEAS, PUBLISHED_LR, PUBLISHED_RULE, RULES, Cell, rates
+from bench.ttft.paths import PATHS, Together, Way, opened
+from bench.ttft.rules import (
+    ADAPTERS,
+    EVERY,
+    IDEAS,
+    PUBLISHED_LR,
+    PUBLISHED_RULE,
+    RULES,
+    Cell,
+    rates,
+)
 
 OWN_MODEL = ROOT / "bench" / "assets" / "pybytes"
 PHASES = ("calibrate", "explore", "judge")
@@ -43,6 +52,8 @@ BETAS = [(0.9, 0.95), (0.9, 0.99), (0.8, 0.95), (0.5, 0.9)]
 
 def cells(arguments: argparse.Namespace, phase: str, path: str) -> Iterator[Cell]:
     """The phase's cells of one path."""
+    if path == "many" and phase != "judge":
+        return  # its rates are those of one prompt's adapter
     middle = arguments.budgets[len(arguments.budgets) // 2]
     if phase == "calibrate":
         for name in arguments.rules or RULES:
@@ -68,7 +79,7 @@ def judged_cells(arguments: argparse.Namespace, path: str, rows: list[store.Row]
     for name in names:
         for budget in arguments.budgets:
             yield Cell(name, budget, best_rate(rows, path, name, budget))
-    if PUBLISHED_RULE in names and path != "lora":
+    if PUBLISHED_RULE in names and path not in ADAPTERS:
         for budget in arguments.budgets:
             yield Cell(PUBLISHED_RULE, budget, PUBLISHED_LR)
     explored = best_idea(rows, path)
@@ -76,17 +87,21 @@ def judged_cells(arguments: argparse.Namespace, path: str, rows: list[store.Row]
         yield Cell(*explored)
 
 
-Pair = tuple[Bench, int]  # a corpus and the number of a query
-Work = list[tuple[Bench, int, Cell]]
+Share = tuple[Bench, list[int]]  # a corpus and the queries of it that are measured together
+Work = list[tuple[Bench, list[int], Cell]]
 
 
-def window(arguments: argparse.Namespace, phase: str, benches: list[Bench]) -> list[Pair]:
+def window(
+    arguments: argparse.Namespace, phase: str, path: str, benches: list[Bench]
+) -> list[Share]:
     """This shard's queries, round the subsets: a run that ends early has measured all alike."""
     number, of = arguments.shard
     first = arguments.calibration if phase == "judge" else 0
     last = first + arguments.judged if phase == "judge" else arguments.calibration
+    if path == "many":
+        return [(bench, list(range(first, last))) for bench in benches[number::of]]
     return [
-        (bench, query)
+        (bench, [query])
         for query in range(first, last)
         for place, bench in enumerate(benches)
         if (query + place) % of == number
@@ -103,7 +118,12 @@ def measure(arguments: argparse.Namespace, phases: list[str]) -> None:
     loaded = corpora.load(arguments.texts, arguments.subsets, most)
     benches = [Bench(corpus, tokens, device, command) for corpus in loaded]
     model = texts.language_model(arguments.model, device)
-    for bench, query in {pair for phase in phases for pair in window(arguments, phase, benches)}:
+    shares = [
+        window(arguments, phase, path, benches) for phase in phases for path in arguments.paths
+    ]
+    for bench, query in {
+        (bench, i) for share in shares for bench, queries in share for i in queries
+    }:
         bench.score_base(model, query)
     for bench in benches:
         bench.retrieve_ms(0)  # the first one fills caches
@@ -114,7 +134,7 @@ def measure(arguments: argparse.Namespace, phases: list[str]) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        way = opened(path, arguments.model, device, arguments.max_length)
+        way = opened(path, arguments.model, device, arguments.max_length, arguments.slots)
         way.warm_up(range(32, longest + 1, 32))
         for phase in phases:
             if phase == "judge" and path != "published":
@@ -132,10 +152,10 @@ def left(arguments: argparse.Namespace, phase: str, path: str, benches: list[Ben
     head = {"phase": phase, "model": arguments.model.name, "path": path}
     wanted = list(cells(arguments, phase, path))
     return [
-        (bench, query, cell)
-        for bench, query in window(arguments, phase, benches)
+        (bench, queries, cell)
+        for bench, queries in window(arguments, phase, path, benches)
         for cell in wanted
-        if store.key(_key(head, bench, query, cell)) not in done
+        if any(store.key(_key(head, bench, query, cell)) not in done for query in queries)
     ]
 
 
@@ -143,20 +163,25 @@ def run(
     arguments: argparse.Namespace,
     phase: str,
     path: str,
-    way: Hullkit | Published,
+    way: Way,
     work: Work,
     ends: float,
 ) -> bool:
     """Whether all was measured in time."""
     head = {"phase": phase, "model": arguments.model.name, "path": path}
     warm: set[str] = set()
-    for bench, query, cell in tqdm(work, desc=f"{path}, {phase}", unit="run", mininterval=5):
+    for bench, queries, cell in tqdm(work, desc=f"{path}, {phase}", unit="run", mininterval=5):
         if time.perf_counter() > ends:
             return False
-        if cell.rule not in warm:  # a first run of a rule is discarded
-            bench.run(way, query, cell)
-            warm.add(cell.rule)
-        store.write(arguments.out, arguments.shard[0], [head | bench.run(way, query, cell)])
+        if isinstance(way, Together):
+            rows = bench.run_together(way, queries, cell)
+        else:
+            [query] = queries
+            if cell.rule not in warm:  # a first run of a rule is discarded
+                bench.run(way, query, cell)
+                warm.add(cell.rule)
+            rows = [bench.run(way, query, cell)]
+        store.write(arguments.out, arguments.shard[0], [head | row for row in rows])
     return True
 
 
@@ -222,6 +247,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--calibration", type=int, default=8, help="queries of each subset")
     parser.add_argument("--judged", type=int, default=40, help="queries of each subset after them")
+    parser.add_argument("--slots", type=int, default=32, help="prompts at once, of the path many")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/N")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run later")
     parser.add_argument(

@@ -14,8 +14,8 @@ from bench.ttft.store import Row
 
 RESAMPLES = 4000
 ALL = "mean of subsets"
-# Other precisions of the same weights take the rates of the one that was calibrated.
-ALIKE = ("bf16", "float32", "bfloat16")
+# A path that was not calibrated takes the rates of another one that trains the same weights.
+ALIKE = (("bf16", "float32", "bfloat16"), ("lora", "many"))
 PHASES_OF_A_QUERY = ("retrieve_ms", "select_ms", "adapt_ms", "restore_ms")
 
 Values = dict[tuple[str, int], float]  # by subset and query
@@ -124,7 +124,7 @@ def best_rate(
         for cell, score in tried(rows).items()
         if (cell.rule, cell.budget, cell.betas) == wanted
     }
-    for source in (path, *(ALIKE if path in ALIKE else ())):
+    for source in (path, *(other for paths in ALIKE if path in paths for other in paths)):
         own = {cell.lr: score for cell, score in scores.items() if cell.path == source}
         if own:
             return min(sorted(own), key=own.__getitem__)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One query under one cell: chosen, adapted, scored, restored, with the time and energy of each."""
+"""Queries under one cell: chosen, adapted, scored, restored, with the time and energy of each."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import hullkit
@@ -15,10 +16,12 @@ from torch import Tensor
 from bench.harness import texts
 from bench.harness.rows import commit, processor
 from bench.ttft import energy
-from bench.ttft.choices import choose, totals
+from bench.ttft.choices import Choice, choose, totals
 from bench.ttft.corpora import NUM_CANDIDATES, Corpus
-from bench.ttft.paths import Hullkit, Published
+from bench.ttft.paths import Hullkit, Published, Together, Way
 from bench.ttft.rules import EVERY, Cell, Rule
+
+ROUNDS = 4  # of full slots in a stream, at least
 
 
 class Bench:
@@ -76,16 +79,8 @@ class Bench:
     def run(self, way: Hullkit | Published, i: int, cell: Cell) -> dict[str, Any]:
         """The row of query i, without the names of phase, model and path."""
         rule = EVERY[cell.rule]
-        total = self.totals(rule, cell.budget)[i]
-        data = self._data._replace(query=self._data.query[i], candidates=self._data.candidates[i])
-
-        def count(row: int) -> int:
-            return len(self.document(row))
-
-        begun = self._now()
-        chosen = choose(rule, data, total, cell.budget, count, way.backend)
-        selected = self._now()
-        examples = [torch.cat([self.document(row) for row in rows]) for rows in chosen.groups]
+        chosen, select_ms = self._chosen(way, i, rule, cell.budget)
+        examples = self._examples(chosen)
         used = self._joules()
         entered = self._now()
         with way.adapted(examples, chosen.counts, rule, cell) as model:
@@ -96,14 +91,71 @@ class Bench:
             scored = self._now()
         restored = self._now()
         used -= self._joules()
-        return self._row(rule, cell, i, examples, chosen.counts, bits) | {
-            "retrieve_ms": f"{self.retrieve_ms(i):.4f}",
-            "select_ms": f"{1e3 * (selected - begun):.4f}",
+        return self._row(rule, cell, i, chosen, select_ms, bits) | {
             "adapt_ms": f"{1e3 * (adapted - entered):.3f}",
             "restore_ms": f"{1e3 * (restored - scored):.3f}",
-            "distinct": len({row for rows in chosen.groups for row in rows}),
+            **self._used(way, -used),
+        }
+
+    def run_together(self, way: Together, queries: list[int], cell: Cell) -> list[dict[str, Any]]:
+        """The rows of queries that share one stream, and its time and energy in equal parts.
+
+        The stream repeats the queries until its slots were filled ROUNDS times. It runs once with
+        scores, and once more without: that one is measured.
+        """
+        rule = EVERY[cell.rule]
+        chosen, select_ms = zip(
+            *(self._chosen(way, i, rule, cell.budget) for i in queries), strict=True
+        )
+        plain = [
+            hullkit.Query(self._examples(choice), choice.counts, lr=cell.lr) for choice in chosen
+        ]
+        again = plain * (math.ceil(ROUNDS * way.slots / len(queries)) - 1)
+        scored = [
+            query._replace(then=partial(self._float32_bits, i=i))
+            for query, i in zip(plain, queries, strict=True)
+        ]
+        bits = way.stream([*scored, *again], rule)[: len(queries)]
+        used, begun = self._joules(), self._now()
+        way.stream([*plain, *again], rule)
+        ended = self._now()
+        used = self._joules() - used
+        share = 1.0 / len([*plain, *again])
+        costs = {
+            "adapt_ms": f"{1e3 * (ended - begun) * share:.3f}",
+            "restore_ms": "0",  # a slot's next query begins with fresh factors
+            **self._used(way, used * share),
+        }
+        return [
+            self._row(rule, cell, *of_query) | costs
+            for of_query in zip(queries, chosen, select_ms, bits, strict=True)
+        ]
+
+    def _chosen(self, way: Way, i: int, rule: Rule, budget: int) -> tuple[Choice, float]:
+        """What query i is trained on, and the milliseconds of choosing it."""
+        total = self.totals(rule, budget)[i]
+        data = self._data._replace(query=self._data.query[i], candidates=self._data.candidates[i])
+
+        def count(row: int) -> int:
+            return len(self.document(row))
+
+        begun = self._now()
+        chosen = choose(rule, data, total, budget, count, way.backend)
+        return chosen, 1e3 * (self._now() - begun)
+
+    def _examples(self, chosen: Choice) -> list[Tensor]:
+        return [torch.cat([self.document(row) for row in rows]) for rows in chosen.groups]
+
+    def _float32_bits(self, model: torch.nn.Module, i: int) -> float:
+        """In the block of a slot products are in the precision of its passes."""
+        with torch.autocast(self._device.type, enabled=False):
+            return self._bits(model, i)
+
+    def _used(self, way: Way, joules: float) -> dict[str, Any]:
+        return {
+            "slots": way.slots if isinstance(way, Together) else 1,
             "peak_mb": round(self._peak(way)),
-            "joules": "not available" if self._meter is None else f"{-used:.3f}",
+            "joules": "not available" if self._meter is None else f"{joules:.3f}",
         }
 
     def _row(
@@ -111,11 +163,12 @@ class Bench:
         rule: Rule,
         cell: Cell,
         i: int,
-        examples: list[Tensor],
-        counts: list[int],
+        chosen: Choice,
+        select_ms: float,
         bits: float,
     ) -> dict[str, Any]:
-        bursts = hullkit.reuse_schedule(counts, rule.refresh_interval)
+        bursts = hullkit.reuse_schedule(chosen.counts, rule.refresh_interval)
+        lengths = [sum(len(self.document(row)) for row in rows) for rows in chosen.groups]
         beta1, beta2 = cell.betas
         base = self._base[i]
         return {
@@ -134,11 +187,14 @@ class Bench:
             "bpb": f"{bits:.6f}",
             "percent": f"{100 * bits / base:.4f}",
             "passes": len(bursts),
-            "updates": sum(counts),
-            "tokens": sum(len(examples[burst.example]) for burst in bursts),
+            "updates": sum(chosen.counts),
+            "distinct": len({row for rows in chosen.groups for row in rows}),
+            "tokens": sum(lengths[burst.example] for burst in bursts),
+            "retrieve_ms": f"{self.retrieve_ms(i):.4f}",
+            "select_ms": f"{select_ms:.4f}",
         }
 
-    def _peak(self, way: Hullkit | Published) -> float:
+    def _peak(self, way: Way) -> float:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_reserved(self._device) / 2**20
         if isinstance(way, Hullkit) and way.tuner.last_report is not None:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to finetune: the published procedure's own loop, and hullkit in several precisions."""
+"""Ways to finetune: the published procedure's own loop, hullkit in several precisions, and many
+prompts at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hullkit
 import torch
@@ -15,7 +18,7 @@ from bench.harness import texts
 from bench.rivals import published
 from bench.ttft.rules import Cell, Rule
 
-LORA_RANK = 16
+LORA_RANK = LORA_ALPHA = 16
 
 
 class Hullkit:
@@ -67,22 +70,63 @@ class Published:
         published.restore(self._model, self._state)
 
 
-PRECISIONS = {"float32": "float32", "bf16": "bf16", "bfloat16": "float32", "lora": "bf16"}
-PATHS = ("published", *PRECISIONS)
+class Together:
+    """An adapter for each of many prompts, trained together on one base."""
+
+    backend: str | None = None
+
+    def __init__(self, model: nn.Module, slots: int, precision: str) -> None:
+        self.slots = slots
+        self._batch = cache(
+            lambda interval: hullkit.PromptBatch(
+                model,
+                slots=slots,
+                rank=LORA_RANK,
+                alpha=LORA_ALPHA,
+                refresh_interval=interval,
+                precision=precision,
+            )
+        )
+
+    def stream(self, queries: Iterable[hullkit.Query], rule: Rule) -> list[Any]:
+        """What each query's `then` returned."""
+        values = []
+        for answer in self._batch(rule.refresh_interval).map(queries):
+            if answer.error is not None:
+                raise answer.error
+            values.append(answer.value)
+        return values
+
+    def warm_up(self, lengths: range) -> None:
+        """A stream that is measured ran once before, and recorded its passes then."""
 
 
-def opened(path: str, folder: Path, device: torch.device, max_length: int) -> Hullkit | Published:
+Way = Hullkit | Published | Together
+PATHS = ("published", "float32", "bf16", "bfloat16", "lora", "many")
+
+
+def opened(path: str, folder: Path, device: torch.device, max_length: int, slots: int) -> Way:
     """path: "published"; "float32"; "bf16": float32 weights, bf16 passes; "bfloat16": weights;
-    "lora": adapters in all linear layers, bf16 passes."""
+    "lora": adapters in all linear layers, on a GPU with bf16 passes; "many": such adapters of
+    `slots` prompts at once."""
     model = texts.language_model(folder, device)
+    adapters = "bf16" if device.type == "cuda" else "float32"
     if path == "published":
         return Published(model, max_length)
+    if path == "many":
+        return Together(model.eval(), slots, adapters)
     if path == "bfloat16":
         model = model.to(torch.bfloat16)
     if path == "lora":
         import peft
 
         torch.manual_seed(0)
-        config = peft.LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = peft.LoraConfig(
+            r=LORA_RANK,
+            lora_alpha=LORA_ALPHA,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
         model = peft.get_peft_model(model, config)
-    return Hullkit(model.eval(), PRECISIONS[path])
+        return Hullkit(model.eval(), adapters)
+    return Hullkit(model.eval(), "bf16" if path == "bf16" else "float32")

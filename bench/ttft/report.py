@@ -18,7 +18,7 @@ from bench.ttft.store import Row, write_parquet
 
 INTERVALS = ("percent", "from_knn", "from_sift", "from_knn_at_seconds", "from_first_path")
 COSTS = ["seconds", *analysis.PHASES_OF_A_QUERY, "passes", "updates", "distinct", "tokens"]
-COSTS += ["joules", "peak_mb"]
+COSTS += ["slots", "joules", "peak_mb"]
 FIELDS = ["model", "phase", "path", "rule", "budget", "lr", "beta1", "beta2", "best", "subset"]
 FIELDS += ["queries", "base_bpb"]
 FIELDS += [f"{name}{end}" for name in INTERVALS for end in ("", "_low", "_high")]
@@ -130,8 +130,8 @@ def _lines(
     first = next(iter(measured.rows.values()))
     beta1, beta2 = cell.betas
     head = {
-        **{name: first[name] for name in ("model", "device", "threads", "torch")},
-        **{name: first[name] for name in ("commit", "command")},
+        **{name: first[name] for name in ("model", "threads", "torch", "commit", "command")},
+        "device": " and ".join(sorted({row["device"] for row in measured.rows.values()})),
         **{"phase": phase, "path": cell.path, "rule": cell.rule, "budget": cell.budget},
         **{"lr": cell.lr, "beta1": beta1, "beta2": beta2},
         **told,

@@ -82,11 +82,12 @@ class Cell(NamedTuple):
 
 
 STEPS = (5e-5, 1e-4, 2e-4, 4e-4)
-LORA_STEPS = (5e-4, 1e-3, 2e-3, 4e-3)
+LORA_STEPS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+ADAPTERS = ("lora", "many")  # the paths that train adapters
 
 
 def rates(path: str, rule: Rule, steps: list[float] | None) -> list[float]:
     """The learning rates that are tried. k updates with one gradient are tried at a k-th of them:
     that is the control which tells reuse from a larger step."""
-    tried = steps or (LORA_STEPS if path == "lora" else STEPS)
+    tried = steps or (LORA_STEPS if path in ADAPTERS else STEPS)
     return [float(f"{step / rule.refresh_interval:.6g}") for step in tried]

@@ -15,7 +15,7 @@ CELL = ["phase", "model", "path", "rule", "budget", "lr", "beta1", "beta2"]
 KEY = [*CELL, "subset", "query"]
 FIELDS = [*KEY, "method", "cap", "refresh_interval", "order", "join", "stretch", "noise"]
 FIELDS += ["base_bpb", "bpb", "percent", "retrieve_ms", "select_ms", "adapt_ms", "restore_ms"]
-FIELDS += ["passes", "updates", "distinct", "tokens", "peak_mb", "joules"]
+FIELDS += ["passes", "updates", "distinct", "tokens", "slots", "peak_mb", "joules"]
 FIELDS += ["device", "threads", "torch", "commit", "command"]
 
 

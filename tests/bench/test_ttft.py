@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,24 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _texts import write_texts
 
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-]
 
 
 @pytest.fixture(scope="module")
@@ -47,28 +32,15 @@ def bench() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two subsets of alike but not equal texts, in the format of bench/harness/texts.py."""
     folder = tmp_path_factory.mktemp("texts")
-    generator = np.random.default_rng(0)
-    for subset in ("one", "two"):
-        for part, count in (("", 30), (".queries", 3)):
-            lines = [
-                json.dumps({"text": f"{WORDS[i % 12]} {WORDS[i % 7]} {i}\n" * 3})
-                for i in range(count)
-            ]
-            with gzip.open(folder / f"{subset}{part}.jsonl.gz", "wt") as file:
-                file.write("\n".join(lines))
-        pool, query = generator.normal(size=(30, 8)), generator.normal(size=(3, 8))
-        np.save(folder / f"{subset}.emb.npy", pool)
-        np.save(folder / f"{subset}.query_emb.npy", query)
-        np.save(folder / f"{subset}.candidates.npy", np.argsort(-query @ pool.T)[:, :20])
+    write_texts(folder)
     return folder
 
 
 def run(bench: Any, folder: Path, texts: Path, *options: str) -> list[dict[str, str]]:
     common = ["--out", str(folder), "--texts", str(texts), "--device", "cpu"]
     common += ["--max-length", "24", "--calibration", "1", "--judged", "1"]
-    bench.__main__.main([*options, *common])
+    bench.__main__.main([*common, *options])
     return list(bench.store.read(folder))
 
 
@@ -114,6 +86,31 @@ def test_every_phase_and_a_second_call_measures_nothing_again(
     assert {line["subset"] for line in lines} == {"one", "two", "mean of subsets"}
     assert float(knn["percent_low"]) <= float(knn["percent"]) <= float(knn["percent_high"])
     assert knn["from_knn"] == ""
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_many_prompts_share_a_stream_and_the_rates_of_one(
+    bench: Any, texts: Path, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    pytest.importorskip("peft")
+    options = ["--paths", "lora", "many", "--rules", "kNN", "--budgets", "2", "--slots", "2"]
+    options += ["--steps", "1e-3", "--judged", "2"]
+    rows = run(bench, tmp_path, texts, "calibrate", "judge", *options)
+    assert [row["path"] for row in rows if row["phase"] == "calibrate"] == ["lora"] * 2
+    alone, many = (
+        {(row["subset"], row["query"]): row for row in rows if row["path"] == path}
+        for path in ("lora", "many")
+    )
+    judged = {(subset, query) for subset in ("one", "two") for query in ("1", "2")}
+    assert judged == many.keys()
+    for query, row in many.items():
+        assert (row["lr"], row["passes"], row["slots"]) == ("0.001", "2", "2")
+        assert float(row["percent"]) < 100
+        # Fresh factors are random and differ, so the bits do.
+        assert float(row["bpb"]) == pytest.approx(float(alone[query]["bpb"]), rel=0.05)
+        assert float(row["adapt_ms"]) == float(many[query[0], "1"]["adapt_ms"]) > 0
+    assert {row["slots"] for row in alone.values()} == {"1"}
 
 
 def assert_lowest(bench: Any, rows: list[dict[str, str]]) -> None:

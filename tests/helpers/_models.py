@@ -117,8 +117,9 @@ def distance(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def same_bits(tensor: Tensor, other: Tensor) -> bool:
-    pair = (t.detach().cpu().numpy().tobytes() for t in (tensor, other))
-    return next(pair) == next(pair)
+    # As bytes: NumPy has no bfloat16.
+    pair = (t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (tensor, other))
+    return torch.equal(next(pair), next(pair))
 
 
 class Before:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -105,10 +106,15 @@ def rotate_half(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("table", DTYPES)
-@pytest.mark.parametrize(("heads", "width"), [(1, 2), (3, 64), (9, 96)])
-def test_rotary(heads: int, width: int, dtype: torch.dtype, table: torch.dtype) -> None:
-    x = random(1, 11, heads, width, dtype=dtype).transpose(1, 2)
-    cos, sin = random(2, 1, 11, width, dtype=table, seed=3)
+@pytest.mark.parametrize(
+    ("texts", "tables", "heads", "width"),
+    [(1, 1, 1, 2), (1, 1, 3, 64), (3, 1, 9, 96), (2, 2, 3, 8)],
+)
+def test_rotary(
+    texts: int, tables: int, heads: int, width: int, dtype: torch.dtype, table: torch.dtype
+) -> None:
+    x = random(texts, 11, heads, width, dtype=dtype).transpose(1, 2)
+    cos, sin = random(2, tables, 11, width, dtype=table, seed=3)
 
     def exact(x: Tensor) -> Tensor:
         wide = [t.to(x.dtype)[:, None] for t in (cos, sin)]
@@ -168,6 +174,7 @@ class Block(nn.Module):
 
 
 NAMES = {
+    "torch.add",
     "torch.addmm",
     "torch.mul",
     "torch.nn.functional.layer_norm",
@@ -213,6 +220,32 @@ def test_a_block(dtype: torch.dtype, cast: bool) -> None:
         # No further from the exact ones than torch's own, but for what chance makes of few numbers.
         # The interpreter cuts bfloat16, and a cut is twice as far off as a rounding.
         assert error <= (1.5 if DEVICE.type == "cuda" else 3.0) * theirs + 1e-6
+
+
+@pytest.mark.parametrize("used", ["norm first", "residual first", "residual alone", "twice"])
+def test_a_residual(used: str) -> None:
+    """Both halves leave x's gradient in one place, in whatever order autograd runs them."""
+    layer, late = (nn.LayerNorm(8).to(DEVICE) for _ in range(2))
+
+    def block(x: Tensor) -> Tensor:
+        x = 2.0 * x
+        h = layer(x)
+        if used == "norm first":  # its gradient comes before the residual's
+            return (x + random(3, 8, seed=7).requires_grad_().exp()) * 3.0 + h.exp()
+        if used == "residual first":
+            return x + h.exp()
+        if used == "residual alone":
+            return x + x.detach().exp()
+        return (h.exp() + x) * late(x) + (x + h)
+
+    found = []
+    for mode in (FusedFunctions(backend="triton"), nullcontext()):
+        leaf = random(3, 8).requires_grad_()
+        with mode:
+            y = block(leaf)
+        y.square().sum().backward()
+        found += [y.detach(), leaf.grad]
+    assert_close(found[:2], [t.double() for t in found[2:]], 64.0)
 
 
 def test_layers_that_share_an_input_read_what_it_is_now() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hullkit.language_model.fused_functions import FusedFunctions
 from hullkit.language_model.fused_modules import stand_ins
-from hullkit.language_model.low_rank import LowRank, add_low_rank
+from hullkit.language_model.interface import without_cache
+from hullkit.language_model.low_rank import LowRank, add_low_rank_
 from hullkit.language_model.products import share
 from hullkit.language_model.proofs import proof
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ def test_the_formula(
     exact_inputs = [tensor.double() for tensor in inputs]
 
     def ours(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return add_low_rank(y, *share(x, dtype), a, b, 1.5, backend)
+        return add_low_rank_(y.clone(), *share(x, dtype), a, b, 1.5, backend)
 
     def exact(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return y + 1.5 * (x @ a.mT) @ b.mT
@@ -123,8 +124,8 @@ def test_a_gradient_is_added_to_what_others_left() -> None:
     for backend in (None, "triton"):
         leaf = x.clone().requires_grad_()
         tensor, shared = share(leaf, dtype)
-        first = add_low_rank(y, tensor, shared, a, b, 1.0, backend)
-        second = add_low_rank(first, tensor, shared, 2 * a, b, 1.0, backend)
+        first = add_low_rank_(y.clone(), tensor, shared, a, b, 1.0, backend)
+        second = add_low_rank_(first, tensor, shared, 2 * a, b, 1.0, backend)
         second.sum().backward()
         assert leaf.grad is not None
         grads.append(leaf.grad)
@@ -206,3 +207,23 @@ def test_calls_that_do_not_fit_take_their_own_way() -> None:
     layer = layers(adapted())[0]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert functions.low_rank(layer.base_layer, x.float(), a, b.double(), 1.0) is NotImplemented
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_passes_of_adapters_keep_no_keys_and_values() -> None:
+    """PEFT's models hand the option on; learned prefixes are keys and values themselves."""
+    transformers = pytest.importorskip("transformers", reason="an extra is not installed")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes)
+
+    def model() -> Any:
+        return transformers.LlamaForCausalLM(config)
+
+    none = {"use_cache": False}
+    assert without_cache(model()) == none
+    assert without_cache(nn.Linear(2, 2)) == {}
+    for kind in (None, "CAUSAL_LM"):
+        lora = peft.LoraConfig(task_type=kind, target_modules="all-linear")
+        assert without_cache(peft.get_peft_model(model(), lora)) == none
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    assert without_cache(peft.get_peft_model(model(), prefix)) == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -201,21 +202,26 @@ def test_dtensor(tmp_path: Any) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        sharded = distribute_tensor(torch.ones(3), mesh, [Replicate()])
-        for count in (1, 2):
-            params = [nn.Parameter(sharded.clone()) for _ in range(count)]
-            with pytest.raises(TypeError, match=r"params: .* got a DTensor; .*\.to_local\(\)"):
-                optim.AdamW(params)
-        plain = nn.Parameter(torch.ones(3))
-        with pytest.raises(TypeError, match=r"grad of .* got a DTensor; .*\.to_local\(\)"):
-            optim.AdamW([plain]).step_with({plain: sharded})
-    finally:
-        distributed.destroy_process_group()
+    def check() -> None:
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        )
+        try:
+            mesh = init_device_mesh("cpu", (1,))
+            sharded = distribute_tensor(torch.ones(3), mesh, [Replicate()])
+            for count in (1, 2):
+                params = [nn.Parameter(sharded.clone()) for _ in range(count)]
+                with pytest.raises(TypeError, match=r"params: .* got a DTensor; .*\.to_local\(\)"):
+                    optim.AdamW(params)
+            plain = nn.Parameter(torch.ones(3))
+            with pytest.raises(TypeError, match=r"grad of .* got a DTensor; .*\.to_local\(\)"):
+                optim.AdamW([plain]).step_with({plain: sharded})
+        finally:
+            distributed.destroy_process_group()
+
+    # torch keeps the group in a cache of the thread; a later fork by that thread waits for ever.
+    with ThreadPoolExecutor(1) as alone:
+        alone.submit(check).result()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

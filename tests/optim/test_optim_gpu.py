@@ -211,7 +211,8 @@ def test_kernels_compile_for_a_gpu() -> None:
         from triton.compiler import ASTSource
 
         # Kernels of passes: their own constants, numbers by name, and pointers to float32.
-        flags = dict.fromkeys(("RMS", "BIAS", "NARROW", "FIRST", "SECOND", "OF_WEIGHT"), True)
+        names = ("RMS", "BIAS", "NARROW", "FIRST", "SECOND", "MORE", "OF_WEIGHT")
+        flags = dict.fromkeys(names, True)
         flags |= {"OFFSET": 0.0, "ROUND": False, "PROGRAMS": 256, "KIND": "silu", "BACKWARD": True}
         attention = {"HALF": tl.bfloat16, "BLOCK": 64, "D": 64}
         thin = {"HALF": tl.bfloat16, "R": 16, "OF_A": True, "OF_B": True, "OF_X": True}
@@ -236,7 +237,8 @@ def test_kernels_compile_for_a_gpu() -> None:
             constants = {k: v for k, v in known.items() if k in kernel.arg_names}
             signature = {}
             for argument in kernel.arg_names:
-                strides = argument.endswith(("_head", "_row", "_slot")) or argument in numbers
+                strides = argument.endswith(("_head", "_row", "_slot", "_text"))
+                strides = strides or argument in numbers
                 scaled = "attention" in name or "low_rank" in name
                 scalar = argument in scalars or (argument == "scale" and scaled)
                 kind = "i32" if strides else "fp32" if scalar else whole.get(argument, "*fp32")

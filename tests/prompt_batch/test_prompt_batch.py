@@ -11,7 +11,7 @@ import pytest
 import torch
 from _models import VOCABULARY, gpt2, llama
 from hullkit.language_model.cross_entropy import next_token_losses
-from hullkit.prompt_batch import Score
+from hullkit.prompt_batch import Generate, Score
 from hullkit.prompt_batch.factors import SlotFactors
 from hullkit.prompt_batch.layers import Layer
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 peft = pytest.importorskip("peft", reason="an extra is not installed")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they run on it
+pytestmark = [pytest.mark.usefixtures("one_thread")]
+if DEVICE.type == "cuda":  # there they run on it
+    pytestmark += [pytest.mark.gpu]
 RANK, LR = 4, 1e-2
 
 
@@ -119,10 +121,12 @@ def test_bad_queries_become_their_own_errors() -> None:
         5: (([ids, ids], [1]), ValueError, "as counts"),
         7: (hullkit.Query([ids], [4], Score(ids), lr=1e38), FloatingPointError, "finite"),
         8: (([ids], [1], raises), KeyError, "mine"),
+        10: (([ids], [1], Score(ids + VOCABULARY)), ValueError, "ids: expected ids in"),
+        11: (([ids], [1], Generate(-ids)), ValueError, "ids: expected ids in"),
         9: ("text", TypeError, "Query"),
     }
     rest = iter(good)
-    mixed = [bad[i][0] if i in bad else next(rest) for i in range(10)]
+    mixed = [bad[i][0] if i in bad else next(rest) for i in range(12)]
     batch = batch_of(llama().to(DEVICE), 3)
     wanted = iter([a.value for a in batch.map(good)])
     for answer in batch.map(mixed):

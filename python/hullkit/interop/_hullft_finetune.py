@@ -14,7 +14,7 @@ import torch
 
 from .._checks import check_choice
 from ..finetune import TestTimeFinetuner
-from ..language_model.interface import IGNORED, forward_parameters
+from ..language_model.interface import IGNORED, without_cache
 from ..optim import Adam
 
 METHODS = ("standard", "gradient_refresh", "sift_global_refresh", "sift_consecutive_refresh")
@@ -118,12 +118,12 @@ def _finetune_in_place(
         _tuner_of(model, lr, interval).adapt_(examples, [count for _, count in groups])
         return
     # Batches of several texts, which a tuner does not take; each makes one update.
-    cache = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
+    options = without_cache(model)
     optimizer = Adam(model.parameters(), lr=lr)
     for batch in batches:
         inputs = {key: tensor.to(device) for key, tensor in batch.items()}
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
-        model(**inputs, labels=labels, **cache).loss.backward()
+        model(**inputs, labels=labels, **options).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -19,10 +19,10 @@ from .interface import (
     check_scorable,
     check_token_ids,
     device_of,
-    forward_parameters,
     logits_of,
     token_limits,
     virtual_tokens,
+    without_cache,
 )
 
 # So many logits at a time become float32 log-probabilities: 64 MiB.
@@ -72,10 +72,9 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
     ids = check_token_ids("input_ids", input_ids, limits)
     check_labels("input_ids[1:], which are predicted", ids[:, 1:], limits)
     ids = ids.to(device_of(model, ids))
-    cache = {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
     with torch.no_grad(), eval_mode(model):
         # PEFT puts learned positions before the tokens, and they have logits too.
-        output = logits_of(model(ids, **cache), ids, virtual_tokens(model))
+        output = logits_of(model(ids, **without_cache(model)), ids, virtual_tokens(model))
         logits = output[0, -ids.shape[1] : -1]  # [T - 1, V]
         step = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
         chunks = zip(torch.split(logits, step), torch.split(ids[0, 1:], step), strict=True)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,13 +22,13 @@ from torch.overrides import TorchFunctionMode
 from ..optim._tensor_table import uses_triton
 from . import short_attention
 from .gates import gated
-from .low_rank import add_low_rank
+from .low_rank import add_low_rank_
 from .norms import WIDEST, Norm, norm
-from .products import SharedInput, linear, share
+from .products import SharedInput, SharedInputs, add_residual, linear, share
+from .recent_tensors import RecentTensors
 from .saved_tensors import Saved
 
 _HALVES = (torch.float16, torch.bfloat16)
-_KEPT = 4  # inputs of linear layers that are remembered: layers that share one follow one another
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -48,15 +46,22 @@ class FusedFunctions(TorchFunctionMode):
 
     saved: recomputes outputs of activations, so that they need not be saved.
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
+    inputs: of the pass's linear layers, if others share them too.
     """
 
-    def __init__(self, saved: Saved | None = None, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        saved: Saved | None = None,
+        backend: str | None = None,
+        inputs: SharedInputs | None = None,
+    ) -> None:
         super().__init__()
         self.names: set[str] = set()  # of the functions that were fused
         self._saved = saved
         self._backend = backend
-        self._inputs: OrderedDict[int, tuple[Any, int, Tensor, SharedInput]] = OrderedDict()
-        self._activated: OrderedDict[int, tuple[Any, int, Tensor, str]] = OrderedDict()
+        self._inputs = SharedInputs() if inputs is None else inputs
+        self._activated: RecentTensors[tuple[Tensor, str]] = RecentTensors()  # gate, activation
+        self._normed: RecentTensors[tuple[Tensor, SharedInput]] = RecentTensors()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = _HANDLERS.get(func)
@@ -84,28 +89,6 @@ class FusedFunctions(TorchFunctionMode):
 
     # Linear layers.
 
-    def _shared(self, x: Tensor) -> tuple[Tensor, SharedInput]:
-        """x in the products' dtype, and where all layers that read it leave its gradient."""
-        dtype = self._dtype(x)
-        base = x._base
-        whole = base is not None and x.is_contiguous() and base.numel() == x.numel()
-        for known in (x, base) if whole else (x,):
-            entry = self._inputs.get(id(known))
-            if entry is None or entry[0]() is not known or entry[1] != x._version:
-                continue
-            tensor, shared = entry[2:]
-            if tensor.dtype is dtype:
-                return tensor if known is x else tensor.view(x.shape), shared
-        made = share(x, dtype)
-        self._remember(self._inputs, x, *made)
-        return made
-
-    def _remember(self, known: OrderedDict[int, Any], x: Tensor, *facts: Any) -> None:
-        known[id(x)] = (weakref.ref(x), x._version, *facts)
-        known.move_to_end(id(x))
-        while len(known) > _KEPT:
-            known.popitem(last=False)
-
     def _fits(self, x: Tensor, weight: Any, bias: Any) -> bool:
         if not self.takes(x) or not _is_plain(weight) or weight.ndim != 2 or x.ndim < 2:
             return False
@@ -120,7 +103,7 @@ class FusedFunctions(TorchFunctionMode):
             return NotImplemented
         if bias is not None and bias.shape != (weight.shape[0],):
             return NotImplemented
-        tensor, shared = self._shared(x)
+        tensor, shared = self._inputs.of(x, self._dtype(x))
         return linear(tensor, shared, weight, bias, transposed=False)
 
     def addmm(self, bias: Any, x: Any, weight: Any, **options: Any) -> Any:
@@ -131,7 +114,7 @@ class FusedFunctions(TorchFunctionMode):
             return NotImplemented
         if bias.shape != (weight.shape[1],):
             return NotImplemented
-        tensor, shared = self._shared(x)
+        tensor, shared = self._inputs.of(x, self._dtype(x))
         return linear(tensor, shared, weight, bias, transposed=True)
 
     def low_rank(self, base: Any, x: Any, a: Any, b: Any, scale: float) -> Any:
@@ -140,9 +123,9 @@ class FusedFunctions(TorchFunctionMode):
             return NotImplemented
         if not self._fits(x, a, None) or not self._fits(x, b, None):
             return NotImplemented
-        y = base(x)
-        tensor, shared = self._shared(x)
-        return add_low_rank(y, tensor, shared, a, b, scale, self._backend)
+        y = base(x)  # nobody else has seen it
+        tensor, shared = self._inputs.of(x, self._dtype(x))
+        return add_low_rank_(y, tensor, shared, a, b, scale, self._backend)
 
     # Norms.
 
@@ -173,12 +156,26 @@ class FusedFunctions(TorchFunctionMode):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, formula: Norm, wide: bool
     ) -> Tensor:
         dtype = torch.float32 if wide else x.dtype
+        entered, around = self._normed.get(x) or share(x, x.dtype)
+        self._normed.note(x, (entered, around))
         if self._dtype(x) is not torch.bfloat16 or dtype is torch.bfloat16:
-            return norm(x, weight, bias, formula, dtype)[0]
+            return norm(entered, weight, bias, formula, dtype, None, around)[0]
         shared = SharedInput(dtype)
-        y, narrow = norm(x, weight, bias, formula, dtype, shared)
-        self._remember(self._inputs, y, narrow, shared)
+        y, narrow = norm(entered, weight, bias, formula, dtype, shared, around)
+        assert narrow is not None
+        self._inputs.note(y, narrow, shared)
         return y
+
+    def add(self, a: Any, b: Any, **options: Any) -> Any:
+        """The sum of a norm's input and what came of the norm: a residual."""
+        if options or not self.takes(a) or not self.takes(b):
+            return NotImplemented
+        for x, other in ((a, b), (b, a)):
+            known = self._normed.get(x)
+            same = x.shape == other.shape and torch.promote_types(a.dtype, b.dtype) is x.dtype
+            if known is not None and same:
+                return add_residual(*known, other)
+        return NotImplemented
 
     # Activations, and what they are multiplied with.
 
@@ -187,7 +184,7 @@ class FusedFunctions(TorchFunctionMode):
         function = ACTIVATIONS[name]
         y = function(x) if self._saved is None else self._saved.cheap(function, x)
         if self.takes(x) and y.dtype is x.dtype and x.is_contiguous():
-            self._remember(self._activated, y, x, name)
+            self._activated.note(y, (x, name))
         return y
 
     def silu(self, x: Any, inplace: bool = False) -> Any:
@@ -200,10 +197,10 @@ class FusedFunctions(TorchFunctionMode):
 
     def multiply(self, a: Any, b: Any) -> Any:
         for y, up in ((a, b), (b, a)):
-            known = self._activated.get(id(y))
-            if known is None or known[0]() is not y or known[1] != y._version:
+            known = self._activated.get(y) if isinstance(y, Tensor) else None
+            if known is None:
                 continue
-            gate, name = known[2], known[3]
+            gate, name = known
             if (
                 isinstance(up, Tensor)
                 and up is not y
@@ -246,6 +243,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.gelu: FusedFunctions.gelu,
     torch.mul: FusedFunctions.multiply,
     Tensor.mul: FusedFunctions.multiply,
+    torch.add: FusedFunctions.add,
+    Tensor.add: FusedFunctions.add,
     F.scaled_dot_product_attention: FusedFunctions.attention,
 }
 _NAMES = {
@@ -256,6 +255,8 @@ _NAMES = {
     F.gelu: "torch.nn.functional.gelu",
     torch.mul: "torch.mul",
     Tensor.mul: "torch.mul",
+    torch.add: "torch.add",
+    Tensor.add: "torch.add",
     F.scaled_dot_product_attention: "torch.nn.functional.scaled_dot_product_attention",
 }
 

@@ -24,6 +24,7 @@ from .interface import forward_parameters
 from .low_rank import LowRank
 from .norms import Norm
 from .pass_copies import PassCopies
+from .products import SharedInputs
 from .proofs import proof
 from .replaced_globals import replaced_globals
 from .saved_tensors import Saved
@@ -125,6 +126,7 @@ def stand_ins(
     copies: PassCopies | None = None,
     backend: str | None = None,
     plain_positions: bool = False,
+    inputs: SharedInputs | None = None,
 ) -> Iterator[set[str]]:
     """Inside the block the model computes the same, cheaper. What others have replaced stays.
 
@@ -136,6 +138,7 @@ def stand_ins(
     copies: may have a copy of the last layer's weight, which its product then reads.
     plain_positions: whether the pass is of one text whose positions are 0, 1, 2, ...
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
+    inputs: of the linear layers, where the caller's layers share them.
     """
     again = {module for layer in checkpointed for module in layer.modules()}
     replaced: list[tuple[nn.Module, str]] = []
@@ -149,7 +152,7 @@ def stand_ins(
     def replace_forward(module: Any, stand_in: Forward) -> None:
         replace(module, "forward", stand_in, f"{_full_name(type(module))}.forward")
 
-    functions = FusedFunctions(saved, backend)
+    functions = FusedFunctions(saved, backend, inputs)
     try:
         for module in model.modules():
             if "forward" not in module.__dict__ and module not in again:

@@ -35,6 +35,20 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
 
 
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Options with which the model's forward keeps no keys and values, of use for generation only.
+
+    PEFT's models hand options on to the model inside them.
+    """
+    parameters = forward_parameters(model)
+    model = getattr(model, "_orig_mod", model)
+    inner = getattr(model, "get_base_model", None)
+    if callable(inner) and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        learned = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", True)
+        parameters = {} if learned else forward_parameters(inner())
+    return {"use_cache": False} if "use_cache" in parameters else {}
+
+
 def logits_of(output: Any, ids: Tensor, before: int = 0) -> Tensor:
     """The logits (K, T, V) in a causal language model's output for ids (K, T).
 
@@ -107,15 +121,17 @@ def token_limits(model: nn.Module) -> TokenLimits:
     return TokenLimits(vocabulary, _predicted(model) or vocabulary, _positions(model))
 
 
-def check_token_ids(name: str, ids: Any, limits: TokenLimits) -> Tensor:
+def check_token_ids(name: str, ids: Any, limits: TokenLimits, fewest: int = 2) -> Tensor:
     """`ids` as (1, T), after checking type, dtype, rank, T and the range of the ids."""
     tokens = check_tensor(name, ids)
     if tokens.dtype != torch.int64:
         raise TypeError(f"{name}: expected dtype torch.int64, got {tokens.dtype}")
     if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and tokens.shape[0] != 1):
         raise ValueError(f"{name}: expected shape (T,) or (1, T), got {tuple(tokens.shape)}")
-    if tokens.shape[-1] < 2:
-        raise ValueError(f"{name}: expected at least 2 tokens, got {tokens.shape[-1]}")
+    if tokens.is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
+    if tokens.shape[-1] < fewest:
+        raise ValueError(f"{name}: expected at least {fewest} tokens, got {tokens.shape[-1]}")
     if limits.positions is not None and tokens.shape[-1] > limits.positions:
         raise ValueError(
             f"{name}: expected at most {limits.positions} tokens, the model's positions, "

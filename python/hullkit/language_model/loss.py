@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .cross_entropy import next_token_loss, plain_next_token_loss
 from .fused_modules import stand_ins
-from .interface import device_of, forward_parameters, logits_of
+from .interface import device_of, forward_parameters, logits_of, without_cache
 from .pass_copies import PassCopies
 from .recompute import REPLACED, checkpointed_layers, checkpointing
 from .recomputed_layers import recomputing, repeated_layers
@@ -52,6 +52,7 @@ class CausalLoss:
         self._of_logits = next_token_loss if fuse else plain_next_token_loss
         self.autocast = precision == "bf16"
         self._forward = forward_parameters(model)
+        self._options = without_cache(model)
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
         self.compiled = compile
 
@@ -96,8 +97,7 @@ class CausalLoss:
         moved: dict[str, Any] = {}
         for key, tensor in inputs.items():  # autograd takes no inference tensor, but a copy of it
             moved[key] = (tensor.clone() if tensor.is_inference() else tensor).to(device)
-        if "use_cache" in self._forward:
-            moved.setdefault("use_cache", False)  # keys and values are of use for generation only
+        moved = self._options | moved
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             if "labels" in self._forward:
                 loss = getattr(call(**moved), "loss", None)

@@ -16,8 +16,8 @@ from .products import SharedInput
 _PARTS = ("base_layer", "lora_A", "lora_B")
 _ROWS, _IN, _RANK, _OUT = 4, 6, 3, 5  # of a proof
 _LARGEST_RANK = 64  # of the kernels
-# Where they were found to be faster than torch's products (bench/ops/lora_products.py).
-_PAYING_RANK, _PAYING_COLUMNS = 16, 1 << 14
+# Up to which they were found to be faster than torch's products (bench/ops/lora_products.py).
+_PAYING_RANK = 16
 # So many programs keep a GPU busy; more parts than these cost more to add up than they save.
 _PROGRAMS, _MOST_PARTS = 256, 8
 
@@ -77,7 +77,19 @@ def _layer(columns: int, rows: int, random: torch.Generator) -> nn.Linear:
     return layer
 
 
-def add_low_rank(
+class Gradients(NamedTuple):
+    """Where `low_rank_backward` leaves gradients; None leaves one out.
+
+    a, b: contiguous, overwritten. x (K, T, D): overwritten if `fresh`, else added to.
+    """
+
+    a: Tensor | None
+    b: Tensor | None
+    x: Tensor | None
+    fresh: bool
+
+
+def add_low_rank_(
     y: Tensor,
     x: Tensor,
     shared: SharedInput,
@@ -86,9 +98,10 @@ def add_low_rank(
     scale: float,
     backend: str | None = None,
 ) -> Tensor:
-    """y + scale (x a^T) b^T, with gradients for y, x, a and b.
+    """y += scale (x a^T) b^T, with gradients for y, x, a and b. Returns y.
 
-    y (..., E). x (..., D): the tensor that `share` returned with `shared`, of y's dtype.
+    y (..., E): contiguous, of no function that needs it for a gradient. x (..., D): the tensor that
+    `share` returned with `shared`, of y's dtype.
     a (R, D), b (E, R); or a (K, R, D), b (K, E, R) for x (K, ..., D), each entry with its own.
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
 
@@ -112,11 +125,11 @@ class _AddLowRank(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.shared, ctx.scale, ctx.shape = shared, scale, y.shape
-        ctx.backend = backend
-        out, inner = low_rank_forward(*_entries(y, x, a, b), scale, backend)
+        ctx.shared, ctx.scale, ctx.backend = shared, scale, backend
+        inner = low_rank_forward_(*_entries(y, x, a, b), scale, backend)
         ctx.save_for_backward(x, inner, a, b)
-        return out.view(y.shape)
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -133,17 +146,18 @@ class _AddLowRank(torch.autograd.Function):
         if of_x:
             total, fresh = ctx.shared.total(x.numel() // x.shape[-1], x.shape[-1], x.device)
             d_x = total.view(entries[1].shape)
+        to = Gradients(d_a, d_b, d_x, fresh)
         with torch.autocast(x.device.type, enabled=False):
-            low_rank_backward(*entries, inner, ctx.scale, d_a, d_b, d_x, fresh, ctx.backend)
+            low_rank_backward(*entries, inner, ctx.scale, to, ctx.backend)
         return gradient, None, d_a, d_b, None, None, None
 
 
-def low_rank_forward(
+def low_rank_forward_(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """y + inner b^T (K, T, E), and inner = scale x a^T (K, T, R), without autograd.
+) -> Tensor:
+    """y += inner b^T (K, T, E); returns inner = scale x a^T (K, T, R). Without autograd.
 
-    y (K, T, E), x (K, T, D): rows without gaps. a (K, R, D), b (K, E, R): contiguous.
+    y (K, T, E), a (K, R, D), b (K, E, R): contiguous. x (K, T, D): rows without gaps.
     """
     forward = _forward if _uses_kernels(x, a, backend) else _plain_forward
     return forward(y, x, a, b, scale)
@@ -156,25 +170,18 @@ def low_rank_backward(
     b: Tensor,
     inner: Tensor,
     scale: float,
-    d_a: Tensor | None,
-    d_b: Tensor | None,
-    d_x: Tensor | None,
-    fresh: bool,
+    to: Gradients,
     backend: str | None = None,
 ) -> None:
-    """The gradients of `low_rank_forward` for d (K, T, E): its y's. None leaves one out.
-
-    d_a, d_b: contiguous, overwritten. d_x (K, T, D): overwritten if `fresh`, else added to.
-    """
+    """The gradients of `low_rank_forward_` for d (K, T, E): its y's."""
     backward = _backward if _uses_kernels(x, a, backend) else _plain_backward
-    backward(d, x, a, b, inner, scale, d_a, d_b, d_x, fresh)
+    backward(d, x, a, b, inner, scale, to)
 
 
 def _uses_kernels(x: Tensor, a: Tensor, backend: str | None) -> bool:
     if not uses_triton("x", x.device, backend) or a.shape[-2] > _LARGEST_RANK:
         return False
-    slots, rank, columns = a.shape
-    return backend == "triton" or (rank <= _PAYING_RANK and slots * columns >= _PAYING_COLUMNS)
+    return backend == "triton" or a.shape[-2] <= _PAYING_RANK
 
 
 def _entries(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -185,32 +192,22 @@ def _entries(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor
     return y, x, a.contiguous(), b.contiguous()
 
 
-def _plain_forward(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _plain_forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     inner = _product(x, a.to(x.dtype).mT, scale)
-    return torch.baddbmm(y, inner, b.to(x.dtype).mT), inner
+    y.baddbmm_(inner, b.to(x.dtype).mT)
+    return inner
 
 
 def _plain_backward(
-    d: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    inner: Tensor,
-    scale: float,
-    d_a: Tensor | None,
-    d_b: Tensor | None,
-    d_x: Tensor | None,
-    fresh: bool,
+    d: Tensor, x: Tensor, a: Tensor, b: Tensor, inner: Tensor, scale: float, to: Gradients
 ) -> None:
-    if d_b is not None:
-        _put(d_b.view(b.shape), d.mT, inner, fresh=True)
+    if to.b is not None:
+        _put(to.b.view(b.shape), d.mT, inner, fresh=True)
     d_inner = _product(d, b.to(d.dtype), scale)
-    if d_a is not None:
-        _put(d_a.view(a.shape), d_inner.mT, x, fresh=True)
-    if d_x is not None:
-        _put(d_x, d_inner, a.to(d.dtype), fresh)
+    if to.a is not None:
+        _put(to.a.view(a.shape), d_inner.mT, x, fresh=True)
+    if to.x is not None:
+        _put(to.x, d_inner, a.to(d.dtype), to.fresh)
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -228,7 +225,7 @@ def _put(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
         total.add_(torch.bmm(a, b))
 
 
-def _forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     from ..triton_kernels.launch import launch
 
     slots, rows, columns = x.shape
@@ -236,28 +233,18 @@ def _forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[
     down, across = _blocks(rows, wide)
     count, length = _split(slots * down, columns)
     parts = x.new_empty(slots, count, rows, rank, dtype=torch.float32)
-    inner, out = x.new_empty(slots, rows, rank), y.new_empty(slots, rows, wide)
+    inner = x.new_empty(slots, rows, rank)
     constants = _constants(x, rank)
     with torch.cuda.device_of(x):
         sizes = (rows, columns, rank, x.stride(0), x.stride(1), count, length, scale)
         launch("low_rank_inner", (down * count, slots), (x, a, parts, *sizes), constants)
-        tensors = (y, b, parts, inner, out)
-        outer = (rows, wide, rank, y.stride(0), y.stride(1), count)
-        launch("low_rank_add", (down * across, slots), (*tensors, *outer), constants)
-    return out, inner
+        outer = (rows, wide, rank, count)
+        launch("low_rank_add", (down * across, slots), (y, b, parts, inner, *outer), constants)
+    return inner
 
 
 def _backward(
-    d: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    inner: Tensor,
-    scale: float,
-    d_a: Tensor | None,
-    d_b: Tensor | None,
-    d_x: Tensor | None,
-    fresh: bool,
+    d: Tensor, x: Tensor, a: Tensor, b: Tensor, inner: Tensor, scale: float, to: Gradients
 ) -> None:
     from ..triton_kernels.launch import launch
 
@@ -269,17 +256,17 @@ def _backward(
     constants = _constants(x, rank)
     with torch.cuda.device_of(x):
         outer = (rows, wide, rank, d.stride(0), d.stride(1), count, length, scale)
-        programs = (down * count + across * (d_b is not None), slots)
-        tensors = (d, b, inner, parts, b if d_b is None else d_b)
-        flags = {"OF_B": d_b is not None}
+        programs = (down * count + across * (to.b is not None), slots)
+        tensors = (d, b, inner, parts, b if to.b is None else to.b)
+        flags = {"OF_B": to.b is not None}
         launch("low_rank_gradient_b", programs, (*tensors, *outer), flags | constants)
-        if d_a is None and d_x is None:
+        if to.a is None and to.x is None:
             return
         _, across = _blocks(rows, columns)
-        programs = (across + down * across * (d_x is not None), slots)
-        tensors = (x, a, parts, a if d_a is None else d_a, x if d_x is None else d_x)
+        programs = (across + down * across * (to.x is not None), slots)
+        tensors = (x, a, parts, a if to.a is None else to.a, x if to.x is None else to.x)
         sizes = (rows, columns, rank, x.stride(0), x.stride(1), count)
-        flags = {"OF_A": d_a is not None, "OF_X": d_x is not None, "ADD": not fresh}
+        flags = {"OF_A": to.a is not None, "OF_X": to.x is not None, "ADD": not to.fresh}
         launch("low_rank_gradient_a", programs, (*tensors, *sizes), flags | constants)
 
 

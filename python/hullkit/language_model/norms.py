@@ -15,6 +15,7 @@ from .products import SharedInput, column_sums
 
 WIDEST = 16384  # columns that a program holds
 _MOST_PROGRAMS = 256  # of the gradient: each has a part of the weight's
+_FREE_PROGRAMS = 2048  # if the weight has none
 
 
 class Norm(NamedTuple):
@@ -37,14 +38,17 @@ def norm(
     formula: Norm,
     dtype: torch.dtype,
     shared: SharedInput | None = None,
+    around: SharedInput | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The norm of x's last dimension in `dtype`; statistics in float32.
 
     shared: where linear layers leave the gradient of a second result. That is the first in
         bfloat16; without `shared` it is None.
+    around: x is the tensor that `share` returned with it. A residual leaves x's gradient there,
+        and the norm adds its own.
     """
     results: tuple[Tensor, Tensor | None] = _Norm.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, formula, dtype, shared
+        x, weight, bias, formula, dtype, shared, around
     )
     return results
 
@@ -59,6 +63,7 @@ class _Norm(torch.autograd.Function):
         formula: Norm,
         dtype: torch.dtype,
         shared: SharedInput | None,
+        around: SharedInput | None,
     ) -> tuple[Tensor, Tensor | None]:
         from ..triton_kernels.launch import launch
 
@@ -79,7 +84,8 @@ class _Norm(torch.autograd.Function):
         with torch.cuda.device_of(x):
             launch("norm", len(rows), arguments, constants)
         ctx.save_for_backward(x, weight, means, factors)
-        ctx.formula, ctx.shared, ctx.bias = formula, shared, None if bias is None else bias.dtype
+        ctx.formula, ctx.shared, ctx.around = formula, shared, around
+        ctx.bias = None if bias is None else bias.dtype
         return y, narrow
 
     @staticmethod
@@ -91,36 +97,42 @@ class _Norm(torch.autograd.Function):
         second = None if ctx.shared is None else ctx.shared.take()
         if narrow is not None:
             first = narrow if first is None else first + narrow
-        nothing = (None,) * 6
+        nothing = (None,) * 7
         if first is None and second is None:
             return nothing
         columns = x.shape[-1]
         rows = _rows(x)
-        given = [None if g is None else _rows(g).contiguous() for g in (first, second)]
-        programs = min(len(rows), _MOST_PROGRAMS)
+        left = None if ctx.around is None else ctx.around.take()
+        given = [None if g is None else _rows(g).contiguous() for g in (first, second, left)]
         of_weight, of_bias = ctx.needs_input_grad[1], ctx.bias is not None
+        most = _MOST_PROGRAMS if of_weight or len(rows) < _FREE_PROGRAMS else _FREE_PROGRAMS
+        programs = min(len(rows), most)
         x_gradient = x.new_empty(x.shape)
         partial = (
             x.new_empty(1 + of_bias, programs, columns, dtype=torch.float32)
             if of_weight
             else factors
         )
-        one, two = (factors if g is None else g for g in given)
+        one, two, more = (factors if g is None else g for g in given)
         arguments = (
-            rows, weight, one, two, means, factors, x_gradient, partial, rows.stride(0),
+            rows, weight, one, two, more, means, factors, x_gradient, partial, rows.stride(0),
             len(rows), columns,
         )  # fmt: skip
         constants = {
             "RMS": ctx.formula.rms, "OFFSET": ctx.formula.offset, "FIRST": given[0] is not None,
-            "SECOND": given[1] is not None, "OF_WEIGHT": of_weight, "BIAS": of_bias,
-            "PROGRAMS": programs, "BLOCK": _block(columns),
+            "SECOND": given[1] is not None, "MORE": given[2] is not None, "OF_WEIGHT": of_weight,
+            "BIAS": of_bias, "PROGRAMS": programs, "BLOCK": _block(columns),
         }  # fmt: skip
         with torch.cuda.device_of(x):
             launch("norm_gradient", programs, arguments, constants)
+        to_x = x_gradient if ctx.needs_input_grad[0] else None
+        if ctx.around is not None and to_x is not None:
+            ctx.around.put(to_x)
+            to_x = None
         if not of_weight:
-            return x_gradient, *nothing[1:]
+            return to_x, *nothing[1:]
         sums = column_sums(partial, weight.dtype)
-        return x_gradient, sums[0], sums[1].to(ctx.bias) if of_bias else None, *nothing[3:]
+        return to_x, sums[0], sums[1].to(ctx.bias) if of_bias else None, *nothing[3:]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..optim._tensor_table import uses_triton
+from .recent_tensors import RecentTensors
 
 _PRODUCTS_WIDEN = hasattr(torch.ops.aten.mm, "dtype_out")  # torch multiplies halves into float32
 
@@ -33,10 +34,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
 
 
 class SharedInput:
-    """The gradient of an input that linear layers share, which they add up.
+    """The gradient of a tensor that several functions read, which they add up.
 
-    Autograd would make a gradient for every layer, cast each to the input's dtype and add them one
-    by one. Here every layer adds its product in place.
+    Autograd would make a gradient for every linear layer that reads it, cast each to the tensor's
+    dtype and add them one by one. Here every layer adds its product in place.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -55,13 +56,18 @@ class SharedInput:
             self._gradient = torch.empty(rows, columns, dtype=self._dtype, device=device)
         return self._gradient, fresh
 
+    def put(self, gradient: Tensor) -> None:
+        """Adds a whole gradient, which is not written to. So `add` must not follow."""
+        left = self.take()
+        self._gradient = gradient if left is None else left + gradient
+
     def take(self) -> Tensor | None:
         gradient, self._gradient = self._gradient, None
         return gradient
 
 
 def share(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, SharedInput]:
-    """x in `dtype` for linear layers, and where they leave its gradient."""
+    """x in `dtype` for functions that leave its gradient in the second result."""
     shared = SharedInput(x.dtype)
     tensor: Tensor = _Enter.apply(x, shared, dtype)  # type: ignore[no-untyped-call]
     return tensor, shared
@@ -76,9 +82,56 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
-        taken = ctx.shared.take()
-        return (gradient if taken is None else taken.view(ctx.shape)), None, None
+    def backward(ctx: Any, _: None) -> tuple[Tensor | None, None, None]:
+        taken = ctx.shared.take()  # nobody gives autograd a gradient of the result
+        return (None if taken is None else taken.view(ctx.shape)), None, None
+
+
+def add_residual(x: Tensor, around: SharedInput, other: Tensor) -> Tensor:
+    """x + other in x's dtype. The gradient of x is left in `around`, of which x came by `share`."""
+    result: Tensor = _AddResidual.apply(x, other, around)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _AddResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor, around: SharedInput) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.around, ctx.dtype = around, other.dtype
+        return x + other
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, Tensor | None, None]:
+        if gradient is None:
+            return None, None, None
+        if ctx.needs_input_grad[0]:
+            ctx.around.put(gradient)
+        return None, gradient.to(ctx.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+class SharedInputs:
+    """The inputs of a pass's linear layers: layers that read the same tensor share its gradient."""
+
+    def __init__(self) -> None:
+        self._known: RecentTensors[tuple[Tensor, SharedInput]] = RecentTensors()
+
+    def of(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, SharedInput]:
+        """x in the products' dtype, and where all layers that read it leave its gradient."""
+        base = x._base
+        whole = base is not None and x.is_contiguous() and base.numel() == x.numel()
+        for known in (x, base) if whole else (x,):
+            entry = None if known is None else self._known.get(known)
+            if entry is not None and entry[0].dtype is dtype:
+                tensor, shared = entry
+                return tensor if known is x else tensor.view(x.shape), shared
+        made = share(x, dtype)
+        self.note(x, *made)
+        return made
+
+    def note(self, x: Tensor, tensor: Tensor, shared: SharedInput) -> None:
+        """`tensor` is x for linear layers, which leave its gradient in `shared`."""
+        self._known.note(x, (tensor, shared))
 
 
 def linear(
@@ -90,6 +143,20 @@ def linear(
     """
     result: Tensor = _Linear.apply(x, weight, bias, shared, transposed)  # type: ignore[no-untyped-call]
     return result
+
+
+def product(x: Tensor, rows: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """rows @ factor + bias in the shape of x, without autograd. It is no view: models write to it.
+
+    rows (N, D): x's, in x's dtype. factor (D, E).
+    """
+    y = rows.new_empty(*x.shape[:-1], factor.shape[1])
+    flat = y.view(-1, factor.shape[1])
+    if bias is None:
+        torch.mm(rows, factor, out=flat)
+    else:
+        torch.addmm(bias.to(rows.dtype), rows, factor, out=flat)
+    return y
 
 
 class _Linear(torch.autograd.Function):
@@ -109,9 +176,7 @@ class _Linear(torch.autograd.Function):
         ctx.bias = None if bias is None else bias.dtype
         rows = x.reshape(-1, x.shape[-1])
         factor = weight.to(x.dtype)
-        factor = factor if transposed else factor.t()
-        y = torch.mm(rows, factor) if bias is None else torch.addmm(bias.to(x.dtype), rows, factor)
-        return y.view(*x.shape[:-1], y.shape[1])
+        return product(x, rows, factor if transposed else factor.t(), bias)
 
     @staticmethod
     @once_differentiable

@@ -36,9 +36,10 @@ class _Rotary(torch.autograd.Function):
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, backward: bool) -> Tensor:
     from ..triton_kernels.launch import launch
 
-    _, heads, length, width = x.shape
-    out = x.new_empty(1, length, heads, width, dtype=dtype).transpose(1, 2)
-    strides = (x.stride(1), x.stride(2), out.stride(1), out.stride(2), cos.stride(-2))
+    texts, heads, length, width = x.shape
+    out = x.new_empty(texts, length, heads, width, dtype=dtype).transpose(1, 2)
+    table = cos.stride(0) if len(cos) > 1 else 0
+    strides = (*x.stride()[:3], *out.stride()[:3], table, cos.stride(1))
     half = width // 2
     constants = {
         "BACKWARD": backward,
@@ -46,12 +47,15 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, backward: b
         "HALF": max(8, 1 << (half - 1).bit_length()),
     }
     with torch.cuda.device_of(x):
-        launch("rotary", length, (x, cos, sin, out, heads, half, *strides), constants)
+        launch("rotary", (length, texts), (x, cos, sin, out, heads, half, *strides), constants)
     return out
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin. x (1, H, T, D); cos and sin (1, T, D) without gradients."""
+    """x * cos + rotate_half(x) * sin. x (K, H, T, D).
+
+    cos and sin: (K, T, D), or (1, T, D) for all texts, without gradients.
+    """
     result: Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return result
 
@@ -61,12 +65,12 @@ def takes(x: Tensor, cos: Any, sin: Any) -> bool:
         isinstance(cos, Tensor)
         and isinstance(sin, Tensor)
         and x.ndim == 4
-        and x.shape[0] == 1
         and x.shape[1] <= 128
         and x.shape[3] % 2 == 0
         and x.shape[3] <= _WIDEST
         and x.stride(3) == 1
-        and cos.shape == sin.shape == (1, x.shape[2], x.shape[3])
+        and cos.shape == sin.shape
+        and cos.shape in ((1, *x.shape[2:]), (len(x), *x.shape[2:]))
         and cos.stride() == sin.stride()
         and cos.stride(2) == 1
         and cos.dtype is sin.dtype
@@ -88,8 +92,8 @@ def _is_rotary(own: Callable[..., Any], q: Tensor, cos: Tensor) -> bool:
             return False
         generator = torch.Generator(device="cpu").manual_seed(0)
         width = q.shape[3]
-        queries, keys = torch.randn(2, 1, 3, 5, width, generator=generator).to(q.device, q.dtype)
-        tables = torch.randn(2, 1, 5, width, generator=generator).to(q.device, cos.dtype)
+        queries, keys = torch.randn(2, 2, 3, 5, width, generator=generator).to(q.device, q.dtype)
+        tables = torch.randn(2, 2, 5, width, generator=generator).to(q.device, cos.dtype)
         with torch.no_grad():
             try:
                 wanted = own(queries, keys, *tables)

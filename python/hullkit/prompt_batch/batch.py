@@ -192,9 +192,9 @@ class PromptBatch:
     def _answers(self, queries: Iterable[Any], keep: bool) -> Iterator[Answer]:
         if self._busy:
             raise RuntimeError("expected no other map or adapt_ of this batch under way")
-        self._busy = True
-        stream = Stream(self, queries, keep)
+        stream = Stream(self, queries, keep)  # first: its errors leave the batch free
         try:
+            self._busy = True
             yield from stream
         finally:
             stream.close()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..language_model.low_rank import low_rank_backward, low_rank_forward
+from ..language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
+from ..language_model.products import SharedInput, SharedInputs, add_product, product
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 
@@ -92,24 +93,29 @@ class SlotForwards:
         self._used: set[str] = set()
 
     @contextmanager
-    def all(self, anchor: Tensor | None = None) -> Iterator[None]:
+    def all(
+        self, anchor: Tensor | None = None, inputs: SharedInputs | None = None
+    ) -> Iterator[None]:
         """Inside the block row k of a batch goes through the factors of slot k.
 
         anchor: a tensor that requires a gradient, of a pass with a backward half. Every layer may
             then run once, since its gradients are overwritten.
+        inputs: of the layers in that pass.
         """
         self._used = set()
-        with self._replaced(slice(None), self._slots, anchor):
+        with self._replaced(slice(None), self._slots, anchor, inputs or SharedInputs()):
             yield
 
     @contextmanager
     def one(self, slot: int) -> Iterator[None]:
         """Inside the block the model behaves as adapted with one slot."""
-        with self._replaced(slice(slot, slot + 1), 1, None):
+        with self._replaced(slice(slot, slot + 1), 1, None, SharedInputs()):
             yield
 
     @contextmanager
-    def _replaced(self, of: slice, slots: int, anchor: Tensor | None) -> Iterator[None]:
+    def _replaced(
+        self, of: slice, slots: int, anchor: Tensor | None, inputs: SharedInputs
+    ) -> Iterator[None]:
         for layer in self._layers:  # what others put there since would be lost at the end
             if "forward" in layer.module.__dict__:
                 raise RuntimeError(
@@ -118,7 +124,7 @@ class SlotForwards:
                 )
         try:
             for layer in self._layers:
-                forward = partial(self._forward, layer, of, slots, anchor)
+                forward = partial(self._forward, layer, of, slots, anchor, inputs)
                 layer.module.forward = forward
             yield
         finally:
@@ -126,7 +132,13 @@ class SlotForwards:
                 layer.module.__dict__.pop("forward", None)
 
     def _forward(
-        self, layer: Layer, of: slice, slots: int, anchor: Tensor | None, x: Tensor
+        self,
+        layer: Layer,
+        of: slice,
+        slots: int,
+        anchor: Tensor | None,
+        inputs: SharedInputs,
+        x: Tensor,
     ) -> Tensor:
         rows = math.prod(x.shape[:-1])
         if rows % slots or (x.ndim > 2 and len(x) % slots):
@@ -139,9 +151,12 @@ class SlotForwards:
             self._used.add(layer.name)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        stacked = x.to(dtype).reshape(slots, rows // slots, x.shape[-1])
-        y: Tensor = _Stacked.apply(stacked, anchor, layer, of, self._scale, self._backend)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], y.shape[-1])
+        tensor, shared = inputs.of(x, dtype)
+        factors = (slots, layer.a[of], layer.b[of])
+        y: Tensor = _Stacked.apply(  # type: ignore[no-untyped-call]
+            tensor, anchor, layer, shared, factors, self._scale, self._backend
+        )
+        return y
 
 
 class _Stacked(torch.autograd.Function):
@@ -156,33 +171,34 @@ class _Stacked(torch.autograd.Function):
         x: Tensor,
         anchor: Tensor | None,
         layer: Layer,
-        of: slice,
+        shared: SharedInput,
+        factors: tuple[int, Tensor, Tensor],
         scale: float,
         backend: str | None,
     ) -> Tensor:
+        slots, a, b = factors
+        rows = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            rows, weight = x.flatten(0, 1), layer.weight(x.dtype)
-            bias = layer.module.bias
-            y = rows @ weight if bias is None else torch.addmm(bias.to(x.dtype), rows, weight)
-            y = y.view(*x.shape[:2], -1)
-            y, inner = low_rank_forward(y, x, layer.a[of], layer.b[of], scale, backend)
+            y = product(x, rows, layer.weight(x.dtype), layer.module.bias)
+            stacked = rows.view(slots, -1, rows.shape[1])
+            inner = low_rank_forward_(y.view(slots, -1, y.shape[-1]), stacked, a, b, scale, backend)
         if anchor is not None:
-            ctx.save_for_backward(x, inner)
-            ctx.layer, ctx.scale, ctx.backend = layer, scale, backend
+            ctx.save_for_backward(stacked, inner)
+            ctx.layer, ctx.shared, ctx.scale, ctx.backend = layer, shared, scale, backend
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, d: Tensor) -> tuple[None, ...]:
         x, inner = ctx.saved_tensors
         layer: Layer = ctx.layer
+        d = d.reshape(*x.shape[:2], -1).contiguous()
         d_x = None
         with torch.autocast(d.device.type, enabled=False):
-            d = d.contiguous()
             if ctx.needs_input_grad[0]:
-                d_x = (d.flatten(0, 1) @ layer.weight(d.dtype).t()).view(x.shape)
-            low_rank_backward(
-                d, x, layer.a, layer.b, inner, ctx.scale, layer.d_a, layer.d_b, d_x, False,
-                ctx.backend,
-            )  # fmt: skip
-        return d_x, None, None, None, None, None
+                total, fresh = ctx.shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)
+                add_product(total, d.flatten(0, 1), layer.weight(d.dtype).t(), fresh)
+                d_x = total.view(x.shape)
+            to = Gradients(layer.d_a, layer.d_b, d_x, fresh=False)
+            low_rank_backward(d, x, layer.a, layer.b, inner, ctx.scale, to, ctx.backend)
+        return (None,) * 7

@@ -16,8 +16,9 @@ from ..language_model.cross_entropy import linear_next_token_losses, next_token_
 from ..language_model.experts import without_questions
 from ..language_model.fused_modules import fused_head_weight, stand_ins
 from ..language_model.host_constants import HostConstants
-from ..language_model.interface import forward_parameters, logits_of
+from ..language_model.interface import logits_of, without_cache
 from ..language_model.loss import matmul_precision
+from ..language_model.products import SharedInputs
 from .factors import SlotFactors
 from .layers import SlotForwards
 
@@ -69,7 +70,7 @@ class SlotPasses:
         self.capacity = capacity
         self._device = factors.params.device
         self._anchor = torch.zeros((), device=self._device, requires_grad=True)
-        self._caching = "use_cache" in forward_parameters(model)
+        self._options = without_cache(model)
         self._capture = capture
         self._graphs: OrderedDict[int, _Graph] = OrderedDict()
         self._plain = True  # until the forward pass as it is could not be recorded
@@ -112,11 +113,12 @@ class SlotPasses:
     def gradients(self, tokens: Tensor, served: Block = nullcontext) -> Tensor:
         """Each slot's loss (K,). Gradients of the factors are in their memory afterwards."""
         ids, labels = tokens.unbind()
-        options = {"use_cache": False} if self._caching else {}
         head = fused_head_weight(self._model)
-        with self._forwards.all(self._anchor), served():
-            with stand_ins(self._model, plain_positions=True), self.autocast():
-                out = logits_of(self._model(ids, **options), ids)
+        inputs = SharedInputs()
+        pieces = stand_ins(self._model, inputs=inputs, plain_positions=True)
+        with self._forwards.all(self._anchor, inputs), served():
+            with pieces, self.autocast():
+                out = logits_of(self._model(ids, **self._options), ids)
                 if head is None:
                     total, losses = next_token_losses(out, labels)
                 else:  # the last layer has returned its input

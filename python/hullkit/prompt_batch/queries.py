@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..language_model.cross_entropy import next_token_losses
-from ..language_model.interface import device_of, logits_of
+from ..language_model.interface import check_token_ids, device_of, logits_of, token_limits
 
 
 class Query(NamedTuple):
@@ -62,6 +62,9 @@ class Score:
     Args:
         ids: int64 (T,) or (1, T), T >= 2.
 
+    Raises:
+        TypeError, ValueError: when called, for ids that the model has no rows for, or too many.
+
     >>> import hullkit, torch
     >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
     >>> loss = hullkit.prompt_batch.Score(torch.tensor([1, 2, 3]))(model)
@@ -70,10 +73,10 @@ class Score:
     """
 
     def __init__(self, ids: Tensor) -> None:
-        self.ids = ids.reshape(1, -1)
+        self.ids = ids
 
     def __call__(self, model: nn.Module) -> float:
-        ids = self.ids.to(device_of(model, self.ids))
+        ids = _checked(self.ids, model)
         with torch.no_grad():
             return float(next_token_losses(logits_of(model(ids), ids), ids)[0])
 
@@ -82,8 +85,11 @@ class Generate:
     """A query's `then`: the tokens that `model.generate(ids, **options)` adds, int64 (N,).
 
     Args:
-        ids: int64 (T,) or (1, T), the prompt.
+        ids: int64 (T,) or (1, T), the prompt, T >= 1.
         options: of transformers' `generate`.
+
+    Raises:
+        TypeError, ValueError: when called, for ids that the model has no rows for, or too many.
 
     >>> import hullkit, torch
     >>> hullkit.prompt_batch.Generate(torch.tensor([1, 2]), max_new_tokens=5).options
@@ -91,10 +97,16 @@ class Generate:
     """
 
     def __init__(self, ids: Tensor, **options: Any) -> None:
-        self.ids = ids.reshape(1, -1)
+        self.ids = ids
         self.options = options
 
     def __call__(self, model: nn.Module) -> Tensor:
-        ids = self.ids.to(device_of(model, self.ids))
+        ids = _checked(self.ids, model, fewest=1)
         out: Tensor = model.generate(ids, **self.options)  # type: ignore[operator]
         return out[0, ids.shape[1] :]
+
+
+def _checked(ids: Tensor, model: nn.Module, fewest: int = 2) -> Tensor:
+    """`ids` as (1, T) on the model's device. An index outside a table would end the process."""
+    tokens = check_token_ids("ids", ids, token_limits(model), fewest)
+    return tokens.to(device_of(model, tokens))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_number
+from .._checks import check_int, check_number
 from ..finetune.padding import bucket
 from ..finetune.schedule import Reuse, reuse_schedule
 from ..language_model.interface import IGNORED, check_labels, check_token_ids, token_limits
@@ -119,6 +119,8 @@ class Stream:
             raise TypeError(f"examples: expected a list of examples, got {kind}")
         if query.then is not None and not callable(query.then):
             raise TypeError(f"then: expected a callable, got {type(query.then).__name__}")
+        if query.seed is not None:
+            check_int("seed", query.seed, 0, (1 << 63) - 1)
         bursts = reuse_schedule(query.counts, self._batch.refresh_interval)
         if len(query.examples) != len(query.counts):
             expected, got = len(query.counts), len(query.examples)

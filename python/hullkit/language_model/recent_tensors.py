@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pass knows of the tensors that it saw last."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+Fact = TypeVar("Fact")
+_KEPT = 4  # facts: whoever asks for one follows soon
+
+
+class RecentTensors(Generic[Fact]):
+    """Facts about tensors. What was noted of a tensor is not known once the tensor has changed."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[int, tuple[weakref.ref[Tensor], int, Fact]] = OrderedDict()
+
+    def get(self, tensor: Tensor) -> Fact | None:
+        entry = self._known.get(id(tensor))  # the address may have been another tensor's
+        if entry is None or entry[0]() is not tensor or entry[1] != tensor._version:
+            return None
+        return entry[2]
+
+    def note(self, tensor: Tensor, fact: Fact) -> None:
+        self._known[id(tensor)] = (weakref.ref(tensor), tensor._version, fact)
+        self._known.move_to_end(id(tensor))
+        while len(self._known) > _KEPT:
+            self._known.popitem(last=False)
