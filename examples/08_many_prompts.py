@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many prompts at once: low-rank adapters of all of them, trained together on one frozen model."""
 
 import hullkit

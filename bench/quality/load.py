@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long use: the same work again and again, and what must not change meanwhile.
 
 Texts and problems come round again, so that their results can be compared bit for bit with those

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What passes replace in a model: reported by name, and left alone with fuse=False."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stands in for parts of models while passes run: the same numbers, and gone after it."""
 
 from __future__ import annotations

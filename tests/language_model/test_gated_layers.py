@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gated layers in passes: which modules are found to be one, and what they compute then."""
 
 from __future__ import annotations

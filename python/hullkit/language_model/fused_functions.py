@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Functions of torch that run fused while a pass lasts, whatever model calls them.
 
 A model's linear layers, norms, activations, gates and attention are calls of torch's functions. In

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faster functions that run in place of a model's own while a pass lasts.
 
 Functions of torch are fused wherever a model calls them (`fused_functions.py`). Models also write

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The proof that a module is a gated layer of a transformer: down(act(gate(x)) * up(x))."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What modules compute: formulas that were found by trying a module on random numbers."""
 
 from __future__ import annotations
