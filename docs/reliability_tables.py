@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generated block about Ctrl-C and the fuzzer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many prompts at once: examples are selected for a block of prompts in one call, while the block
 before it is adapted, each prompt with low-rank adapters of its own on one frozen model."""
 

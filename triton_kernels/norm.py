@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layer norm and RMS norm of rows [T, D], their gradients, and sums of columns.
 
     y = (x - mean) * r * w + b,  r = 1 / sqrt(mean((x - mean)^2) + eps)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small queries for PromptBatch, on the GPU where there is one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What only a device shows: capture, compilations, memory, streams; and that Triton compiles."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slots from a memory budget, and passes that are out of memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models whose texts cannot simply be padded, or cannot share a pass."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries that are made in a thread of their own."""
 
 from __future__ import annotations

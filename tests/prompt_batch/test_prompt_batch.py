@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many prompts at once: against PEFT trained alone, beside neighbours, and with bad queries."""
 
 from __future__ import annotations

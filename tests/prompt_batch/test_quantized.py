@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bases of bitsandbytes, in 8 and 4 bits."""
 
 from __future__ import annotations

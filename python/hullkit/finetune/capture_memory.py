@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where captured passes run, the memory they take, and the passes that a capture needs first."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layer norms and RMS norms by Triton's kernels, and the proof that a module is one of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many prompts at once: a slot of low-rank adapters for each, on one frozen model."""
 
 from .batch import PromptBatch

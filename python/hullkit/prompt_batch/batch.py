@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many prompts at once on one frozen model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The factors of all slots in one memory, and their updates."""
 
 from __future__ import annotations

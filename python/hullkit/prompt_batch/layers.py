@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear layers of a frozen model, and how they run with the factors of several slots."""
 
 from __future__ import annotations

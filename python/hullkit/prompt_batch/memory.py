@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many slots fit into the memory, and how many of them fit into one pass."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a model's rows can share a pass: they must change neither each other nor feel padding."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Passes of all slots at once: eager, or CUDA graphs, one for each length."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries that are made while earlier ones are adapted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries that stream through slots: a slot that has finished takes the next one."""
 
 from __future__ import annotations
