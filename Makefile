@@ -5,13 +5,14 @@ CLANG ?= clang++
 FUZZ_SECONDS ?= 600
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# A build that goes on where the last one was: pip alone would begin again.
+PIP := SKBUILD_BUILD_DIR="build/{wheel_tag}" $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
 .PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz fuzz-python sanitize sanitize-cpu lint format clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python bench/demo/run.py $(ARGS)
+	$(BIN)/python -m bench.demo $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
@@ -39,6 +40,8 @@ bench-ttft: $(VENV)/.test
 	$(BIN)/python -m bench.ttft calibrate judge $(TTFT) --judged 20 --paths float32 --steps 1e-4 2e-4 4e-4 \
 	  --rules kNN "kNN x 2" SIFT hull "hull, at most 2" $(ARGS)
 	$(BIN)/python -m bench.ttft judge $(TTFT) --judged 4 --paths published $(ARGS)
+	$(BIN)/python -m bench.ttft calibrate judge $(TTFT) --judged 20 --paths lora many --rules kNN --budgets 6 \
+	  --steps 2e-3 4e-3 8e-3 --slots 4 $(ARGS)
 	$(BIN)/python -m bench.ttft report --out demo_out/ttft $(SUMMARY)
 
 bench-retriever: $(VENV)/.test

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the diagrams of the documentation, each in a light and a dark version.
 
 python docs/pictures.py
@@ -96,6 +97,8 @@ PICTURES: dict[str, Callable[[Theme], str]] = {
     "reuse": reuse,
     "cost": ttft_pictures.cost,
     "cost_bars": ttft_pictures.bars,
+    "joules": ttft_pictures.joules,
+    "model_size": ttft_pictures.sizes,
 }
 
 

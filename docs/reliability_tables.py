@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generated block about what hits the library and what long use costs."""
 
 from __future__ import annotations

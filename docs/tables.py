@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the generated blocks of README.md and of the results pages from the rows of bench/results.
 
     python docs/tables.py            # rewrite them

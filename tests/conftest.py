@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every test runs with poisoned memory, and GPU tests only where there is a GPU."""
 
 from __future__ import annotations

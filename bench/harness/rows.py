@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of bench/results/*.csv, and where they were measured."""
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ FIELDS += ["device", "threads", "torch", "numpy", "simd", "commit", "command"]
 
 
 def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    listed = Path("/proc/cpuinfo")  # of Linux
+    for line in listed.read_text().splitlines() if listed.exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()

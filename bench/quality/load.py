@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long use: the same work again and again, and what must not change meanwhile.
 
 Texts and problems come round again, so that their results can be compared bit for bit with those
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.demo import language_model
+from bench.harness.texts import OWN_MODEL, language_model
 from bench.ops import model_sizes
 from bench.ops.selection_gpu import DIM, TOTAL, N, clustered
 
@@ -139,8 +140,7 @@ def _adapt_again(
 
 def adaptations(count: int, trained: str) -> Figures:
     """Of the embedded model, on the CPU: `trained` is "all" or "last", a layer."""
-    own, device = str(language_model.OWN_MODEL), torch.device("cpu")
-    model: Any = language_model.load(own, device).model
+    model: Any = language_model(OWN_MODEL, torch.device("cpu"))
     if trained == "last":
         model.requires_grad_(False)
         model.model.layers[-1].requires_grad_(True)

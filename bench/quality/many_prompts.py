@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a batch's answers are right: in a long stream with bad queries, and on real text.
 
     python -m bench.quality.many_prompts stream [--queries 1000] [--bad 20]
@@ -28,7 +29,6 @@ import torch
 from hullkit.prompt_batch import Score
 from torch import Tensor, nn
 
-from bench.demo.language_model import OWN_MODEL
 from bench.harness import texts
 from bench.harness.rows import append, commit, processor
 from bench.ops.model_sizes import CASES, SHAPES, build
@@ -178,7 +178,7 @@ class Task(NamedTuple):
 
 
 def tasks(arguments: argparse.Namespace) -> list[Task]:
-    model = arguments.model or OWN_MODEL
+    model = arguments.model or texts.OWN_MODEL
     tokens = texts.Tokens(model, arguments.start, arguments.max_length)
     found = []
     for corpus in corpora.load(arguments.texts, arguments.subsets, arguments.queries):
@@ -237,7 +237,7 @@ def by_slots(model: nn.Module, asked: list[Task], slots: int) -> list[float]:
 
 def real_texts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device(arguments.device)
-    folder = arguments.model or OWN_MODEL
+    folder = arguments.model or texts.OWN_MODEL
     model = texts.language_model(folder, device).eval()
     asked = tasks(arguments)
     ways = {"unadapted": [task.score(model) for task in asked]}

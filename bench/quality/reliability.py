@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What long use costs and what hits it: each check appends its rows.
 
     python -m bench.quality.reliability ctrl-c            # in calls without end

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The selections of the core on calls that a fuzzer makes up. Whatever fits together gives what the headers promise, or
 // an error of the core's, and gives the same bits whatever the number of threads.
 #include <set>

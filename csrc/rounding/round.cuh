@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A block for each support, with the arithmetic of rounding.h, operation for operation: changes of a unit are weighed
 // by all threads at once, and the first or the best of them all is made.
 #pragma once

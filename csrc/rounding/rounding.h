@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // With y = sum_i (c_i / N) s_i and h = G c - N b, where G is the support's Gram matrix and b_i = <s_i, q>:
 //   N^2 (L(c + e_i) - L(c))       = 2 h_i + G_ii
 //   N^2 (L(c - e_i + e_j) - L(c)) = 2 (h_j - h_i) + G_ii + G_jj - 2 G_ij

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Argument checks of every public function: names the argument, what was expected, what came.
 
 Checks read shapes, dtypes and devices only. Values (NaN, Inf, lengths and candidates out of range)

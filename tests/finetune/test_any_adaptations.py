@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TestTimeFinetuner with any user between its queries and inside its blocks, in any order.
 
 After every block, and after every call that fails, the model is what it was. In float64 a query

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TestTimeFinetuner: signal handlers and other threads that raise at any moment."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The problems that the tests share: families of pools and queries, odd shapes, options."""
 
 from __future__ import annotations

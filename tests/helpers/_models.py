@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small causal language models, and everything about one that must be back after a query."""
 
 from __future__ import annotations

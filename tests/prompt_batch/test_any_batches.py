@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PromptBatch with any queries and callers in any order: good, bad, cut short, changed meanwhile.
 
 A query gets its answer or its own error. The model is not touched, and the next map works.

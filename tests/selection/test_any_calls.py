@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operators and functions with tensors of any shape, strides, dtype and memory, in any order.
 
 A call is refused by name, or its results are what the operation promises. No call ends the process.

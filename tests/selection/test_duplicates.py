@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Candidates that are nearly the same vertex, found and merged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts with a limit, the optimum of small roundings by exhaustion, and what rounding costs."""
 
 from __future__ import annotations

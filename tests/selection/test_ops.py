@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operators: schemas that tell the truth, and public functions inside `torch.compile`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Candidates that are nearly the same vertex. In index order, candidate i joins the first representative r with
 //   <x_r, x_i> > (1 - eps) ||x_r|| ||x_i||
 // or becomes a representative itself. So every member is close to its representative. Two members may be at twice that

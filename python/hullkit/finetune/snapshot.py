@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A snapshot of everything that a query may change in a model, and the restoring."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of a language model: its inputs, its limits, and whether it can train."""
 
 from __future__ import annotations

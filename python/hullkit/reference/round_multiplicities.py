@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Convex weights to integer counts, the reconstruction formed anew for every candidate move."""
 
 from __future__ import annotations

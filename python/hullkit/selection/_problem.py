@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pool, the query and their candidates, checked once and handed down."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows that nearly coincide."""
 
 from __future__ import annotations

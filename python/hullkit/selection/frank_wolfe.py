@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse convex reconstruction of a query: Frank-Wolfe and its variants."""
 
 from __future__ import annotations

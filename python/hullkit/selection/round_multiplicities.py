@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From convex weights to integer counts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a prompt and its candidates to a multiset of training sequences: `select`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Greedy choice of training sequences under a Gaussian process: SIFT."""
 
 from __future__ import annotations
