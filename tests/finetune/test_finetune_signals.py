@@ -10,14 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from types import ModuleType
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 from _models import Before, gpt2, plain, texts
+from _signals import SIGNALS, AtEvery, raising
 from hullkit.finetune import TestTimeFinetuner, adaptation, eager_passes, query_run, snapshot
 from hullkit.finetune import tuner as tuner_module
 from hullkit.language_model import fused_modules
@@ -27,77 +26,6 @@ from torch import nn
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODULES = (adaptation, snapshot, loss_module, eager_passes, query_run, tuner_module)
-SIGNALS = {
-    signal.SIGINT: KeyboardInterrupt,
-    signal.SIGALRM: TimeoutError,
-    signal.SIGTERM: SystemExit,
-}
-
-
-@contextmanager
-def raising(signum: int, error: type[BaseException]) -> Iterator[None]:
-    def handler(*_: object) -> None:
-        raise error("from the handler")
-
-    previous = signal.signal(signum, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signum, previous)
-
-
-class AtEvery:
-    """Runs a query again and again, each time with `act()` at a later moment: a line, call, return
-    or error in `modules`, or at a bytecode of the functions named in `opcodes`."""
-
-    def __init__(
-        self,
-        act: Callable[[], None],
-        modules: tuple[ModuleType, ...] = MODULES,
-        functions: tuple[str, ...] = (),
-        opcodes: bool = False,
-    ) -> None:
-        self._act = act
-        self._files = {module.__file__ for module in modules}
-        self._functions = functions
-        self._opcodes = opcodes
-        self.where: set[str] = set()
-
-    def run(self, query: Callable[[], None], check: Callable[[bool], None]) -> None:
-        """check(whether it was the moment's turn)"""
-        for self._chosen in range(1, 5000):
-            self._seen = 0
-            self._passed: dict[Any, int] = {}
-            outer = sys.gettrace()
-            sys.settrace(self._trace)
-            try:
-                query()
-            finally:
-                sys.settrace(outer)
-            check(self._seen >= self._chosen)
-            if self._seen < self._chosen:
-                print(f"{self._chosen - 1} moments")
-                return
-        pytest.fail("not every moment was tried")
-
-    def _trace(self, frame: Any, event: str, _: Any) -> Any:
-        name = frame.f_code.co_name
-        if frame.f_code.co_filename not in self._files:
-            return None
-        if self._functions and name not in self._functions:
-            return None
-        frame.f_trace_opcodes = self._opcodes
-        moment = (name, frame.f_lineno, frame.f_lasti, event)
-        self._passed[moment] = self._passed.get(moment, 0) + 1
-        if self._passed[moment] > 2:  # a loop: its first two turns will do
-            return self._trace
-        self._seen += 1
-        if self._seen == self._chosen:
-            self.where.add(name)
-            self._act()
-        return self._trace
-
-
 EDGES = ("_claim", "_enter", "_leave")
 
 
@@ -106,7 +34,10 @@ EDGES = ("_claim", "_enter", "_leave")
 def test_signal_at_any_moment(signum: int, opcodes: bool) -> None:
     model = plain()
     at_every = AtEvery(
-        lambda: signal.raise_signal(signum), functions=EDGES if opcodes else (), opcodes=opcodes
+        lambda: signal.raise_signal(signum),
+        MODULES,
+        functions=EDGES if opcodes else (),
+        opcodes=opcodes,
     )
     interrupted = False
 
@@ -136,7 +67,9 @@ def test_signal_whose_handler_the_block_has_set(signum: int) -> None:
     """Nobody knew of it on entry."""
     model = plain()
     before = Before(model)
-    at_every = AtEvery(lambda: signal.raise_signal(signum), functions=("_leave", "restore"))
+    at_every = AtEvery(
+        lambda: signal.raise_signal(signum), MODULES, functions=("_leave", "restore")
+    )
     set_inside: Any = None
     interrupted = False
     outside = signal.getsignal(signum)

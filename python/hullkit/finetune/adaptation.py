@@ -52,7 +52,7 @@ class Adaptation(WithBlock):
         self._claimed: list[nn.Module] = []
         self._key = object()
         self._keeping = False
-        self._settings: _Settings | None = None
+        self._settings: TorchSettings | None = None
         self._snapshot: Snapshot | None = None
         self._report: AdaptReport | None = None
         self._timed = False
@@ -79,7 +79,7 @@ class Adaptation(WithBlock):
     def _enter(self) -> nn.Module:
         query, owner = self._query, self._owner
         owner.last_report = None
-        self._settings = _Settings()
+        self._settings = TorchSettings()
         clock = Clock(_device(self._model))
         with torch.inference_mode(False), torch.enable_grad():
             parameters, buffers = tensors_of(self._claimed)
@@ -104,7 +104,9 @@ class Adaptation(WithBlock):
     def _leave(self) -> None:
         """Undoes _claim and _enter, as far as they got."""
         if self._settings is None:
-            self._settings = _Settings()  # an error may cut a context manager of the restoring, too
+            self._settings = (
+                TorchSettings()
+            )  # an error may cut a context manager of the restoring, too
         if self._timed:
             self._timed = False
             with suppress(RuntimeError):  # the device is lost; the restoring will raise
@@ -133,7 +135,7 @@ class Adaptation(WithBlock):
         self._owner.last_report = report._replace(seconds=seconds)
 
 
-class _Settings:
+class TorchSettings:
     """torch's settings at this moment.
 
     A context manager of torch whose `__exit__` is cut short leaves its setting behind.

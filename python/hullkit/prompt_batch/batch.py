@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from ..language_model.interface import (
     longest_padded,
 )
 from ..language_model.loss import PRECISIONS
+from .borrowed import Borrowed
 from .export import write_adapter
 from .factors import SlotFactors
 from .layers import SlotForwards, chosen_layers, device_and_dtype
 from .memory import PLANNED, Room, budget, slots_within
 from .neighbours import check_rows, feels_padding
-from .passes import SlotPasses, evaluating
+from .passes import SlotPasses
 from .queries import Answer
 from .stream import Run, Stream
 
@@ -215,8 +216,8 @@ class PromptBatch:
             self._busy = True
             yield from stream
         finally:
+            self._busy = False  # first: a signal may cut the rest short
             stream.close()
-            self._busy = False
 
     # What a stream needs.
 
@@ -266,8 +267,7 @@ class PromptBatch:
 
     # The adapted models.
 
-    @contextmanager
-    def slot(self, k: int) -> Iterator[nn.Module]:
+    def slot(self, k: int) -> AbstractContextManager[nn.Module]:
         """A block in which the model behaves as adapted with slot k, in eval mode. It yields it.
 
         Raises:
@@ -275,13 +275,10 @@ class PromptBatch:
         """
         if not 0 <= k < self.slots:
             raise IndexError(f"k: expected a slot in [0, {self.slots}), got {k}")
-        with self._using(self._forwards.some(k, 1)):
-            yield self.model
+        return self._using(self._forwards.some(k, 1))
 
-    @contextmanager
-    def _using(self, forwards: AbstractContextManager[None]) -> Iterator[None]:
-        with evaluating(self.model), self._passes.products(), self._passes.autocast(), forwards:
-            yield
+    def _using(self, forwards: AbstractContextManager[None]) -> Borrowed:
+        return Borrowed(self.model, self._passes.products(), self._passes.autocast(), forwards)
 
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k."""

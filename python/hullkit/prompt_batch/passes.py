@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -20,29 +20,12 @@ from ..language_model.host_constants import HostConstants
 from ..language_model.interface import logits_of, without_cache
 from ..language_model.loss import matmul_precision
 from ..language_model.products import SharedInputs
+from .borrowed import Borrowed
 from .factors import SlotFactors
 from .layers import SlotForwards
 
 _BOUNDLESS = 1 << 62  # bytes
 Block = Callable[[], AbstractContextManager[None]]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is in eval mode, and no parameter gets a gradient."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for module, _ in modes:
-            module.training = False
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 class SlotPasses:
@@ -112,7 +95,7 @@ class SlotPasses:
         return self._run(tokens, first, control)
 
     def _run(self, tokens: Tensor, first: int, control: Tensor) -> tuple[Tensor, Tensor]:
-        with evaluating(self._model), self.products():
+        with Borrowed(self._model, self.products()):
             # A pass of some slots is a long one, which keeps the device busy without a graph.
             whole = tokens.shape[1] == self._factors.slots
             graph = self._graph(tokens) if whole and self.captures else None
@@ -124,7 +107,7 @@ class SlotPasses:
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (R, T, V) of ids (R, T), by the model without factors."""
-        with torch.no_grad(), evaluating(self._model), self.products(), self.autocast():
+        with torch.no_grad(), Borrowed(self._model, self.products(), self.autocast()):
             ids = ids.to(self._device)
             return logits_of(self._model(ids, **self._options), ids)
 
@@ -137,7 +120,7 @@ class SlotPasses:
         """The bytes that a pass of one text of this length holds at a time."""
         held = HeldTensors(self._model, _BOUNDLESS, None)
         tokens = torch.zeros(2, 1, length, dtype=torch.int64, device=self._device)
-        with evaluating(self._model), self.products(), held.hooks():
+        with Borrowed(self._model, self.products(), held.hooks()):
             self.gradients(tokens, 0)
         return with_gaps(held.num_bytes)
 

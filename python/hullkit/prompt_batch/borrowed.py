@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block that changes how a model runs, and gives it back as it was."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+
+from torch import nn
+
+from ..finetune.adaptation import TorchSettings
+from ..native.kernels import WithBlock
+
+
+class Borrowed(WithBlock):
+    """Inside the block the model is in eval mode, and no parameter gets a gradient. It yields it.
+
+    inner: blocks that lie within this one. A signal's handler may cut one of them short as it is
+    left. So this block, which `WithBlock` leaves to the end, puts back the forwards of modules and
+    torch's settings, too.
+    """
+
+    def __init__(self, model: nn.Module, *inner: AbstractContextManager[None]) -> None:
+        super().__init__()
+        self._model = model
+        self._inner = inner
+        self._stack = ExitStack()
+        self._modules: list[tuple[nn.Module, bool, object]] = []
+        self._trained: list[nn.Parameter] = []
+        self._settings: TorchSettings | None = None
+
+    def _claim(self) -> None:
+        self._settings = TorchSettings()
+        modules = self._model.modules()
+        self._modules = [(m, m.training, m.__dict__.get("forward")) for m in modules]
+        self._trained = [p for p in self._model.parameters() if p.requires_grad]
+
+    def _enter(self) -> nn.Module:
+        for module, _, _ in self._modules:
+            module.training = False
+        for parameter in self._trained:
+            parameter.requires_grad_(False)
+        for block in self._inner:
+            self._stack.enter_context(block)
+        return self._model
+
+    def _leave(self) -> None:
+        """Begins again where it was cut short: the stack forgets a block as it leaves it."""
+        self._stack.close()
+        for module, training, forward in self._modules:
+            module.training = training
+            if module.__dict__.get("forward") is not forward:
+                if forward is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.__dict__["forward"] = forward
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        if self._settings is not None:
+            self._settings.put_back()
