@@ -5,10 +5,11 @@ CLANG ?= clang++
 FUZZ_SECONDS ?= 600
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# A build that goes on where the last one was: pip alone would begin again.
+PIP := SKBUILD_BUILD_DIR="build/{wheel_tag}" $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz sanitize sanitize-cpu lint format clean
+.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz fuzz-python sanitize sanitize-cpu emulate supply-chain lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bench.demo $(ARGS)
@@ -60,8 +61,22 @@ fuzz:
 	build/fuzz/fuzz_selection -max_total_time=$(FUZZ_SECONDS) -max_len=64 -timeout=20 -print_final_stats=1 \
 	  -artifact_prefix=build/fuzz/ build/fuzz/corpus csrc/fuzz/seeds
 
+# Any calls in any order, from Python, for some minutes; the same in every `make test`, for seconds.
+fuzz-python: $(VENV)/.test
+	$(BIN)/python -m pytest -q --hypothesis-profile=long --hypothesis-show-statistics \
+	  tests/selection/test_any_calls.py tests/optim/test_optim_changes.py \
+	  tests/finetune/test_any_adaptations.py tests/prompt_batch/test_any_batches.py $(ARGS)
+
 sanitize-cpu: $(VENV)/.test
 	.ci/sanitize $(BIN)/python $(ARGS)
+
+# The core on processors that are not here. Needs qemu-user and g++-aarch64-linux-gnu.
+emulate:
+	.ci/emulate
+
+# Builds of the package: the same bytes twice, without network, CMake or Ninja, in a read-only folder with spaces.
+supply-chain: $(VENV)/.test
+	.ci/supply_chain $(BIN)/python
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

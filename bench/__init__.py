@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks. Run from the repository's root: `python -m bench.ops.optim`, or `make bench`."""

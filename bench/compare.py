@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two commits side by side: builds both, checks that they answer alike, prints ratios of times.
 
     python bench/compare.py OLD NEW [--rounds 30] [-k select]

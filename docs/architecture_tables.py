@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generated blocks about architectures, and about what a captured pass is made of."""
 
 from __future__ import annotations

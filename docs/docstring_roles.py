@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Docstrings name other functions as `:func:`name``; the pages show the name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generated blocks about optimizers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the diagrams of the documentation, each in a light and a dark version.
 
 python docs/pictures.py

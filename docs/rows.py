@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The committed rows of bench/results, and how a figure is written."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generated blocks of the page about large corpora and many prompts."""
 
 from __future__ import annotations

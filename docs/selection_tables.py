@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generated blocks about selection."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parts of a diagram as SVG text, and the two themes."""
 
 from __future__ import annotations

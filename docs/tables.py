@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the generated blocks of README.md and of the results pages from the rows of bench/results.
 
     python docs/tables.py            # rewrite them
@@ -16,6 +17,7 @@ from pathlib import Path
 import architecture_tables
 import finetuning_tables
 import optimizer_tables
+import reach_tables
 import reliability_tables
 import scaling_tables
 import selection_tables
@@ -32,6 +34,7 @@ SOURCES = (
     scaling_tables,
     ttft_tables,
     reliability_tables,
+    reach_tables,
 )
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures about cost: bits per byte over seconds, where time and energy go, model sizes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generated blocks about what finetuning for a query costs, and what it buys."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choose training passages for a prompt: which ones, and how many updates each deserves."""
 
 import hullkit

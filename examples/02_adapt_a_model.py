@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapt a language model to one prompt, score and continue it, and have the model back."""
 
 from pathlib import Path

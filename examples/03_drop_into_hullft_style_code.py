@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Code written for HullFT's interfaces, on hullkit's kernels.
 
 If a package of that shape is what you run, one line before the first query does it all:

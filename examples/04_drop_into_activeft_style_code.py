@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Code written for activeft's Retriever, on hullkit's kernels: the import is all that changes.
 
 from activeft.sift import Retriever            # before

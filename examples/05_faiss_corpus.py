@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A corpus in a faiss index: search it, then select among the neighbours it found."""
 
 import faiss

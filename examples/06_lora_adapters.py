@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Test-time finetuning of LoRA adapters alone (PEFT): small gradients, small optimizer state."""
 
 from pathlib import Path

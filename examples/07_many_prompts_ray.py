@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many prompts on several workers by Ray: selected, adapted to, scored, and written as they finish.
 
 Here two processes of this machine work. On a cluster `ray.init()` finds the others; with GPUs pass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Texts to select from, and a vector for each: stand-ins for your corpus and your embeddings."""
 
 from __future__ import annotations

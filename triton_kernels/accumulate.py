@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """into += weight * grad over a list of tensors, and the squares that a global norm sums.
 
 The weight is in `record`: AccumulateOptions. squares [programs]: the sum over each program's chunk.

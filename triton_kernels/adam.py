@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """k Adam updates with one gradient: each element is read once, updated k times, written once.
 
 Two launches: `adam_coefficients_kernel` for what an update has in common for all elements, then

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Causal attention of short sequences: softmax(scale * q k^T) v, and its gradients.
 
 Heads of q share heads of k and v in groups. Sums and softmax are in float32; products take their

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cross entropy of logits [T, V] with targets [T], and its gradient written over them.
 
 A program for every row. Rows whose target is -100 are not scored: their loss and gradient are 0.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """act(gate) * up of a gated layer, and its gradients."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first launch of a kernel, which compiles it."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters beside linear layers, K of them at once: y + scale (x a^T) b^T, and gradients.
 
     inner = scale x a^T;  y += inner b^T

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared by the multi-tensor kernels: which part of which tensor a program works on.
 
 A list of T tensors is a table on the device, and what changes from call to call is a record: see

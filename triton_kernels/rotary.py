@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary positions: x * cos + rotated * sin; rotated is (-x[second half], x[first half])."""
 
 import triton

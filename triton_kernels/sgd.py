@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """k SGD updates with one gradient: each element is read once, updated k times, written once.
 
 Options are SGDOptions in `record`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """k Adam updates of slots that lie side by side, each with its own number of updates.
 
 A slot without updates is neither read nor written. A slot may be reset instead: its parameters

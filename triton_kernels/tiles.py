@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks of a matrix [rows, columns] whose rows lie `stride` elements apart."""
 
 import triton

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the demo's language model: a byte-level Llama on Python that is not the standard library.
 
 Text: every package of an installed site-packages, minus tests, vendored code, copies and backports

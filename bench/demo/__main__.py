@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo: what test-time finetuning costs and buys, on texts that every machine has.
 
     make demo                                   # or: python -m bench.demo

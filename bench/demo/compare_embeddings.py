@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each embedding is worth: BPB after finetuning on the nearest chunks, standard-library text.
 
 Every embedding retrieves for the same held-out queries from the same pool; the model takes one

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's text: chunks of source files, split by whole file into a pool and held-out queries.
 
 By default the standard library of the interpreter that runs the demo: real text that every machine

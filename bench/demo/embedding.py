@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Embeddings that need no download: hashed tf-idf of n-grams, or the language model's own states.
 
 `compare_embeddings.py` measures what each is worth to nearest-neighbour finetuning; the demo uses

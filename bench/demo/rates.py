@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each rule's best learning rate: from bench/results, or found on calibration queries."""
 
 from __future__ import annotations

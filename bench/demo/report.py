@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's table and what it says in words."""
 
 from __future__ import annotations

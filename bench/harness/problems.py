@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selection problems that benchmarks run on: made from a seed, unit length, float64."""
 
 from __future__ import annotations

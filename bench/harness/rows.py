@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of bench/results/*.csv, and where they were measured."""
 
 from __future__ import annotations

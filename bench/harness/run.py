@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make bench`: times every operation against its rivals, prints ratios and bars, writes rows.
 
 Rows go to a CSV (--out): op, provider, shape, dtype, p20, p50, p80 in ms, device, versions, commit,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Texts, embeddings and a language model, as the quality benchmarks read them.
 
 A folder of texts holds for each subset S: S.jsonl.gz and S.queries.jsonl.gz (lines with "text"),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times every case of the registry, for `make bench`; no number without a green gate."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One query of test-time finetuning against the published procedure: `make bench-finetune`.
 
 Adapt and put the weights back: 50 updates with 30 gradients. GPT-2 small with random weights, or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the first query of a new length costs: `python -m bench.ops.first_query`. On a GPU only.
 
 Recording a pass takes time once for each length. It is stated in eager passes: the first query's

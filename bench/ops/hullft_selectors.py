@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kNN and SIFT selectors that `hullkit.interop.hullft.patch` puts into a package of HullFT's
 shape, and what they replace: `python -m bench.ops.hullft_selectors`.
 

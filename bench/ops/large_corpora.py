@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pools from a corpus that stays on disk: `python -m bench.ops.large_corpora`.
 
 Synthetic vectors in clusters: an IVF index and the vectors themselves, both files. A fresh process

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One pass over a long text, and its memory: `python -m bench.ops.long_texts`. On a GPU only.
 
 Random weights and random tokens; bfloat16 passes, two updates with the gradient.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Low-rank products of K slots, fused and by baddbmm: `python -m bench.ops.lora_products`.
 
 y + s (x A^T) B^T and all its gradients at 400 rows a slot in bfloat16, each provider as a CUDA

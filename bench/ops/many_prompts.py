@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts a second, many at once: `python -m bench.ops.many_prompts`.
 
 Models of published shapes with random weights in bfloat16. A prompt: 50 updates with 30 gradients

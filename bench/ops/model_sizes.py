@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which model fits in what, and how long a query takes: `python -m bench.ops.model_sizes`.
 
 Models of the published shapes with random weights, one at a time. A query: 50 updates with 30

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused optimizers against torch's, on GPT-2 small's 148 tensors: `make bench-optim`.
 
 On a GPU also against the copy bandwidth measured in the same run, with the host's time for a step,

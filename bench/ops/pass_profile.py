@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels of one captured pass, by kind: `python -m bench.ops.pass_profile`.
 
 Prints how many kernels a pass has and how long they run; on a CUDA device only. Passes overlap

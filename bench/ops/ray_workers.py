@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One and two Ray workers on this machine, and a driver that is killed: `python -m
 bench.ops.ray_workers`.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every operation's benchmark: who competes, on which problem, and the gate they pass first."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """activeft's Retriever and ours over one faiss index, whole calls: `make bench-retriever`.
 
 200 prompts over 20,000 vectors, 50 choices of 200 candidates each. The gate comes first: the same

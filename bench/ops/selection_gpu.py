@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make bench-gpu`: selection on a CUDA device, every case checked against the CPU kernels first.
 
 Times are of whole calls, by CUDA events, back to back; bandwidths are bytes of the pool over time,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Second half of `make bench-gpu`: SIFT on a CUDA device, checked against the CPU kernels first.
 
 Rivals: a batched loop in torch that conditions whole kernels, and activeft, where it is installed,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every architecture of the tests' table finetuned with captured passes: rows for the docs.
 
     python -m bench.quality.architectures [--out FILE]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How select(total="auto") was calibrated, and what it is worth against one total for all prompts.
 
 Of the rows in bench/results/selection_quality.csv: for each alpha, every query gets the scores of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls that would take hours, of every loop that may be long, each ended by Ctrl-C."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether fast finetuning is as good: bits per byte of held-out texts after the published procedure
 and after ours, on real text with a real model.
 

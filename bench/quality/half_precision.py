@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What finetuning in half precision loses: bits per byte of a model loaded in float32, bfloat16 and
 float16, with every default of TestTimeFinetuner, on the same queries.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a batch's answers are right: in a long stream with bad queries, and on real text.
 
     python -m bench.quality.many_prompts stream [--queries 1000] [--bad 20]

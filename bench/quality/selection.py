@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each selection rule is worth: bits per byte after finetuning on its choice, by total updates
 and by forward-backward passes, on real text with a real model.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selection rules side by side on real embeddings: what they leave of a query, and what they cost.
 
     python -m bench.quality.variants FOLDER [--device cuda] [--out rows.csv] [--picture picture.png]

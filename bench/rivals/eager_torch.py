@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What somebody without kernels would write in torch: vectorised where torch allows, else loops."""
 
 from __future__ import annotations

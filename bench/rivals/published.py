@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published finetuning procedure, written naively: what TestTimeFinetuner is measured against.
 
 Eager passes over sequences padded to max_length, all gradients cloned for reuse, torch's Adam as it

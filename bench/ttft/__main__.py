@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What test-time finetuning costs and what it buys, a row for each query and cell.
 
     python -m bench.ttft calibrate --out DIR --texts DIR --model DIR    # learning rates

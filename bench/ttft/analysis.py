@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Means over queries with bootstrap intervals, and cells compared query by query."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a rule trains on for each query, at a budget of passes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The texts of a run: documents to train on, queries to score, and embeddings of both."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Energy that a device has used: NVML's counter of a GPU, RAPL's of a processor."""
 
 from __future__ import annotations

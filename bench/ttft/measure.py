@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries under one cell: chosen, adapted, scored, restored, with the time and energy of each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ways to finetune: the published procedure's own loop, hullkit in several precisions, and many
 prompts at once."""
 

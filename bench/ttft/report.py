@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of a run, and its summary for bench/results."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules that are compared: how examples are chosen, visited and paid for."""
 
 from __future__ import annotations

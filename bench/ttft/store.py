@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of a run: one for each query and cell, in CSV files of one folder, a file for each shard."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How an operation's arguments arrive from Python, and how Python learns their names.
 //
 // An operation lists its arguments once, in each_argument(visit) (operations.cpp). Three visitors go over this list:

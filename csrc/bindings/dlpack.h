@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // DLPack 1.3 as far as it is read here: what a class of tensors offers as `__dlpack_c_exchange_api__`.
 // Field for field the published layout; names are ours.
 #pragma once

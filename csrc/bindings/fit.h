@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Whether the arguments of a call fit together. Operators are called directly too: every size that a kernel relies on
 // is looked at here, once a call, before an address is followed. Values in memory are the kernels' to check.
 #pragma once

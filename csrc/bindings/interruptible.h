@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Runs the core without the GIL, so that Ctrl-C is heard: see hullkit/interrupt.h.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Questions about Python objects that are asked hundreds of times a step, where Python takes too long.
 //
 // An optimizer keeps a table of addresses. Between two steps a user may replace, move, cut or transpose any tensor, in

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every selection operation: its arguments, in the order of its operator, and the kernels they go to.
 // Shapes: pool [n, d] or [B, n, d]; query [d] or [B, d]; lengths [] or [B]; candidates [n] or [B, n].
 #include <algorithm>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The optimizers' face to Python: tables and records by address, and their layout by name.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A tensor of torch to a TensorView, by the methods that Python would call: the core links no torch, and a call from
 // here takes half of the time that Python's own takes.
 #pragma once

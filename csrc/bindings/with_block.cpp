@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A with-block that is always left to the end, whatever raises meanwhile.
 //
 // Python runs signal handlers between two bytecodes and as some functions of C return. What a

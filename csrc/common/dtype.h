@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From a dtype at run time to an arithmetic type at compile time.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sizes at which GPU kernels stop. Headers name these constants, error messages print them.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The last launch of frank_wolfe, round_multiplicities and select on Gram matrices. It certifies a result, rounds it,
 // or does both side by side. It uses their kernels (frank_wolfe/certify.cuh, rounding/round.cuh); their launchers use
 // it.

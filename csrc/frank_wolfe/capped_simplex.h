@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // {w : 0 <= w_i <= cap, sum w = 1}: what Frank-Wolfe's weights range over.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Certificates of a Frank-Wolfe result, from the weights returned. They do not use the recurrences of the run.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which solver takes a Frank-Wolfe problem. The workspace query and the launchers of frank_wolfe and select all ask
 // here, so that they cannot disagree.
 #pragma once

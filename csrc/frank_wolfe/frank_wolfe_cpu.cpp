@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "frank_wolfe/active_set/active_set_cpu.h"
 #include "hullkit/frank_wolfe.h"
 #include "hullkit/parallel.h"

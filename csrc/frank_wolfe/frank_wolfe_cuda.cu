@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cuda/gram/gram.h"
 #include "finish/finish.h"
 #include "frank_wolfe/frank_wolfe_cuda.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The solvers on a GPU. frank_wolfe and select launch them.
 #pragma once
 

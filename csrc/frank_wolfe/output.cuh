@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Where kernels write the results of Frank-Wolfe.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The answer of a solver's step to its loop: go on, or end with a status.
 #pragma once
 

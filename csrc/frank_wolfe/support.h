@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The touched vertices of one Frank-Wolfe run and their weights: what becomes of them once the run is over.
 #pragma once
 

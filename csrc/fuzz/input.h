@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Bytes of a fuzzer, read as the choices that make a call.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A pool and queries of any shape, strides and values, in memory of exactly the size that they need.
 #pragma once
 

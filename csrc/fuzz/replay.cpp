@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Runs the fuzzer's function on the files that are named: its seeds, or an input that it found. Any compiler builds
 // this.
 #include <cstdint>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A pass over the pool leaves a key for each candidate; then rounds of a tournament: blocks sort kSorted of them and
 // keep the first k, until one block has all that is left.
 #include <algorithm>

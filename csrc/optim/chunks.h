@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A list of tensors cut into chunks, and chunks as the arithmetic wants them.
 #pragma once
 

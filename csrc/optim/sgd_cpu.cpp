@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "common/dtype.h"
 #include "hullkit/sgd.h"
 #include "optim/chunks.h"

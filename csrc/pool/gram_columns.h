@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Columns of a pool's Gram matrix, each computed once, on first touch.
 #pragma once
 

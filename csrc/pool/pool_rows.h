@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One query's candidates as kernels read them: addresses of valid rows, widened to the arithmetic type T.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cuda/primitives/group.cuh"
 #include "cuda/primitives/launch.cuh"
 #include "hullkit/apportion.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Quotas of one prompt's weights, with the bits of the CPU's.
 #pragma once
 

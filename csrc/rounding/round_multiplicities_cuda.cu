@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "common/limits.h"
 #include "finish/finish.h"
 #include "hullkit/round_multiplicities.h"

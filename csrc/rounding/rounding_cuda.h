@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rounding once the products are there: of a support alone, or of a whole pool it was chosen from.
 #pragma once
 

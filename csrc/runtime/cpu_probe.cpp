@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Chooses the instruction set once per process.
 #ifdef HULLKIT_X86
 #include <cpuid.h>
@@ -21,27 +22,34 @@ bool supports_f16c() {
 #endif
 
 const Simd& choose() {
-  const Simd* available[3] = {&kSimdPortable};
-  int count = 1;
-#ifdef HULLKIT_X86
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c();
-  if (avx2) available[count++] = &kSimdAvx2;
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    available[count++] = &kSimdAvx512;
-  }
-#endif
+  const AvailableSimds available = available_simds();
+  const Simd& best = *available.sets[available.count - 1];
   const char* wanted = std::getenv("HULLKIT_SIMD");
-  if (wanted == nullptr || *wanted == '\0') return *available[count - 1];
-  for (int i = 0; i < count; ++i) {
-    if (std::strcmp(available[i]->name, wanted) == 0) return *available[i];
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (int i = 0; i < available.count; ++i) {
+    if (std::strcmp(available.sets[i]->name, wanted) == 0) return *available.sets[i];
   }
-  throw_value_error("HULLKIT_SIMD: expected one of portable, avx2, avx512 that this processor has (up to ",
-                    available[count - 1]->name, "), got ", wanted);
+  throw_value_error("HULLKIT_SIMD: expected one of portable, avx2, avx512, neon that this processor has (up to ",
+                    best.name, "), got ", wanted);
 }
 
 }  // namespace
+
+AvailableSimds available_simds() {
+  AvailableSimds available{{&kSimdPortable}, 1};
+#if defined(HULLKIT_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c();
+  if (avx2) available.sets[available.count++] = &kSimdAvx2;
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    available.sets[available.count++] = &kSimdAvx512;
+  }
+#elif defined(HULLKIT_ARM64)
+  available.sets[available.count++] = &kSimdNeon;  // every 64-bit ARM processor has it
+#endif
+  return available;
+}
 
 const Simd& simd() {
   static const Simd& chosen = choose();

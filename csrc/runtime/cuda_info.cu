@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Asks the driver what is here and proves, by running it, that a kernel of this build loads on each device.
 #include <cuda_runtime.h>
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The answer of a build without CUDA.
 #include "hullkit/build_info.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "hullkit/interrupt.h"
 
 #include <time.h>
@@ -26,10 +27,15 @@ class Interruption {
  private:
   static constexpr int64_t kBetween = 50'000'000;  // nanoseconds
 
-  // The coarse clock moves every few milliseconds, and reading it takes a few nanoseconds.
+  // Linux's coarse clock moves every few milliseconds, and reading it takes a few nanoseconds.
+#ifdef CLOCK_MONOTONIC_COARSE
+  static constexpr clockid_t kClock = CLOCK_MONOTONIC_COARSE;
+#else
+  static constexpr clockid_t kClock = CLOCK_MONOTONIC;
+#endif
   static int64_t now() {
     timespec time{};
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &time);
+    clock_gettime(kClock, &time);
     return int64_t{1'000'000'000} * time.tv_sec + time.tv_nsec;
   }
 

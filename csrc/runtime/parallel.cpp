@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "hullkit/parallel.h"
 
 #include <pthread.h>
@@ -79,7 +80,7 @@ class Pool {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       num_workers = grow(num_workers);
-      keep_off(sched_getcpu());
+      keep_off_the_caller();
       loop_ = &loop;
       wanted_ = num_workers;
       busy_ = 0;
@@ -114,14 +115,17 @@ class Pool {
 
   // Keeps the workers off the caller's processor. A wake-up may leave a worker where the caller runs, and
   // the scheduler can take longer than a whole batch to move it: two threads then take the time of one.
-  // The system is asked only when the caller has moved.
-  void keep_off(int processor) {
+  // The system is asked only when the caller has moved. Only Linux lets a thread choose its processors.
+  void keep_off_the_caller() {
+#ifdef __linux__
+    const int processor = sched_getcpu();
     if (processor == kept_off_ || processor < 0) return;
     cpu_set_t allowed;
     if (pthread_getaffinity_np(pthread_self(), sizeof(allowed), &allowed) != 0) return;
     if (CPU_COUNT(&allowed) > 1) CPU_CLR(processor, &allowed);
     for (std::thread& thread : threads_) pthread_setaffinity_np(thread.native_handle(), sizeof(allowed), &allowed);
     kept_off_ = processor;
+#endif
   }
 
   void serve() {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The options of SIFT, checked once for the CPU and the GPU: the operator is called with any.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A block for each prompt, on its Gram matrix, with the arithmetic of sift_cpu.cpp, operation for operation; only the
 // kernel is written down after other steps here, kTerms stretches, than there.
 #include <algorithm>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The optimizers' arithmetic; included by simd_impl.h, and like it once per instruction set.
 #pragma once
 
@@ -9,6 +10,8 @@ inline Wide<float> square_root(Wide<float> x) {
   return _mm512_maskz_sqrt_ps(-1, x);  // all lanes; the plain form warns of an uninitialized operand in GCC 12
 #elif defined(__AVX2__)
   return _mm256_sqrt_ps(x);
+#elif defined(HULLKIT_SIMD_NEON)
+  return vsqrtq_f32(x);
 #else
   for (int lane = 0; lane < kBytes / 4; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
   return x;
@@ -20,6 +23,8 @@ inline Wide<double> square_root(Wide<double> x) {
   return _mm512_maskz_sqrt_pd(-1, x);
 #elif defined(__AVX2__)
   return _mm256_sqrt_pd(x);
+#elif defined(HULLKIT_SIMD_NEON)
+  return vsqrtq_f64(x);
 #else
   for (int lane = 0; lane < kBytes / 8; ++lane) x[lane] = __builtin_sqrt(x[lane]);
   return x;
@@ -256,6 +261,8 @@ void narrow_f16(const float* in, uint16_t* out, int64_t count) {
   for (; i + 8 <= count; i += 8) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
   }
+#elif defined(HULLKIT_SIMD_NEON)
+  for (; i + 4 <= count; i += 4) vst1_u16(out + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(in + i))));
 #endif
   for (; i < count; ++i) out[i] = narrow_one_f16(in[i]);
 }

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The arithmetic every CPU kernel is made of, once per instruction set, chosen at run time.
 #pragma once
 
@@ -94,9 +95,18 @@ extern const Simd kSimdPortable;
 #ifdef HULLKIT_X86
 extern const Simd kSimdAvx2;
 extern const Simd kSimdAvx512;
+#elif defined(HULLKIT_ARM64)
+extern const Simd kSimdNeon;
 #endif
 
-// The widest set this processor and operating system support; HULLKIT_SIMD=portable|avx2|avx512 lowers it.
+// The sets that this processor and operating system support, the best one last.
+struct AvailableSimds {
+  const Simd* sets[3];
+  int count;
+};
+AvailableSimds available_simds();
+
+// The best of them; HULLKIT_SIMD=portable|avx2|avx512|neon chooses another one.
 const Simd& simd();
 
 }  // namespace hullkit

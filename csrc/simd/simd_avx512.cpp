@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #define HULLKIT_SIMD_BYTES 64
 #include "simd/simd_impl.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The selections' loops. Included by exactly one translation unit per instruction set, which defines
 // HULLKIT_SIMD_BYTES. Everything here has internal linkage: a function compiled for a wide instruction set must never
 // be the copy that the linker keeps for all units. For the same reason no header with inline templates comes in.
@@ -267,6 +268,8 @@ void widen_f16(const uint16_t* in, float* out, int64_t count) {
   for (; i + 8 <= count; i += 8) {
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
   }
+#elif defined(HULLKIT_SIMD_NEON)
+  for (; i + 4 <= count; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(in + i))));
 #endif
   for (; i < count; ++i) out[i] = widen_one_f16(in[i]);
 }

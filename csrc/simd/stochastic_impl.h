@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Stochastic rounding; included by simd_impl.h, and like it once per instruction set. The same bits as the Triton
 // kernels' (triton_kernels/multi_tensor.py). Plain loops that compilers make vectors of.
 #pragma once

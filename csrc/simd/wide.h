@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vectors of the instruction set at hand: loads, sums of lanes, comparisons. Included by simd_impl.h, and like it once
 // per instruction set.
 #pragma once
@@ -6,6 +7,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(HULLKIT_SIMD_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace hullkit {
@@ -47,6 +50,9 @@ inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c)
 #elif defined(__AVX2__)
 inline Wide<float> multiply_add(Wide<float> a, Wide<float> b, Wide<float> c) { return _mm256_fmadd_ps(a, b, c); }
 inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) { return _mm256_fmadd_pd(a, b, c); }
+#elif defined(HULLKIT_SIMD_NEON)
+inline Wide<float> multiply_add(Wide<float> a, Wide<float> b, Wide<float> c) { return vfmaq_f32(c, a, b); }
+inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) { return vfmaq_f64(c, a, b); }
 #else
 inline Wide<float> multiply_add(Wide<float> a, Wide<float> b, Wide<float> c) { return a * b + c; }
 inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c) { return a * b + c; }
@@ -55,8 +61,28 @@ inline Wide<double> multiply_add(Wide<double> a, Wide<double> b, Wide<double> c)
 typedef float Float4 __attribute__((vector_size(16)));
 typedef double Double2 __attribute__((vector_size(16)));
 
+// Lanes of a, then of b, by number. GCC 11 has another name for it.
+template <int... kLanes>
+inline Float4 shuffled(Float4 a, Float4 b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, kLanes...);
+#else
+  typedef int32_t Lanes __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Lanes{kLanes...});
+#endif
+}
+template <int... kLanes>
+inline Double2 shuffled(Double2 a, Double2 b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, kLanes...);
+#else
+  typedef int64_t Lanes __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Lanes{kLanes...});
+#endif
+}
+
 inline float sum_lanes(Float4 v) {
-  const Float4 swapped = __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  const Float4 swapped = shuffled<2, 3, 0, 1>(v, v);
   const Float4 pairs = v + swapped;
   return pairs[0] + pairs[1];
 }
@@ -84,13 +110,13 @@ inline auto sum_lanes(V v) {
 
 // out[r] = sum_lanes(sums[r]): the same additions, of four sums at once from 16 bytes on.
 inline void store_four(float* out, Float4 a, Float4 b, Float4 c, Float4 d) {
-  const Float4 ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  const Float4 cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
-  store(out, __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7));
+  const Float4 ab = shuffled<0, 1, 4, 5>(a, b) + shuffled<2, 3, 6, 7>(a, b);
+  const Float4 cd = shuffled<0, 1, 4, 5>(c, d) + shuffled<2, 3, 6, 7>(c, d);
+  store(out, shuffled<0, 2, 4, 6>(ab, cd) + shuffled<1, 3, 5, 7>(ab, cd));
 }
 inline void store_four(double* out, Double2 a, Double2 b, Double2 c, Double2 d) {
-  store(out, __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3));
-  store(out + 2, __builtin_shufflevector(c, d, 0, 2) + __builtin_shufflevector(c, d, 1, 3));
+  store(out, shuffled<0, 2>(a, b) + shuffled<1, 3>(a, b));
+  store(out + 2, shuffled<0, 2>(c, d) + shuffled<1, 3>(c, d));
 }
 template <typename T, typename V>
 inline void store_four(T* out, V a, V b, V c, V d) {

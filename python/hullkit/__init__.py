@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """hullkit: kernels for test-time finetuning of language models.
 
 Choose, for one prompt, a sparse convex combination of training sequences (Frank-Wolfe over the hull

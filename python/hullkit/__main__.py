@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m hullkit`: the report to paste into a bug report."""
 
 from __future__ import annotations

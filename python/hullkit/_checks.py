@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Argument checks of every public function: names the argument, what was expected, what came.
 
 Checks read shapes, dtypes and devices only. Values (NaN, Inf, lengths and candidates out of range)
@@ -25,6 +26,23 @@ def check_tensor(name: str, value: Any) -> Tensor:
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
     return value
+
+
+def bytes_reached(tensor: Tensor) -> int:
+    """How long a storage must be to hold every element of the tensor."""
+    if tensor.numel() == 0:
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((n - 1) * stride for n, stride in steps)
+    return int((last + 1) * tensor.element_size())
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage holds every element still: FSDP, for one, frees it under a tensor."""
+    held = tensor.untyped_storage().nbytes()
+    if tensor.storage_offset() == 0 and tensor.is_contiguous():  # all but a few
+        return held >= tensor.nbytes
+    return held >= bytes_reached(tensor)
 
 
 def check_floating(name: str, value: Any) -> Tensor:

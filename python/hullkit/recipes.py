@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of selection and finetuning that were found to spend a query's seconds well."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo end to end on a small text, its messages, and the committed language model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bench/quality/many_prompts.py on a small model: a stream with bad queries, and texts."""
 
 from __future__ import annotations

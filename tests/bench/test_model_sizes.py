@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bench/ops/model_sizes.py on tiny versions of its shapes, and the sizes of the whole ones."""
 
 from __future__ import annotations

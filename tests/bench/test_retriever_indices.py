@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """interop.activeft over faiss's own classes: vectors are what `reconstruct` says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bench/ttft on a few small texts: every phase, going on after a stop, and the statistics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every public name has an example in its docstring, and every example prints what it says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The README is short, its links lead somewhere, and the version is said once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every number of the README and of the results pages comes from a row.
 
 Numbers in generated blocks are compared with the rows by test_tables.py. Outside of them only these

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every Python block of the README and of the pages runs as it stands, from the root.
 
 Blocks of a page share one namespace, in order. A `text` block behind one is what it prints.

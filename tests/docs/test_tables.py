@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables and pictures of the documentation are what the committed rows and scripts say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every architecture of the table: finetuned as plain torch does it, and captured on a GPU."""
 
 from __future__ import annotations

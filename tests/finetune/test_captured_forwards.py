@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captured passes of forwards that make tensors on the host, and why others are not captured."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What captured passes ask of Adam's kernels: a limit told later, a mark for what is not finite,
 and the way back. In Triton's interpreter where there is no GPU."""
 

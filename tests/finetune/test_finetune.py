@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TestTimeFinetuner: the procedure against its oracle."""
 
 from __future__ import annotations

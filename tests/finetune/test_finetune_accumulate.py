@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TestTimeFinetuner(mode="accumulate"): one update with the mean gradient of the multiset."""
 
 from __future__ import annotations

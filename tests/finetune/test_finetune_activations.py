@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activations that are computed again: the layers it finds, the same result, and the way back."""
 
 from __future__ import annotations

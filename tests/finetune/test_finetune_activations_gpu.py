@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """activations="auto" on a CUDA device: what does not fit is computed again."""
 
 from __future__ import annotations

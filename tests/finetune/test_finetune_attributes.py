@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TestTimeFinetuner: what models keep beside parameters and buffers comes back, too."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TestTimeFinetuner on a CUDA device: captured passes, and the way back from each phase."""
 
 from __future__ import annotations

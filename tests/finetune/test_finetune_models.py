@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TestTimeFinetuner: models set up for something special, and tuners that travel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TestTimeFinetuner: the way back from every exit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sixteen threads, each with selections, an optimizer and a tuner of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models in bfloat16 and float16: what they keep of small updates, the same bits, and adapters."""
 
 from __future__ import annotations

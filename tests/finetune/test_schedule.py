@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """reuse_schedule against the update-by-update definition."""
 
 from __future__ import annotations

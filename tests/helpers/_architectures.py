@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny causal language models with random weights, one for each architecture of transformers.
 
 Tests and the table of architectures in the documentation finetune each of them on two examples.

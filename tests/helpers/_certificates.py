@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must hold of a result: equal to the oracle, or parted from it where rounding decides."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selections by number, and a data set of them that a spawned process can import."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared by the tests of the CUDA kernels: problems, and comparisons of results by field."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stand-in of a package of HullFT's shape."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameter lists, and the ways to run an optimizer that every test of one takes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quadratic programs by scipy, independent of every Frank-Wolfe: what the variants must reach."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A few small texts in the format of bench/harness/texts.py."""
 
 from __future__ import annotations

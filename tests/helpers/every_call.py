@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every selection kernel once, on small problems: `make sanitize` runs it under compute-sanitizer.
 
 All dtypes; pools of a prompt's own, shared ones with candidates, ragged ones whose rows are not

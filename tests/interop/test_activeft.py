@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Against activeft itself: its Retriever over faiss, its choices where rounding does not decide."""
 
 from __future__ import annotations

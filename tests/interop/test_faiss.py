@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selection from faiss indices of every kind, and corpora that stay on disk."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """hullkit in code of HullFT's shape: once as it is, once patched, the same answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finetuning in code of HullFT's shape: once as it is, once on hullkit, the same weights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows adapted to by Ray's actors: as alone, each once, whoever dies."""
 
 from __future__ import annotations

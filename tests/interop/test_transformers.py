@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """hullkit inside Hugging Face code: Trainer, accelerate, PEFT, generate()."""
 
 from __future__ import annotations

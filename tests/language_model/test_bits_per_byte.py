@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bits_per_byte against the float64 oracle, and what it must leave alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Causal masks that a captured pass does without."""
 
 from __future__ import annotations

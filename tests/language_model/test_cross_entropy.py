@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fused next-token loss against torch's. In Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts that see every token equal experts that see their own."""
 
 from __future__ import annotations

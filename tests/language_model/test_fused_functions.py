@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused functions against torch's own: values and gradients. In Triton's interpreter on CPUs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Host tensors of a forward pass: noted in one pass, served in the next.
 
 The meta device stands for a GPU: moves to it are seen the same way. It computes no values.

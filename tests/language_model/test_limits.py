@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long a sequence may be, and which ids it may have: refused by name before anything runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters in passes: the formula, the proof, and what is left alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """accumulate_ against the oracle, and the global norm it returns."""
 
 from __future__ import annotations

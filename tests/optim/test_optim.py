@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fused optimizers against torch.optim, one update at a time, and the float64 oracle."""
 
 from __future__ import annotations

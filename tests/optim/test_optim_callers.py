@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who calls a step or looks on: hooks, schedulers, torch.compile, classes of tensors."""
 
 from __future__ import annotations

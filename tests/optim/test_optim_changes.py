@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user may do to parameters, gradients, groups and state between two calls: the result is
 torch's, whatever the tables of addresses were made for."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam's quotient where denominators leave the range of reciprocals, in every instruction set."""
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import sys
 import hullkit
 import pytest
 
-SETS = ["portable", "avx2", "avx512"]
-HERE = SETS[: SETS.index(hullkit.build_info()["simd"]) + 1]
+BEST = hullkit.build_info()["simd"]
+SETS = ["portable", "neon"] if BEST == "neon" else ["portable", "avx2", "avx512"]
+HERE = SETS[: SETS.index(BEST) + 1]
 
 # Gradients from nothing to where their squares overflow, side by side in every vector; eps from
 # denormal to huge. Elements without a gradient stay, neighbours of any size or not.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the optimizers and accumulate_ refuse, and what their messages say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients other than those in `.grad`: scaled to a norm, or handed to the step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entry points of torch and Triton that are not public: used where present, else done without."""
 
 from __future__ import annotations

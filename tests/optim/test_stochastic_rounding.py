@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Half-precision parameters whose updates are smaller than half a step."""
 
 from __future__ import annotations

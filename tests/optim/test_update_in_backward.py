@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Updates that run as each gradient becomes ready: the same bits, no gradient left."""
 
 from __future__ import annotations

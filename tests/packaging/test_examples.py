@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples run as they stand, each on its own small data."""
 
 from __future__ import annotations

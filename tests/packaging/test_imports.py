@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules import each other in one direction."""
 
 from __future__ import annotations

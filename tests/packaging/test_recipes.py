@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes are settings that the functions take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Largest-remainder apportionment: the oracle's counts, and its defining properties."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What crosses into the core has one declaration: a record of other names is refused on import."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arrays of other libraries: the answers of the same tensors, in kind, without copies."""
 
 from __future__ import annotations

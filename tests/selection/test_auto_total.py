@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """select(total="auto"): the oracle's totals and counts, and what holds on any pool."""
 
 from __future__ import annotations

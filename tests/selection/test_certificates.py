@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """float32, float16 and bfloat16: whatever path was taken, the result certifies itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frank-Wolfe over more candidates than a Gram matrix has room for: one pass an iteration."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch makes tensors on by default is the user's choice, and not where our helpers go."""
 
 from __future__ import annotations

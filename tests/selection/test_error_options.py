@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bad options, totals and results: as test_errors.py, for the arguments that only some take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The calls that `make sanitize` makes on a GPU are calls that can be made."""
 
 from __future__ import annotations

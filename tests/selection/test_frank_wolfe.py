@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frank-Wolfe in float64: the oracle's path, step for step."""
 
 from __future__ import annotations

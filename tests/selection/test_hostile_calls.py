@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operators called directly with what does not fit, memory taken away, calls without end."""
 
 from __future__ import annotations

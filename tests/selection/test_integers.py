@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Integers of every width where they name candidates, lengths, supports and counts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Same bits whatever stands beside a query, whoever computes it, and however its memory lies."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nearest neighbours by inner product: exact in float64, certified below."""
 
 from __future__ import annotations

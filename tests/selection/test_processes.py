@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selections in processes that others made: forked, spawned, workers of a DataLoader."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The oracles themselves, against answers worked out by hand in exact fractions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rounding in float64: the oracle's counts; and what holds of counts whatever made them."""
 
 from __future__ import annotations

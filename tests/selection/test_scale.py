@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of any length: the fully corrective oracle's weights, and gap_tol where it is off."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`select`, and the oracle behind `backend="reference"`, in every shape an argument may take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CUDA kernels against the CPU's and the float64 oracle."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SIFT: the oracle's choices in float64, certified below; repeats, caps, stopping, many vectors."""
 
 from __future__ import annotations

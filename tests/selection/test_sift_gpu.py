@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SIFT on a device: the CPU's choices, whatever the shape of the call."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Away, pairwise and fully corrective Frank-Wolfe, gap_tol, and weights with a cap."""
 
 from __future__ import annotations

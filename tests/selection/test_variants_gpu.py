@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The variants, caps, limits and duplicates on CUDA, against the CPU and by certificates."""
 
 from __future__ import annotations

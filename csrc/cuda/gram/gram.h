@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Gram matrices of a batch: where Frank-Wolfe and rounding on the GPU get their products from.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A PoolSpec as kernels read it. Values nobody on the host may look at without waiting for the device (lengths,
 // candidates, NaN) are checked here: what is out of range makes an entry broken, and is never followed.
 #pragma once

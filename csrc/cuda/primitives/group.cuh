@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The threads of a block that work on one prompt. Reductions are exact (no sums of floats), so their results do not
 // depend on how many threads there are.
 #pragma once

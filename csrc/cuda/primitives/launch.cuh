@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The way from host code to a kernel.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Large batches are done in pieces, so that their workspace stays bounded.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Instructions that have no name in CUDA C++: asynchronous copies and tensor-core products.
 #pragma once
 

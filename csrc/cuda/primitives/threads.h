@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a prompt's candidates are dealt out to the threads that work on it.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Inner products of one block of rows with another, on tensor cores: what every selection kernel stands on.
 // float64 and float32 elements are multiplied and summed in float64 (a float32 product is exact there), halves in
 // float32. The order of a sum depends on d alone, so a product has the same bits in any tile, either way round.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a residual is handed to the pass. Rows of float64 and float32 are multiplied with it in float64. Tensor cores
 // multiply halves with halves only, so for half-precision rows the residual becomes halves, too. It is scaled so that
 // its largest coordinate is about 2^kExponent: then no float16 vanishes and no product overflows. It is split into

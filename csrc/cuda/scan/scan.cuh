@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One pass over every entry's candidates: their products with directions. Blocks stay and take one tile of rows after
 // the other; chunks of the next are on their way while the products of the last are summed, so that memory never waits.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One pass over the candidates of every entry, for their products with one direction.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cuda/primitives/launch.cuh"
 #include "cuda/scan/residual.cuh"
 #include "cuda/scan/scan.cuh"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The variants of Frank-Wolfe that keep an active set, and those with a cap: one text for a CPU's thread and for a
 // GPU's block of threads. All state is weights and scores of the candidates; sums are over touched vertices, in order.
 #pragma once

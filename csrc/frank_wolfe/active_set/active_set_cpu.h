@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // active_set.h for one query on one thread, with the face of run_cpu.h.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // active_set.h with a block of threads for each prompt, on its Gram matrix. The block is as large whatever the prompt,
 // so sums over threads have one order.
 #include <algorithm>

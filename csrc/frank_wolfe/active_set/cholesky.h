@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The Cholesky factor of a matrix that gains and loses rows one at a time.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Frank-Wolfe without a Gram matrix: an iteration is one pass over the candidates, by which up to 16 prompts find their
 // vertices, and a step of each prompt by a block of its own. Nothing waits for a prompt to be finished: as many passes
 // are launched as there may be, and those that no prompt of a group needs end at once.

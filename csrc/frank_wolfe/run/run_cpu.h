@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One Frank-Wolfe run, on the quantities that make an iteration O(n): base = X q, scores = X residual, and
 // three scalars.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One launch runs a whole batch: a block for each prompt, on its Gram matrix. The arithmetic is that of
 // run_cpu.h, operation for operation; only which lengths are recomputed depends on the largest norm of all
 // candidates here, of those touched so far there.

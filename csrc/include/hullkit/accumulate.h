@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // into += weight * grad over a list of tensors, in float32, and sums of squares for a global norm.
 #pragma once
 

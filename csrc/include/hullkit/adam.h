@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // k Adam updates with one gradient. For t = step + 1, ..., step + k, with g the gradient times `scale`:
 //   g_t = g + l2 * p
 //   m   = beta1 * m + (1 - beta1) * g_t

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Largest-remainder apportionment (Hamilton): counts_i is the floor of the quota total * w_i / sum w, plus
 // one for the largest remainders (lowest index on a tie) until the counts sum to total.
 #pragma once

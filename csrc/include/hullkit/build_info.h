@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The contents of this build, and the devices of this machine.
 #pragma once
 

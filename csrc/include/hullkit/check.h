@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Errors of the core. bindings/ is the one place that turns them into Python exceptions.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The fields of a struct by name: options and results cross into the core as "max_iters = 250", never as "the sixth".
 #pragma once
 

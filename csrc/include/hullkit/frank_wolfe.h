@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Frank-Wolfe for the sparse convex reconstruction of a query:
 //   minimise f(w) = 1/2 ||query - sum_i w_i pool_i||^2 over the probability simplex, exact line search,
 // or over the capped simplex {0 <= w_i <= max_weight, sum w = 1}.

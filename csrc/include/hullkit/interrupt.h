@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a long operation hears that it shall end. Loops call stop_if_asked() between their units of work; all threads of
 // the operation then finish their unit and throw, and the caller gets no result.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The k pool rows with the largest inner product with the query, largest first, lowest index on a tie.
 #pragma once
 

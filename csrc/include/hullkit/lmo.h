@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Linear minimisation oracle over the hull of each pool:
 //   index[b] = argmin_i <direction[b], pool[b, i]>,  value[b] = that minimum; lowest index on a tie.
 // `direction` is a gradient: pass minus the residual to find the vertex most aligned with the residual.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A small std::thread pool. Not OpenMP: a second OpenMP runtime beside torch's can crash the process.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The pool of a selection: B sets of candidate rows. They may differ in length, and they may share their rows.
 #pragma once
 

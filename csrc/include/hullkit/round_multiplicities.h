@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Rounds convex weights to an integer multiset: counts c >= 0, sum c = total, with small
 //   L(c) = ||query - sum_i (c_i / total) s_i||^2   over the support points s_i.
 // Floors of the quotas total * w_i / sum w come first, then greedy completion, then exchange passes (HullFT, arXiv

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // frank_wolfe and round_multiplicities in one call: the same bits as one after the other, without computing the
 // support's Gram matrix a second time.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // k SGD updates with one gradient. For each, with g the gradient times `scale`:
 //   g_t = g + l2 * p
 //   b   = momentum * b + undamped * g_t      (the first update of a fresh row: b = g_t)

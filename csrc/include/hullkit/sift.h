@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // SIFT: greedy choice of the candidates that most reduce the posterior variance of a prompt under a Gaussian process
 // with a linear kernel, k(x, y) = <x, y>, and observation noise (Huebotter et al., arXiv 2410.08020). Step by step,
 // with k_S the kernel conditioned on the multiset S chosen so far,

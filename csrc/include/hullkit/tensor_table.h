@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A list of tensors that one optimizer pass goes over, and the record of everything that changes from pass to pass.
 // Kernels read both where Python wrote them: on the CPU through these structs, on the GPU in Triton. Python compares
 // its own declaration (python/hullkit/optim/_record.py) with this one as it is imported.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The only tensor type that crosses into the core: a plain description of memory someone else owns.
 #pragma once
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model adapted to one prompt and taken back: schedule, passes, updates, restore."""
 
 from .report import AdaptReport

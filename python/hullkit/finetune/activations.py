@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which passes keep their activations, and which compute them again."""
 
 from __future__ import annotations

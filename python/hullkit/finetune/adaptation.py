@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The with-block: it runs a query on entry and, whatever happens, restores the model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trained parameters, base values and Adam's moments at addresses that captured graphs know."""
 
 from __future__ import annotations

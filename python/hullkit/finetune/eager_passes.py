@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eager passes and updates, one by one, on any device."""
 
 from __future__ import annotations

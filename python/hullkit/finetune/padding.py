@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Padding: sequences get one of a few lengths, for which captured passes are recorded."""
 
 from __future__ import annotations

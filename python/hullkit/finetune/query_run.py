@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One query's passes and updates: replayed CUDA graphs, or eager passes and why."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rounding of half-precision parameters, and the optimizer of eager passes."""
 
 from __future__ import annotations

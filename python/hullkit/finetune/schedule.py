@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradient reuse: which examples pass through the model, and how many updates each pass serves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Test-time finetuning: a model adapted to one query in a with-block, and restored after it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The finetuning functions of HullFT-shaped code, see hullkit.interop.hullft."""
 
 from __future__ import annotations

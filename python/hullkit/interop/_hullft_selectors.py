@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The selectors of HullFT-shaped code, see hullkit.interop.hullft.
 
 Arrays in and out are NumPy's. float32 embeddings are multiplied in float32, float64 ones in

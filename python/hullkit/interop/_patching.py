@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objects of an importable package replaced by others, and put back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """activeft's `Retriever` over a faiss index: its interface, hullkit's kernels, one call a batch.
 
 Needs faiss, which brings the index, and nothing of activeft.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selection from any faiss index: the pool is searched, the corpus is never loaded.
 
 An index may lie on disk: `faiss.read_index(path, faiss.IO_FLAG_MMAP)` reads only the lists that a

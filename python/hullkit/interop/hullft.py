@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HullFT-shaped code on hullkit's kernels: its selectors, its filling, its finetuning.
 
     from hullkit.interop import hullft

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Test-time finetuning of many prompts on many machines, by Ray Data. Needs the extra `ray`.
 
 A dataset of prompts goes through `map_batches` with :class:`AdaptRows`, one actor a device, and its

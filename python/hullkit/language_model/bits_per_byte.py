@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bits per byte of a text under a language model."""
 
 from __future__ import annotations

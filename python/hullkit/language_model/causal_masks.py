@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Causal masks of transformers that a captured pass can do without.
 
 Its models leave the causal mask to the attention kernel, unless a CUDA graph is being captured:

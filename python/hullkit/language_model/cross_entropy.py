@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss of a causal language model, from its logits or from its last layer's input.
 
 On CUDA tensors it is computed by fused kernels.

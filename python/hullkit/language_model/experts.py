@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtures of experts without questions to the device.
 
 The experts of transformers loop over those that have tokens, and ask the device which these are.

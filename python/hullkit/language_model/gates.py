@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """act(gate) * up in one kernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small tensors that a forward pass makes on the host and moves to the device.
 
 A CUDA graph cannot record such a move: the host's memory may be gone at a replay. Here a pass

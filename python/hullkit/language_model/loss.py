@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss of one example under a causal language model, and the precision of its passes."""
 
 from __future__ import annotations

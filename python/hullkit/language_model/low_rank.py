@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters beside a linear layer: y = base(x) + scale (x A^T) B^T, as PEFT's LoRA."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layer norms and RMS norms by Triton's kernels, and the proof that a module is one of them."""
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class _Norm(torch.autograd.Function):
         constants = {
             "RMS": ctx.formula.rms, "OFFSET": ctx.formula.offset, "FIRST": given[0] is not None,
             "SECOND": given[1] is not None, "MORE": given[2] is not None, "OF_WEIGHT": of_weight,
-            "BIAS": of_bias, "PROGRAMS": programs, "BLOCK": _block(columns),
+            "BIAS": of_bias, "BLOCK": _block(columns),
         }  # fmt: skip
         with torch.cuda.device_of(x):
             launch("norm_gradient", programs, arguments, constants)

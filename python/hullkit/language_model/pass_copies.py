@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bfloat16 copies of some of a model's tensors, which passes read in their place."""
 
 from __future__ import annotations

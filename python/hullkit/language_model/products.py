@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products whose gradients are added up where they are used, and linear layers made of them."""
 
 from __future__ import annotations

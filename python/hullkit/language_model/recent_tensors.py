@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a pass knows of the tensors that it saw last."""
 
 from __future__ import annotations

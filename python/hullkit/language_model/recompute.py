@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradient checkpointing in eval mode: models of transformers do it in training mode only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers that keep only their input and run again in the backward pass.
 
 A pass then holds one input for each layer, and the tensors of one layer at a time.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Functions that a model's module looks up by name, replaced for one thread in a with-block."""
 
 from __future__ import annotations

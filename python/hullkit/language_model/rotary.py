@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary positions by a Triton kernel, in place of a model's own function."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensors that a pass saves for its backward half."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Causal attention of short sequences, by Triton's kernels."""
 
 from __future__ import annotations

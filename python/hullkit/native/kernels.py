@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of the compiled core: threads, device, workspace, stream. The only importer of `_core`."""
 
 from __future__ import annotations
@@ -156,9 +157,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         dict with `version`, `compiler`, `simd` (instruction set the CPU kernels use here: portable,
-        avx2 or avx512; the environment variable HULLKIT_SIMD lowers it), `cuda` (built with CUDA),
-        `cuda_runtime`, `cuda_architectures`, `cuda_devices` (one line each) and `cuda_problem` (why
-        there are none).
+        avx2, avx512 or neon; the environment variable HULLKIT_SIMD lowers it), `cuda` (built with
+        CUDA), `cuda_runtime`, `cuda_architectures`, `cuda_devices` (one line each) and
+        `cuda_problem` (why there are none).
 
     Runs a one-thread kernel on every CUDA device to prove that this build's code loads there, so
     the first call initialises them.

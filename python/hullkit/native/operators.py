@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every operator of hullkit: schema, CPU and CUDA implementation, fake.
 
 The core declares what an operator takes (csrc/bindings/operations.cpp): its schema is read from

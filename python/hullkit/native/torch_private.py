@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entry points of torch that are not public, each with an ordinary path for a torch without it.
 
 Nothing else in hullkit calls one. Checked on torch 2.11 (CUDA) and 2.13 (CPU).

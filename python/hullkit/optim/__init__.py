@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers that make several updates with one gradient, and weighted accumulation of gradients.
 
 `Adam`, `AdamW` and `SGD` take the arguments of torch.optim's and keep its state, under its names:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters sorted into buckets, one for each launch of a fused optimizer's step."""
 
 from __future__ import annotations

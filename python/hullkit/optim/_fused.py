@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The base of the fused optimizers: buckets of tensors, k updates in a pass, update in backward."""
 
 from __future__ import annotations

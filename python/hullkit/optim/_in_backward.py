@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step whose updates run while the backward pass does."""
 
 from __future__ import annotations

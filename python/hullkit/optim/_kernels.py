@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The way to the optimizers' kernels: the C++ core for CPU tensors, Triton for CUDA tensors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where tensors lie: the one place that takes addresses, and whether all is as it was.
 
 The optimizers keep tables of addresses. Between two calls a user may replace any tensor, or give it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of what optimizer kernels read, in words of 8 bytes: the only one in Python.
 
 A table is one TensorRow for each of T tensors, [T, 6] int64. A record holds what changes from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State tensors of an optimizer, in the layout of their parameter."""
 
 from __future__ import annotations

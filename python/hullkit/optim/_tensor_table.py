@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists of tensors as the multi-tensor kernels take them, and the way to those kernels.
 
 A list of T tensors is a table on its device; what changes from call to call, options and gradients'

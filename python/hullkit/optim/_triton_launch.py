@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launching a kernel that Triton has compiled, past Triton's own way to a launch.
 
 That way works out anew, every time, what the kernel was compiled for, and asks the driver about

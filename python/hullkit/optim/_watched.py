@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who looks on while an optimizer steps: hooks, the profiler, schedulers, torch.compile."""
 
 from __future__ import annotations

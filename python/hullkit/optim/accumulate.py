@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weighted accumulation of gradients over a list of tensors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SGD with several updates for one gradient."""
 
 from __future__ import annotations

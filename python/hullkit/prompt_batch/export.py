@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A slot as an adapter of PEFT."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The factors of all slots in one memory, and their updates."""
 
 from __future__ import annotations
@@ -61,6 +62,12 @@ class SlotFactors:
         self._rank = rank
         self._initial: tuple[int, Tensor] | None = None
         self._chunks: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots: factors, gradients, moments, and copies."""
+        memories = (self.params, self.grads, self.exp_avg, self.exp_avg_sq, self.copies)
+        return sum(memory.nbytes for memory in memories if memory is not None)
 
     def _of_blocks(self, memory: Tensor) -> list[Tensor]:
         """Each block (K, size of a slot)."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Queries of a batch, their answers, and what to do with an adapted model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The oracles: every operation as the naive float64 procedure, one problem at a time, in NumPy.
 
 They say what the kernels must compute, serve as `backend="reference"`, and are what tests and

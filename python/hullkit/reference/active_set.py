@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The variants of Frank-Wolfe with an active set, and those over the capped simplex."""
 
 from __future__ import annotations

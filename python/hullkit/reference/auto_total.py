@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many updates a prompt gets where nobody says."""
 
 from __future__ import annotations

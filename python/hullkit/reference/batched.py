@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The oracles behind the operators' signatures: this is `backend="reference"`.
 
 Each function fills the same output tensors as the operator of its name, one query after another;

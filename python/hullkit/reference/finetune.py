@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Test-time finetuning with gradient reuse, written out: what the fast forms must agree with."""
 
 from __future__ import annotations

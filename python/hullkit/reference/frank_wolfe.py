@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frank-Wolfe over the hull of a pool, all products formed anew each iteration."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear minimisation oracle over the hull of the rows of a pool."""
 
 from __future__ import annotations

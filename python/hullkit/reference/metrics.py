@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bits per byte in float64 from a table of logits."""
 
 from __future__ import annotations

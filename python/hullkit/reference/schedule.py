@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradient reuse as the definition states it: update by update."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SIFT: the posterior kernel of everything, conditioned on one observation after the other."""
 
 from __future__ import annotations

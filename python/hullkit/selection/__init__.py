@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which training sequences, and how often: one file an operation."""
 
 from .apportion import apportion

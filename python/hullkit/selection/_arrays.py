@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arrays of other libraries in the public functions: tensors on the way in, arrays on the way out.
 
 NumPy arrays are taken as they lie in memory, read-only ones too: no kernel writes to its inputs.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows that nearly coincide."""
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def duplicates(
         pool: candidate embeddings, one a row: `(n, d)`, shared by a batch, or `(B, n, d)`. float64,
             float32, float16 or bfloat16; strided views are fine. NumPy, CuPy and JAX arrays are
             read where they lie, and results are of their library.
-        eps: 0 < eps <= 2, in units of cosine. A very small eps finds equal rows only.
+        eps: 0 < eps <= 2, in units of cosine. One below 2^-50 counts as 2^-50.
         lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
         candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
             then name positions in `candidates[b]`. Nothing is gathered into a copy.
@@ -68,7 +69,7 @@ def duplicates(
     check_device("duplicates", problem.pool, backend)
     if not 0.0 < check_number("eps", eps, 0.0) <= 2.0:
         raise ValueError(f"eps: expected a number in (0, 2], got {eps}")
-    out = problem.empty(torch.int64, problem.positions)
+    out = problem.empty(torch.int64, problem.positions())
     run: Callable[..., None] = operators.duplicates if backend is None else batched.duplicates
     run(problem.pool, problem.lengths, problem.candidates, float(eps), out)
     return out

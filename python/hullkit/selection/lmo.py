@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear minimisation oracle over the rows of a pool."""
 
 from __future__ import annotations

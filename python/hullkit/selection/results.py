@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The results of selections. Every result carries its certificate."""
 
 from __future__ import annotations

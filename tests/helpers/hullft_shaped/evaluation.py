@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model finetuned on the selected texts, scored, and restored by its caller."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A support and its weights, filled up to n_select indices."""
 
 from __future__ import annotations

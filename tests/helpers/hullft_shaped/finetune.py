@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finetuning in place: every text padded to max_length, every reused gradient a set of clones."""
 
 from __future__ import annotations

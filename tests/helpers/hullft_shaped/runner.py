@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The selections of one query."""
 
 from __future__ import annotations
