@@ -4,13 +4,15 @@
     python -m bench.quality.reliability ctrl-c            # in calls without end
     python -m bench.quality.reliability fuzzer            # make fuzz
     python -m bench.quality.reliability state-machines    # make fuzz-python
+    python -m bench.quality.reliability faults            # signals and errors at every moment
     python -m bench.quality.reliability sanitizers        # make sanitize-cpu
     python -m bench.quality.reliability adaptations --count 100000 --trained last
     python -m bench.quality.reliability gpu-adaptations --count 10000
     python -m bench.quality.reliability gpu-selections --count 10000000
+    python -m bench.quality.reliability collect FILE...   # rows of runs side by side
 
-Ctrl-C ends the last three early; their rows say how far they came. A row is a check with what was
-counted: a figure that must stay what it is, and how often.
+Ctrl-C ends the three long ones early; their rows say how far they came. A row is a check with what
+was counted: a figure that must stay what it is, and how often.
 """
 
 from __future__ import annotations
@@ -41,12 +43,11 @@ def ctrl_c(rounds: int) -> Figures:
     return found
 
 
-def made(*target: str) -> tuple[str, float]:
-    """What `make` printed, which is shown too, and its seconds. An error ends the program."""
+def said_by(*command: str) -> tuple[str, float]:
+    """What a command printed, which is shown too, and its seconds. An error ends the program."""
     start = time.monotonic()
-    command = ["make", "-C", str(ROOT), *target]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout is not None
         lines = []
@@ -54,7 +55,7 @@ def made(*target: str) -> tuple[str, float]:
             print(line, end="", flush=True)
             lines.append(line)
     if process.returncode:
-        raise SystemExit(f"make {' '.join(target)}: failed")
+        raise SystemExit(f"{' '.join(command)}: failed")
     return "".join(lines), time.monotonic() - start
 
 
@@ -67,18 +68,26 @@ def _counted(what: str, count: int, seconds: float) -> Figures:
 
 
 def fuzzer(seconds: int, clang: str) -> Figures:
-    said, _ = made("fuzz", f"FUZZ_SECONDS={seconds}", f"CLANG={clang}")
+    said, _ = said_by("make", "fuzz", f"FUZZ_SECONDS={seconds}", f"CLANG={clang}")
     [(units, took)] = re.findall(r"Done (\d+) runs in (\d+) second", said)
     return _counted("calls", int(units), int(took))
 
 
 def state_machines() -> Figures:
-    said, took = made("fuzz-python")
+    said, took = said_by("make", "fuzz-python")
     return _counted("stories", sum(map(int, re.findall(r"(\d+) passing examples", said))), took)
 
 
+def faults() -> Figures:
+    tests = "tests/finetune/test_finetune_signals.py"
+    said, took = said_by(sys.executable, "-m", "pytest", "-q", "-rP", tests)
+    return _counted(
+        "faults", sum(map(int, re.findall(r"^(\d+) moments$", said, re.MULTILINE))), took
+    )
+
+
 def sanitizers() -> Figures:
-    said, took = made("sanitize-cpu")
+    said, took = said_by("make", "sanitize-cpu")
     inputs = sum(map(int, re.findall(r"^(\d+) inputs$", said, re.MULTILINE)))
     tests = sum(map(int, re.findall(r"^(\d+) passed", said, re.MULTILINE)))
     found = _counted("tests", tests, took)
@@ -95,25 +104,34 @@ def main() -> None:
     fuzz = checks.add_parser("fuzzer")
     fuzz.add_argument("--seconds", type=int, default=600)
     fuzz.add_argument("--clang", default="clang++")
-    checks.add_parser("state-machines")
-    checks.add_parser("sanitizers")
+    for name in ("state-machines", "faults", "sanitizers"):
+        checks.add_parser(name)
     many = {"adaptations": 10**5, "gpu-adaptations": 10**4, "gpu-selections": 10**7}
     for name, count in many.items():
         checks.add_parser(name).add_argument("--count", type=int, default=count)
     checks.choices["adaptations"].add_argument(
         "--trained", choices=("all", "last"), default="all", help="all weights, or the last layer's"
     )
+    collect = checks.add_parser("collect")
+    collect.add_argument("files", type=Path, nargs="+", help="that --out of each run named")
     args = parser.parse_args()
+    if args.check == "collect":
+        append(args.out, load.of_processes(args.files), FIELDS)
+        return
     cuda = args.check.startswith("gpu-")
     shared = {"check": args.check, "torch": torch.__version__, "commit": commit()}
     shared["device"] = torch.cuda.get_device_name() if cuda else processor()
-    shared["command"] = "python -m bench.quality.reliability " + " ".join(sys.argv[1:])
+    shared["command"] = "python -m bench.quality.reliability " + " ".join(
+        sys.argv[sys.argv.index(args.check) :]
+    )
     if args.check == "ctrl-c":
         found = ctrl_c(args.rounds)
     elif args.check == "fuzzer":
         found = fuzzer(args.seconds, args.clang)
     elif args.check == "state-machines":
         found = state_machines()
+    elif args.check == "faults":
+        found = faults()
     elif args.check == "sanitizers":
         found = sanitizers()
     elif args.check == "adaptations":

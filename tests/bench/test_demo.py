@@ -84,6 +84,9 @@ def test_the_story_of_a_folder_of_works(
     runs = {(row["path"], row["rule"], row["lr"]) for row in result.rows}
     # The published settings on both ways, and the rules at the rates of bench/results.
     assert {("published", "hull", 5e-5), ("float32", "hull", 5e-5)} <= runs
+    cells = demo.rates.measured(known.name, "float32", demo.RULES, [3])
+    assert len(cells) == len(demo.RULES)
+    assert {("float32", cell.rule, cell.lr) for cell in cells} <= runs
     assert {rule for path, rule, _ in runs if path == "float32"} == set(demo.RULES)
     assert len(result.rows) == 2 * len(runs) == 2 * 6
     bits = {

@@ -28,11 +28,7 @@ NORM = "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward"
 ROTARY = "transformers.models.llama.modeling_llama.apply_rotary_pos_emb"
 # On a GPU the last layer, too, the embedding where it has the same weight, and functions of torch.
 ON_GPU = DEVICE.type == "cuda"
-TORCH = (
-    "torch.add",
-    "torch.addmm",
-    *(f"torch.nn.functional.{name}" for name in ("gelu", "layer_norm")),
-)
+TORCH = ("torch.add", "torch.addmm", "torch.nn.functional.gelu", "torch.nn.functional.layer_norm")
 HEAD = (LINEAR, ROTARY, "torch.add", "torch.nn.functional.linear")
 MODELS = [
     (gpt2, (*((EMBEDDING, LINEAR, *TORCH) if ON_GPU else ()), GELU, LOSS)),
