@@ -17,6 +17,7 @@ from pathlib import Path
 import architecture_tables
 import finetuning_tables
 import optimizer_tables
+import reach_tables
 import reliability_tables
 import scaling_tables
 import selection_tables
@@ -33,6 +34,7 @@ SOURCES = (
     scaling_tables,
     ttft_tables,
     reliability_tables,
+    reach_tables,
 )
 
 

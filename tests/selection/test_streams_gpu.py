@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selections and optimizers on several CUDA streams at once: no kernel meets another's memory."""
 
 from __future__ import annotations

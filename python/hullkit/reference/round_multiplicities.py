@@ -21,8 +21,9 @@ def round_multiplicities(
     """Counts c >= 0 with sum c = total and small L(c) = ||query - (c / total) @ support||^2.
 
     Floors of the quotas; then units where L becomes smallest (lowest index on a tie), of many left
-    a share of 1 / (16 len(support)) at once; then passes that move a unit from i to j, in index order, if that lowers L by more than 1e-14. No count
-    exceeds max_multiplicity; max_multiplicity * len(support) >= total.
+    a share of 1 / (16 len(support)) at once; then passes that move a unit from i to j, in index
+    order, if that lowers L by more than 1e-14. No count exceeds max_multiplicity;
+    max_multiplicity * len(support) >= total.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> pool, query = np.eye(3), np.array([0.7, 0.3, 0.0])
@@ -45,9 +46,8 @@ def round_multiplicities(
         return counts
 
     size = len(support)
-    slack = (
-        1 + 1e-13 if most < total else 1.0
-    )  # weights at a cap are whole quotas, but for rounding
+    # Weights at a cap are whole quotas, but for rounding.
+    slack = 1 + 1e-13 if most < total else 1.0
     counts = np.minimum(np.floor(quotas(weights, total) * slack).astype(np.int64), most)
     while (remaining := total - int(counts.sum())) > 0:
         units = max(1, remaining // (16 * size))
