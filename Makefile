@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := SKBUILD_BUILD_DIR="build/{wheel_tag}" $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz fuzz-python sanitize sanitize-cpu lint format clean
+.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz fuzz-python sanitize sanitize-cpu emulate supply-chain lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bench.demo $(ARGS)
@@ -69,6 +69,14 @@ fuzz-python: $(VENV)/.test
 
 sanitize-cpu: $(VENV)/.test
 	.ci/sanitize $(BIN)/python $(ARGS)
+
+# The core on processors that are not here. Needs qemu-user and g++-aarch64-linux-gnu.
+emulate:
+	.ci/emulate
+
+# Builds of the package: the same bytes twice, without network, CMake or Ninja, in a read-only folder with spaces.
+supply-chain: $(VENV)/.test
+	.ci/supply_chain $(BIN)/python
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

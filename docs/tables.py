@@ -16,7 +16,9 @@ from pathlib import Path
 
 import architecture_tables
 import finetuning_tables
+import many_prompts_tables
 import optimizer_tables
+import reach_tables
 import reliability_tables
 import scaling_tables
 import selection_tables
@@ -28,11 +30,13 @@ BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SOURCES = (
     selection_tables,
     finetuning_tables,
+    many_prompts_tables,
     optimizer_tables,
     architecture_tables,
     scaling_tables,
     ttft_tables,
     reliability_tables,
+    reach_tables,
 )
 
 

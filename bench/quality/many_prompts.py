@@ -39,6 +39,8 @@ FIELDS = ["check", "model", "dtype", "shape", "figure", "value", "unit", "count"
 FIELDS += ["device", "torch", "commit", "command"]
 SHORTEST, LONGEST = 32, 256  # tokens of a text
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}  # relative, of a loss, against the query alone
+TOO_LONG = 1 << 22
+MEMORY = {"cuda": 0.8, "cpu": 1 << 28}  # of the device's free memory; bytes
 PEFT_BOUND = 1e-4  # relative, of a subset's mean bits per byte
 
 
@@ -68,6 +70,7 @@ BAD = (
     Bad(lambda q: _first(q, torch.tensor([1, -1])), ValueError, "ids in"),
     Bad(lambda q: _first(q, torch.tensor([], dtype=torch.int64)), ValueError, "at least 2 tokens"),
     Bad(lambda q: _first(q, torch.tensor([1])), ValueError, "at least 2 tokens"),
+    Bad(lambda q: _first(q, torch.ones(TOO_LONG).long()), MemoryError, "at most"),
     Bad(lambda q: _first(q, torch.tensor([1.0, 2.0])), TypeError, "int64"),
     Bad(lambda q: _first(q, "text"), TypeError, "examples[0]"),
     Bad(lambda q: q._replace(counts=[*q.counts, 1]), ValueError, "as counts"),
@@ -111,7 +114,8 @@ def stream(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     bad = {every // 2 + every * i: BAD[i % len(BAD)] for i in range(arguments.bad)}
     asked = (bad[i].spoil(q) if i in bad else q for i, q in enumerate(queries))
 
-    batch = hullkit.PromptBatch(model, slots=arguments.slots)
+    budget = MEMORY[device.type]
+    batch = hullkit.PromptBatch(model, slots=arguments.slots, memory=budget)
     right: dict[int, float] = {}
     named = 0
     memory: list[tuple[int, int]] = []  # of the device, of the process

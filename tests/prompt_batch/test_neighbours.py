@@ -42,7 +42,7 @@ def test_texts_that_feel_padding_share_passes_with_those_as_long() -> None:
     model = Mixing(1).to(DEVICE)
     queries = [query(seed) for seed in range(5)]
     queries[3] = query(1)  # as long as another
-    alone = [a.losses for a in batch_of(model, 1, target=["inner"]).map(queries)]
+    alone = [a.losses for a in batch_of(model, 1, target=["inner"], capture=False).map(queries)]
     model.lengths.clear()
     batch = batch_of(model, 3, target=["inner"], capture=False)
     for answer, losses in zip(batch.map(queries), alone, strict=True):
@@ -56,7 +56,9 @@ def test_rows_that_change_each_other_are_refused() -> None:
     batch = batch_of(Mixing(0, 1).to(DEVICE), 2, target=["inner"])
     with pytest.raises(ValueError, match="rows of a batch that do not change each other"):
         next(batch.map([query(0)]))
-    assert [a.error for a in batch_of(Mixing(0, 1).to(DEVICE), 1).map([query(0)])] == [None]
+    assert [
+        a.error for a in batch_of(Mixing(0, 1).to(DEVICE), 1, capture=False).map([query(0)])
+    ] == [None]
 
 
 def test_a_model_with_a_state_is_padded() -> None:
@@ -68,8 +70,8 @@ def test_a_model_with_a_state_is_padded() -> None:
     model: Any = MambaForCausalLM(config).to(DEVICE)
     queries = [query(seed) for seed in range(3)]
     target = ["in_proj", "x_proj", "out_proj"]
-    alone = [a.losses for a in batch_of(model, 1, target=target).map(queries)]
-    together = [a.losses for a in batch_of(model, 3, target=target).map(queries)]
+    alone = [a.losses for a in batch_of(model, 1, target=target, capture=False).map(queries)]
+    together = [a.losses for a in batch_of(model, 3, target=target, capture=False).map(queries)]
     for ours, wanted in zip(together, alone, strict=True):
         assert ours == pytest.approx(wanted, rel=1e-4)
 

@@ -107,23 +107,32 @@ def _functions() -> dict[str, Callable[..., Any]]:
         result = hullkit.frank_wolfe(pool, query, max_support=7)
         return hullkit.round_multiplicities(pool, query, result, 20)
 
+    # By name: the compiler of torch 2.6 cannot cut a NamedTuple.
+    def selected(pool: torch.Tensor, query: torch.Tensor, total: int, **options: Any) -> Any:
+        multiset = hullkit.select(pool, query, total, **options)
+        return multiset.indices, multiset.counts, multiset.rows
+
+    def selected_auto(pool: torch.Tensor, query: torch.Tensor) -> Any:
+        multiset = hullkit.select(pool, query, "auto")
+        return multiset.counts, multiset.total
+
     return {
         "lmo": hullkit.lmo,
         "knn": lambda pool, query: hullkit.knn(pool, query, 5),
         "frank_wolfe": lambda pool, query: hullkit.frank_wolfe(pool, query, max_support=7),
         "round_multiplicities": rounded,
-        "select": lambda pool, query: tuple(hullkit.select(pool, query, 20)[:3]),
-        "select with a limit": lambda pool, query: tuple(
-            hullkit.select(pool, query, 20, max_multiplicity=4, merge_duplicates=1e-3)[:3]
+        "select": lambda pool, query: selected(pool, query, 20),
+        "select with a limit": lambda pool, query: selected(
+            pool, query, 20, max_multiplicity=4, merge_duplicates=1e-3
         ),
-        "select auto": lambda pool, query: hullkit.select(pool, query, "auto")[1::5],
+        "select auto": selected_auto,
         "fully corrective": lambda pool, query: hullkit.frank_wolfe(
             pool, query, variant="fully_corrective", gap_tol=1e-3
         ),
         "duplicates": lambda pool, query: hullkit.duplicates(pool, eps=0.5),
-        "select knn": lambda pool, query: tuple(hullkit.select(pool, query, 5, method="knn")[:3]),
+        "select knn": lambda pool, query: selected(pool, query, 5, method="knn"),
         "sift": lambda pool, query: hullkit.sift(pool, query, 7, alpha=0.3),
-        "select sift": lambda pool, query: tuple(hullkit.select(pool, query, 5, method="sift")[:3]),
+        "select sift": lambda pool, query: selected(pool, query, 5, method="sift"),
         "apportion": lambda pool, query: hullkit.apportion((pool @ query[0]).softmax(-1), 20),
         "around": lambda pool, query: hullkit.lmo(2 * pool, -query).value.sum(),
     }

@@ -66,8 +66,8 @@ class Room:
         """Raises MemoryError if not even one text of this length fits."""
         if self._limit is not None and self._of_text(length) > self._limit:
             raise MemoryError(
-                f"examples: expected passes of at most {self._limit} bytes, the rest of `memory`, "
-                f"got {self._of_text(length)} for a text of {length} tokens"
+                f"examples: expected passes of at most {self._limit:.3g} bytes, the rest of "
+                f"`memory`, got {self._of_text(length):.3g} or more for a text of {length} tokens"
             )
 
     def note_too_large(self, rows: int, length: int) -> None:
@@ -80,7 +80,14 @@ class Room:
         return self._limit is None or rows * self._of_text(length) <= self._limit
 
     def _of_text(self, length: int) -> float:
+        """The bytes that a pass of one text of this length holds. What cannot fit is not tried."""
         if length not in self._known:
+            assert self._limit is not None
+            # Activations grow at least with the text. A half is for what does not.
+            in_proportion = (held * length / own for own, held in self._known.items())
+            least = max(in_proportion, default=0.0) / 2
+            if least > self._limit:
+                return least
             try:
                 self._known[length] = self._held(length)
             except torch.OutOfMemoryError:

@@ -46,9 +46,8 @@ def round_multiplicities(
         return counts
 
     size = len(support)
-    slack = (
-        1 + 1e-13 if most < total else 1.0
-    )  # weights at a cap are whole quotas, but for rounding
+    # Weights at a cap are whole quotas, but for rounding.
+    slack = 1 + 1e-13 if most < total else 1.0
     counts = np.minimum(np.floor(quotas(weights, total) * slack).astype(np.int64), most)
     while (remaining := total - int(counts.sum())) > 0:
         units = max(1, remaining // (16 * size))

@@ -19,7 +19,7 @@ class Problem(NamedTuple):
     lengths: Tensor | None  # [] or [B] int64
     candidates: Tensor | None  # [n] or [B, n] int64
 
-    @property
+    # No property: the compiler of torch 2.6 cannot look into one of a NamedTuple.
     def positions(self) -> int:
         """n, the number of candidate positions of each query."""
         return self.pool.shape[-2] if self.candidates is None else self.candidates.shape[-1]

@@ -69,7 +69,7 @@ def duplicates(
     check_device("duplicates", problem.pool, backend)
     if not 0.0 < check_number("eps", eps, 0.0) <= 2.0:
         raise ValueError(f"eps: expected a number in (0, 2], got {eps}")
-    out = problem.empty(torch.int64, problem.positions)
+    out = problem.empty(torch.int64, problem.positions())
     run: Callable[..., None] = operators.duplicates if backend is None else batched.duplicates
     run(problem.pool, problem.lengths, problem.candidates, float(eps), out)
     return out

@@ -104,7 +104,7 @@ def frank_wolfe(
     """
     problem = check_pool_query(pool, query, lengths, candidates)
     check_device("frank_wolfe", problem.pool, backend)
-    check_max_weight(max_weight, problem.positions)
+    check_max_weight(max_weight, problem.positions())
     options, out = frank_wolfe_options(
         problem, max_support, max_iters, tol, gap_tol, variant, float(max_weight)
     )
@@ -148,9 +148,9 @@ def frank_wolfe_options(
             )
         at_start = math.ceil((1.0 - 1e-12) / max_weight)
         by_step = at_start if variant == "vanilla" else 1
-    width = min(problem.positions, at_start + by_step * max_iters)
+    width = min(problem.positions(), at_start + by_step * max_iters)
     if max_support is None:
-        max_support = problem.positions + 1  # never reached
+        max_support = problem.positions() + 1  # never reached
     else:
         width = min(width, check_int("max_support", max_support, at_start))
     indices = problem.empty(torch.int64, width)

@@ -155,7 +155,7 @@ def select(
         problem = check_pool_query(pool, query, lengths, candidates)
         check_device("select", problem.pool, backend)
         check_int("exchange_passes", exchange_passes, 0)
-        cap = check_cap(max_multiplicity, problem.positions, most)
+        cap = check_cap(max_multiplicity, problem.positions(), most)
         if max_support is None:
             max_support = 2 * most if cap < most else most
         if variant is None:
@@ -266,7 +266,7 @@ def _nearest(
     cap = 1
     if max_multiplicity is not None:
         cap = check_cap(
-            max_multiplicity, check_pool_query(pool, query, lengths, candidates).positions, total
+            max_multiplicity, check_pool_query(pool, query, lengths, candidates).positions(), total
         )
     k = -(-total // cap)
     result = knn(pool, query, k, lengths=lengths, candidates=candidates, backend=backend)

@@ -90,9 +90,9 @@ def sift(
     check_total(total)
     noise = check_positive("noise", noise)
     alpha = 0.0 if alpha is None else check_positive("alpha", alpha)  # 1 / (0 t): never
-    cap = check_cap(max_multiplicity, problem.positions, total)
+    cap = check_cap(max_multiplicity, problem.positions(), total)
     order = problem.empty(torch.int64, total)
-    indices = problem.empty(torch.int64, min(total, problem.positions))
+    indices = problem.empty(torch.int64, min(total, problem.positions()))
     out = SIFTResult(
         order=order,
         variance=torch.empty_like(order, dtype=torch.float64),
