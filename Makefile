@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 PIP := SKBUILD_BUILD_DIR="build/{wheel_tag}" $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz sanitize sanitize-cpu emulate supply-chain lint format clean
+.PHONY: demo test docs bench bench-optim bench-finetune bench-gpu bench-ttft bench-retriever fuzz fuzz-python sanitize sanitize-cpu emulate supply-chain lint format clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python bench/demo/run.py $(ARGS)
+	$(BIN)/python -m bench.demo $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
@@ -40,6 +40,8 @@ bench-ttft: $(VENV)/.test
 	$(BIN)/python -m bench.ttft calibrate judge $(TTFT) --judged 20 --paths float32 --steps 1e-4 2e-4 4e-4 \
 	  --rules kNN "kNN x 2" SIFT hull "hull, at most 2" $(ARGS)
 	$(BIN)/python -m bench.ttft judge $(TTFT) --judged 4 --paths published $(ARGS)
+	$(BIN)/python -m bench.ttft calibrate judge $(TTFT) --judged 20 --paths lora many --rules kNN --budgets 6 \
+	  --steps 2e-3 4e-3 8e-3 --slots 4 $(ARGS)
 	$(BIN)/python -m bench.ttft report --out demo_out/ttft $(SUMMARY)
 
 bench-retriever: $(VENV)/.test
@@ -58,6 +60,12 @@ fuzz:
 	mkdir -p build/fuzz/corpus
 	build/fuzz/fuzz_selection -max_total_time=$(FUZZ_SECONDS) -max_len=64 -timeout=20 -print_final_stats=1 \
 	  -artifact_prefix=build/fuzz/ build/fuzz/corpus csrc/fuzz/seeds
+
+# Any calls in any order, from Python, for some minutes; the same in every `make test`, for seconds.
+fuzz-python: $(VENV)/.test
+	$(BIN)/python -m pytest -q --hypothesis-profile=long --hypothesis-show-statistics \
+	  tests/selection/test_any_calls.py tests/optim/test_optim_changes.py \
+	  tests/finetune/test_any_adaptations.py tests/prompt_batch/test_any_batches.py $(ARGS)
 
 sanitize-cpu: $(VENV)/.test
 	.ci/sanitize $(BIN)/python $(ARGS)

@@ -97,6 +97,8 @@ PICTURES: dict[str, Callable[[Theme], str]] = {
     "reuse": reuse,
     "cost": ttft_pictures.cost,
     "cost_bars": ttft_pictures.bars,
+    "joules": ttft_pictures.joules,
+    "model_size": ttft_pictures.sizes,
 }
 
 

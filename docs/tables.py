@@ -16,6 +16,7 @@ from pathlib import Path
 
 import architecture_tables
 import finetuning_tables
+import many_prompts_tables
 import optimizer_tables
 import reach_tables
 import reliability_tables
@@ -29,6 +30,7 @@ BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SOURCES = (
     selection_tables,
     finetuning_tables,
+    many_prompts_tables,
     optimizer_tables,
     architecture_tables,
     scaling_tables,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures about cost: bits per byte over seconds, and where the time of a query goes."""
+"""The pictures about cost: bits per byte over seconds, where time and energy go, model sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from ttft_tables import (
     ALL,
     GPU,
     NAMES,
+    PUBLISHED_BETA2,
     PUBLISHED_LR,
+    SMALL,
+    WAYS,
     best,
     budgets,
     judged,
@@ -164,3 +167,75 @@ def bars(theme: Theme) -> str:
     return svg(
         720, 44 + 26 * len(rows), "where the time of a query goes", theme.ink, _bars(rows, theme)
     )
+
+
+def joules(theme: Theme) -> str:
+    """What a query of the middle budget draws, by way of finetuning."""
+    if not measured(GPU):
+        return _nothing(theme)
+    wanted = {"budget": budgets(GPU)[1], "subset": ALL, "best": "yes", "beta2": PUBLISHED_BETA2}
+    rows = [row for row in judged(GPU, rule="kNN", **wanted) if row["joules"] != "not available"]
+    rows += judged(GPU, path="published", rule="hull", budget=budgets(GPU)[1], subset=ALL)
+    rows.sort(key=lambda row: -float(row["joules"]))
+    most = float(rows[0]["joules"])
+    parts: list[str] = []
+    for number, row in enumerate(rows):
+        y, value = 14 + 26 * number, float(row["joules"])
+        width = max(1.0, 400 * value / most)
+        name = WAYS[row["path"]].format(slots=row["slots"])
+        colour = theme.other if row["path"] == "published" else theme.accent
+        parts.append(text(220, y + 13, name, theme.ink, 12, "end"))
+        parts.append(box(230, y, width, 18, colour, colour, radius=0))
+        words = f"{value:.0f} J, {1e3 * float(row['seconds']):.0f} ms"
+        parts.append(text(238 + width, y + 13, words, theme.ink, 12, "start"))
+    words = f"{budgets(GPU)[1]} passes; kNN at its best rate, published: hull at its settings"
+    parts.append(text(230, 30 + 26 * len(rows), words, theme.faint, 12, "start"))
+    return svg(770, 44 + 26 * len(rows), "joules a query", theme.ink, parts)
+
+
+PARAMETERS = {"pybytes": 4.0, "smollm2": 135.0}  # millions
+
+
+def sizes(theme: Theme) -> str:
+    """What a query buys over the size of the model, on the same texts."""
+    if not (measured(GPU) and measured(SMALL)):
+        return _nothing(theme)
+    left, top, width, height = 60.0, 40.0, 300.0, 170.0
+    found = {
+        name: [best(name, "kNN", budget, ALL) for budget in budgets(name)] for name in (SMALL, GPU)
+    }
+    most = max(100 - float(row["percent_low"]) for rows in found.values() for row in rows)
+    low, high = (math.log(size * way) for size, way in ((4.0, 0.5), (135.0, 2.0)))
+
+    def place(row: Row, end: str, aside: float) -> tuple[float, float]:
+        across = (math.log(PARAMETERS[row["model"]]) - low) / (high - low)
+        up = (100 - float(row["percent" + end])) / (1.1 * most)
+        return left + across * width + aside, top + (1 - up) * height
+
+    floor = top + height
+    parts = [
+        line([(left, top), (left, floor)], theme.faint),
+        line([(left, floor), (left + width, floor)], theme.faint),
+        text(6, 22, "bits per byte lowered by, %", theme.faint, 12, "start"),
+        text(left, floor + 38, "model, parameters (logarithmic)", theme.faint, 12, "start"),
+    ]
+    for percent in range(0, int(1.1 * most) + 1, 5):
+        y = top + (1 - percent / (1.1 * most)) * height
+        parts += [line([(left - 4, y), (left, y)], theme.faint)]
+        parts += [text(left - 7, y + 4, f"{percent}", theme.faint, 11, "end")]
+    for rows in found.values():
+        x, _ = place(rows[0], "", 0)
+        words = f"{rows[0]['model']}, {PARAMETERS[rows[0]['model']]:.0f}M"
+        parts.append(text(x, floor + 18, words, theme.ink, 11))
+    colours = (theme.faint, theme.accent, theme.other)
+    for number, (rows, colour) in enumerate(
+        zip(zip(*found.values(), strict=True), colours, strict=True)
+    ):
+        aside = 5.0 * (number - 1)
+        parts.append(line([place(row, "", aside) for row in rows], colour))
+        for row in rows:
+            parts.append(line([place(row, "_low", aside), place(row, "_high", aside)], colour))
+            parts.append(dot(*place(row, "", aside), 3.5, colour))
+        x, y = place(rows[-1], "", 14 + aside)
+        parts.append(text(x, y + 4, f"{rows[-1]['budget']} passes", colour, 11, "start"))
+    return svg(480, int(floor) + 50, "gain over the size of the model", theme.ink, parts)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import selection_tables
 from rows import RESULTS, Row, figure, find, generated, one, source, table, times
 
-GPU, CPU = "ttft_gpu", "ttft_cpu"
+GPU, CPU, SMALL = "ttft_gpu", "ttft_cpu", "ttft_gpu_pybytes"
 ALL = "mean of subsets"
 NAMES = {
     "python": "Python",
@@ -21,6 +21,14 @@ NAMES = {
 }
 PUBLISHED_LR, PUBLISHED_BETA2 = "5e-05", "0.999"
 RIVALS = ("SIFT", "hull", "hull, at most 2")
+WAYS = {
+    "published": "published procedure",
+    "float32": "float32",
+    "bf16": "float32 weights, bf16 passes",
+    "bfloat16": "bfloat16 weights",
+    "lora": "LoRA, bf16 passes",
+    "many": "LoRA of {slots} prompts at once",
+}
 
 
 def measured(name: str) -> bool:
@@ -86,12 +94,13 @@ def rules(name: str) -> list[str]:
 
 
 def _verdict(cells: list[Row]) -> str:
-    """The rule whose interval of differences from kNN lies below 0, the lowest of several."""
+    """The rule whose differences from kNN lie below 0, the lowest of several; or kNN, with the
+    rules whose interval holds 0."""
     ahead = [row for row in cells if float(row["from_knn_high"]) < 0.0]
     if ahead:
         return min(ahead, key=lambda row: float(row["from_knn"]))["rule"]
-    behind = [row for row in cells if float(row["from_knn_low"]) > 0.0]
-    return "kNN" if len(behind) == len(cells) else "none is apart"
+    alike = [row["rule"] for row in cells if float(row["from_knn_low"]) <= 0.0]
+    return " or ".join(["kNN", *alike])
 
 
 def _winners(name: str, budget: str) -> str:
@@ -103,8 +112,7 @@ def _winners(name: str, budget: str) -> str:
         knn = triple(best(name, "kNN", budget, subset), "percent")
         apart = [triple(row, "from_knn", "+") for row in cells]
         lines.append([NAMES[subset], knn, *apart, _verdict(cells)])
-    header = [f"{budget} passes, each rule at its best rate", "kNN, % of base"]
-    header += [*(f"{rule}, points from kNN" for rule in RIVALS), "ahead"]
+    header = [f"{budget} passes, each rule at its best rate", "kNN", *RIVALS, "best"]
     return table(header, lines)
 
 
@@ -233,11 +241,12 @@ def ttft_paths() -> str:
     lines = []
     for row in found:
         if row["path"] != "published":
-            costs = [_ms(row), _joules(row), f"{float(row['peak_mb']):.0f}"]
+            costs = [_ms(row), _joules(row), f"{float(row['peak_mb']):.0f}", row["device"]]
             rate, percent = f"{float(row['lr']):g}", triple(row, "percent")
-            lines.append([row["path"], row["queries"], rate, percent, *costs])
-    header = ["weights and passes", "queries", "rate", "% of base", "ms", "joules", "peak MB"]
-    return table(header, lines)
+            name = WAYS[row["path"]].format(slots=row["slots"])
+            lines.append([name, row["queries"], rate, percent, *costs])
+    header = [f"{budget} passes of kNN", "queries", "rate", "% of base", "ms", "joules"]
+    return table([*header, "peak MB", "device"], lines)
 
 
 @generated
@@ -277,27 +286,62 @@ def ttft_recipe() -> str:
     return table([*header, "from kNN at equal seconds", "ms"], lines, 2)
 
 
-def _sentence(name: str, budget: str) -> str:
+def _between(row: Row, name: str, factor: float = 1.0) -> str:
+    """A cost with its interval over queries."""
+    if row[name] == "not available":
+        return row[name]
+    mean, low, high = (figure(factor * float(row[name + end])) for end in ("", "_low", "_high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def _alone(name: str, budget: str) -> str:
     row = best(name, "kNN", budget, overall(name))
     parts = ["retrieve_ms", "select_ms", "adapt_ms", "restore_ms"]
     retrieval, selection, adaptation, restoring = (figure(float(row[p]), 2) for p in parts)
-    joules = "" if row["joules"] == "not available" else f" and {_joules(row)} joules"
-    bought = [f"{100 - float(row['percent' + end]):.1f}" for end in ("", "_high", "_low")]
     return (
-        f"On {row['device']}, {row['model']}, a query of {budget} passes with nearest neighbours "
-        f"takes {_ms(row)} ms{joules}: retrieval {retrieval}, selection "
-        f"{selection}, passes and updates {adaptation}, restoring {restoring} ms. It lowers bits "
-        f"per byte by {bought[0]} % [{bought[1]}, {bought[2]}]."
+        f"**One at a time, on {row['device']}{_threads(row)}**: {row['model']}, nearest "
+        f"neighbours, {budget} passes: a query takes {_between(row, 'seconds', 1e3)} ms"
+        f"{_energy(row, _between(row, 'joules'))} and lowers bits per byte by {_bought(row)}. "
+        f"Retrieval is {retrieval} ms of it, selection {selection}, passes and updates "
+        f"{adaptation}, restoring {restoring}."
     )
+
+
+def _together(name: str, budget: str) -> str:
+    """Many prompts share a stream: each has an equal part of its cost."""
+    wanted = {"rule": "kNN", "budget": budget, "subset": overall(name), "best": "yes"}
+    alone = judged(name, path="lora", **wanted)
+    for row in judged(name, path="many", **wanted):
+        one_of = f", {_ms(alone[0])} ms one at a time" if alone else ""
+        return (
+            f"**Many together, on {row['device']}{_threads(row)}**: adapters of {row['slots']} "
+            f"prompts at once, the same passes: {_ms(row)} ms a query"
+            f"{_energy(row, _joules(row))}{one_of}. They lower bits per byte by {_bought(row)}."
+        )
+    return "Many together: not measured yet."
+
+
+def _threads(row: Row) -> str:
+    return {"1": ", one thread", "2": ", two threads"}.get(row["threads"], "")
+
+
+def _energy(row: Row, joules: str) -> str:
+    counted = row["joules"] != "not available"
+    return f" and {joules} joules" if counted else " (nothing counts its joules)"
+
+
+def _bought(row: Row) -> str:
+    mean, low, high = (f"{100 - float(row['percent' + end]):.1f}" for end in ("", "_high", "_low"))
+    return f"{mean} % [{low}, {high}]"
 
 
 @generated
 @when_measured(GPU)
 def ttft_cost() -> str:
-    return _sentence(GPU, budgets(GPU)[1])
+    return _alone(GPU, budgets(GPU)[1]) + "\n\n" + _together(GPU, budgets(GPU)[1])
 
 
 @generated
 @when_measured(CPU)
 def ttft_cost_cpu() -> str:
-    return _sentence(CPU, budgets(CPU)[-1])
+    return _alone(CPU, budgets(CPU)[-1]) + "\n\n" + _together(CPU, budgets(CPU)[-1])

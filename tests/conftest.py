@@ -13,7 +13,7 @@ from typing import Any
 import _hullft
 import pytest
 import torch
-from _machines import CI_EXAMPLES
+from _cases import CI_EXAMPLES
 from hypothesis import settings
 
 settings.register_profile("long", max_examples=20 * CI_EXAMPLES)  # of `make fuzz-python`

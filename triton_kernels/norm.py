@@ -49,24 +49,23 @@ def norm_kernel(
 def norm_gradient_kernel(
     x, weight, gradient, other, more, means, factors, x_gradient, partial, stride, rows, columns,
     RMS: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    MORE: tl.constexpr, OF_WEIGHT: tl.constexpr, BIAS: tl.constexpr, PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MORE: tl.constexpr, OF_WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program for every PROGRAMS-th row.
+    """Programs take rows in turn.
 
     gradient, other [T, D]: their sum is y's gradient; FIRST, SECOND: which of them there are.
     more [T, D]: with MORE added to x's gradient, for x goes elsewhere too.
-    partial [PROGRAMS, D], or [2, PROGRAMS, D] with BIAS: each program's part of the weight's
+    partial [programs, D], or [2, programs, D] with BIAS: each program's part of the weight's
     gradient, and of the bias's.
     """
-    program = tl.program_id(0).to(tl.int64)
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     at = tl.arange(0, BLOCK)
     inside = at < columns
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + OFFSET
     of_weight = tl.zeros((BLOCK,), tl.float32)
     of_bias = tl.zeros((BLOCK,), tl.float32)
-    for turn in range(0, tl.cdiv(rows - program, PROGRAMS)):
-        row = program + turn * PROGRAMS
+    for turn in range(0, tl.cdiv(rows - program, programs)):
+        row = program + turn * programs
         begin = row * columns
         value = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
         factor = tl.load(factors + row)
@@ -94,7 +93,7 @@ def norm_gradient_kernel(
     if OF_WEIGHT:
         tl.store(partial + program * columns + at, of_weight, mask=inside)
         if BIAS:
-            tl.store(partial + (PROGRAMS + program) * columns + at, of_bias, mask=inside)
+            tl.store(partial + (programs + program) * columns + at, of_bias, mask=inside)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ Every embedding retrieves for the same held-out queries from the same pool; the 
 update on each of the nearest chunks, nearest first. The learning rate is swept in the same way, so
 both of the demo's defaults are chosen by kNN, not by the hull. Retrieval is exhaustive here.
 
-    python bench/demo/compare_embeddings.py --device cuda --queries 32 --skip 8 --csv FILE
+    python -m bench.demo.compare_embeddings --device cuda --queries 32 --skip 8 --csv FILE
 """
 
 from __future__ import annotations
@@ -20,22 +20,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from corpus import read_chunks, split, stdlib_folder
-from embedding import Embedding, StateEmbedding, byte_grams, word_grams
 from hullkit import TestTimeFinetuner, bits_per_byte
-from language_model import OWN_MODEL, LanguageModel, encode, load
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from tqdm import tqdm
+
+from bench.demo.corpus import read_chunks, split, stdlib_folder
+from bench.demo.embedding import Embedding, StateEmbedding, byte_grams, word_grams
+from bench.harness.texts import OWN_MODEL, Tokens, language_model
+from bench.rivals.published import MAX_LENGTH
 
 COLUMNS = ("embedding", "dims", "lr", "updates", "queries", "seconds to embed the pool")
 COLUMNS += ("base BPB", "BPB", "% of base", "s.e.")
 
 
-def builders(language_model: LanguageModel) -> dict[str, Callable[[], Embedding | StateEmbedding]]:
+def builders(
+    model: nn.Module, tokens: Tokens
+) -> dict[str, Callable[[], Embedding | StateEmbedding]]:
     """The candidates, by name."""
     states = {
-        f"states, layer {layer}": lambda layer=layer: StateEmbedding(*language_model, layer)
+        f"states, layer {layer}": lambda layer=layer: StateEmbedding(model, tokens, layer)
         for layer in (1, 3, 5)
     }
     return {
@@ -59,16 +64,16 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args()
 
-    language_model = load(str(OWN_MODEL), torch.device(args.device))
-    model, tokenizer = language_model
+    model = language_model(OWN_MODEL, torch.device(args.device))
+    tokens = Tokens(OWN_MODEL, None, MAX_LENGTH)
     text = split(read_chunks(stdlib_folder()), args.queries + args.skip)
     queries = [chunk.text for chunk in text.queries[args.skip :]]
     pool = [chunk.text for chunk in text.pool]
-    tokens = [encode(tokenizer, query) for query in queries]
-    base = np.array([bits_per_byte(model, *query) for query in tokens])
+    scored = [(ids, tokens.scored_bytes(ids)) for ids in map(tokens, queries)]
+    base = np.array([bits_per_byte(model, *query) for query in scored])
 
     rows = []
-    choices = builders(language_model)
+    choices = builders(model, tokens)
     for name in args.only or choices:
         embedding = choices[name]()
         began = time.perf_counter()
@@ -78,8 +83,8 @@ def main() -> None:
         for lr in args.lr:
             tuner = TestTimeFinetuner(model, lr=lr, refresh_interval=1)
             adapted = []
-            for query, order in zip(tqdm(tokens, desc=f"{name}, lr {lr:g}"), nearest, strict=True):
-                examples = [encode(tokenizer, pool[row]).ids for row in order]
+            for query, order in zip(tqdm(scored, desc=f"{name}, lr {lr:g}"), nearest, strict=True):
+                examples = [tokens(pool[row]) for row in order]
                 with tuner.adapted(examples, [1] * len(examples)) as changed:
                     adapted.append(bits_per_byte(changed, *query))
             share = 100 * np.array(adapted) / base

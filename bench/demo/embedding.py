@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BINS = 1 << 18  # of n-gram hashes, for document frequencies
 # Parts of snake_case and CamelCase names, numbers, signs.
@@ -56,7 +57,7 @@ class Embedding:
         self.grams, self.dims, self.width = grams, dims, width
 
     def fit(self, pool: list[str]) -> np.ndarray:
-        """Learn frequencies and axes from the pool and embed it. [M, dims] float32"""
+        """Learn frequencies and axes from the pool and embed it. [M, min(M, dims)] float32"""
         counted = [
             self._count(text) for text in tqdm(pool, desc="embedding", unit="chunk", leave=False)
         ]
@@ -65,8 +66,11 @@ class Embedding:
             frequency[bins] += 1
         self._idf = np.log((1 + len(pool)) / (1 + frequency))
         hashed = np.stack([self._hash(*pair) for pair in counted])  # [M, width]
-        _, axes = np.linalg.eigh(hashed.T @ hashed)
-        self._axes = axes[:, ::-1][:, : self.dims]  # eigh lists the largest last
+        if len(pool) < self.width:
+            axes = np.linalg.svd(hashed, full_matrices=False)[2].T
+        else:
+            axes = np.linalg.eigh(hashed.T @ hashed)[1][:, ::-1]  # the largest one is the last
+        self._axes = axes[:, : self.dims]
         return unit_rows(hashed @ self._axes)
 
     def __call__(self, texts: list[str]) -> np.ndarray:
@@ -88,10 +92,8 @@ class Embedding:
 class StateEmbedding:
     """Mean over positions of the model's hidden states at one layer, less the pool's mean."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int
-    ) -> None:
-        self.model, self.tokenizer, self.layer = model, tokenizer, layer
+    def __init__(self, model: nn.Module, tokens: Callable[[str], Tensor], layer: int) -> None:
+        self.model, self.tokens, self.layer = model, tokens, layer
 
     def fit(self, pool: list[str]) -> np.ndarray:
         """Learn the mean from the pool and embed it. [M, hidden] float32"""
@@ -106,17 +108,13 @@ class StateEmbedding:
     @torch.no_grad()
     def _states(self, texts: list[str]) -> np.ndarray:
         means = []
+        device = next(self.model.parameters()).device
         for start in tqdm(range(0, len(texts), 128), desc="embedding", unit="batch", leave=False):
             # Padded on the right: causal attention keeps the padding out of the text's own states.
-            batch = self.tokenizer(
-                texts[start : start + 128],
-                add_special_tokens=False,
-                padding=True,
-                padding_side="right",
-                return_tensors="pt",
-            ).to(self.model.device)
-            states = self.model(input_ids=batch.input_ids, output_hidden_states=True)
-            real = batch.attention_mask[..., None]
+            ids = [self.tokens(text) for text in texts[start : start + 128]]
+            batch = pad_sequence(ids, batch_first=True, padding_value=-1).to(device)
+            states = self.model(input_ids=batch.clamp(min=0), output_hidden_states=True)
+            real = (batch >= 0)[..., None]
             total = (states.hidden_states[self.layer] * real).sum(1)
             means.append((total / real.sum(1)).cpu())
         return torch.cat(means).float().numpy()

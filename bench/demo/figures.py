@@ -3,27 +3,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-import methods
 import numpy as np
-from methods import Outcome, Plan
+
+from bench.demo.report import Line, Story
+from bench.ttft.choices import selected
+from bench.ttft.corpora import Corpus
+from bench.ttft.rules import PUBLISHED_RULE, RULES
 
 matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
 
+PICTURED = 16  # updates of the hull
 INK, GREY = "#22223b", "#9a9aa8"
-HULL_COLOUR, KNN_COLOUR, TWICE_COLOUR = "#d1495b", "#30638e", "#2a9d8f"
-STYLES = {
-    methods.HULL: (HULL_COLOUR, "o"),
-    methods.HULL_PLAIN: (HULL_COLOUR, "s"),
-    methods.KNN: (KNN_COLOUR, "D"),
-    methods.KNN_SAME_PASSES: (KNN_COLOUR, "v"),
-    methods.KNN_TWICE: (TWICE_COLOUR, "^"),
-    methods.KNN_TWICE_SAME_PASSES: (TWICE_COLOUR, "P"),
+HULL_COLOUR = "#d1495b"
+COLOURS = {
+    "kNN": "#30638e",
+    "SIFT": "#2a9d8f",
+    "hull": "#d1495b",
+    "hull, at most 2": "#e09f3e",
 }
 plt.rcParams.update(
     {
@@ -41,54 +42,74 @@ plt.rcParams.update(
 )
 
 
-def save_time_picture(means: Sequence[Outcome], num_queries: int, path: Path) -> None:
-    """BPB against seconds per query (selection + finetuning), one mark a method, means."""
-    figure, axes = plt.subplots(figsize=(8.0, 5.6), layout="constrained")
-    for mean in means:
-        if mean.method == methods.BASE:
-            axes.axhline(mean.bpb, color=GREY, linestyle="--", linewidth=1, label="base, unadapted")
-            continue
-        colour, marker = STYLES[mean.method]
-        label = f"{mean.method}  ({mean.distinct:.0f} ex., {mean.updates:.0f} upd., "
-        label += f"{mean.passes:.0f} passes)"
-        axes.scatter(
-            mean.seconds, mean.bpb, s=110, color=colour, marker=marker, label=label, zorder=3,
-            edgecolor="white", linewidth=0.8,
+def save_time_picture(story: Story, path: Path) -> None:
+    """BPB against seconds a query on a logarithmic axis, means; a mark for each number of passes.
+
+    The arrows lead from the published loop to the same settings in hullkit.
+    """
+    figure, axes = plt.subplots(figsize=(8.0, 5.0), layout="constrained")
+    axes.axhline(story.base, color=GREY, linestyle="--", linewidth=1)
+    axes.annotate(
+        "base, unadapted", (0.99, story.base), xycoords=("axes fraction", "data"), ha="right",
+        va="bottom", color=GREY, fontsize=9,
+    )  # fmt: skip
+    _curve(axes, story.published, "published procedure, its own loop", INK, "s", True)
+    _curve(axes, story.same, "the same settings in hullkit", INK, "o", True)
+    for theirs, ours in zip(story.published, story.same, strict=True):
+        axes.annotate(
+            "", (ours.seconds, ours.bpb), (theirs.seconds, theirs.bpb),
+            arrowprops={"arrowstyle": "->", "color": INK, "linestyle": ":", "shrinkA": 6,
+                        "shrinkB": 6},
         )  # fmt: skip
-    by_name = {mean.method: mean for mean in means}
-    for pair in (
-        (methods.HULL, methods.HULL_PLAIN),
-        (methods.KNN_SAME_PASSES, methods.KNN),
-        (methods.KNN_TWICE, methods.KNN_TWICE_SAME_PASSES),
-    ):
-        ends = [by_name[name] for name in pair]
-        axes.plot(
-            [end.seconds for end in ends], [end.bpb for end in ends], color=STYLES[pair[0]][0],
-            linewidth=1.2, alpha=0.5, zorder=2,
-        )  # fmt: skip
-    axes.set_xlim(0, 1.08 * max(mean.seconds for mean in means))
-    axes.margins(y=0.12)
-    axes.grid(axis="y", color="#ececf1")
+    for rule, colour in COLOURS.items():
+        lines = [line for line in story.own if line.label == rule]
+        told = len(lines) > 1 and rule == "kNN"
+        _curve(axes, lines, f"{rule}, at its best learning rate", colour, "D", told)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.margins(x=0.12, y=0.12)
+    axes.grid(color="#ececf1", which="both")
     axes.set_axisbelow(True)
-    axes.set_xlabel("selection + finetuning, seconds per query")
+    axes.set_xlabel("selection, finetuning and restoring: seconds a query")
     axes.set_ylabel("bits per byte (lower is better)")
-    axes.set_title(f"Test-time finetuning, mean of {num_queries} queries", color=INK)
-    figure.legend(loc="outside lower left", ncols=2, fontsize=8.5, labelspacing=0.9)
+    passes = ", ".join(str(line.cell.budget) for line in story.same)
+    axes.set_title(
+        f"Test-time finetuning, {passes} passes a query, mean of {story.queries} queries", color=INK
+    )
+    figure.legend(loc="outside lower left", ncols=2, fontsize=8.5)
     figure.savefig(path)
     plt.close(figure)
 
 
-def save_hull_picture(
-    pool: np.ndarray, query: np.ndarray, candidates: np.ndarray, plan: Plan, name: str, path: Path
+def _curve(
+    axes: plt.Axes, lines: list[Line], label: str, colour: str, marker: str, told: bool
 ) -> None:
-    """One query's hull in the plane of the candidates' two principal axes.
+    """told: whether marks say their number of passes."""
+    seconds, bpb = [line.seconds for line in lines], [line.bpb for line in lines]
+    axes.plot(
+        seconds, bpb, color=colour, marker=marker, markersize=9, linewidth=1.2,
+        markeredgecolor="white", label=label, zorder=3,
+    )  # fmt: skip
+    for line in lines if told else ():
+        axes.annotate(
+            f"{line.cell.budget} passes", (line.seconds, line.bpb), (0, -16), fontsize=8,
+            textcoords="offset points", ha="center", color=colour,
+        )  # fmt: skip
 
-    pool [M, d], query [d], candidates [n] rows of the pool. The picture is a shadow: distances in
-    it are at most the true ones, which the title states.
+
+def save_hull_picture(text: Corpus, path: Path) -> None:
+    """The first query's hull in the plane of its candidates' two principal axes.
+
+    The picture is a shadow: distances in it are at most the true ones, which the title states.
     """
-    points = pool[candidates].astype(np.float64)  # [n, d]
-    support = pool[plan.rows].astype(np.float64)  # [s, d]
-    counts = np.array(plan.counts)
+    data = text.data._replace(query=text.data.query[0], candidates=text.data.candidates[0])
+    multiset = selected(RULES[PUBLISHED_RULE], data, PICTURED)
+    kept = multiset.counts > 0
+    counts = multiset.counts[kept].numpy()
+    pool, query = data.pool.numpy(), data.query.numpy()
+    points = pool[data.candidates].astype(np.float64)  # [n, d]
+    support = pool[multiset.rows[kept]].astype(np.float64)  # [s, d]
     reconstruction = counts @ support / counts.sum()
     centre = points.mean(0)
     _, _, axes_of_pool = np.linalg.svd(points - centre, full_matrices=False)
@@ -100,7 +121,7 @@ def save_hull_picture(
     axes.scatter(*flat.T, s=14, color=GREY, alpha=0.55, label=f"candidates ({len(flat)})")
     outline = chosen[convex_outline(chosen)]
     axes.fill(*outline.T, facecolor=HULL_COLOUR, alpha=0.10, edgecolor=HULL_COLOUR, linewidth=1)
-    for count in sorted(set(plan.counts)):
+    for count in np.unique(counts):
         mine = chosen[counts == count]
         plural = "s" if count > 1 else ""
         axes.scatter(
@@ -117,7 +138,7 @@ def save_hull_picture(
     residual = np.linalg.norm(query - reconstruction)
     nearest = np.linalg.norm(query - points, axis=1).min()
     axes.set_title(
-        f"A query from {name}: {len(counts)} examples for {counts.sum()} updates\n"
+        f"One query: {len(counts)} examples for {counts.sum()} updates\n"
         f"distance to the query in all {pool.shape[1]} dimensions: reconstruction {residual:.3f}, "
         f"nearest candidate {nearest:.3f}",
         color=INK,

@@ -4,105 +4,136 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import methods
-import numpy as np
-from methods import Outcome
 from rich.table import Table
 
-COLUMNS = ("method", "distinct\nexamples", "updates", "passes", "selection\nms", "finetuning\ns")
-COLUMNS += ("BPB", "% of base\n± s.e.")
+from bench.ttft import analysis
+from bench.ttft.analysis import Measured, Values
+from bench.ttft.rules import PUBLISHED_LR, PUBLISHED_RULE, Cell
 
-UNSTEADY = 1.5  # seconds per pass, slowest method to fastest: beyond this it is not the methods
-
-
-def mean_of(outcomes: Sequence[Outcome]) -> Outcome:
-    """One method's mean over the queries."""
-    numbers = np.mean([outcome[1:] for outcome in outcomes], axis=0)
-    return Outcome(outcomes[0].method, *map(float, numbers))
+UNSTEADY = 1.5  # seconds a pass, slowest rule to fastest: beyond this it is not the rules
+COLUMNS = ("", "learning\nrate", "passes", "updates", "seconds\na query", "BPB")
+COLUMNS += ("% of base\n[95 %]", "from kNN,\nsame passes")
 
 
-def shares_of_base(outcomes: Sequence[Sequence[Outcome]]) -> np.ndarray:
-    """BPB in percent of the unadapted model's. [queries, methods], in the order of `outcomes`."""
-    bpb = np.array([[outcome.bpb for outcome in of_query] for of_query in outcomes])
-    return 100 * bpb / bpb[:, :1]
+class Line(NamedTuple):
+    """One cell in one way of finetuning, over all queries."""
+
+    label: str
+    cell: Cell
+    measured: Measured
+
+    @property
+    def seconds(self) -> float:
+        return analysis.mean(self.measured.seconds)
+
+    @property
+    def bpb(self) -> float:
+        return analysis.mean(self.measured.column("bpb"))
 
 
-def standard_error(values: np.ndarray) -> float:
-    """The standard error of the mean; nan for a single value."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+class Story:
+    """The rows of a run as lines: the published procedure, the same in hullkit, the rules.
 
+    path: hullkit's. own: the rules, each at its best learning rate.
+    """
 
-def in_words(gaps: np.ndarray, sign: str = "") -> str:
-    """The mean of paired differences with its standard error (none for one query)."""
-    mean, error = abs(gaps.mean()) if not sign else gaps.mean(), standard_error(gaps)
-    if np.isnan(error):
-        return f"{mean:{sign}.1f} points of base"
-    doubt = ", within two standard errors" if abs(mean) <= 2 * error else ""
-    return f"{mean:{sign}.1f} ± {error:.1f} points of base{doubt}"
+    def __init__(self, rows: Sequence[dict[str, Any]], path: str, own: Sequence[Cell]) -> None:
+        found = analysis.cells(rows, "judge")
+        of = {(key.path, Cell(key.rule, key.budget, key.lr)): value for key, value in found.items()}
+        same = [
+            Cell(PUBLISHED_RULE, budget, PUBLISHED_LR)
+            for budget in dict.fromkeys(cell.budget for cell in own)
+        ]
+        theirs, ours = "published procedure, its own loop", "the same in hullkit"
+        self.published = [Line(theirs, cell, of["published", cell]) for cell in same]
+        self.same = [Line(ours, cell, of[path, cell]) for cell in same]
+        self.own = [Line(cell.rule, cell, of[path, cell]) for cell in own]
+        first = self.same[0].measured
+        self.queries = len(first.rows)
+        self.base = analysis.mean(first.column("base_bpb"))
 
+    def from_knn(self, line: Line) -> Values | None:
+        """Differences query by query, at equal passes."""
+        for knn in self.own:
+            if knn.label == "kNN" and knn.cell.budget == line.cell.budget:
+                return analysis.apart(line.measured.percent, knn.measured.percent)
+        return None
 
-def results_table(outcomes: Sequence[Sequence[Outcome]], dtype: str) -> Table:
-    """One row a method, means over the queries. dtype: of the weights."""
-    title = f"Mean over the queries ({len(outcomes)}), {dtype} weights"
-    table = Table(title=title, title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    shares = shares_of_base(outcomes)
-    for i, of_method in enumerate(zip(*outcomes, strict=True)):
-        mean = mean_of(of_method)
-        percent, error = shares[:, i].mean(), standard_error(shares[:, i])
-        if mean.method == methods.BASE:
-            table.add_row(mean.method, *["-"] * 5, f"{mean.bpb:.4f}", "100", end_section=True)
-            continue
+    def table(self) -> Table:
+        """One row a line, means over the queries."""
+        table = Table(title=f"Mean over the queries ({self.queries})", title_justify="left")
+        for column in COLUMNS:
+            table.add_column(column, justify="right" if column else "left")
         table.add_row(
-            mean.method,
-            f"{mean.distinct:.1f}",
-            f"{mean.updates:.1f}",
-            f"{mean.passes:.1f}",
-            f"{1e3 * mean.select_seconds:.2f}",
-            f"{mean.finetune_seconds:.2f}",
-            f"{mean.bpb:.4f}",
-            f"{percent:.1f}" if np.isnan(error) else f"{percent:.1f} ± {error:.1f}",
-            style="bold" if mean.method == methods.HULL else None,
+            "base, unadapted", *["-"] * 4, f"{self.base:.4f}", "100", "", end_section=True
         )
-    return table
+        for line in (*self.published, *self.same):
+            table.add_row(*self._cells(line), "", end_section=line is self.same[-1])
+        for line in self.own:
+            apart = self.from_knn(line)
+            shown = "" if line.label == "kNN" or apart is None else _interval(apart, "+")
+            table.add_row(*self._cells(line), shown)
+        return table
+
+    def _cells(self, line: Line) -> list[str]:
+        updates = analysis.mean(line.measured.column("updates"))
+        passes = analysis.mean(line.measured.column("passes"))
+        return [
+            line.label,
+            f"{line.cell.lr:g}",
+            f"{passes:.1f}",
+            f"{updates:.1f}",
+            f"{line.seconds:.2f}",
+            f"{line.bpb:.4f}",
+            _interval(line.measured.percent),
+        ]
+
+    def closing_lines(self) -> list[str]:
+        """What the table says, wins and losses alike."""
+        lines = [
+            f"The same hull at the published settings, {line.cell.budget} passes: "
+            f"{theirs.seconds:.2f} s a query in the published loop, {line.seconds:.2f} s in "
+            f"hullkit, {theirs.seconds / line.seconds:.1f} times less. BPB {theirs.bpb:.4f} and "
+            f"{line.bpb:.4f}."
+            for theirs, line in zip(self.published, self.same, strict=True)
+        ]
+        lines.append(
+            "Each rule at its own best learning rate, which is not the published one, lowers BPB "
+            "by " + ", ".join(_gain(line) for line in self.own) + "."
+        )
+        lines += [
+            f"{line.label!r} is {_verdict(apart)} at {line.cell.budget} passes "
+            f"({_interval(apart, '+')} points)."
+            for line in self.own
+            if line.label != "kNN" and (apart := self.from_knn(line)) is not None
+        ]
+        a_pass = [
+            line.seconds / analysis.mean(line.measured.column("passes"))
+            for line in (*self.same, *self.own)
+        ]
+        if max(a_pass) > UNSTEADY * min(a_pass):
+            lines.append(
+                f"Do not trust the seconds: a pass took {min(a_pass):.2f} to {max(a_pass):.2f} s "
+                "depending on the rule, though all do the same work. The machine was busy."
+            )
+        return lines
 
 
-def closing_lines(outcomes: Sequence[Sequence[Outcome]]) -> list[str]:
-    """What the table says about the hull, wins and losses alike, and why."""
-    names = [outcome.method for outcome in outcomes[0]]
-    column = {name: shares_of_base(outcomes)[:, i] for i, name in enumerate(names)}
-    mean = {m.method: m for m in map(mean_of, zip(*outcomes, strict=True))}
-    hull, plain = mean[methods.HULL], mean[methods.HULL_PLAIN]
-    lines = []
-    for question, rival in (
-        ("At the same updates", methods.KNN),
-        ("At the same updates, two a gradient for kNN too", methods.KNN_TWICE),
-        ("At the same passes", methods.KNN_SAME_PASSES),
-        ("At the same passes, two updates a gradient for kNN too", methods.KNN_TWICE_SAME_PASSES),
-    ):
-        gaps = column[methods.HULL] - column[rival]
-        lines.append(
-            f"{question}: hull with reuse ({hull.passes:.0f} passes) "
-            f"{'loses to' if gaps.mean() > 0 else 'beats'} {rival!r} "
-            f"({mean[rival].passes:.0f} passes) by {in_words(gaps)}."
-        )
-    price = in_words(column[methods.HULL] - column[methods.HULL_PLAIN], sign="+")
-    lines.append(
-        f"Reuse: {plain.passes / hull.passes:.2f}x fewer passes and finetuning "
-        f"{plain.finetune_seconds / hull.finetune_seconds:.2f}x faster for the same updates, "
-        f"at {price}."
-    )
-    per_pass = [m.finetune_seconds / m.passes for m in mean.values() if m.passes]
-    if max(per_pass) > UNSTEADY * min(per_pass):
-        lines.append(
-            f"Do not trust the seconds: a pass took {min(per_pass):.2f} to {max(per_pass):.2f} s "
-            "depending on the method, though all do the same work. The machine was busy."
-        )
-    lines.append(
-        f"Why the hull can lose: it spends {hull.updates:.0f} updates on {hull.distinct:.0f} "
-        f"distinct examples where kNN sees {mean[methods.KNN].distinct:.0f}. On varied text and at "
-        "large budgets, variety is worth more than reconstruction."
-    )
-    return lines
+def _gain(line: Line) -> str:
+    percent = 100 - analysis.mean(line.measured.percent)
+    return f"{percent:.1f} % ({line.label}, {line.cell.budget} passes, {line.seconds:.2f} s)"
+
+
+def _verdict(apart: Values) -> str:
+    _, low, high = analysis.interval(apart)
+    if low <= 0.0 <= high:
+        return "not apart from kNN"
+    return "better than kNN" if high < 0.0 else "worse than kNN"
+
+
+def _interval(values: Values, sign: str = "") -> str:
+    """The mean with its interval, which takes more than one query."""
+    found = analysis.interval(values)
+    return found.text(sign, 1) if len(values) > 1 else f"{found.mean:{sign}.1f}"

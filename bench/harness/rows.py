@@ -18,7 +18,8 @@ FIELDS += ["device", "threads", "torch", "numpy", "simd", "commit", "command"]
 
 
 def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    listed = Path("/proc/cpuinfo")  # of Linux
+    for line in listed.read_text().splitlines() if listed.exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()

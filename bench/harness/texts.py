@@ -12,12 +12,17 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from bench.harness.rows import ROOT
+
+OWN_MODEL = ROOT / "bench" / "assets" / "pybytes"
 
 
 class Embeddings(NamedTuple):
@@ -52,13 +57,16 @@ def queries(folder: Path, subset: str) -> list[str]:
 
 
 class Tokens:
-    """Text to token ids, the start token before them, cut at max_length."""
+    """Text to token ids, the start token before them, cut at max_length.
+
+    start: default: the tokenizer's bos, of one that has none its eos.
+    """
 
     def __init__(self, model: Path, start: str | None, max_length: int) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
-        token = start or self._tokenizer.bos_token
+        self._tokenizer = _loaded(AutoTokenizer.from_pretrained, model)
+        token = start or self._tokenizer.bos_token or self._tokenizer.eos_token
         self._start = [self._tokenizer.convert_tokens_to_ids(token)]
         self._max_length = max_length
 
@@ -73,8 +81,18 @@ class Tokens:
 def language_model(path: Path, device: torch.device) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.to(device)
+    model: nn.Module = _loaded(AutoModelForCausalLM.from_pretrained, path)
+    return model.to(device, torch.float32)
+
+
+def _loaded(load: Callable[[Path], Any], path: Path) -> Any:
+    try:
+        return load(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            "--model: expected a folder or Hub name of a causal language model in Hugging Face "
+            f"format, got {str(path)!r} ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

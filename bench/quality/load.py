@@ -7,9 +7,12 @@ of the first time. Everything that a run writes down has its memory from the sta
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import itertools
+import re
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.demo import language_model
+from bench.harness.texts import OWN_MODEL, language_model
 from bench.ops import model_sizes
 from bench.ops.selection_gpu import DIM, TOTAL, N, clustered
 
@@ -137,8 +140,7 @@ def _adapt_again(
 
 def adaptations(count: int, trained: str) -> Figures:
     """Of the embedded model, on the CPU: `trained` is "all" or "last", a layer."""
-    own, device = str(language_model.OWN_MODEL), torch.device("cpu")
-    model: Any = language_model.load(own, device).model
+    model: Any = language_model(OWN_MODEL, torch.device("cpu"))
     if trained == "last":
         model.requires_grad_(False)
         model.model.layers[-1].requires_grad_(True)
@@ -179,3 +181,24 @@ def _prompts_that_differ(found: Any, expected: Any) -> Tensor:
 def _tensors(result: Any) -> list[Tensor]:
     parts = [_tensors(p) if isinstance(p, tuple) else [p] for p in result]
     return [p for p in itertools.chain(*parts) if isinstance(p, Tensor)]
+
+
+def of_processes(files: list[Path]) -> list[dict[str, Any]]:
+    """One row for each figure of runs side by side: the median of p50, the most of what may grow,
+    the sum of what may go wrong."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in files:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault((row["check"], row["figure"]), []).append(row)
+    merged = []
+    for (_, figure), rows in found.items():
+        values = [float(row["value"]) for row in rows]
+        of = {"p50": statistics.median, "p99": max}.get(figure, max if "grown" in figure else sum)
+        value = round(of(values), 3) if figure in ("p50", "p99") else int(of(values))
+        command = re.sub(r" --out \S+", "", rows[0]["command"])
+        if len(rows) > 1:
+            command += f" ({len(rows)} processes)"
+        count = sum(int(row["count"]) for row in rows)
+        merged.append({**rows[0], "value": value, "count": count, "command": command})
+    return merged

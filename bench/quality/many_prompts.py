@@ -29,17 +29,18 @@ import torch
 from hullkit.prompt_batch import Score
 from torch import Tensor, nn
 
-from bench.demo.language_model import OWN_MODEL
 from bench.harness import texts
 from bench.harness.rows import append, commit, processor
 from bench.ops.model_sizes import CASES, SHAPES, build
-from bench.quality.reliability import resident_bytes
+from bench.quality.load import resident_bytes
 from bench.ttft import corpora
 
 FIELDS = ["check", "model", "dtype", "shape", "figure", "value", "unit", "count"]
 FIELDS += ["device", "torch", "commit", "command"]
 SHORTEST, LONGEST = 32, 256  # tokens of a text
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}  # relative, of a loss, against the query alone
+TOO_LONG = 1 << 22
+MEMORY = {"cuda": 0.8, "cpu": 1 << 28}  # of the device's free memory; bytes
 PEFT_BOUND = 1e-4  # relative, of a subset's mean bits per byte
 
 
@@ -69,6 +70,7 @@ BAD = (
     Bad(lambda q: _first(q, torch.tensor([1, -1])), ValueError, "ids in"),
     Bad(lambda q: _first(q, torch.tensor([], dtype=torch.int64)), ValueError, "at least 2 tokens"),
     Bad(lambda q: _first(q, torch.tensor([1])), ValueError, "at least 2 tokens"),
+    Bad(lambda q: _first(q, torch.ones(TOO_LONG).long()), MemoryError, "at most"),
     Bad(lambda q: _first(q, torch.tensor([1.0, 2.0])), TypeError, "int64"),
     Bad(lambda q: _first(q, "text"), TypeError, "examples[0]"),
     Bad(lambda q: q._replace(counts=[*q.counts, 1]), ValueError, "as counts"),
@@ -112,7 +114,8 @@ def stream(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     bad = {every // 2 + every * i: BAD[i % len(BAD)] for i in range(arguments.bad)}
     asked = (bad[i].spoil(q) if i in bad else q for i, q in enumerate(queries))
 
-    batch = hullkit.PromptBatch(model, slots=arguments.slots)
+    budget = MEMORY[device.type]
+    batch = hullkit.PromptBatch(model, slots=arguments.slots, memory=budget)
     right: dict[int, float] = {}
     named = 0
     memory: list[tuple[int, int]] = []  # of the device, of the process
@@ -179,7 +182,7 @@ class Task(NamedTuple):
 
 
 def tasks(arguments: argparse.Namespace) -> list[Task]:
-    model = arguments.model or OWN_MODEL
+    model = arguments.model or texts.OWN_MODEL
     tokens = texts.Tokens(model, arguments.start, arguments.max_length)
     found = []
     for corpus in corpora.load(arguments.texts, arguments.subsets, arguments.queries):
@@ -238,7 +241,7 @@ def by_slots(model: nn.Module, asked: list[Task], slots: int) -> list[float]:
 
 def real_texts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     device = torch.device(arguments.device)
-    folder = arguments.model or OWN_MODEL
+    folder = arguments.model or texts.OWN_MODEL
     model = texts.language_model(folder, device).eval()
     asked = tasks(arguments)
     ways = {"unadapted": [task.score(model) for task in asked]}

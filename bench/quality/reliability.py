@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What long use costs and what hits it: adaptations and selections without end, Ctrl-C, the fuzzer.
+"""What long use costs and what hits it: each check appends its rows.
 
-    python -m bench.quality.reliability ctrl-c                        # each appends its rows
-    python -m bench.quality.reliability fuzzer build/fuzz.log         # of a `make fuzz`
+    python -m bench.quality.reliability ctrl-c            # in calls without end
+    python -m bench.quality.reliability fuzzer            # make fuzz
+    python -m bench.quality.reliability state-machines    # make fuzz-python
+    python -m bench.quality.reliability faults            # signals and errors at every moment
+    python -m bench.quality.reliability sanitizers        # make sanitize-cpu
     python -m bench.quality.reliability adaptations --count 100000 --trained last
     python -m bench.quality.reliability gpu-adaptations --count 10000
     python -m bench.quality.reliability gpu-selections --count 10000000
+    python -m bench.quality.reliability collect FILE...   # rows of runs side by side
 
-Ctrl-C ends a long one early; its rows say how far it came. A row is a check with what was counted:
-a figure that must stay what it is, and how often.
+Ctrl-C ends the three long ones early; their rows say how far they came. A row is a check with what
+was counted: a figure that must stay what it is, and how often.
 """
 
 from __future__ import annotations
@@ -16,12 +20,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from bench.harness.rows import RESULTS, append, commit, processor
+from bench.harness.rows import RESULTS, ROOT, append, commit, processor
 from bench.quality import endless_calls, load
 from bench.quality.load import Figures
 
@@ -37,13 +43,55 @@ def ctrl_c(rounds: int) -> Figures:
     return found
 
 
-def fuzzer(log: str) -> Figures:
-    units = int(re.findall(r"number_of_executed_units: (\d+)", log)[-1])
-    seconds = int(re.findall(r"in (\d+) second", log)[-1])
+def said_by(*command: str) -> tuple[str, float]:
+    """What a command printed, which is shown too, and its seconds. An error ends the program."""
+    start = time.monotonic()
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: failed")
+    return "".join(lines), time.monotonic() - start
+
+
+def _counted(what: str, count: int, seconds: float) -> Figures:
+    shared = {"count": 1}
     return [
-        {"figure": "calls", "value": units, "unit": "calls", "count": 1},
-        {"figure": "seconds", "value": seconds, "unit": "s", "count": 1},
+        {"figure": what, "value": count, "unit": what, **shared},
+        {"figure": "seconds", "value": round(seconds), "unit": "s", **shared},
     ]
+
+
+def fuzzer(seconds: int, clang: str) -> Figures:
+    said, _ = said_by("make", "fuzz", f"FUZZ_SECONDS={seconds}", f"CLANG={clang}")
+    [(units, took)] = re.findall(r"Done (\d+) runs in (\d+) second", said)
+    return _counted("calls", int(units), int(took))
+
+
+def state_machines() -> Figures:
+    said, took = said_by("make", "fuzz-python")
+    return _counted("stories", sum(map(int, re.findall(r"(\d+) passing examples", said))), took)
+
+
+def faults() -> Figures:
+    tests = "tests/finetune/test_finetune_signals.py"
+    said, took = said_by(sys.executable, "-m", "pytest", "-q", "-rP", tests)
+    return _counted(
+        "faults", sum(map(int, re.findall(r"^(\d+) moments$", said, re.MULTILINE))), took
+    )
+
+
+def sanitizers() -> Figures:
+    said, took = said_by("make", "sanitize-cpu")
+    inputs = sum(map(int, re.findall(r"^(\d+) inputs$", said, re.MULTILINE)))
+    tests = sum(map(int, re.findall(r"^(\d+) passed", said, re.MULTILINE)))
+    found = _counted("tests", tests, took)
+    return [{"figure": "inputs", "value": inputs, "unit": "inputs", "count": 1}, *found]
 
 
 def main() -> None:
@@ -53,22 +101,39 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "reliability.csv")
     checks = parser.add_subparsers(dest="check", required=True)
     checks.add_parser("ctrl-c").add_argument("--rounds", type=int, default=3, help="of each call")
-    checks.add_parser("fuzzer").add_argument("log", type=Path, help="what make fuzz printed")
+    fuzz = checks.add_parser("fuzzer")
+    fuzz.add_argument("--seconds", type=int, default=600)
+    fuzz.add_argument("--clang", default="clang++")
+    for name in ("state-machines", "faults", "sanitizers"):
+        checks.add_parser(name)
     many = {"adaptations": 10**5, "gpu-adaptations": 10**4, "gpu-selections": 10**7}
     for name, count in many.items():
         checks.add_parser(name).add_argument("--count", type=int, default=count)
     checks.choices["adaptations"].add_argument(
         "--trained", choices=("all", "last"), default="all", help="all weights, or the last layer's"
     )
+    collect = checks.add_parser("collect")
+    collect.add_argument("files", type=Path, nargs="+", help="that --out of each run named")
     args = parser.parse_args()
+    if args.check == "collect":
+        append(args.out, load.of_processes(args.files), FIELDS)
+        return
     cuda = args.check.startswith("gpu-")
     shared = {"check": args.check, "torch": torch.__version__, "commit": commit()}
     shared["device"] = torch.cuda.get_device_name() if cuda else processor()
-    shared["command"] = "python -m bench.quality.reliability " + " ".join(sys.argv[1:])
+    shared["command"] = "python -m bench.quality.reliability " + " ".join(
+        sys.argv[sys.argv.index(args.check) :]
+    )
     if args.check == "ctrl-c":
         found = ctrl_c(args.rounds)
     elif args.check == "fuzzer":
-        found = fuzzer(args.log.read_text())
+        found = fuzzer(args.seconds, args.clang)
+    elif args.check == "state-machines":
+        found = state_machines()
+    elif args.check == "faults":
+        found = faults()
+    elif args.check == "sanitizers":
+        found = sanitizers()
     elif args.check == "adaptations":
         found = load.adaptations(args.count, args.trained)
     elif args.check == "gpu-adaptations":

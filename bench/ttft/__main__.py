@@ -29,7 +29,6 @@ import torch
 from tqdm import tqdm
 
 from bench.harness import texts
-from bench.harness.rows import ROOT
 from bench.ttft import corpora, report, store
 from bench.ttft.analysis import best_idea, best_rate
 from bench.ttft.measure import Bench
@@ -45,7 +44,6 @@ from bench.ttft.rules import (
     rates,
 )
 
-OWN_MODEL = ROOT / "bench" / "assets" / "pybytes"
 PHASES = ("calibrate", "explore", "judge")
 BETAS = [(0.9, 0.95), (0.9, 0.99), (0.8, 0.95), (0.5, 0.9)]
 
@@ -228,7 +226,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--texts", type=Path, help="default: the standard library")
     parser.add_argument("--subsets", nargs="+", help="of --texts; default: all")
-    parser.add_argument("--model", type=Path, default=OWN_MODEL, help="folder or name of the Hub")
+    parser.add_argument(
+        "--model", type=Path, default=texts.OWN_MODEL, help="folder or name of the Hub"
+    )
     parser.add_argument("--start", help="token before a text, default: the tokenizer's bos")
     parser.add_argument("--max-length", type=int, default=1024)
     default = "cuda" if torch.cuda.is_available() else "cpu"

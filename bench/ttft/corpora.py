@@ -34,13 +34,16 @@ def shared_format(folder: Path, subset: str, queries: int) -> Corpus:
 def source_folder(folder: Path, name: str, queries: int) -> Corpus:
     """Chunks of a folder's text files. Queries come from files that the documents have no part of.
     Embeddings are the demo's, which need no model."""
-    split = source_files.split(source_files.read_chunks(folder), queries)
+    files = source_files.read_chunks(folder)
+    if not files:
+        raise ValueError(f"--text: expected text files under {str(folder)!r}, found none")
+    split = source_files.split(files, queries)
     documents = [chunk.text for chunk in split.pool]
     asked = [chunk.text for chunk in split.queries]
     embedding = Embedding()
     pool = torch.from_numpy(embedding.fit(documents))
     query = torch.from_numpy(embedding(asked))
-    candidates = hullkit.knn(pool, query, NUM_CANDIDATES).indices
+    candidates = hullkit.knn(pool, query, min(NUM_CANDIDATES, len(pool))).indices
     return Corpus(name, documents, asked, texts.Embeddings(pool, query, candidates))
 
 

@@ -22,6 +22,7 @@ COSTS += ["slots", "joules", "peak_mb"]
 FIELDS = ["model", "phase", "path", "rule", "budget", "lr", "beta1", "beta2", "best", "subset"]
 FIELDS += ["queries", "base_bpb"]
 FIELDS += [f"{name}{end}" for name in INTERVALS for end in ("", "_low", "_high")]
+FIELDS += [f"{name}{end}" for name in ("seconds", "joules") for end in ("_low", "_high")]
 FIELDS += [*COSTS, "device", "threads", "torch", "commit", "command"]
 
 
@@ -130,8 +131,12 @@ def _lines(
     first = next(iter(measured.rows.values()))
     beta1, beta2 = cell.betas
     head = {
-        **{name: first[name] for name in ("model", "threads", "torch", "commit", "command")},
-        "device": " and ".join(sorted({row["device"] for row in measured.rows.values()})),
+        **{name: first[name] for name in ("model", "threads", "torch", "command")},
+        # A run that was stopped may have gone on elsewhere, or with other code.
+        **{
+            name: " and ".join(sorted({row[name] for row in measured.rows.values()}))
+            for name in ("device", "commit")
+        },
         **{"phase": phase, "path": cell.path, "rule": cell.rule, "budget": cell.budget},
         **{"lr": cell.lr, "beta1": beta1, "beta2": beta2},
         **told,
@@ -150,6 +155,11 @@ def _lines(
             triple = analysis.interval(values) if values else ("", "", "")
             line |= dict(zip((name, f"{name}_low", f"{name}_high"), triple, strict=True))
         line |= {name: _cost(measured, name, subset) for name in COSTS}
+        _, *ends = analysis.interval(of_subset(measured.seconds, subset))
+        line |= zip(("seconds_low", "seconds_high"), ends, strict=True)
+        if line["joules"] != "not available":
+            _, *ends = analysis.interval(of_subset(measured.column("joules"), subset))
+            line |= zip(("joules_low", "joules_high"), ends, strict=True)
         lines.append(line)
     return lines
 

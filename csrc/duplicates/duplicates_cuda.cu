@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
 #include "common/limits.h"
 #include "cuda/gram/gram.h"
 #include "cuda/primitives/device_pool.cuh"
@@ -63,7 +65,7 @@ void duplicates_cuda(const PoolSpec& pool, double eps, const TensorView& represe
     const int64_t count = step < batch - first ? step : batch - first;
     gram_cuda(pool, any_row, {}, first, count, gram, stream);
     launch(duplicates_kernel, count, kThreads, n * (sizeof(double) + sizeof(int)), stream, DevicePool(pool, any_row),
-           eps, first, static_cast<const double*>(gram), gram_stride(n), static_cast<int64_t*>(representatives.data));
+           std::max(eps, kLeastEps), first, static_cast<const double*>(gram), gram_stride(n), static_cast<int64_t*>(representatives.data));
   }
 }
 

@@ -139,14 +139,16 @@ class DeviceRounding {
   }
 
   __device__ void complete() {
-    for (; remaining_ > 0; --remaining_) {
+    for (int64_t units; remaining_ > 0; remaining_ -= units) {
+      units = max(int64_t{1}, remaining_ / (kParts * size_));
       Best best = no_best();
       for (int i = threadIdx.x; i < size_; i += blockDim.x) {
-        if (counts_[i] >= max_multiplicity_) continue;
-        const Best here{key_of(2.0 * slope_[i] + diagonal_[i]), static_cast<uint32_t>(i), 0};
+        if (counts_[i] > max_multiplicity_ - units) continue;
+        const double change = 2.0 * slope_[i] + static_cast<double>(units) * diagonal_[i];
+        const Best here{key_of(change), static_cast<uint32_t>(i), 0};
         if (precedes(here, best)) best = here;
       }
-      move(static_cast<int>(contest_.least(best).index), 1);
+      move(static_cast<int>(contest_.least(best).index), units);
     }
   }
 

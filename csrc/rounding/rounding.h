@@ -18,6 +18,10 @@ namespace hullkit {
 
 inline constexpr double kMinImprovement = 1e-14;
 
+// Of what is left to a support of m points, 1 / (kParts m) goes to one point at once, or one unit. Much is left where a
+// cap takes from a heavy point: the number of steps grows with the logarithm of it.
+inline constexpr int64_t kParts = 16;
+
 // Weights at a cap are quotas of max_multiplicity but for rounding, which must not take a unit from them.
 inline double slack(int64_t max_multiplicity, int64_t total) { return max_multiplicity < total ? 1.0 + 1e-13 : 1.0; }
 
@@ -79,19 +83,20 @@ class Rounding {
 
  private:
   void complete() {
-    for (; remaining_ > 0; --remaining_) {
-      if (remaining_ % 16 == 0) stop_if_asked();
+    for (int64_t step = 0, units; remaining_ > 0; remaining_ -= units, ++step) {
+      if (step % 16 == 0) stop_if_asked();
+      units = std::max<int64_t>(1, remaining_ / (kParts * size_));
       int64_t best = 0;
       double best_change = std::numeric_limits<double>::infinity();
       for (int64_t i = 0; i < size_; ++i) {
-        const double change = 2.0 * slope_[i] + diagonal_[i];
-        if (change < best_change && counts_[i] < max_multiplicity_) {
+        const double change = 2.0 * slope_[i] + static_cast<double>(units) * diagonal_[i];  // for each unit
+        if (change < best_change && counts_[i] <= max_multiplicity_ - units) {
           best = i;
           best_change = change;
         }
       }
-      ++counts_[best];
-      add_to_slope(best, 1.0);
+      counts_[best] += units;
+      add_to_slope(best, static_cast<double>(units));
     }
   }
 

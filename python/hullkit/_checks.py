@@ -28,6 +28,23 @@ def check_tensor(name: str, value: Any) -> Tensor:
     return value
 
 
+def bytes_reached(tensor: Tensor) -> int:
+    """How long a storage must be to hold every element of the tensor."""
+    if tensor.numel() == 0:
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((n - 1) * stride for n, stride in steps)
+    return int((last + 1) * tensor.element_size())
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage holds every element still: FSDP, for one, frees it under a tensor."""
+    held = tensor.untyped_storage().nbytes()
+    if tensor.storage_offset() == 0 and tensor.is_contiguous():  # all but a few
+        return held >= tensor.nbytes
+    return held >= bytes_reached(tensor)
+
+
 def check_floating(name: str, value: Any) -> Tensor:
     tensor = check_tensor(name, value)
     if tensor.dtype not in _FLOATING:

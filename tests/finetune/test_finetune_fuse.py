@@ -23,15 +23,16 @@ LINEAR = "torch.nn.modules.linear.Linear.forward"
 EMBEDDING = "torch.nn.modules.sparse.Embedding.forward"
 GELU = "transformers.activations.NewGELUActivation.forward"
 SILU = "transformers.activations.SiLUActivation.forward"
+GATED = "transformers.models.llama.modeling_llama.LlamaMLP.forward"
 NORM = "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward"
 ROTARY = "transformers.models.llama.modeling_llama.apply_rotary_pos_emb"
 # On a GPU the last layer, too, the embedding where it has the same weight, and functions of torch.
 ON_GPU = DEVICE.type == "cuda"
-TORCH = ("torch.addmm", *(f"torch.nn.functional.{name}" for name in ("gelu", "layer_norm")))
-HEAD = (LINEAR, ROTARY, "torch.mul", "torch.nn.functional.linear", "torch.nn.functional.silu")
+TORCH = ("torch.add", "torch.addmm", "torch.nn.functional.gelu", "torch.nn.functional.layer_norm")
+HEAD = (LINEAR, ROTARY, "torch.add", "torch.nn.functional.linear")
 MODELS = [
     (gpt2, (*((EMBEDDING, LINEAR, *TORCH) if ON_GPU else ()), GELU, LOSS)),
-    (llama, (*(HEAD if ON_GPU else ()), SILU, LOSS, NORM)),
+    (llama, (*(HEAD if ON_GPU else ()), SILU, LOSS, GATED, NORM)),
     (plain, ("torch.nn.functional.linear",) if ON_GPU else ()),
 ]
 CAPTURE = [True, False] if DEVICE.type == "cuda" else [False]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -75,6 +76,7 @@ class AtEvery:
                 sys.settrace(outer)
             check(self._seen >= self._chosen)
             if self._seen < self._chosen:
+                print(f"{self._chosen - 1} moments")
                 return
         pytest.fail("not every moment was tried")
 
@@ -325,3 +327,30 @@ def test_system_calls_go_on_after_a_signal_as_before() -> None:
         signal.signal(signal.SIGALRM, previous)
         os.close(reading)
         os.close(writing)
+
+
+WAITING = """
+import signal, sys, torch, hullkit
+model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+base = [p.detach().clone() for p in model.parameters()]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+try:
+    with hullkit.TestTimeFinetuner(model).adapted([torch.tensor([1, 2, 3])], [2]):
+        print(any(torch.equal(*pair) for pair in zip(base, model.parameters())), flush=True)
+        signal.pause()
+finally:
+    print(all(torch.equal(*pair) for pair in zip(base, model.parameters())), flush=True)
+"""
+
+
+def test_a_process_that_is_told_to_end_restores_first() -> None:
+    """SIGTERM with a handler that raises. Without one it ends the process and asks nobody."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "False\n"  # adapted
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    assert said == "True\n"
+    assert process.returncode == 3

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -21,11 +21,30 @@ TOTALS = (1, 2, 7, 20, 50, 151)
 HALVES = (torch.float16, torch.bfloat16)
 LOW_PRECISION = (torch.float32, *HALVES)
 DTYPES = (torch.float64, *LOW_PRECISION)
+CI_EXAMPLES = 100  # hypothesis's own number; the profile "long" has more
 
 
-def fixed(max_examples: int) -> settings:
-    """The same examples in every run and on every machine."""
-    return settings(max_examples=max_examples, derandomize=True, deadline=None, database=None)
+def fixed(max_examples: int, **more: Any) -> settings:
+    """The same examples in every run and on every machine; the profile "long" has other ones and
+    many more."""
+    times = settings().max_examples // CI_EXAMPLES
+    return settings(
+        max_examples=max_examples * times,
+        derandomize=times == 1,
+        deadline=None,
+        database=None,
+        **more,
+    )
+
+
+def machine(max_examples: int, steps: int) -> settings:
+    """The same for a state machine: `steps` rules an example."""
+    # CI reports a failure as it was found: making it shorter takes minutes.
+    phases = [Phase.generate, *([Phase.shrink] if settings().max_examples > CI_EXAMPLES else [])]
+    checks = list(HealthCheck)
+    return fixed(
+        max_examples, stateful_step_count=steps, phases=phases, suppress_health_check=checks
+    )
 
 
 def unit(rows: Array) -> Array:

@@ -159,7 +159,8 @@ class Before:
         ]
 
     def check(self) -> None:
-        assert self.look() == self.facts
+        for now, then in zip(self.look(), self.facts, strict=True):
+            assert now == then
         self.check_bits()
         for parameter in self.model.parameters():
             assert parameter.grad is None or bool((parameter.grad == 0.25).all())

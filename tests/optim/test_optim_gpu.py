@@ -213,7 +213,7 @@ def test_kernels_compile_for_a_gpu() -> None:
         # Kernels of passes: their own constants, numbers by name, and pointers to float32.
         names = ("RMS", "BIAS", "NARROW", "FIRST", "SECOND", "MORE", "OF_WEIGHT")
         flags = dict.fromkeys(names, True)
-        flags |= {"OFFSET": 0.0, "ROUND": False, "PROGRAMS": 256, "KIND": "silu", "BACKWARD": True}
+        flags |= {"OFFSET": 0.0, "ROUND": False, "KIND": "silu", "BACKWARD": True}
         attention = {"HALF": tl.bfloat16, "BLOCK": 64, "D": 64}
         thin = {"HALF": tl.bfloat16, "R": 16, "OF_A": True, "OF_B": True, "OF_X": True}
         names = ("low_rank_inner", "low_rank_add", "low_rank_gradient_b", "low_rank_gradient_a")

@@ -13,7 +13,7 @@ from typing import Any
 import hullkit
 import pytest
 import torch
-from _machines import budget
+from _cases import machine
 from _models import VOCABULARY, Before, gpt2, llama
 from hullkit.prompt_batch import Generate, Score
 from hypothesis import strategies as st
@@ -200,7 +200,7 @@ class AnyBatches(RuleBasedStateMachine):
         self.before = Before(self.model)
 
 
-AnyBatches.TestCase.settings = budget(10, 10)
+AnyBatches.TestCase.settings = machine(10, 10)
 TestAnyBatches = pytest.mark.usefixtures("one_thread")(AnyBatches.TestCase)
 
 

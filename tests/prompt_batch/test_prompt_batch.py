@@ -10,36 +10,18 @@ import hullkit
 import pytest
 import torch
 from _models import VOCABULARY, gpt2, llama
+from _prompts import DEVICE, LR, RANK, batch_of, query, text
 from hullkit.language_model.cross_entropy import next_token_losses
 from hullkit.prompt_batch import Generate, Score
 from hullkit.prompt_batch.factors import SlotFactors
 from hullkit.prompt_batch.layers import Layer
-from torch import Tensor, nn
+from torch import nn
 
 peft = pytest.importorskip("peft", reason="an extra is not installed")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 if DEVICE.type == "cuda":  # there they run on it
     pytestmark += [pytest.mark.gpu]
-RANK, LR = 4, 1e-2
-
-
-def text(length: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(VOCABULARY, (length,), generator=generator)
-
-
-def query(seed: int) -> hullkit.Query:
-    """Two or three examples of mixed lengths and counts, and a text to score."""
-    examples = [text(5 + (7 * seed + 11 * i) % 40, 100 * seed + i) for i in range(2 + seed % 2)]
-    counts = [1 + (seed + i) % 4 for i in range(len(examples))]
-    return hullkit.Query(examples, counts, Score(text(20, 1000 + seed)))
-
-
-def batch_of(model: nn.Module, slots: int, **options: Any) -> hullkit.PromptBatch:
-    settings: dict[str, Any] = {"rank": RANK, "alpha": 6, "lr": LR}
-    return hullkit.PromptBatch(model, slots=slots, **settings | options)
 
 
 def by_peft(model: nn.Module, of: hullkit.Query) -> tuple[float, nn.Module]:

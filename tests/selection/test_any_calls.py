@@ -12,7 +12,7 @@ from typing import Any
 import hullkit
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from _cases import machine
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 from torch import Tensor
@@ -137,11 +137,5 @@ class AnyCalls(RuleBasedStateMachine):
             assert ((result.weights.sum(-1) - 1).abs() < 1e-9).all()
 
 
-AnyCalls.TestCase.settings = settings(
-    max_examples=40,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+AnyCalls.TestCase.settings = machine(40, 30)
 TestAnyCalls = pytest.mark.plain_memory(AnyCalls.TestCase)

@@ -151,3 +151,15 @@ def test_bad_arguments(backend: str | None) -> None:
         hullkit.duplicates(broken, eps=0.1, backend=backend)
     with pytest.raises(ValueError, match="query: expected d = 5"):
         hullkit.select(pool, torch.zeros(2, 4), 3, merge_duplicates=0.1, backend=backend)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("eps", [1e-300, 1e-17, 3e-16, 1e-12])
+def test_equal_rows_are_found_with_every_eps(eps: float, dtype: torch.dtype, device: str) -> None:
+    """A square of a rounded root may be above the number, by more than a tiny eps takes off."""
+    rows = torch.randn(100, 33, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    expected = torch.arange(100, device=device).repeat(2)
+    assert torch.equal(hullkit.duplicates(torch.cat([rows, rows]), eps=eps), expected)
+    answer = hullkit.duplicates(torch.cat([rows, rows]), eps=eps, backend="reference")
+    assert torch.equal(answer, expected)

@@ -162,3 +162,22 @@ def test_residual_after_rounding(dtype: torch.dtype) -> None:
             assert abs(float(chosen.residual_norm[b]) - expected) <= 2e-7
     assert float(hullkit.select(pool, query, 20).residual_norm[0]) <= 1e-12
     assert hullkit.select(pool, query, 5, method="knn").residual_norm is None
+
+
+def test_a_cap_on_a_heavy_row_leaves_much_to_be_added() -> None:
+    """Steps grow with the logarithm of the total: one by one, the last total would take hours."""
+    rng = np.random.default_rng(0)
+    weights = np.array([1.0, 1e-3, 1e-9, 0.0, 0.0, 0.0])
+    outcome = SimpleNamespace(indices=np.arange(6), weights=weights)
+    for _ in range(10):
+        pool, query = rng.standard_normal((6, 4)), rng.standard_normal(4)
+        losses = []
+        for total in (10**4, 10**6, 2**40):
+            limit = total // 2 + 1
+            counts = _round(pool, query, outcome, total, max_multiplicity=limit)
+            assert counts.max() <= limit
+            if total < 2**40:  # where rounding decides nothing
+                expected = reference.round_multiplicities(pool, query, weights, total, 2, limit)
+                assert np.array_equal(counts, expected)
+            losses.append(reconstruction_loss(pool, query, counts, total))
+        assert losses[2] == pytest.approx(losses[1], rel=1e-3)

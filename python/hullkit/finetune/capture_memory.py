@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -18,19 +19,16 @@ from ..native.torch_private import StorageWatch, watch_storage
 from .activations import ActivationPlan, ActivationsTooLarge
 from .padding import Inputs
 
+MAX_GRAPHS = 32  # of one model; the one that was used longest ago makes room
 # The part of a device that is left for gradients, workspaces and what others need.
 _MARGIN = 1 / 16
 _COMPILED_WARMUPS = 2  # the first compiles, the second tunes
 
 
 class CaptureMemory:
-    """A stream for captures, and one pool of memory for all graphs of a model.
+    """A stream for captures, and one pool of memory for all graphs of a model."""
 
-    plan: which passes compute activations again, to hold less.
-    """
-
-    def __init__(self, device: torch.device, plan: ActivationPlan) -> None:
-        self.plan = plan
+    def __init__(self, device: torch.device) -> None:
         self.stream = _capture_stream(device)
         _take_workspaces(self.stream)
         self.renew()
@@ -42,8 +40,7 @@ class CaptureMemory:
 
     def free(self) -> int:
         """Bytes of the device that a pass may take beside the pool."""
-        free, total = torch.cuda.mem_get_info(self.stream.device)
-        return max(0, free - int(total * _MARGIN))
+        return free_bytes(self.stream.device)
 
     @property
     def reserved(self) -> int:
@@ -62,6 +59,36 @@ class CaptureMemory:
         finally:
             current.wait_stream(self.stream)
 
+    def record(self, held: int, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A graph of what `body` launches. Work on the stream must be done before.
+
+        held: bytes of the pool that are taken in one piece first.
+        """
+        graph = torch.cuda.CUDAGraph()
+        failure: BaseException | None = None
+        collecting = gc.isenabled()
+        gc.disable()  # collecting another graph during a capture would end the capture
+        try:
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                try:  # after a failure the end of the capture raises, too, and hides the reason
+                    self.reserve(held)
+                    body()
+                except BaseException as error:
+                    failure = error
+        except Exception as error:
+            failure = failure or error
+        finally:
+            if collecting:
+                gc.enable()
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            failure = None  # the error holds this frame, and its frames hold a pass's tensors
+        return graph
+
     def reserve(self, num_bytes: int) -> None:
         """Takes memory for a whole pass in one piece, as its capture begins.
 
@@ -72,6 +99,12 @@ class CaptureMemory:
         if missing > 0:
             torch.empty(missing, dtype=torch.uint8, device=self.stream.device)
             self._reserved = num_bytes
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a CUDA device that nobody has taken, less what is left for others."""
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, free - int(total * _MARGIN))
 
 
 @functools.cache
@@ -121,11 +154,12 @@ def warm_up(
     inputs: Inputs,
     copies: PassCopies,
     memory: CaptureMemory,
+    plan: ActivationPlan,
     forward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[dict[nn.Parameter, torch.dtype], int]:
     """Passes before a capture, so that everything lazy is done.
 
-    memory: its plan learns here whether the pass must compute activations again.
+    plan: it learns here whether the pass must compute activations again.
     forward: a block around the forward half, which the compiler's passes go without.
     Returns the dtype of each parameter's gradient, in the order in which gradients come, and the
     bytes that a pass holds at a time; 0 with the compiler, which plans memory itself.
@@ -138,16 +172,14 @@ def warm_up(
                 loss_of(inputs).backward()
             return order, 0
         try:
-            held = _pass(model, loss_of, inputs, copies, memory, forward)
+            held = _pass(model, loss_of, inputs, copies, memory, plan, forward)
         except ActivationsTooLarge:
-            memory.plan.note_too_large(inputs)
+            plan.note_too_large(inputs)
             held = None
         if held is None:  # the error is gone, and with it the tensors that its frames held
             order.clear()
-            held = _pass(model, loss_of, inputs, copies, memory, forward)
-    # A pass holds most as its backward half begins: all saved tensors, and a little more for gaps
-    # between them. Gradients of whole matrices get pieces of their own.
-    return order, held + held // 16
+            held = _pass(model, loss_of, inputs, copies, memory, plan, forward)
+    return order, with_gaps(held)
 
 
 def _pass(
@@ -156,16 +188,26 @@ def _pass(
     inputs: Inputs,
     copies: PassCopies,
     memory: CaptureMemory,
+    plan: ActivationPlan,
     forward: Callable[[], AbstractContextManager[None]],
 ) -> int:
     """One pass; returns the bytes that it held. It may raise ActivationsTooLarge."""
-    room, plan = memory.free(), memory.plan
+    room = memory.free()
     most = room + memory.reserved if plan.may_recompute(inputs) else None
     held = HeldTensors(model, room, most)
     with forward():
         loss = loss_of(inputs, held, copies, recompute=plan.recomputes(inputs))
     loss.backward()
     return held.num_bytes
+
+
+def with_gaps(held: int) -> int:
+    """The bytes of a pass that saves so many.
+
+    A pass holds most as its backward half begins: all saved tensors, and a little more for gaps
+    between them. Gradients of whole matrices get pieces of their own.
+    """
+    return held + held // 16
 
 
 class HeldTensors(Saved):

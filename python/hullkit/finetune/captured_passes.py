@@ -5,7 +5,6 @@ A pass records its updates too, group by group, beside its backward half."""
 
 from __future__ import annotations
 
-import gc
 from collections import OrderedDict
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -23,13 +22,12 @@ from ..optim._record import BROKEN, HEAD, LIMIT, NUM_OPTIONS, SEED, AdamOptions
 from ..optim._tensor_table import HALVES, same_layout
 from .activations import ActivationPlan
 from .base_weights import NotCapturable, Weights, pass_copies
-from .capture_memory import CaptureMemory, hooks, update_stream, warm_up
+from .capture_memory import MAX_GRAPHS, CaptureMemory, hooks, update_stream, warm_up
 from .padding import Inputs, Padding
 from .rounding import Rounding, moment_dtype
 from .schedule import Reuse
 from .snapshot import Attributes
 
-MAX_GRAPHS = 32
 # Elements whose updates are launched together: enough to fill a GPU, few enough to begin early.
 GROUP_ELEMENTS = 2 << 20
 Shape = tuple[tuple[str, torch.Size, torch.dtype], ...]
@@ -61,7 +59,8 @@ class CapturedPasses:
         self._tensors = _addresses(model_tensors)
         self._capacity = 64
         self._padding = Padding(longest_padded(model), self._plain_loss)
-        self._memory = CaptureMemory(self.weights.device, activations)
+        self._memory = CaptureMemory(self.weights.device)
+        self.plan = activations
         self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
         self._plain = True  # until the forward pass as it is could not be recorded
 
@@ -166,50 +165,33 @@ class _Pass:
         self._result = torch.zeros(2, dtype=torch.float64, device=owner.weights.device)
         order, held = warm_up(
             owner._model, parameters, owner._loss_of, self._inputs, owner.copies, owner._memory,
-            noted,
+            owner.plan, noted,
         )  # fmt: skip
-        self.recomputes = owner._memory.plan.recomputes(self._inputs)
+        self.recomputes = owner.plan.recomputes(self._inputs)
         # A model may replace a tensor that it keeps as an attribute; the graph reads the old one.
         self._tables = Attributes(list(owner._model.modules())).tensors
         self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
-        self._graph = torch.cuda.CUDAGraph()
-        failure: BaseException | None = None
-        collecting = gc.isenabled()
-        gc.disable()  # collecting another graph during a capture would end the capture
-        try:
-            with torch.cuda.graph(
-                self._graph,
-                pool=owner._memory.pool,
-                stream=owner._memory.stream,
-                capture_error_mode="thread_local",
-            ):
-                try:  # after a failure the end of the capture raises, too, and hides the reason
-                    owner._memory.reserve(held)
-                    self.updates.begin()
-                    with hooks(parameters, self.updates.ready), served():
-                        loss = owner._loss_of(
-                            self._inputs, Saved(), owner.copies, recompute=self.recomputes
-                        )
-                        loss.backward()
+
+        def recorded() -> None:
+            try:
+                self.updates.begin()
+                with hooks(parameters, self.updates.ready), served():
+                    loss = owner._loss_of(
+                        self._inputs, Saved(), owner.copies, recompute=self.recomputes
+                    )
+                    loss.backward()
+                self.updates.join()
+                self._result[0].copy_(loss.detach())
+                self._result[1].copy_(self.updates.broken())
+            finally:
+                with suppress(Exception):  # a capture must not end with streams apart
                     self.updates.join()
-                    self._result[0].copy_(loss.detach())
-                    self._result[1].copy_(self.updates.broken())
-                except BaseException as error:
-                    failure = error
-                    with suppress(Exception):  # a capture must not end with streams apart
-                        self.updates.join()
-        except Exception as error:
-            failure = failure or error
-        finally:
-            if collecting:
-                gc.enable()
+
         try:
-            if failure is not None:
-                raise failure
+            self._graph = owner._memory.record(held, recorded)
             self.updates.set_gradients()
             self.fused = owner._loss_of.fused
         finally:
-            failure = None  # the error holds this frame, and the frame holds the pass's tensors
             for parameter in parameters:
                 parameter.grad = None  # its memory stays in the graph's pool
 

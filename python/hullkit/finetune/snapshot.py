@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import bytes_reached, has_memory
 from ..native.kernels import unlike_dicts
 from .base_weights import Weights, pinned_like
 
@@ -181,6 +182,8 @@ def _twice(failures: list[Exception], restore: Callable[..., Any], *arguments: A
 
 def _restore(tensor: Tensor, data: Tensor, geometry: tuple[Any, ...], copy: Tensor | None) -> None:
     if _geometry(tensor) != geometry:
+        if copy is not None and not has_memory(data):  # the block freed it, as FSDP does
+            data.untyped_storage().resize_(bytes_reached(data))
         tensor.data = data
     if copy is not None:
         _write(tensor, copy)
@@ -206,6 +209,7 @@ def _has_values(tensor: Tensor) -> bool:
         and tensor.grad_fn is None
         and tensor.layout is torch.strided
         and tensor.device.type != "meta"
+        and has_memory(tensor)
     )
 
 

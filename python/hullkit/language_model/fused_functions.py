@@ -201,15 +201,17 @@ class FusedFunctions(TorchFunctionMode):
             if known is None:
                 continue
             gate, name = known
-            if (
-                isinstance(up, Tensor)
-                and up is not y
-                and up.shape == gate.shape
-                and up.dtype is gate.dtype
-                and up.is_contiguous()
-            ):
-                return gated(gate, up, name)
+            if isinstance(up, Tensor) and up is not y:
+                return self.gated(gate, up, name)
         return NotImplemented
+
+    def gated(self, gate: Any, up: Any, name: str) -> Any:
+        """act(gate) * up with an activation of ACTIVATIONS."""
+        for x in (gate, up):
+            if not self.takes(x) or not x.is_contiguous():
+                return NotImplemented
+        same = up.shape == gate.shape and up.dtype is gate.dtype
+        return gated(gate, up, name) if same else NotImplemented
 
     # Attention.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import causal_masks, rotary
 from .cross_entropy import TiedGradient, linear_next_token_loss, next_token_loss
 from .fused_functions import FusedFunctions
+from .gated_layers import GatedLayer
 from .interface import forward_parameters
 from .low_rank import LowRank
 from .norms import Norm
@@ -95,6 +96,8 @@ def _fused_forward(module: nn.Module, functions: FusedFunctions) -> Forward | No
         fused = partial(functions.activation, found)
     elif isinstance(found, Norm):
         fused = partial(_rms_norm, module, functions, found)
+    elif isinstance(found, GatedLayer):
+        fused = partial(_gated_layer, module, functions, found)
     else:
         fused = partial(_low_rank, module, functions, found)
     return partial(_of_one_input, module, fused)
@@ -116,6 +119,13 @@ def _low_rank(module: Any, functions: FusedFunctions, adapter: LowRank, x: Tenso
     a, b = (part[adapter.name].weight for part in (module.lora_A, module.lora_B))
     y = functions.low_rank(module.base_layer, x, a, b, adapter.scale)
     return type(module).forward(module, x) if y is NotImplemented else y  # type: ignore[no-any-return]
+
+
+def _gated_layer(module: Any, functions: FusedFunctions, found: GatedLayer, x: Tensor) -> Tensor:
+    gate, up, down, act = (module._modules[name] for name in found[:4])
+    a, b = gate(x), up(x)
+    y = functions.gated(a, b, found.activation)
+    return down(act(a) * b if y is NotImplemented else y)  # type: ignore[no-any-return]
 
 
 @contextmanager

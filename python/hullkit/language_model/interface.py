@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_tensor
+from .._checks import check_tensor, has_memory
 
 IGNORED = -100  # the label of a token that is not scored, as in F.cross_entropy
 
@@ -95,8 +95,17 @@ def check_scorable(model: nn.Module) -> None:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuses parameters with which torch would fail in a pass or later."""
+    """Refuses parameters and buffers with which torch would fail in a pass or later."""
     for path, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            # Subclasses may keep their values elsewhere, as quantised weights do.
+            if type(tensor) in (Tensor, nn.Parameter) and not (
+                tensor.is_meta or has_memory(tensor)
+            ):
+                raise ValueError(
+                    "model: expected tensors with memory for all of their elements, got one whose "
+                    f"storage was freed: {f'{path}.{key}'.lstrip('.')!r}"
+                )
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue

@@ -121,7 +121,7 @@ class _Norm(torch.autograd.Function):
         constants = {
             "RMS": ctx.formula.rms, "OFFSET": ctx.formula.offset, "FIRST": given[0] is not None,
             "SECOND": given[1] is not None, "MORE": given[2] is not None, "OF_WEIGHT": of_weight,
-            "BIAS": of_bias, "PROGRAMS": programs, "BLOCK": _block(columns),
+            "BIAS": of_bias, "BLOCK": _block(columns),
         }  # fmt: skip
         with torch.cuda.device_of(x):
             launch("norm_gradient", programs, arguments, constants)

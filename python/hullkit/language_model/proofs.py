@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from .fused_functions import proven_activation
+from .gated_layers import GatedLayer, gate_parts, proven_gated_layer
 from .low_rank import LowRank, is_watched, proven_low_rank
 from .norms import Norm, proven_rms_norm
 
-Formula = Norm | LowRank | str
+Formula = Norm | LowRank | GatedLayer | str
 
 # What modules were found to compute, and the facts on which that rests.
 _PROOFS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Formula | None]] = (
@@ -27,15 +28,17 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parts, hooks and the like
 def proof(module: nn.Module) -> Formula | None:
     """The known formula that a module computes; None if none was found.
 
-    That is an RMS norm, a low-rank adapter beside a linear layer, or the name of an activation. It
-    is tried once, and again when an attribute has changed.
+    That is an RMS norm, a low-rank adapter beside a linear layer, a gated layer, or the name of an
+    activation. It is tried once, and again when an attribute has changed.
     """
     kind = type(module)
     if kind.__module__.startswith("torch.nn."):  # these call functions of torch
         return None
     adapted = "lora_A" in module._modules
+    _, activations = gate_parts(module)
     parameters = [p for p in module._parameters.values() if p is not None]
-    if not adapted and (module._modules or module._buffers or len(parameters) > 1):
+    simple = not (module._modules or module._buffers or len(parameters) > 1)
+    if not (adapted or activations or simple):
         return None
     facts: Any = (kind.forward, *((p.dtype, p.shape, p.device) for p in parameters))
     for name, value in vars(module).items():
@@ -45,6 +48,10 @@ def proof(module: nn.Module) -> Formula | None:
         for part in module.modules():
             own = tuple(name for name, p in part._parameters.items() if p is not None)
             facts += (id(part), type(part), part.training, own, is_watched(part))
+    acts = [act for name in activations if (act := module._modules[name]) is not None]
+    for act in acts:  # the linear parts are called as they are
+        facts += (*module._modules, id(act), type(act).forward, is_watched(act))
+        facts += tuple((name, _fact(value)) for name, value in vars(act).items())
     known = _PROOFS.get(module)
     if known is not None and known[0] == facts:
         return known[1]
@@ -53,6 +60,8 @@ def proof(module: nn.Module) -> Formula | None:
     found: Formula | None
     if adapted:
         found = proven_low_rank(module)
+    elif activations:
+        found = None if any(map(is_watched, acts)) else proven_gated_layer(module)
     elif parameters:
         found = proven_rms_norm(module, parameters[0].dtype)
     else:

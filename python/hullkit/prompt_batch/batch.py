@@ -22,7 +22,9 @@ from ..language_model.interface import (
 from ..language_model.loss import PRECISIONS
 from .export import write_adapter
 from .factors import SlotFactors
-from .layers import SlotForwards, chosen_layers
+from .layers import SlotForwards, chosen_layers, device_and_dtype
+from .memory import PLANNED, Room, budget, slots_within
+from .neighbours import check_rows, feels_padding
 from .passes import SlotPasses, evaluating
 from .queries import Answer
 from .stream import Run, Stream
@@ -47,11 +49,15 @@ class PromptBatch:
 
     Args:
         model: a causal language model in memory, float32, bfloat16 or float16, on one device. Its
-            weights are neither trained nor written.
-        slots: K >= 1, prompts at once.
+            weights are neither trained nor written. Layers may be bitsandbytes' of 8 or 4 bits.
+        slots: K >= 1, prompts at once. "auto": 64 or the largest power of 2 for which `memory` has
+            room, with texts of 512 tokens.
+        memory: for slots and passes, a number of bytes or a fraction of what is free now. A pass
+            that would take more has fewer slots at a time. None: for "auto" all that is free, less
+            1/16 of a CUDA device; else no bound, and fewer slots after a pass ran out of memory.
         rank, alpha, rslora: of the adapters.
-        target: "all-linear", every `torch.nn.Linear` and `Conv1D` of transformers but the output
-            head; or a sequence of names, or ends of names, of layers.
+        target: "all-linear", every `torch.nn.Linear`, `Conv1D` of transformers and quantised layer
+            but the output head; or a sequence of names, or ends of names, of layers.
         lr, betas, eps, refresh_interval, seed: as TestTimeFinetuner's; seed is of fresh factors.
         precision: of the passes, as TestTimeFinetuner's: "float32", "tf32" or "bf16".
         capture: whether passes with their updates are CUDA graphs, one for each padded length.
@@ -59,8 +65,8 @@ class PromptBatch:
         backend: "triton" runs the kernels on CPU tensors too, in Triton's interpreter.
 
     Raises:
-        TypeError, ValueError: a bad argument; no such layers; layers of other classes (quantised
-            ones, adapters); parameters on the meta device.
+        TypeError, ValueError: a bad argument; no such layers; layers of other classes (adapters,
+            other quantised ones); parameters on the meta device; no memory for the slots.
         RuntimeError: from a pass: a chosen layer ran twice in it.
 
     >>> import hullkit, torch
@@ -80,7 +86,8 @@ class PromptBatch:
         self,
         model: nn.Module,
         *,
-        slots: int = 8,
+        slots: int | str = 8,
+        memory: int | float | None = None,
         rank: int = 16,
         alpha: float = 16.0,
         rslora: bool = False,
@@ -97,7 +104,8 @@ class PromptBatch:
         check_module(model)
         check_trainable(model)
         self.model = model
-        self.slots = check_int("slots", slots, 1)
+        if slots != "auto":
+            check_int("slots", slots, 1)
         self.rank = check_int("rank", rank, 1)
         self.alpha = check_positive("alpha", alpha)
         check_choice("rslora", rslora, (True, False))
@@ -116,30 +124,40 @@ class PromptBatch:
         if isinstance(target, str) and target != "all-linear":
             raise ValueError(f"target: expected 'all-linear' or names, got {target!r}")
         self._layers = chosen_layers(model, target)
-        weights = [layer.module.weight for layer in self._layers]
-        devices, dtypes = {w.device for w in weights}, {w.dtype for w in weights}
-        known = {torch.float32, torch.bfloat16, torch.float16}
-        if len(devices) != 1 or len(dtypes) != 1 or not dtypes <= known:
-            found = sorted(map(str, devices | dtypes))
-            raise ValueError(
-                "model: expected layers on one device in float32, bfloat16 or float16, got "
-                + ", ".join(found)
-            )
-        [device], [dtype] = devices, dtypes
+        device, dtype = device_and_dtype(model, self._layers)
         half = torch.bfloat16 if precision == "bf16" else dtype
         scale = _SCALE if dtype is torch.float16 else 1.0
-        self._factors = SlotFactors(
-            self._layers, slots, rank, device, None if half is torch.float32 else half,
-            (float(betas[0]), float(betas[1])), float(eps), 1.0 / scale, backend,
-        )  # fmt: skip
         share = alpha / (math.sqrt(rank) if rslora else rank)
-        self._forwards = SlotForwards(self._layers, slots, share, backend)
-        self._passes = SlotPasses(
-            model, self._factors, self._forwards, precision=precision, capture=capture,
-            scale=scale, capacity=refresh_interval,
-        )  # fmt: skip
+        self._forwards = SlotForwards(self._layers, share, backend)
         self._longest = longest_padded(model)
         self._busy = False
+        self._pads: bool | None = None  # not known yet
+
+        def make(number: int) -> None:
+            self.slots = number
+            self._factors = SlotFactors(
+                self._layers, number, rank, device, None if half is torch.float32 else half,
+                (float(betas[0]), float(betas[1])), float(eps), 1.0 / scale, backend,
+            )  # fmt: skip
+            self._passes = SlotPasses(
+                model, self._factors, self._forwards, precision=precision, capture=capture,
+                scale=scale, capacity=refresh_interval,
+            )  # fmt: skip
+
+        limit = None if memory is None and slots != "auto" else budget(memory, device)
+        if isinstance(slots, str):
+            assert limit is not None
+            make(1)
+            text = self._passes.held(min(PLANNED, self._longest or PLANNED))
+            text *= self._passes.shares
+            slots = slots_within(limit, self._factors.num_bytes, text)
+        make(slots)
+        if limit is not None:
+            own = self._factors.num_bytes
+            if limit <= own:
+                raise ValueError(f"memory: expected more than the {own} bytes of {slots} slots")
+            limit = (limit - own) // self._passes.shares
+        self._room = Room(slots, limit, self._passes.held)
         for slot in range(slots):
             self._factors.reset_(slot, seed)
 
@@ -165,7 +183,7 @@ class PromptBatch:
 
         Raises:
             RuntimeError: another `map` or `adapt_` of this batch is under way.
-            torch.OutOfMemoryError: in a pass or its capture.
+            ValueError: rows of a batch change each other in this model.
         """
         answers = self._answers(queries, keep=False)
         if not progress:
@@ -183,7 +201,7 @@ class PromptBatch:
             queries: at most K. Slots without a query, and those of failed ones, are fresh.
 
         Raises:
-            ValueError: more queries than slots. RuntimeError, torch.OutOfMemoryError: as `map`.
+            ValueError: more queries than slots. RuntimeError: as `map`.
         """
         if len(queries) > self.slots:
             raise ValueError(f"queries: expected at most {self.slots}, got {len(queries)}")
@@ -209,13 +227,37 @@ class PromptBatch:
     def reset(self, slot: int) -> None:
         self._factors.reset_(slot, self.seed)
 
-    def step(self, tokens: Tensor, runs: list[Run | None]) -> tuple[Tensor, Tensor]:
-        """One pass and its updates; each slot's loss and whether a gradient was not finite."""
+    def pads(self, text: Tensor) -> bool:
+        """Whether texts may be padded. The first text shows it.
+
+        Raises ValueError if rows of a batch change each other.
+        """
+        if self._pads is None:
+            if self.slots > 1:
+                check_rows(self._passes.logits, text, self._passes.exact)
+            self._pads = not feels_padding(self._passes.logits, text, self._passes.exact)
+        return self._pads
+
+    def rows(self, length: int) -> int:
+        """The slots of a pass of texts that are padded to this length."""
+        return self._room.rows(length)
+
+    def note_too_large(self, rows: int, length: int) -> None:
+        self._room.note_too_large(rows, length)
+
+    def step(self, tokens: Tensor, first: int, group: list[Run | None]) -> tuple[Tensor, Tensor]:
+        """One pass and its updates; each slot's loss and whether a gradient was not finite.
+
+        group: what the slots from `first` on have to do. tokens (2, R, T): their texts and labels.
+        """
+        self._room.check(tokens.shape[2])
+        others = self.slots - first - len(group)
+        runs = [*[None] * first, *group, *[None] * others]
         steps = [0 if run is None else run.burst.num_steps for run in runs]
         done = [0 if run is None else run.updates for run in runs]
         lr = [0.0 if run is None else run.lr for run in runs]
         control = self._factors.control(steps, done, lr, self.refresh_interval)
-        return self._passes.run(tokens, control)
+        return self._passes.run(tokens, first, control)
 
     @property
     def longest(self) -> int:
@@ -233,7 +275,7 @@ class PromptBatch:
         """
         if not 0 <= k < self.slots:
             raise IndexError(f"k: expected a slot in [0, {self.slots}), got {k}")
-        with self._using(self._forwards.one(k)):
+        with self._using(self._forwards.some(k, 1)):
             yield self.model
 
     @contextmanager
@@ -244,13 +286,13 @@ class PromptBatch:
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k."""
         self._check_rows(input_ids)
-        with torch.no_grad(), self._using(self._forwards.all()):
+        with torch.no_grad(), self._using(self._forwards.some(0, self.slots)):
             return logits_of(self.model(input_ids, **inputs), input_ids)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """`model.generate(input_ids, **options)`, where row k (K, T) is continued by slot k."""
         self._check_rows(input_ids)
-        with self._using(self._forwards.all()):
+        with self._using(self._forwards.some(0, self.slots)):
             out: Tensor = self.model.generate(input_ids, **options)  # type: ignore[operator]
             return out
 

@@ -63,6 +63,12 @@ class SlotFactors:
         self._initial: tuple[int, Tensor] | None = None
         self._chunks: Tensor | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots: factors, gradients, moments, and copies."""
+        memories = (self.params, self.grads, self.exp_avg, self.exp_avg_sq, self.copies)
+        return sum(memory.nbytes for memory in memories if memory is not None)
+
     def _of_blocks(self, memory: Tensor) -> list[Tensor]:
         """Each block (K, size of a slot)."""
         return [

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
 from ..language_model.products import SharedInput, SharedInputs, add_product, product
+from .quantized import EIGHT_BITS, FOUR_BITS, check_quantized, product_of, weight_of
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 
@@ -23,7 +24,8 @@ _CONV1D = "transformers.pytorch_utils.Conv1D"
 class Layer:
     """A linear layer of the model. `SlotFactors` sets its factors.
 
-    a (K, R, I), b (K, O, R): what products read. d_a, d_b: float32, where gradients go.
+    a (K, R, I), b (K, O, R): what products read. d_a, d_b: float32, where gradients go. learned:
+    whether the latest pass has written them.
     """
 
     a: Tensor
@@ -34,13 +36,29 @@ class Layer:
     def __init__(self, name: str, module: Any) -> None:
         self.name = name
         self.module = module
+        self.learned = False
         self.transposed = isinstance(module, nn.Linear)  # weight (O, I), else (I, O)
-        weight: Tensor = module.weight
-        self.outputs, self.inputs = weight.shape if self.transposed else weight.shape[::-1]
+        self.quantized = _kind(module) in (EIGHT_BITS, FOUR_BITS)
+        if self.transposed:
+            self.outputs, self.inputs = module.out_features, module.in_features
+        else:
+            self.inputs, self.outputs = module.weight.shape
         self._copy: tuple[Tensor, int, Tensor] | None = None
 
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's own product with x (..., I), its bias added, without autograd."""
+        if self.quantized:
+            return product_of(self.module, x)
+        rows = x.reshape(-1, x.shape[-1])
+        return product(x, rows, self.weight(x.dtype), self.module.bias)
+
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight (I, O) in the dtype of products. A copy is kept: the weight is frozen."""
+        """The weight (I, O) in the dtype of products. A copy is kept: the weight is frozen.
+
+        Of a quantised weight there is no copy, which would need the memory that it saves.
+        """
+        if self.quantized:
+            return weight_of(self.module, dtype).t()
         weight: Tensor = self.module.weight
         own = weight.detach()
         if own.dtype is not dtype:
@@ -61,16 +79,18 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
     ends = None if isinstance(target, str) else tuple(target)
     found = []
     for name, module in model.named_modules():
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        kind = _kind(module)
         if not (isinstance(module, nn.Linear) or kind == _CONV1D) or module is head:
             continue
         if ends is not None and not any(re.search(rf"(^|\.){re.escape(e)}$", name) for e in ends):
             continue
-        if type(module) is not nn.Linear and kind != _CONV1D:
+        if type(module) is not nn.Linear and kind not in (_CONV1D, EIGHT_BITS, FOUR_BITS):
             raise ValueError(
-                "model: expected linear layers of torch.nn.Linear or transformers' Conv1D, got "
-                f"{kind}: {name!r}"
+                "model: expected linear layers of torch.nn.Linear, transformers' Conv1D, or "
+                f"bitsandbytes' Linear8bitLt and Linear4bit, got {kind}: {name!r}"
             )
+        if kind in (EIGHT_BITS, FOUR_BITS):
+            check_quantized(name, module)
         if "forward" in module.__dict__:
             raise ValueError(f"model: expected layers with their own forward, got {name!r}")
         found.append(Layer(name, module))
@@ -79,43 +99,89 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
     return found
 
 
+def device_and_dtype(model: nn.Module, layers: list[Layer]) -> tuple[torch.device, torch.dtype]:
+    """The device of the layers, and the dtype of their weights.
+
+    Where all are quantised, products have the dtype of the model's other parameters.
+    """
+    devices = {layer.module.weight.device for layer in layers}
+    dtypes = {layer.module.weight.dtype for layer in layers if not layer.quantized}
+    if not dtypes:
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    known = {torch.float32, torch.bfloat16, torch.float16}
+    if len(devices) != 1 or len(dtypes) != 1 or not dtypes <= known:
+        found = sorted(map(str, devices | dtypes))
+        raise ValueError(
+            "model: expected layers on one device in float32, bfloat16 or float16, got "
+            + ", ".join(found)
+        )
+    [device], [dtype] = devices, dtypes
+    return device, dtype
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+class _Call(NamedTuple):
+    """How layers run: with the factors of which slots, on how many rows of tokens."""
+
+    of: slice
+    slots: int
+    tokens: int | None  # in a pass with a backward half
+    anchor: Tensor | None
+    inputs: SharedInputs
+
+
 class SlotForwards:
-    """Runs layers with the factors of slots: of all, or of one.
+    """Runs layers with the factors of slots.
 
     scale: of the low-rank product. autocast: whether products are in bfloat16.
     """
 
-    def __init__(self, layers: list[Layer], slots: int, scale: float, backend: str | None) -> None:
+    def __init__(self, layers: list[Layer], scale: float, backend: str | None) -> None:
         self._layers = layers
-        self._slots = slots
         self._scale = scale
         self._backend = backend
         self._used: set[str] = set()
 
     @contextmanager
-    def all(
-        self, anchor: Tensor | None = None, inputs: SharedInputs | None = None
-    ) -> Iterator[None]:
-        """Inside the block row k of a batch goes through the factors of slot k.
+    def some(self, first: int, slots: int) -> Iterator[None]:
+        """Inside the block row i of a batch goes through the factors of slot first + i.
 
-        anchor: a tensor that requires a gradient, of a pass with a backward half. Every layer may
-            then run once, since its gradients are overwritten.
+        slots: the number of rows.
+        """
+        with self._replaced(_Call(slice(first, first + slots), slots, None, None, SharedInputs())):
+            yield
+
+    @contextmanager
+    def learning(
+        self, first: int, shape: torch.Size, anchor: Tensor, inputs: SharedInputs
+    ) -> Iterator[None]:
+        """As `some`, of a pass with a backward half, of ids of this shape (R, T).
+
+        Every layer may then run once, since its gradients are overwritten.
+
+        anchor: a tensor that requires a gradient.
         inputs: of the layers in that pass.
         """
         self._used = set()
-        with self._replaced(slice(None), self._slots, anchor, inputs or SharedInputs()):
+        for layer in self._layers:
+            layer.learned = False
+        rows, length = shape
+        of = slice(first, first + rows)
+        with self._replaced(_Call(of, rows, rows * length, anchor, inputs)):
             yield
 
-    @contextmanager
-    def one(self, slot: int) -> Iterator[None]:
-        """Inside the block the model behaves as adapted with one slot."""
-        with self._replaced(slice(slot, slot + 1), 1, None, SharedInputs()):
-            yield
+    def clear_unlearned(self) -> None:
+        """Sets gradients of layers to 0 that took no part in the latest pass."""
+        for layer in self._layers:
+            if not layer.learned:
+                layer.d_a.zero_()
+                layer.d_b.zero_()
 
     @contextmanager
-    def _replaced(
-        self, of: slice, slots: int, anchor: Tensor | None, inputs: SharedInputs
-    ) -> Iterator[None]:
+    def _replaced(self, call: _Call) -> Iterator[None]:
         for layer in self._layers:  # what others put there since would be lost at the end
             if "forward" in layer.module.__dict__:
                 raise RuntimeError(
@@ -124,37 +190,32 @@ class SlotForwards:
                 )
         try:
             for layer in self._layers:
-                forward = partial(self._forward, layer, of, slots, anchor, inputs)
-                layer.module.forward = forward
+                layer.module.forward = partial(self._forward, layer, call)
             yield
         finally:
             for layer in self._layers:
                 layer.module.__dict__.pop("forward", None)
 
-    def _forward(
-        self,
-        layer: Layer,
-        of: slice,
-        slots: int,
-        anchor: Tensor | None,
-        inputs: SharedInputs,
-        x: Tensor,
-    ) -> Tensor:
-        rows = math.prod(x.shape[:-1])
+    def _forward(self, layer: Layer, call: _Call, x: Tensor) -> Tensor:
+        rows, slots = math.prod(x.shape[:-1]), call.slots
         if rows % slots or (x.ndim > 2 and len(x) % slots):
             raise ValueError(
                 f"{layer.name}: expected rows of {slots} slots, got an input {tuple(x.shape)}"
             )
-        if anchor is not None:
+        if call.anchor is not None:
+            if rows != call.tokens:  # a part of the tokens, as experts get, may mix slots
+                raise RuntimeError(
+                    f"{layer.name}: expected a row for each of {call.tokens} tokens, got an input "
+                    f"{tuple(x.shape)}"
+                )
             if layer.name in self._used:
                 raise RuntimeError(f"{layer.name}: expected one call in a pass, got another")
             self._used.add(layer.name)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        tensor, shared = inputs.of(x, dtype)
-        factors = (slots, layer.a[of], layer.b[of])
+        tensor, shared = call.inputs.of(x, dtype)
         y: Tensor = _Stacked.apply(  # type: ignore[no-untyped-call]
-            tensor, anchor, layer, shared, factors, self._scale, self._backend
+            tensor, call.anchor, layer, call.of, shared, self._scale, self._backend
         )
         return y
 
@@ -171,20 +232,23 @@ class _Stacked(torch.autograd.Function):
         x: Tensor,
         anchor: Tensor | None,
         layer: Layer,
+        of: slice,
         shared: SharedInput,
-        factors: tuple[int, Tensor, Tensor],
         scale: float,
         backend: str | None,
     ) -> Tensor:
-        slots, a, b = factors
+        a, b = layer.a[of], layer.b[of]
         rows = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            y = product(x, rows, layer.weight(x.dtype), layer.module.bias)
-            stacked = rows.view(slots, -1, rows.shape[1])
-            inner = low_rank_forward_(y.view(slots, -1, y.shape[-1]), stacked, a, b, scale, backend)
+            y = layer.product(x)
+            stacked = rows.view(len(a), -1, rows.shape[1])
+            inner = low_rank_forward_(
+                y.view(len(a), -1, y.shape[-1]), stacked, a, b, scale, backend
+            )
         if anchor is not None:
             ctx.save_for_backward(stacked, inner)
-            ctx.layer, ctx.shared, ctx.scale, ctx.backend = layer, shared, scale, backend
+            ctx.layer, ctx.of, ctx.shared, ctx.scale = layer, of, shared, scale
+            ctx.backend = backend
         return y
 
     @staticmethod
@@ -192,6 +256,7 @@ class _Stacked(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[None, ...]:
         x, inner = ctx.saved_tensors
         layer: Layer = ctx.layer
+        of: slice = ctx.of
         d = d.reshape(*x.shape[:2], -1).contiguous()
         d_x = None
         with torch.autocast(d.device.type, enabled=False):
@@ -199,6 +264,7 @@ class _Stacked(torch.autograd.Function):
                 total, fresh = ctx.shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)
                 add_product(total, d.flatten(0, 1), layer.weight(d.dtype).t(), fresh)
                 d_x = total.view(x.shape)
-            to = Gradients(layer.d_a, layer.d_b, d_x, fresh=False)
-            low_rank_backward(d, x, layer.a, layer.b, inner, ctx.scale, to, ctx.backend)
+            layer.learned = True
+            to = Gradients(layer.d_a[of], layer.d_b[of], d_x, fresh=False)
+            low_rank_backward(d, x, layer.a[of], layer.b[of], inner, ctx.scale, to, ctx.backend)
         return (None,) * 7

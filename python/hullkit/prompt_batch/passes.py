@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..finetune.capture_memory import MAX_GRAPHS, CaptureMemory, HeldTensors, with_gaps
 from ..language_model.cross_entropy import linear_next_token_losses, next_token_losses
 from ..language_model.experts import without_questions
 from ..language_model.fused_modules import fused_head_weight, stand_ins
@@ -22,7 +23,7 @@ from ..language_model.products import SharedInputs
 from .factors import SlotFactors
 from .layers import SlotForwards
 
-MAX_GRAPHS = 32
+_BOUNDLESS = 1 << 62  # bytes
 Block = Callable[[], AbstractContextManager[None]]
 
 
@@ -45,7 +46,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class SlotPasses:
-    """Forward and backward passes of K texts, each with its slot's factors, and the updates.
+    """Forward and backward passes of texts, each with its slot's factors, and the updates.
 
     capture: as TestTimeFinetuner's. scale: what the loss is multiplied with, for float16 gradients.
     capacity: the most updates with one gradient.
@@ -79,8 +80,12 @@ class SlotPasses:
             raise ValueError("capture: expected a model on a CUDA device for True, got a CPU")
         self.captures = self._device.type == "cuda" and capture is not False
         if self.captures:
-            self.stream = torch.cuda.Stream(self._device)
-            self.pool = torch.cuda.graph_pool_handle()
+            self.memory = CaptureMemory(self._device)
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts memory is split: graphs keep one, and eager passes have one."""
+        return 2 if self.captures else 1
 
     def products(self) -> AbstractContextManager[None]:
         """A block in which products have the precision that was asked for."""
@@ -90,33 +95,70 @@ class SlotPasses:
         on = self._precision == "bf16"
         return torch.autocast(self._device.type, torch.bfloat16, enabled=on)
 
-    def run(self, tokens: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, tokens: Tensor, first: int, control: Tensor) -> tuple[Tensor, Tensor]:
         """Each slot's loss (K,), and 1 (K,) int32 where a gradient was not finite.
 
-        tokens: (2, K, T) int64 on the host: ids, and labels. control: as `SlotFactors.update_`.
+        tokens: (2, R, T) int64 on the host: ids, and labels. Row i is of slot first + i.
+        control: as `SlotFactors.update_`.
+
+        Raises torch.OutOfMemoryError, after which no factor has changed.
         """
+        try:
+            return self._run(tokens, first, control)
+        except torch.OutOfMemoryError:
+            if not self._graphs:
+                raise
+        self.release()  # the graphs of other passes may hold what this one needs
+        return self._run(tokens, first, control)
+
+    def _run(self, tokens: Tensor, first: int, control: Tensor) -> tuple[Tensor, Tensor]:
         with evaluating(self._model), self.products():
-            graph = self._graph(tokens) if self.captures else None
+            # A pass of some slots is a long one, which keeps the device busy without a graph.
+            whole = tokens.shape[1] == self._factors.slots
+            graph = self._graph(tokens) if whole and self.captures else None
             if graph is not None:
                 self.path = "captured"
                 return graph.replay(tokens, control)
             self.path = "eager"
-            return self.whole(tokens.to(self._device), control.to(self._device))
+            return self.whole(tokens.to(self._device), first, control.to(self._device))
 
-    def whole(self, tokens: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits (R, T, V) of ids (R, T), by the model without factors."""
+        with torch.no_grad(), evaluating(self._model), self.products(), self.autocast():
+            ids = ids.to(self._device)
+            return logits_of(self._model(ids, **self._options), ids)
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are in full float32."""
+        return self._factors.copies is None and self._precision == "float32"
+
+    def held(self, length: int) -> int:
+        """The bytes that a pass of one text of this length holds at a time."""
+        held = HeldTensors(self._model, _BOUNDLESS, None)
+        tokens = torch.zeros(2, 1, length, dtype=torch.int64, device=self._device)
+        with evaluating(self._model), self.products(), held.hooks():
+            self.gradients(tokens, 0)
+        return with_gaps(held.num_bytes)
+
+    def whole(
+        self, tokens: Tensor, first: int, control: Tensor, served: Block = nullcontext
+    ) -> tuple[Tensor, Tensor]:
         """A pass and its updates, on the device."""
-        losses = self.gradients(tokens)
-        broken = torch.zeros(len(losses), dtype=torch.int32, device=self._device)
+        losses = self.gradients(tokens, first, served)
+        slots = self._factors.slots
+        losses = F.pad(losses, (first, slots - first - len(losses)))
+        broken = torch.zeros(slots, dtype=torch.int32, device=self._device)
         self._factors.update_(control, broken)
         return losses, broken
 
-    def gradients(self, tokens: Tensor, served: Block = nullcontext) -> Tensor:
-        """Each slot's loss (K,). Gradients of the factors are in their memory afterwards."""
+    def gradients(self, tokens: Tensor, first: int, served: Block = nullcontext) -> Tensor:
+        """Each row's loss (R,). Gradients of its factors are in their memory afterwards."""
         ids, labels = tokens.unbind()
         head = fused_head_weight(self._model)
         inputs = SharedInputs()
         pieces = stand_ins(self._model, inputs=inputs, plain_positions=True)
-        with self._forwards.all(self._anchor, inputs), served():
+        with self._forwards.learning(first, ids.shape, self._anchor, inputs), served():
             with pieces, self.autocast():
                 out = logits_of(self._model(ids, **self._options), ids)
                 if head is None:
@@ -124,6 +166,7 @@ class SlotPasses:
                 else:  # the last layer has returned its input
                     total, losses = linear_next_token_losses(out, head, labels)
             (total * self._scale).backward()
+        self._forwards.clear_unlearned()
         return losses
 
     def _graph(self, tokens: Tensor) -> _Graph | None:
@@ -153,29 +196,27 @@ class SlotPasses:
         self, tokens: Tensor, constants: HostConstants | None
     ) -> tuple[_Graph | None, str]:
         experts = nullcontext() if constants is None else without_questions(self._model)
-        current = torch.cuda.current_stream(self._device)
-        self.stream.wait_stream(current)
         try:
-            with experts:
+            with experts, self.memory.apart():
                 return _Graph(self, tokens, self._factors, constants), ""
         except torch.OutOfMemoryError:
+            self.memory.renew()
             raise
         except Exception as error:
-            self.pool = torch.cuda.graph_pool_handle()  # the failed capture leaves it unusable
+            self.memory.renew()
             return None, f"{type(error).__name__}: {error}".partition("\n")[0]
-        finally:
-            current.wait_stream(self.stream)
 
     def release(self) -> None:
         """Frees the graphs and their memory."""
         self._graphs.clear()
         if self.captures:
-            self.pool = torch.cuda.graph_pool_handle()
+            self.memory.renew()
+        if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 class _Graph:
-    """A captured pass of one length, with its updates."""
+    """A captured pass of all slots and one length, with its updates."""
 
     def __init__(
         self, owner: SlotPasses, tokens: Tensor, factors: SlotFactors,
@@ -184,43 +225,27 @@ class _Graph:
         device = factors.params.device
         noted, served = (constants.noted, constants.served) if constants else (nullcontext,) * 2
         self._constants = constants  # the graph reads its tensors
-        collecting = gc.isenabled()
-        failure: Exception | None = None
-        with torch.cuda.stream(owner.stream):
-            self._tokens = tokens.to(device)
-            idle = factors.control([0] * factors.slots, [0] * factors.slots, [0.0] * factors.slots,
-                                   owner.capacity)  # fmt: skip
-            self._control = idle.to(device)
-            # Everything lazy is done before the capture; without updates nothing changes.
-            owner.gradients(self._tokens, noted)
-            owner.whole(self._tokens, self._control)
+        self._tokens = tokens.to(device)
+        idle = factors.control([0] * factors.slots, [0] * factors.slots, [0.0] * factors.slots,
+                               owner.capacity)  # fmt: skip
+        self._control = idle.to(device)
+        # Everything lazy is done before the capture; without updates nothing changes.
+        held = HeldTensors(owner._model, owner.memory.free(), None)
+        with held.hooks():
+            owner.gradients(self._tokens, 0, noted)
+        factors.update_(self._control, torch.zeros(factors.slots, dtype=torch.int32, device=device))
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        self._graph = torch.cuda.CUDAGraph()
-        gc.disable()  # collecting another graph during a capture would end the capture
-        try:
-            with torch.cuda.graph(
-                self._graph, pool=owner.pool, stream=owner.stream,
-                capture_error_mode="thread_local",
-            ):  # fmt: skip
-                try:  # after a failure the end of the capture raises, too, and hides the reason
-                    self._losses = owner.gradients(self._tokens, served)
-                    self._broken = torch.zeros(factors.slots, dtype=torch.int32, device=device)
-                    factors.update_(self._control, self._broken)
-                except Exception as error:
-                    failure = error
-        except Exception as error:
-            failure = failure or error
-        finally:
-            if collecting:
-                gc.enable()
-        if failure is not None:
-            with suppress(Exception):
-                torch.cuda.synchronize(device)
-            raise failure
+
+        def recorded() -> None:
+            self._losses, self._broken = owner.whole(self._tokens, 0, self._control, served)
+
+        self._graph = owner.memory.record(with_gaps(held.num_bytes), recorded)
 
     def replay(self, tokens: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
+        # Made before the updates: without memory nothing has happened.
+        losses, broken = torch.empty_like(self._losses), torch.empty_like(self._broken)
         self._tokens.copy_(tokens, non_blocking=True)
         self._control.copy_(control, non_blocking=True)
         self._graph.replay()
-        return self._losses.clone(), self._broken.clone()
+        return losses.copy_(self._losses), broken.copy_(self._broken)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -135,18 +136,56 @@ class Stream:
         return run
 
     def _pass(self) -> None:
-        longest = max(len(run.text) for run in self._runs if run is not None)
-        length = bucket(longest, self._batch.longest)
-        tokens = torch.zeros(2, len(self._runs), length, dtype=torch.int64)
+        """A burst of every busy slot: in one pass, or in several where one would be too large.
+
+        Where padding would change a text, only those as long as the oldest query's have one.
+        """
+        busy = [run for run in self._runs if run is not None]
+        oldest = min(busy, key=lambda run: run.index)
+        pads = self._batch.pads(oldest.text)
+        runs = [
+            run if run is not None and (pads or len(run.text) == len(oldest.text)) else None
+            for run in self._runs
+        ]
+        length = max(self._padded(run) for run in runs if run is not None)
+        rows = self._batch.rows(length)
+        for first in range(0, len(runs), rows):
+            group = runs[first : first + rows]
+            if any(run is not None for run in group) and not self._group(first, group):
+                return  # the rest goes on in smaller groups
+
+    def _padded(self, run: Run) -> int:
+        own = len(run.text)
+        return bucket(own, self._batch.longest) if self._batch.pads(run.text) else own
+
+    def _group(self, first: int, group: list[Run | None]) -> bool:
+        """One pass; whether there was memory for it. A single text without is an error of its
+        query."""
+        length = max(self._padded(run) for run in group if run is not None)
+        tokens = torch.zeros(2, len(group), length, dtype=torch.int64)
         tokens[1] = IGNORED
-        for row, run in zip(tokens.unbind(1), self._runs, strict=True):
+        for row, run in zip(tokens.unbind(1), group, strict=True):
             if run is not None:
                 row[0] = F.pad(run.text, (0, length - len(run.text)))
                 row[1, : len(run.text)] = run.text
-        losses, broken = self._batch.step(tokens, self._runs)
-        for slot, run in enumerate(self._runs):
-            if run is not None and run.note(losses, broken):
-                self._finish(slot, run)
+        lacking: Exception | None = None
+        try:
+            losses, broken = self._batch.step(tokens, first, group)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            clear_frames(error.__traceback__)
+            lacking = error
+        if lacking is None:
+            for slot, run in enumerate(group, first):
+                if run is not None and run.note(losses, broken):
+                    self._finish(slot, run)
+        elif len(group) > 1:
+            self._batch.note_too_large(len(group), length)
+            return False
+        else:
+            [run] = group
+            assert run is not None
+            self._end(first, run, Answer(run.index, None, (), lacking))
+        return True
 
     def _finish(self, slot: int, run: Run) -> None:
         value, error = None, None
@@ -156,13 +195,15 @@ class Stream:
             if run.query.then is not None:
                 with self._batch.slot(slot) as model:
                     value = run.query.then(model)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as failure:
+            clear_frames(failure.__traceback__)  # they may hold a pass's tensors
             error = failure
-        self._answers[run.index] = Answer(run.index, value, losses, error)
+        self._end(slot, run, Answer(run.index, value, losses, error))
+
+    def _end(self, slot: int, run: Run, answer: Answer) -> None:
+        self._answers[run.index] = answer
         self._runs[slot] = None
-        if error is not None or not self._keep:
+        if answer.error is not None or not self._keep:
             self._batch.reset(slot)
         if not self._keep:
             self._free.append(slot)

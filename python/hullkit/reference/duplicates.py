@@ -8,14 +8,19 @@ from numpy.typing import NDArray
 
 from .lmo import Array, row_dots
 
+LEAST_EPS = 2.0**-50  # rounding of two norms and two products is below it
+
 
 def duplicates(pool: Array, eps: float) -> NDArray[np.int64]:
     """representative[i]: the first representative whose cosine with i exceeds 1 - eps, else i.
+
+    An eps below `LEAST_EPS` counts as that: equal rows are near copies for every eps.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> reference.duplicates(np.ones((3, 2)), eps=0.1).tolist()
     [0, 0, 0]
     """
+    eps = max(eps, LEAST_EPS)
     squares = np.array([row_dots(row[None], row)[0] for row in pool])
     representatives: list[int] = []
     out = np.empty(len(pool), np.int64)

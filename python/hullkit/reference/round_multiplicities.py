@@ -20,9 +20,10 @@ def round_multiplicities(
 ) -> NDArray[np.int64]:
     """Counts c >= 0 with sum c = total and small L(c) = ||query - (c / total) @ support||^2.
 
-    Floors of the quotas; then units where L becomes smallest (lowest index on a tie); then passes
-    that move a unit from i to j, in index order, if that lowers L by more than 1e-14. No count
-    exceeds max_multiplicity; max_multiplicity * len(support) >= total.
+    Floors of the quotas; then units where L becomes smallest (lowest index on a tie), of many left
+    a share of 1 / (16 len(support)) at once; then passes that move a unit from i to j, in index
+    order, if that lowers L by more than 1e-14. No count exceeds max_multiplicity;
+    max_multiplicity * len(support) >= total.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> pool, query = np.eye(3), np.array([0.7, 0.3, 0.0])
@@ -35,21 +36,24 @@ def round_multiplicities(
         difference = query - (counts / total) @ support
         return float(difference @ difference)
 
-    def moved(counts: NDArray[np.int64], source: int | None, target: int) -> NDArray[np.int64]:
+    def moved(
+        counts: NDArray[np.int64], source: int | None, target: int, units: int = 1
+    ) -> NDArray[np.int64]:
         counts = counts.copy()
         if source is not None:
-            counts[source] -= 1
-        counts[target] += 1
+            counts[source] -= units
+        counts[target] += units
         return counts
 
     size = len(support)
-    slack = (
-        1 + 1e-13 if most < total else 1.0
-    )  # weights at a cap are whole quotas, but for rounding
+    # Weights at a cap are whole quotas, but for rounding.
+    slack = 1 + 1e-13 if most < total else 1.0
     counts = np.minimum(np.floor(quotas(weights, total) * slack).astype(np.int64), most)
-    for _ in range(total - counts.sum()):
-        losses = [loss(moved(counts, None, i)) if counts[i] < most else np.inf for i in range(size)]
-        counts = moved(counts, None, int(np.argmin(losses)))
+    while (remaining := total - int(counts.sum())) > 0:
+        units = max(1, remaining // (16 * size))
+        room = counts <= most - units
+        losses = [loss(moved(counts, None, i, units)) if room[i] else np.inf for i in range(size)]
+        counts = moved(counts, None, int(np.argmin(losses)), units)
     for _ in range(exchange_passes):
         current = loss(counts)
         any_moved = False

@@ -38,7 +38,7 @@ def duplicates(
         pool: candidate embeddings, one a row: `(n, d)`, shared by a batch, or `(B, n, d)`. float64,
             float32, float16 or bfloat16; strided views are fine. NumPy, CuPy and JAX arrays are
             read where they lie, and results are of their library.
-        eps: 0 < eps <= 2, in units of cosine. A very small eps finds equal rows only.
+        eps: 0 < eps <= 2, in units of cosine. One below 2^-50 counts as 2^-50.
         lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
         candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
             then name positions in `candidates[b]`. Nothing is gathered into a copy.

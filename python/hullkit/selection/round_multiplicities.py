@@ -59,7 +59,8 @@ def round_multiplicities(
     Finds `c >= 0` with `sum c = total` and small `L(c) = ||query - sum_i (c_i / total) s_i||^2`,
     where s_i are the rows in `result`. It starts from the floors of `total * w_i / sum w`, adds
     single units greedily until the sum is reached, and then makes `exchange_passes` passes that
-    move single units where L falls by more than 1e-14. A tie goes to the lowest index.
+    move single units where L falls by more than 1e-14. A tie goes to the lowest index. Where a cap
+    leaves 32 m units or more to be added for m rows, 1 / (16 m) of them are added at once.
     Equivalent to: `hullkit.reference.round_multiplicities`.
 
     Args:
@@ -86,7 +87,8 @@ def round_multiplicities(
     tensor([7, 3])
 
     Numerics: the Gram matrix of the rows as in :func:`hullkit.lmo`, everything after it in float64.
-    Cost: O(m^2 d) for m rows, O(m) for a greedy unit, O(m^2) for an exchange pass.
+    Cost: O(m^2 d) for m rows, O(m) for a greedy unit or block of units, O(m^2) for an
+    exchange pass.
     Source: HullFT, arXiv 2605.30337, without its negative counts.
     """
     problem = check_pool_query(pool, query, None, candidates)

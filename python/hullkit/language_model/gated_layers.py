@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof that a module is a gated layer of a transformer: down(act(gate(x)) * up(x))."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .fused_functions import ACTIVATIONS
+
+_IN, _INNER = 5, 7  # columns of a proof
+_SIZES = (1e-3, 0.1, 1.0, 1.0, 1.0, 10.0, 1e3)  # of its rows: a clip or a scale shows
+
+
+class GatedLayer(NamedTuple):
+    """The names of a gated layer's parts, and which of ACTIVATIONS `act` computes."""
+
+    gate: str
+    up: str
+    down: str
+    act: str
+    activation: str
+
+
+def gate_parts(module: nn.Module) -> tuple[list[str], list[str]]:
+    """The names of the three linear parts and of the activation; empty where a module has others.
+
+    A linear part has `in_features` and `out_features`, as adapters around linear layers have too.
+    """
+    parts = module._modules
+    linear = [name for name, part in parts.items() if hasattr(part, "in_features")]
+    others = [name for name in parts if name not in linear]
+    if len(linear) != 3 or len(others) != 1 or module._parameters or module._buffers:
+        return [], []
+    return linear, others
+
+
+def proven_gated_layer(module: Any) -> GatedLayer | None:
+    """The names with which a module computes the formula; None if it was not found to.
+
+    The module's own forward is tried with small random layers in the places of its linear parts.
+    """
+    linear, others = gate_parts(module)
+    if not linear or not _keeps_halves(module._modules[others[0]]):
+        return None
+    sizes = {name: _size(module._modules[name]) for name in linear}
+    downs = [name for name in linear if list(sizes.values()).count(sizes[name]) == 1]
+    if len(downs) != 1:
+        return None
+    [down], [act] = downs, others
+    first, second = (name for name in linear if name != down)
+    if sizes[down] != sizes[first][::-1]:
+        return None
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(len(_SIZES), _IN, generator=random) * torch.tensor(_SIZES)[:, None]
+    tried = copy.copy(module)  # its own dict of parts
+    layers = {name: _layer(_IN, _INNER, random) for name in (first, second)}
+    layers[down] = _layer(_INNER, _IN, random)
+    tried.__dict__["_modules"] = {**module._modules, **layers}
+    try:
+        with torch.no_grad():
+            got = type(module).forward(tried, x)
+    except Exception:
+        return None
+    if not isinstance(got, Tensor) or got.shape != x.shape or got.dtype is not x.dtype:
+        return None
+    for (gate, up), name in product(((first, second), (second, first)), ACTIVATIONS):
+        with torch.no_grad():
+            inner = ACTIVATIONS[name](layers[gate](x)) * layers[up](x)
+            wanted = layers[down](inner)
+            # Each of the few steps and sums rounds once; orders may differ.
+            bound = 64.0 * torch.finfo(x.dtype).eps * (inner.abs() @ layers[down].weight.abs().t())
+        if bool(((got - wanted).abs() <= bound).all()):
+            return GatedLayer(gate, up, down, act, name)
+    return None
+
+
+def _keeps_halves(act: Any) -> bool:
+    """Whether an activation without parameters returns halves for halves, as the kernel does."""
+    if next(act.parameters(), None) is not None:
+        return False
+    try:
+        with torch.no_grad():
+            halves = [torch.zeros(1, 1, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
+            return all(type(act).forward(copy.copy(act), x).dtype is x.dtype for x in halves)
+    except Exception:
+        return False
+
+
+def _size(part: Any) -> tuple[int, int]:
+    return (part.in_features, part.out_features)
+
+
+def _layer(columns: int, rows: int, random: torch.Generator) -> nn.Linear:
+    layer = nn.Linear(columns, rows, bias=False)
+    layer.weight.data = torch.randn(rows, columns, generator=random)
+    return layer

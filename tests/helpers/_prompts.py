@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small queries for PromptBatch, on the GPU where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hullkit
+import torch
+from _models import VOCABULARY
+from hullkit.prompt_batch import Score
+from torch import Tensor, nn
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RANK, LR = 4, 1e-2
+
+
+def text(length: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (length,), generator=generator)
+
+
+def query(seed: int) -> hullkit.Query:
+    """Two or three examples of mixed lengths and counts, and a text to score."""
+    examples = [text(5 + (7 * seed + 11 * i) % 40, 100 * seed + i) for i in range(2 + seed % 2)]
+    counts = [1 + (seed + i) % 4 for i in range(len(examples))]
+    return hullkit.Query(examples, counts, Score(text(20, 1000 + seed)))
+
+
+def batch_of(model: nn.Module, slots: int, **options: Any) -> hullkit.PromptBatch:
+    settings: dict[str, Any] = {"rank": RANK, "alpha": 6, "lr": LR}
+    return hullkit.PromptBatch(model, slots=slots, **settings | options)

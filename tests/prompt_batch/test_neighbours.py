@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models whose texts cannot simply be padded, or cannot share a pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hullkit
+import pytest
+import torch
+from _models import VOCABULARY
+from _prompts import DEVICE, batch_of, query, text
+from hullkit.prompt_batch import Score
+from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM
+
+pytestmark = [pytest.mark.usefixtures("one_thread")]
+if DEVICE.type == "cuda":
+    pytestmark += [pytest.mark.gpu]
+
+
+class Mixing(nn.Module):
+    """A small model that adds a mean of all tokens' vectors: over `dims` of (rows, tokens)."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, 12)
+        self.inner, self.head = nn.Linear(12, 12), nn.Linear(12, VOCABULARY)
+        self.dims = dims
+        self.lengths: list[int] = []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.lengths.append(ids.shape[1])
+        x = self.inner(self.embedding(ids))
+        out: Tensor = self.head(x + x.mean(self.dims, keepdim=True) if self.dims else x)
+        return out
+
+
+def test_texts_that_feel_padding_share_passes_with_those_as_long() -> None:
+    model = Mixing(1).to(DEVICE)
+    queries = [query(seed) for seed in range(5)]
+    queries[3] = query(1)  # as long as another
+    alone = [a.losses for a in batch_of(model, 1, target=["inner"], capture=False).map(queries)]
+    model.lengths.clear()
+    batch = batch_of(model, 3, target=["inner"], capture=False)
+    for answer, losses in zip(batch.map(queries), alone, strict=True):
+        assert answer.losses == pytest.approx(losses, rel=1e-5)
+    own = {len(ids) for q in queries for ids in q.examples}
+    assert set(model.lengths) == own
+    assert len(model.lengths) < sum(len(losses) for losses in alone)  # some shared a pass
+
+
+def test_rows_that_change_each_other_are_refused() -> None:
+    batch = batch_of(Mixing(0, 1).to(DEVICE), 2, target=["inner"])
+    with pytest.raises(ValueError, match="rows of a batch that do not change each other"):
+        next(batch.map([query(0)]))
+    assert [
+        a.error for a in batch_of(Mixing(0, 1).to(DEVICE), 1, capture=False).map([query(0)])
+    ] == [None]
+
+
+def test_a_model_with_a_state_is_padded() -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2, expand=2,
+        time_step_rank=4,
+    )  # fmt: skip
+    model: Any = MambaForCausalLM(config).to(DEVICE)
+    queries = [query(seed) for seed in range(3)]
+    target = ["in_proj", "x_proj", "out_proj"]
+    alone = [a.losses for a in batch_of(model, 1, target=target, capture=False).map(queries)]
+    together = [a.losses for a in batch_of(model, 3, target=target, capture=False).map(queries)]
+    for ours, wanted in zip(together, alone, strict=True):
+        assert ours == pytest.approx(wanted, rel=1e-4)
+
+
+class Sometimes(Mixing):
+    """Its second layer takes part for one token id only, or sees a part of the tokens."""
+
+    def __init__(self, part: bool) -> None:
+        super().__init__()
+        self.second = nn.Linear(12, 12)
+        self.part = part
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.inner(self.embedding(ids)))
+        if self.part:
+            x = x + self.second(x[:, ::2]).repeat_interleave(2, 1)[:, : ids.shape[1]]
+        elif int(ids[0, 0]) == 7:
+            x = x + self.second(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_a_layer_that_took_no_part_in_a_pass_learns_nothing_from_the_pass_before() -> None:
+    first, then = text(9, 0), text(9, 1)
+    first[0], then[0] = 7, 8
+    model = Sometimes(False).to(DEVICE)
+    batch = hullkit.PromptBatch(model, slots=1, rank=2, capture=False, refresh_interval=1)
+    batch.adapt_([([first], [1])])
+    once = batch._factors.of_slot(0)["second"][1].clone()
+    assert once.any()
+    batch.adapt_([([then], [2])])
+    assert not batch._factors.of_slot(0)["second"][1].any()  # B began with 0
+
+
+def test_a_layer_that_sees_a_part_of_the_tokens_is_refused() -> None:
+    batch = hullkit.PromptBatch(Sometimes(True).to(DEVICE), slots=2, capture=False)
+    with pytest.raises(RuntimeError, match="second: expected a row for each"):
+        next(batch.map([([text(9, 0)], [1], Score(text(9, 0)))]))
