@@ -130,13 +130,19 @@ MODELS = ["GPT-2 124M", "SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", "Gemma-2
 MODELS += ["Llama-3.2-3B", "Phi-3-mini 3.8B", "Mistral-7B"]
 
 
-def _size(model: str, name: str, op: str = "finetune by size", snapshot: str = "device") -> Row:
+def _size(
+    model: str,
+    name: str,
+    op: str = "finetune by size",
+    snapshot: str = "device",
+    run: dict[str, str] = SIZES_RUN,
+) -> Row:
     """An empty row where nothing was measured."""
     kind, dtype = SIZES[name]
     start = f"hullkit, {kind}, {snapshot} snapshot, "
     found = [
         row
-        for row in find("gpu", op=op, dtype=dtype, **SIZES_RUN)
+        for row in find("gpu", op=op, dtype=dtype, **run)
         if row["provider"].startswith(start) and row["shape"].startswith(f"{model} parameters=")
     ]
     return found[0] if found else {}
@@ -157,6 +163,7 @@ def _size_table(
     names: Sequence[str] = tuple(SIZES),
     first: str = "model",
     snapshot: str = "device",
+    run: dict[str, str] = SIZES_RUN,
 ) -> str:
     header = [first]
     for name in names:
@@ -165,7 +172,7 @@ def _size_table(
     for model in models:
         line = [model]
         for name in names:
-            line += _size_cells(_size(model, name, snapshot=snapshot))
+            line += _size_cells(_size(model, name, snapshot=snapshot, run=run))
         if any(line[1:]):
             lines.append(line)
     return table(header, lines)
@@ -174,6 +181,14 @@ def _size_table(
 @generated
 def model_sizes() -> str:
     return _size_table(MODELS) + "\n\n" + source(_size(MODELS[0], "LoRA"))
+
+
+@generated
+def model_sizes_latest() -> str:
+    """The last build that was measured, whichever models it was measured with."""
+    last = find("gpu", op="finetune by size")[-1]
+    run = {key: last[key] for key in ("commit", "device")}
+    return _size_table(MODELS, run=run) + "\n\n" + source(last)
 
 
 @generated

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from rows import Row, find, generated, gib, rows, source, table, times
+from rows import Row, find, generated, gib, source, table, times
 
 ALONE = ("TestTimeFinetuner, LoRA r=16", "TestTimeFinetuner, all weights")
 
@@ -35,14 +35,3 @@ def prompts_a_second() -> str:
         lines.append([model, name, f"{rate:.2f}", *ratios, gib(row["peak_mb"])])
     header = ["model", "how", "prompts a second", "of LoRA alone", "of all weights alone", "GiB"]
     return table(header, lines, 2) + "\n\n" + source(found[-1])
-
-
-@generated
-def many_prompts_answers() -> str:
-    found = rows("many_prompts")
-    lines = []
-    for row in found:
-        what = [row["check"], f"{row['model']}, {row['dtype']}", row["shape"], row["figure"]]
-        lines.append([*what, f"{row['value']} {row['unit']}"])
-    header = ["check", "model", "of", "figure", "value"]
-    return table(header, lines, 4) + "\n\n" + source(found[-1])

@@ -69,9 +69,10 @@ def test_a_model_with_a_state_is_padded() -> None:
     )  # fmt: skip
     model: Any = MambaForCausalLM(config).to(DEVICE)
     queries = [query(seed) for seed in range(3)]
-    target = ["in_proj", "x_proj", "out_proj"]
-    alone = [a.losses for a in batch_of(model, 1, target=target, capture=False).map(queries)]
-    together = [a.losses for a in batch_of(model, 3, target=target, capture=False).map(queries)]
+    # An eps above the noise of gradients that are nearly zero, which Adam makes whole steps of.
+    options: dict[str, Any] = {"target": ["in_proj", "x_proj", "out_proj"], "eps": 1e-5}
+    alone = [a.losses for a in batch_of(model, 1, capture=False, **options).map(queries)]
+    together = [a.losses for a in batch_of(model, 3, capture=False, **options).map(queries)]
     for ours, wanted in zip(together, alone, strict=True):
         assert ours == pytest.approx(wanted, rel=1e-4)
 

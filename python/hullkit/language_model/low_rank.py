@@ -16,8 +16,9 @@ from .products import SharedInput
 _PARTS = ("base_layer", "lora_A", "lora_B")
 _ROWS, _IN, _RANK, _OUT = 4, 6, 3, 5  # of a proof
 _LARGEST_RANK = 64  # of the kernels
-# Up to which they were found to be faster than torch's products (bench/ops/lora_products.py).
-_PAYING_RANK = 16
+# Kernels were found to be faster than torch's products at this rank, and at lower ones where all
+# slots together have so many columns (bench/ops/lora_products.py).
+_PAYING_RANK, _PAYING_COLUMNS = 16, 1 << 14
 # So many programs keep a GPU busy; more parts than these cost more to add up than they save.
 _PROGRAMS, _MOST_PARTS = 256, 8
 
@@ -181,7 +182,9 @@ def low_rank_backward(
 def _uses_kernels(x: Tensor, a: Tensor, backend: str | None) -> bool:
     if not uses_triton("x", x.device, backend) or a.shape[-2] > _LARGEST_RANK:
         return False
-    return backend == "triton" or a.shape[-2] <= _PAYING_RANK
+    slots, rank, columns = a.shape
+    wide = rank < _PAYING_RANK and slots * columns >= _PAYING_COLUMNS
+    return backend == "triton" or rank == _PAYING_RANK or wide
 
 
 def _entries(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

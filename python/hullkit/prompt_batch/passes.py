@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from traceback import clear_frames
 
 import torch
 import torch.nn.functional as F
@@ -88,10 +90,13 @@ class SlotPasses:
         """
         try:
             return self._run(tokens, first, control)
-        except torch.OutOfMemoryError:
-            if not self._graphs:
-                raise
-        self.release()  # the graphs of other passes may hold what this one needs
+        except torch.OutOfMemoryError as error:
+            clear_frames(error.__traceback__)  # they hold the pass's tensors
+            if not self._graphs and tokens.shape[1] > 1:
+                raise  # fewer texts at a time need less
+        # Graphs of other passes, or what a larger pass has left, may hold what this one needs.
+        gc.collect()
+        self.release()
         return self._run(tokens, first, control)
 
     def _run(self, tokens: Tensor, first: int, control: Tensor) -> tuple[Tensor, Tensor]:
