@@ -220,7 +220,8 @@ def triton_version(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda version: monkeypatch.setattr(triton, "__version__", version)
 
 
-def test_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher(monkeypatch: pytest.MonkeyPatch, triton_version: Any) -> None:
+    triton_version("3.3.1")
     monkeypatch.setattr(_triton_launch, "raw_stream", lambda device: 40 + device.index)
     compiled, tensor = Compiled(), torch.zeros(1)
     launch = _triton_launch.launcher(compiled, ("constant",), torch.device("cuda", 2))
@@ -251,8 +252,11 @@ def test_triton_whose_launcher_takes_no_constants(
 
 def test_the_launcher_is_called_as_triton_does() -> None:
     """The order of its arguments in the Triton that is installed."""
+    import triton
     from triton.runtime.jit import JITFunction
 
+    if triton.__version__.startswith("3.2."):
+        pytest.skip("its launcher takes no constants, and is left alone")
     tree = ast.parse(textwrap.dedent(inspect.getsource(JITFunction.run)))
     (call,) = [
         node
@@ -273,10 +277,11 @@ def test_the_launcher_is_called_as_triton_does() -> None:
 
 
 @pytest.mark.parametrize("direct", [True, False])
-def test_later_launches(direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_launches(direct: bool, monkeypatch: pytest.MonkeyPatch, triton_version: Any) -> None:
     """Triton is asked once, or every time if there is no other way."""
     from hullkit.triton_kernels import launch as launch_module
 
+    triton_version("3.3.1")
     compiled = Compiled() if direct else None
     asked: list[int] = []
 
