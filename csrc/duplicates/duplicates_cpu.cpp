@@ -53,7 +53,8 @@ void duplicates_cpu(const PoolSpec& pool, double eps, const TensorView& represen
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
     for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
-      duplicates_one<T>(pool, b, std::max(eps, kLeastEps), representatives.shape[1], representatives.at<int64_t>(b), threads);
+      duplicates_one<T>(pool, b, std::max(eps, kLeastEps), representatives.shape[1], representatives.at<int64_t>(b),
+                        threads);
     });
   });
 }

@@ -65,7 +65,8 @@ void duplicates_cuda(const PoolSpec& pool, double eps, const TensorView& represe
     const int64_t count = step < batch - first ? step : batch - first;
     gram_cuda(pool, any_row, {}, first, count, gram, stream);
     launch(duplicates_kernel, count, kThreads, n * (sizeof(double) + sizeof(int)), stream, DevicePool(pool, any_row),
-           std::max(eps, kLeastEps), first, static_cast<const double*>(gram), gram_stride(n), static_cast<int64_t*>(representatives.data));
+           std::max(eps, kLeastEps), first, static_cast<const double*>(gram), gram_stride(n),
+           static_cast<int64_t*>(representatives.data));
   }
 }
 
