@@ -62,21 +62,12 @@ typedef float Float4 __attribute__((vector_size(16)));
 typedef double Double2 __attribute__((vector_size(16)));
 
 // Lanes of a, then of b, by number. GCC 11 has another name for it.
-template <int... kLanes>
-inline Float4 shuffled(Float4 a, Float4 b) {
+template <int... kLanes, typename V>
+inline V shuffled(V a, V b) {
 #if __has_builtin(__builtin_shufflevector)
   return __builtin_shufflevector(a, b, kLanes...);
 #else
-  typedef int32_t Lanes __attribute__((vector_size(16)));
-  return __builtin_shuffle(a, b, Lanes{kLanes...});
-#endif
-}
-template <int... kLanes>
-inline Double2 shuffled(Double2 a, Double2 b) {
-#if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(a, b, kLanes...);
-#else
-  typedef int64_t Lanes __attribute__((vector_size(16)));
+  typedef decltype(a < b) Lanes;  // integers as wide as V's elements
   return __builtin_shuffle(a, b, Lanes{kLanes...});
 #endif
 }

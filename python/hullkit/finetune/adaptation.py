@@ -104,9 +104,8 @@ class Adaptation(WithBlock):
     def _leave(self) -> None:
         """Undoes _claim and _enter, as far as they got."""
         if self._settings is None:
-            self._settings = (
-                TorchSettings()
-            )  # an error may cut a context manager of the restoring, too
+            # An error may cut a context manager of the restoring, too.
+            self._settings = TorchSettings()
         if self._timed:
             self._timed = False
             with suppress(RuntimeError):  # the device is lost; the restoring will raise

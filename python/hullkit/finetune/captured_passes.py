@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Passes as CUDA graphs: recorded once for each shape of an example, and replayed.
 
-A pass records its updates too, group by group, beside its backward half."""
+A pass records its updates too, group by group, beside its backward half.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ fits every architecture, and a layer that somebody changed stays changed.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from .norms import WIDEST, Norm, norm
 from .products import SharedInput, SharedInputs, add_residual, linear, share
 from .recent_tensors import RecentTensors
 from .saved_tensors import Saved
+from .trials import trial
 
 _HALVES = (torch.float16, torch.bfloat16)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -271,9 +271,7 @@ def proven_activation(module: Any, dtype: torch.dtype, device: torch.device) -> 
     steps = torch.linspace(-4.0, 4.0, 160, dtype=torch.float64)
     x = torch.cat([steps, 10.0**steps, -(10.0**steps)])[None].to(device, dtype)
     try:
-        with torch.no_grad():
-            # A copy: a forward may count its calls. Hooks of the module are not called.
-            wanted = type(module).forward(copy.copy(module), x)
+        wanted = trial(module, x)
     except Exception:
         return None
     if not isinstance(wanted, Tensor) or wanted.shape != x.shape or wanted.dtype is not dtype:

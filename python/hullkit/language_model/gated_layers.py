@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused_functions import ACTIVATIONS
+from .trials import random_linear, trial
 
 _IN, _INNER = 5, 7  # columns of a proof
 _SIZES = (1e-3, 0.1, 1.0, 1.0, 1.0, 10.0, 1e3)  # of its rows: a clip or a scale shows
@@ -57,13 +57,10 @@ def proven_gated_layer(module: Any) -> GatedLayer | None:
         return None
     random = torch.Generator().manual_seed(0)
     x = torch.randn(len(_SIZES), _IN, generator=random) * torch.tensor(_SIZES)[:, None]
-    tried = copy.copy(module)  # its own dict of parts
-    layers = {name: _layer(_IN, _INNER, random) for name in (first, second)}
-    layers[down] = _layer(_INNER, _IN, random)
-    tried.__dict__["_modules"] = {**module._modules, **layers}
+    layers = {name: random_linear(_IN, _INNER, random) for name in (first, second)}
+    layers[down] = random_linear(_INNER, _IN, random)
     try:
-        with torch.no_grad():
-            got = type(module).forward(tried, x)
+        got = trial(module, x, layers)
     except Exception:
         return None
     if not isinstance(got, Tensor) or got.shape != x.shape or got.dtype is not x.dtype:
@@ -84,18 +81,11 @@ def _keeps_halves(act: Any) -> bool:
     if next(act.parameters(), None) is not None:
         return False
     try:
-        with torch.no_grad():
-            halves = [torch.zeros(1, 1, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
-            return all(type(act).forward(copy.copy(act), x).dtype is x.dtype for x in halves)
+        halves = [torch.zeros(1, 1, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
+        return all(trial(act, x).dtype is x.dtype for x in halves)
     except Exception:
         return False
 
 
 def _size(part: Any) -> tuple[int, int]:
     return (part.in_features, part.out_features)
-
-
-def _layer(columns: int, rows: int, random: torch.Generator) -> nn.Linear:
-    layer = nn.Linear(columns, rows, bias=False)
-    layer.weight.data = torch.randn(rows, columns, generator=random)
-    return layer

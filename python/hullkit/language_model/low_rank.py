@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..optim._tensor_table import uses_triton
 from .products import SharedInput
+from .trials import random_linear, trial
 
 _PARTS = ("base_layer", "lora_A", "lora_B")
 _ROWS, _IN, _RANK, _OUT = 4, 6, 3, 5  # of a proof
@@ -47,14 +47,13 @@ def proven_low_rank(module: Any) -> LowRank | None:
             return None
         if any(layer.bias is not None for layer in factors):
             return None
-        tried = copy.copy(module)  # its own dict of parts
         random = torch.Generator().manual_seed(0)
-        base, a, b = (_layer(*size, random) for size in ((_IN, _OUT), (_IN, _RANK), (_RANK, _OUT)))
+        sizes = (_IN, _OUT), (_IN, _RANK), (_RANK, _OUT)
+        base, a, b = (random_linear(*size, random) for size in sizes)
         parts = (base, nn.ModuleDict({name: a}), nn.ModuleDict({name: b}))
-        tried.__dict__["_modules"] = {**module._modules, **dict(zip(_PARTS, parts, strict=True))}
         x = torch.randn(_ROWS, _IN, generator=random)
+        got = trial(module, x, dict(zip(_PARTS, parts, strict=True)))
         with torch.no_grad():
-            got = type(module).forward(tried, x)
             wanted = base(x) + adapter.scale * b(a(x))
     except Exception:
         return None
@@ -70,12 +69,6 @@ def is_watched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     more = (module._backward_hooks, module._backward_pre_hooks)
     return "forward" in module.__dict__ or any(map(bool, (*hooks, *more)))
-
-
-def _layer(columns: int, rows: int, random: torch.Generator) -> nn.Linear:
-    layer = nn.Linear(columns, rows, bias=False)
-    layer.weight.data = torch.randn(rows, columns, generator=random)
-    return layer
 
 
 class Gradients(NamedTuple):
