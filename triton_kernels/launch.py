@@ -35,7 +35,6 @@ KERNELS = {
     "low_rank_add": (low_rank.low_rank_add_kernel, _TILES),
     "low_rank_gradient_b": (low_rank.low_rank_gradient_b_kernel, _TILES),
     "low_rank_gradient_a": (low_rank.low_rank_gradient_a_kernel, _TILES),
-    "low_rank_gradient_x": (low_rank.low_rank_gradient_x_kernel, _TILES),
     "attention": (attention.attention_kernel, {}),
     "attention_gradient": (attention.attention_gradient_kernel, {}),
     "stacked_adam": (

@@ -5,11 +5,9 @@
     d_b = d^T inner;  d_inner = scale d b;  d_a = d_inner^T x;  d_x += d_inner a
 
 x [K, T, D], y and d [K, T, E], a [K, R, D], b [K, E, R]. Products with the thin side R stay on
-chip. A sum over D or E is split between programs, so that one text keeps a GPU busy; its `count`
-parts [K, count, T, R] are in float32 and added up, in order, where they are read. Products take
-their inputs in HALF and add up in float32.
-
-d_x has a kernel of its own, because the others need not wait for whoever writes d_x first.
+chip. A sum over D or E is split between programs, so that one text keeps a GPU busy; parts
+[K, PARTS, T, R] are in float32 and added up, in order, where they are read. Products take their
+inputs in HALF and add up in float32.
 """
 
 import triton
@@ -20,16 +18,14 @@ from .tiles import load_tile, store_tile
 # Blocks of rows of T and of columns of D or E.
 ROWS = 64
 COLUMNS = 128
-MOST_PARTS = 8  # more cost more to add up than they save
 
 
 @triton.jit
-def _sum_of_parts(parts, row, rank_at, rows, rank, count, PARTS: tl.constexpr):
-    """[ROWS, R] float32. PARTS >= count: all loads are on their way before the first sum."""
+def _sum_of_parts(parts, row, rank_at, rows, rank, count):
+    """[ROWS, R] float32."""
     total = tl.zeros((row.shape[0], rank_at.shape[0]), tl.float32)
-    for part in tl.static_range(PARTS):
-        there = tl.where(part < count, rows, 0)
-        total += load_tile(parts + part * rows * rank, row, rank_at, rank, there, rank, tl.float32)
+    for part in range(0, count):
+        total += load_tile(parts + part * rows * rank, row, rank_at, rank, rows, rank, tl.float32)
     return total
 
 
@@ -70,7 +66,6 @@ def low_rank_inner_kernel(
 @triton.jit
 def low_rank_add_kernel(
     y, b, parts, inner, rows, columns, rank, count,
-    PARTS: tl.constexpr,
     HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A program for a block of y [K, T, E]. The first of a row writes inner [K, T, R]."""
@@ -80,8 +75,7 @@ def low_rank_add_kernel(
     row = block * ROWS + tl.arange(0, ROWS)
     column = place * COLUMNS + tl.arange(0, COLUMNS)
     rank_at = tl.arange(0, R)
-    parts += slot * count * rows * rank
-    total = _sum_of_parts(parts, row, rank_at, rows, rank, count, PARTS)
+    total = _sum_of_parts(parts + slot * count * rows * rank, row, rank_at, rows, rank, count)
     if place == 0:
         store_tile(inner + slot * rows * rank, row, rank_at, rank, rows, rank, total)
     thin = load_tile(b + slot * columns * rank, column, rank_at, rank, columns, rank, HALF)
@@ -123,40 +117,36 @@ def low_rank_gradient_b_kernel(
 
 @triton.jit
 def low_rank_gradient_a_kernel(
-    x, parts, d_a, rows, columns, rank, x_slot, x_row, count,
-    PARTS: tl.constexpr,
+    x, a, parts, d_a, d_x, rows, columns, rank, x_slot, x_row, count,
+    OF_A: tl.constexpr, OF_X: tl.constexpr, ADD: tl.constexpr,
     HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A program for a block of d_a [K, R, D]."""
-    slot = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    rank_at = tl.arange(0, R)
-    parts += slot * count * rows * rank
-    total = tl.zeros((R, COLUMNS), tl.float32)
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        values = load_tile(x + slot * x_slot, row, column, x_row, rows, columns, HALF)
-        thin = _sum_of_parts(parts, row, rank_at, rows, rank, count, PARTS).to(HALF)
-        total += tl.dot(tl.trans(thin), values, input_precision="ieee")
-    store_tile(d_a + slot * rank * columns, rank_at, column, columns, rank, columns, total)
+    """The first programs write blocks of d_a [K, R, D], the others add to blocks of d_x [K, T, D].
 
-
-@triton.jit
-def low_rank_gradient_x_kernel(
-    d_x, a, parts, rows, columns, rank, count,
-    PARTS: tl.constexpr,
-    HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A program adds to a block of d_x [K, T, D]."""
+    ADD: d_x has a value already.
+    """
     slot = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(columns, COLUMNS)
-    row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     rank_at = tl.arange(0, R)
     parts += slot * count * rows * rank
-    thin = _sum_of_parts(parts, row, rank_at, rows, rank, count, PARTS).to(HALF)
-    factor = load_tile(a + slot * rank * columns, rank_at, column, columns, rank, columns, HALF)
-    d_x += slot * rows * columns
-    sums = tl.dot(thin, factor, input_precision="ieee")
-    sums += load_tile(d_x, row, column, columns, rows, columns, tl.float32)
-    store_tile(d_x, row, column, columns, rows, columns, sums)
+    if tl.program_id(0) < across:
+        if OF_A:
+            column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+            total = tl.zeros((R, COLUMNS), tl.float32)
+            for start in range(0, rows, ROWS):
+                row = start + tl.arange(0, ROWS)
+                values = load_tile(x + slot * x_slot, row, column, x_row, rows, columns, HALF)
+                thin = _sum_of_parts(parts, row, rank_at, rows, rank, count).to(HALF)
+                total += tl.dot(tl.trans(thin), values, input_precision="ieee")
+            store_tile(d_a + slot * rank * columns, rank_at, column, columns, rank, columns, total)
+    elif OF_X:
+        other = tl.program_id(0) - across
+        row = (other // across) * ROWS + tl.arange(0, ROWS)
+        column = (other % across) * COLUMNS + tl.arange(0, COLUMNS)
+        thin = _sum_of_parts(parts, row, rank_at, rows, rank, count).to(HALF)
+        factor = load_tile(a + slot * rank * columns, rank_at, column, columns, rank, columns, HALF)
+        sums = tl.dot(thin, factor, input_precision="ieee")
+        target = d_x + slot * rows * columns
+        if ADD:
+            sums += load_tile(target, row, column, columns, rows, columns, tl.float32)
+        store_tile(target, row, column, columns, rows, columns, sums)

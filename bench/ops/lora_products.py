@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hullkit.language_model.low_rank_products import (
-    low_rank_add_,
-    low_rank_gradient_x_,
-    low_rank_gradients,
-    low_rank_inner,
-)
+from hullkit.language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
 from torch import Tensor
 
 from bench.harness.rows import append, timings
@@ -37,13 +32,9 @@ def problem(slots: int, width: int, rank: int) -> list[Tensor]:
 
 def fused(tensors: list[Tensor]) -> list[Tensor]:
     y, x, d, d_x, a, b = tensors
-    with low_rank_inner(x, a, SCALE) as thin:
-        pass
-    inner = low_rank_add_(y, b, thin)
+    inner = low_rank_forward_(y, x, a, b, SCALE)
     d_a, d_b = torch.empty_like(a), torch.empty_like(b)
-    with low_rank_gradients(d, x, a, b, inner, SCALE, d_a, d_b) as d_inner:
-        pass
-    low_rank_gradient_x_(d_x, a, d_inner)
+    low_rank_backward(d, x, a, b, inner, SCALE, Gradients(d_a, d_b, d_x, fresh=False))
     return [y, d_a, d_b]
 
 

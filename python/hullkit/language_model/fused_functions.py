@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..optim._tensor_table import uses_triton
 from . import short_attention
 from .gates import gated
-from .low_rank import low_rank_linear
+from .low_rank import add_low_rank_
 from .norms import WIDEST, Norm, norm
 from .products import SharedInput, SharedInputs, add_residual, linear, share
 from .recent_tensors import RecentTensors
@@ -123,8 +123,9 @@ class FusedFunctions(TorchFunctionMode):
             return NotImplemented
         if not self._fits(x, a, None) or not self._fits(x, b, None):
             return NotImplemented
+        y = base(x)  # nobody else has seen it
         tensor, shared = self._inputs.of(x, self._dtype(x))
-        return low_rank_linear(tensor, shared, base.weight, base.bias, a, b, scale, self._backend)
+        return add_low_rank_(y, tensor, shared, a, b, scale, self._backend)
 
     # Norms.
 

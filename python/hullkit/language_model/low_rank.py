@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .low_rank_products import (
-    low_rank_add_,
-    low_rank_gradient_x_,
-    low_rank_gradients,
-    low_rank_inner,
-)
-from .products import SharedInput, linear_backward, linear_forward
+from ..optim._tensor_table import uses_triton
+from .products import SharedInput
 from .trials import random_linear, trial
 
 _PARTS = ("base_layer", "lora_A", "lora_B")
 _ROWS, _IN, _RANK, _OUT = 4, 6, 3, 5  # of a proof
+_LARGEST_RANK = 64  # of the kernels
+# Kernels were found to be faster than torch's products at this rank, and at lower ones where all
+# slots together have so many columns (bench/ops/lora_products.py).
+_PAYING_RANK, _PAYING_COLUMNS = 16, 1 << 14
+# So many programs keep a GPU busy; more parts than these cost more to add up than they save.
+_PROGRAMS, _MOST_PARTS = 256, 8
 
 
 class LowRank(NamedTuple):
@@ -70,37 +71,47 @@ def is_watched(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or any(map(bool, (*hooks, *more)))
 
 
-def low_rank_linear(
+class Gradients(NamedTuple):
+    """Where `low_rank_backward` leaves gradients; None leaves one out.
+
+    a, b: contiguous, overwritten. x (K, T, D): overwritten if `fresh`, else added to.
+    """
+
+    a: Tensor | None
+    b: Tensor | None
+    x: Tensor | None
+    fresh: bool
+
+
+def add_low_rank_(
+    y: Tensor,
     x: Tensor,
     shared: SharedInput,
-    weight: Tensor,
-    bias: Tensor | None,
     a: Tensor,
     b: Tensor,
     scale: float,
     backend: str | None = None,
 ) -> Tensor:
-    """x @ weight^T + bias + scale (x a^T) b^T, with gradients for all five tensors.
+    """y += scale (x a^T) b^T, with gradients for y, x, a and b. Returns y.
 
-    x (..., D): the tensor that `share` returned with `shared`. weight (E, D).
+    y (..., E): contiguous, of no function that needs it for a gradient. x (..., D): the tensor that
+    `share` returned with `shared`, of y's dtype.
     a (R, D), b (E, R); or a (K, R, D), b (K, E, R) for x (K, ..., D), each entry with its own.
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
 
-    Cost: R (D + E) multiply-adds for each row of x forwards, twice that backwards, beside those of
-    the layer. In a captured pass all but the two sums into y and x's gradient run beside the
-    layer's own products.
+    Cost: R (D + E) multiply-adds for each row of x forwards, twice that backwards. Kernels read x
+    and y once in each direction; the thin product between them stays small.
     """
-    result: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, shared, scale, backend)  # type: ignore[no-untyped-call]
+    result: Tensor = _AddLowRank.apply(y, x, a, b, shared, scale, backend)  # type: ignore[no-untyped-call]
     return result
 
 
-class _LowRankLinear(torch.autograd.Function):
+class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        y: Tensor,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
         a: Tensor,
         b: Tensor,
         shared: SharedInput,
@@ -109,44 +120,169 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.shared, ctx.scale, ctx.backend = shared, scale, backend
-        of_bias = ctx.needs_input_grad[2]
-        ctx.bias = bias.dtype if bias is not None and of_bias else None
-        rows, *factors = _entries(x, a, b)
-        with low_rank_inner(rows, factors[0], scale, backend) as thin:
-            y = linear_forward(x, weight, bias, transposed=False)
-        inner = low_rank_add_(y.view(*rows.shape[:2], -1), factors[1], thin)
-        ctx.save_for_backward(x, weight, a, b, inner)
+        inner = low_rank_forward_(*_entries(y, x, a, b), scale, backend)
+        ctx.save_for_backward(x, inner, a, b)
+        ctx.mark_dirty(y)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, gradient: Tensor | None
+    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None, None]:
         if gradient is None:
-            return (None,) * 8
-        x, weight, a, b, inner = ctx.saved_tensors
-        of_x, of_weight, _, of_a, of_b = ctx.needs_input_grad[:5]
-        rows, stacked_a, stacked_b = _entries(x, a, b)
-        g = gradient.reshape(-1, gradient.shape[-1])
-        g = g if g.stride(-1) == 1 else g.contiguous()
+            return None, None, None, None, None, None, None
+        x, inner, a, b = ctx.saved_tensors
+        _, of_x, of_a, of_b = ctx.needs_input_grad[:4]
+        entries = _entries(gradient, x, a, b)
         d_a, d_b = (torch.empty_like(t) if of else None for t, of in ((a, of_a), (b, of_b)))
-        shared = ctx.shared if of_x else None
-        with (
-            torch.autocast(x.device.type, enabled=False),
-            low_rank_gradients(
-                g.view(*rows.shape[:2], -1), rows, stacked_a, stacked_b, inner, ctx.scale,
-                d_a, d_b, ctx.backend,
-            ) as d_inner,
-        ):  # fmt: skip
-            of_base = linear_backward(
-                g, x if of_weight else None, weight, shared, ctx.bias, transposed=False
-            )
-        if of_base.of_x is not None:
-            low_rank_gradient_x_(of_base.of_x.view(rows.shape), stacked_a, d_inner)
-        return None, of_base.of_weight, of_base.of_bias, d_a, d_b, None, None, None
+        d_x, fresh = None, False
+        if of_x:
+            total, fresh = ctx.shared.total(x.numel() // x.shape[-1], x.shape[-1], x.device)
+            d_x = total.view(entries[1].shape)
+        to = Gradients(d_a, d_b, d_x, fresh)
+        with torch.autocast(x.device.type, enabled=False):
+            low_rank_backward(*entries, inner, ctx.scale, to, ctx.backend)
+        return gradient, None, d_a, d_b, None, None, None
 
 
-def _entries(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [K, T, D], a [K, R, D], b [K, E, R]; K = 1 for factors of all rows."""
+def low_rank_forward_(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, backend: str | None = None
+) -> Tensor:
+    """y += inner b^T (K, T, E); returns inner = scale x a^T (K, T, R). Without autograd.
+
+    y (K, T, E), a (K, R, D), b (K, E, R): contiguous. x (K, T, D): rows without gaps.
+    """
+    forward = _forward if _uses_kernels(x, a, backend) else _plain_forward
+    return forward(y, x, a, b, scale)
+
+
+def low_rank_backward(
+    d: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    inner: Tensor,
+    scale: float,
+    to: Gradients,
+    backend: str | None = None,
+) -> None:
+    """The gradients of `low_rank_forward_` for d (K, T, E): its y's."""
+    backward = _backward if _uses_kernels(x, a, backend) else _plain_backward
+    backward(d, x, a, b, inner, scale, to)
+
+
+def _uses_kernels(x: Tensor, a: Tensor, backend: str | None) -> bool:
+    if not uses_triton("x", x.device, backend) or a.shape[-2] > _LARGEST_RANK:
+        return False
+    slots, rank, columns = a.shape
+    wide = rank < _PAYING_RANK and slots * columns >= _PAYING_COLUMNS
+    return backend == "triton" or rank == _PAYING_RANK or wide
+
+
+def _entries(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [K, T, E], x [K, T, D], a [K, R, D], b [K, E, R]; K = 1 for factors of all rows."""
     a, b = (factor if factor.ndim == 3 else factor[None] for factor in (a, b))
-    rows = x.reshape(len(a), -1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous(), a.contiguous(), b.contiguous()
+    wide = (t.reshape(len(a), -1, t.shape[-1]) for t in (y, x))
+    y, x = (t if t.stride(-1) == 1 else t.contiguous() for t in wide)
+    return y, x, a.contiguous(), b.contiguous()
+
+
+def _plain_forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    inner = _product(x, a.to(x.dtype).mT, scale)
+    y.baddbmm_(inner, b.to(x.dtype).mT)
+    return inner
+
+
+def _plain_backward(
+    d: Tensor, x: Tensor, a: Tensor, b: Tensor, inner: Tensor, scale: float, to: Gradients
+) -> None:
+    if to.b is not None:
+        _put(to.b.view(b.shape), d.mT, inner, fresh=True)
+    d_inner = _product(d, b.to(d.dtype), scale)
+    if to.a is not None:
+        _put(to.a.view(a.shape), d_inner.mT, x, fresh=True)
+    if to.x is not None:
+        _put(to.x, d_inner, a.to(d.dtype), to.fresh)
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale a @ b of batches of matrices."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0.0, alpha=scale)
+
+
+def _put(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """total = a @ b; without `fresh` total += a @ b."""
+    if total.dtype is a.dtype:
+        total.baddbmm_(a, b, beta=0.0 if fresh else 1.0)
+    elif fresh:
+        total.copy_(torch.bmm(a, b))
+    else:
+        total.add_(torch.bmm(a, b))
+
+
+def _forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    from ..triton_kernels.launch import launch
+
+    slots, rows, columns = x.shape
+    rank, wide = a.shape[1], y.shape[2]
+    down, across = _blocks(rows, wide)
+    count, length = _split(slots * down, columns)
+    parts = x.new_empty(slots, count, rows, rank, dtype=torch.float32)
+    inner = x.new_empty(slots, rows, rank)
+    constants = _constants(x, rank)
+    with torch.cuda.device_of(x):
+        sizes = (rows, columns, rank, x.stride(0), x.stride(1), count, length, scale)
+        launch("low_rank_inner", (down * count, slots), (x, a, parts, *sizes), constants)
+        outer = (rows, wide, rank, count)
+        launch("low_rank_add", (down * across, slots), (y, b, parts, inner, *outer), constants)
+    return inner
+
+
+def _backward(
+    d: Tensor, x: Tensor, a: Tensor, b: Tensor, inner: Tensor, scale: float, to: Gradients
+) -> None:
+    from ..triton_kernels.launch import launch
+
+    slots, rows, columns = x.shape
+    rank, wide = a.shape[1], d.shape[2]
+    down, across = _blocks(rows, wide)
+    count, length = _split(slots * down, wide)
+    parts = x.new_empty(slots, count, rows, rank, dtype=torch.float32)
+    constants = _constants(x, rank)
+    with torch.cuda.device_of(x):
+        outer = (rows, wide, rank, d.stride(0), d.stride(1), count, length, scale)
+        programs = (down * count + across * (to.b is not None), slots)
+        tensors = (d, b, inner, parts, b if to.b is None else to.b)
+        flags = {"OF_B": to.b is not None}
+        launch("low_rank_gradient_b", programs, (*tensors, *outer), flags | constants)
+        if to.a is None and to.x is None:
+            return
+        _, across = _blocks(rows, columns)
+        programs = (across + down * across * (to.x is not None), slots)
+        tensors = (x, a, parts, a if to.a is None else to.a, x if to.x is None else to.x)
+        sizes = (rows, columns, rank, x.stride(0), x.stride(1), count)
+        flags = {"OF_A": to.a is not None, "OF_X": to.x is not None, "ADD": not to.fresh}
+        launch("low_rank_gradient_a", programs, (*tensors, *sizes), flags | constants)
+
+
+def _blocks(rows: int, columns: int) -> tuple[int, int]:
+    """Blocks of the kernels, down and across."""
+    from ..triton_kernels.low_rank import COLUMNS, ROWS
+
+    return -(-rows // ROWS), -(-columns // COLUMNS)
+
+
+def _split(programs: int, columns: int) -> tuple[int, int]:
+    """The number of parts of a sum over columns, and each part's columns."""
+    from ..triton_kernels.low_rank import COLUMNS
+
+    blocks = -(-columns // COLUMNS)
+    wanted = min(blocks, _MOST_PARTS, max(1, _PROGRAMS // programs))
+    length = -(-blocks // wanted) * COLUMNS
+    return -(-columns // length), length
+
+
+def _constants(x: Tensor, rank: int) -> dict[str, Any]:
+    kind = x.dtype if x.is_cuda else torch.float32  # the interpreter multiplies no bfloat16
+    return {"HALF": kind, "R": max(16, 1 << (rank - 1).bit_length())}

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,13 +44,17 @@ class SharedInput:
         self._dtype = dtype
         self._gradient: Tensor | None = None
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        """Adds a @ b to the gradient. Returns all of it so far, to which callers may add."""
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Adds a @ b to the gradient."""
+        total, fresh = self.total(len(a), b.shape[1], a.device)
+        add_product(total, a, b, fresh)
+
+    def total(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, bool]:
+        """The gradient so far, for a caller who adds to it, and whether it has no value yet."""
         fresh = self._gradient is None
         if self._gradient is None:
-            self._gradient = a.new_empty(len(a), b.shape[1], dtype=self._dtype)
-        add_product(self._gradient, a, b, fresh)
-        return self._gradient
+            self._gradient = torch.empty(rows, columns, dtype=self._dtype, device=device)
+        return self._gradient, fresh
 
     def put(self, gradient: Tensor) -> None:
         """Adds a whole gradient, which is not written to. So `add` must not follow."""
@@ -155,45 +159,6 @@ def product(x: Tensor, rows: Tensor, factor: Tensor, bias: Tensor | None) -> Ten
     return y
 
 
-def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """`linear` without autograd."""
-    factor = weight.to(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    return product(x, rows, factor if transposed else factor.t(), bias)
-
-
-class LinearGradients(NamedTuple):
-    of_x: Tensor | None  # all of it so far
-    of_weight: Tensor | None
-    of_bias: Tensor | None
-
-
-def linear_backward(
-    g: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    shared: SharedInput | None,
-    bias: torch.dtype | None,
-    transposed: bool,
-) -> LinearGradients:
-    """The gradients of `linear` for g (N, E): its result's.
-
-    shared: where x's is added; x: None leaves the weight's out; bias: the dtype of its gradient.
-    None leaves one out.
-    """
-    of_x = of_weight = None
-    with torch.autocast(g.device.type, enabled=False):
-        if shared is not None:
-            factor = weight.to(g.dtype)
-            of_x = shared.add(g, factor.t() if transposed else factor)
-        if x is not None:
-            rows = x.reshape(-1, x.shape[-1])
-            a, b = (rows.t(), g) if transposed else (g.t(), rows)
-            of_weight = g.new_empty(weight.shape, dtype=weight.dtype)
-            add_product(of_weight, a, b, fresh=True)
-    return LinearGradients(of_x, of_weight, None if bias is None else column_sums(g, bias))
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -205,24 +170,36 @@ class _Linear(torch.autograd.Function):
         transposed: bool,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         # A weight that is not trained needs no input for its gradient.
-        ctx.save_for_backward(x if of_weight else None, weight)
-        ctx.shared, ctx.transposed = shared if of_x else None, transposed
-        ctx.bias = bias.dtype if bias is not None and of_bias else None
-        return linear_forward(x, weight, bias, transposed)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.shared, ctx.transposed = shared, transposed
+        ctx.bias = None if bias is None else bias.dtype
+        rows = x.reshape(-1, x.shape[-1])
+        factor = weight.to(x.dtype)
+        return product(x, rows, factor if transposed else factor.t(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, gradient: Tensor | None
     ) -> tuple[None, Tensor | None, Tensor | None, None, None]:
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         if gradient is None:
             return None, None, None, None, None
         x, weight = ctx.saved_tensors
         g = gradient.reshape(-1, gradient.shape[-1])
-        found = linear_backward(g, x, weight, ctx.shared, ctx.bias, ctx.transposed)
-        return None, found.of_weight, found.of_bias, None, None
+        kind = g.device.type
+        d_weight = None
+        with torch.autocast(kind, enabled=False):
+            if of_x:
+                factor = weight.to(g.dtype)
+                ctx.shared.add(g, factor.t() if ctx.transposed else factor)
+            if of_weight:
+                rows = x.reshape(-1, x.shape[-1])
+                a, b = (rows.t(), g) if ctx.transposed else (g.t(), rows)
+                d_weight = g.new_empty(weight.shape, dtype=weight.dtype)
+                add_product(d_weight, a, b, fresh=True)
+        return None, d_weight, column_sums(g, ctx.bias) if of_bias else None, None, None
 
 
 def column_sums(values: Tensor, dtype: torch.dtype) -> Tensor:

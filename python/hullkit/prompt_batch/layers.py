@@ -14,13 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..language_model.low_rank_products import (
-    low_rank_add_,
-    low_rank_gradient_x_,
-    low_rank_gradients,
-    low_rank_inner,
-)
-from ..language_model.products import SharedInput, SharedInputs, product
+from ..language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
+from ..language_model.products import SharedInput, SharedInputs, add_product, product
 from .quantized import EIGHT_BITS, FOUR_BITS, check_quantized, product_of, weight_of
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
@@ -245,10 +240,11 @@ class _Stacked(torch.autograd.Function):
         a, b = layer.a[of], layer.b[of]
         rows = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
+            y = layer.product(x)
             stacked = rows.view(len(a), -1, rows.shape[1])
-            with low_rank_inner(stacked, a, scale, backend) as thin:
-                y = layer.product(x)
-            inner = low_rank_add_(y.view(len(a), -1, y.shape[-1]), b, thin)
+            inner = low_rank_forward_(
+                y.view(len(a), -1, y.shape[-1]), stacked, a, b, scale, backend
+            )
         if anchor is not None:
             ctx.save_for_backward(stacked, inner)
             ctx.layer, ctx.of, ctx.shared, ctx.scale = layer, of, shared, scale
@@ -262,15 +258,13 @@ class _Stacked(torch.autograd.Function):
         layer: Layer = ctx.layer
         of: slice = ctx.of
         d = d.reshape(*x.shape[:2], -1).contiguous()
-        a, b = layer.a[of], layer.b[of]
         d_x = None
         with torch.autocast(d.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                total, fresh = ctx.shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)
+                add_product(total, d.flatten(0, 1), layer.weight(d.dtype).t(), fresh)
+                d_x = total.view(x.shape)
             layer.learned = True
-            with low_rank_gradients(
-                d, x, a, b, inner, ctx.scale, layer.d_a[of], layer.d_b[of], ctx.backend
-            ) as d_inner:
-                if ctx.needs_input_grad[0]:
-                    d_x = ctx.shared.add(d.flatten(0, 1), layer.weight(d.dtype).t())
-            if d_x is not None:
-                low_rank_gradient_x_(d_x.view(x.shape), a, d_inner)
+            to = Gradients(layer.d_a[of], layer.d_b[of], d_x, fresh=False)
+            low_rank_backward(d, x, layer.a[of], layer.b[of], inner, ctx.scale, to, ctx.backend)
         return (None,) * 7
