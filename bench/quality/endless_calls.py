@@ -23,7 +23,8 @@ CALLS = {
     "max_iters=10**12, tol=0.0)",
 }
 PROGRAM = """
-import sys, time, torch, hullkit
+import signal, sys, time, torch, hullkit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 torch.manual_seed(0)
 torch.set_num_threads(2)
 pool, query = torch.randn(2000, 64), torch.randn(64)
