@@ -51,7 +51,7 @@ def stacked_adam_kernel(
                         param, mean, square, grad, 0.0, 1.0, control + 1 + i * COEFFICIENTS,
                         beta1, rest1, beta2, rest2, tl.float32, tl.float32,
                     )  # fmt: skip
-                lost = inside & ~(tl.abs(grad) < float("inf"))
+                lost = inside & ((tl.abs(grad) < float("inf")) == 0)
                 tl.store(broken + slot + tl.zeros_like(at), 1, mask=lost)
             else:
                 param = tl.load(fresh + at, mask=inside, other=0.0)
