@@ -10,6 +10,8 @@ KINDS = {
     "linear": ("functional.linear", "addmm", "linear.forward"),
     "norm": ("norm",),
     "activation": ("silu", "gelu", "torch.mul"),
+    "gated layer": ("mlp.forward",),
+    "residual": ("torch.add",),
     "rotary": ("rotary",),
     "attention": ("attention",),
     "experts": ("experts",),

@@ -126,6 +126,7 @@ SIZES = {
     "LoRA": ("LoRA r=16, default passes", "bfloat16"),
 }
 SIZES_RUN = {"commit": "c0127e0"}
+FIRST = "finetune by size, first query"
 MODELS = ["GPT-2 124M", "SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", "Gemma-2-2B"]
 MODELS += ["Llama-3.2-3B", "Phi-3-mini 3.8B", "Mistral-7B"]
 
@@ -185,10 +186,31 @@ def model_sizes() -> str:
 
 @generated
 def model_sizes_latest() -> str:
-    """The last build that was measured, whichever models it was measured with."""
-    last = find("gpu", op="finetune by size")[-1]
-    run = {key: last[key] for key in ("commit", "device")}
-    return _size_table(MODELS, run=run) + "\n\n" + source(last)
+    """The newest row of each model and kind, of the device that was measured last."""
+    found = find("gpu", op="finetune by size")
+    first = {_setting(row): row["p50"] for row in find("gpu", op=FIRST)}
+    newest: dict[tuple[str, ...], Row] = {}
+    for row in found:
+        build, trained, _, snapshot, _ = row["provider"].split(", ", 4)
+        if row["device"] != found[-1]["device"] or build == "old build":
+            continue
+        if row["p50"] and snapshot == "device snapshot":
+            newest[row["shape"].partition(" parameters=")[0], row["dtype"], trained] = row
+    lines = [
+        [
+            *(model, trained, dtype, row["commit"], *_size_cells(row)),
+            figure(float(first[_setting(row)])),
+        ]
+        for (model, dtype, trained), row in sorted(
+            newest.items(), key=lambda item: (MODELS.index(item[0][0]), item[0][2] != "all")
+        )
+    ]
+    header = ["model", "trained", "weights", "commit", "ms", "GiB", "first query, s"]
+    return table(header, lines, 4) + "\n\n" + source(found[-1])
+
+
+def _setting(row: Row) -> tuple[str, ...]:
+    return tuple(row[key] for key in ("provider", "shape", "dtype", "commit", "device"))
 
 
 @generated
@@ -206,7 +228,7 @@ def host_snapshots() -> str:
 def first_queries() -> str:
     lines = []
     for model in MODELS:
-        found = [_size(model, name, "finetune by size, first query") for name in SIZES]
+        found = [_size(model, name, FIRST) for name in SIZES]
         lines.append([model, *(figure(float(row["p50"])) if row else "" for row in found)])
     return table(["model", *(f"{name}, s" for name in SIZES)], lines)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from rows import Row, find, generated, gib, source, table, times
+from rows import Row, find, generated, gib, one, source, table, times
 
 ALONE = ("TestTimeFinetuner, LoRA r=16", "TestTimeFinetuner, all weights")
 
@@ -35,3 +35,78 @@ def prompts_a_second() -> str:
         lines.append([model, name, f"{rate:.2f}", *ratios, gib(row["peak_mb"])])
     header = ["model", "how", "prompts a second", "of LoRA alone", "of all weights alone", "GiB"]
     return table(header, lines, 2) + "\n\n" + source(found[-1])
+
+
+def _stream(figure: str) -> Row:
+    """A figure of the last stream's run."""
+    last = find("many_prompts", check="stream")[-1]
+    run = {key: last[key] for key in ("model", "shape", "commit", "device")}
+    return one("many_prompts", check="stream", figure=figure, **run)
+
+
+@generated
+def many_prompts_answers() -> str:
+    """A long stream with bad queries: right answers, errors, memory."""
+    lines = []
+    for name in ("right answers", "errors that name theirs"):
+        row = _stream(name)
+        lines.append([name, f"{row['value']} of {row['count']}"])
+    row = _stream("largest difference from alone")
+    lines.append([f"largest difference from alone, of {row['count']} queries", row["value"]])
+    for name in ("device memory grown", "host memory grown"):
+        mib = max(0.0, float(_stream(name)["value"])) / 2**20
+        lines.append([f"{name} in the second half", f"{mib:.1f} MiB"])
+    lines.append(["queries a second", _stream("queries a second")["value"]])
+    slots, tokens, path = row["shape"].split()
+    tokens = tokens.removeprefix("tokens=").replace("..", " to ")
+    header = f"{_stream('device memory grown')['count']} queries, {row['model']}, {row['dtype']}, "
+    header += f"{slots.removeprefix('slots=')} slots, texts of {tokens} tokens, {path}"
+    return table([header, ""], lines) + "\n\n" + source(row)
+
+
+BOUND = 1e-4  # of the benchmark, for a subset's mean
+
+
+@generated
+def many_prompts_texts() -> str:
+    """Real texts: bits per byte unadapted, by PEFT alone, from one slot and among neighbours."""
+    found = find("many_prompts", check="texts")
+    found = [row for row in found if row["commit"] == found[-1]["commit"]]
+    subsets: dict[str, dict[str, str]] = {}
+    for row in found:
+        subsets.setdefault(row["shape"].split()[0], {})[row["figure"]] = row["value"]
+    scores = [name for name in next(iter(subsets.values())) if name.startswith("BPB, ")]
+    apart = ("largest difference from one slot", "largest difference from PEFT alone")
+    apart = (*apart, "mean from PEFT alone")
+    lines = []
+    for subset, values in subsets.items():
+        met = "met" if abs(float(values[apart[-1]])) <= BOUND else "missed"
+        lines.append([subset, *(values[name] for name in (*scores, *apart)), met])
+    facts = " ".join(found[-1]["shape"].split()[1:])
+    header = [f"{found[-1]['count']} queries each, {facts}"]
+    header += [f"BPB, {name.removeprefix('BPB, ')}" for name in scores]
+    header += ["a query from one slot, at most", "a query from PEFT, at most", "mean from PEFT"]
+    header += [f"bound of {BOUND:.0e} for the mean"]
+    return table(header, lines) + "\n\n" + source(found[-1])
+
+
+@generated
+def low_rank_products() -> str:
+    """hullkit's products and torch's `baddbmm`, forward and backward, as CUDA graphs."""
+    found = find("gpu", op="low-rank products")
+    found = [row for row in found if row["commit"] == found[-1]["commit"]]
+    times = {(row["shape"], row["provider"]): float(row["p50"]) for row in found}
+    shapes = [row["shape"] for row in found if row["provider"] == "fused"]
+    facts = {s: dict(part.split("=") for part in s.split() if "=" in part) for s in shapes}
+    ranks = list(dict.fromkeys(f["r"] for f in facts.values()))
+    lines: dict[tuple[str, str], list[str]] = {}
+    for shape, fact in facts.items():
+        own, torch = times[shape, "fused"], times[shape, "baddbmm"]
+        cells = [f"{1e3 * own:.0f}", f"{1e3 * torch:.0f}", f"{torch / own:.2f}x"]
+        lines.setdefault((fact["K"], fact["d"]), []).extend(cells)
+    header = ["slots", "width"]
+    for rank in ranks:
+        header += [f"rank {rank}: us", "`baddbmm`", "ratio"]
+    return (
+        table(header, [[*key, *cells] for key, cells in lines.items()]) + "\n\n" + source(found[0])
+    )

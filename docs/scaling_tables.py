@@ -71,22 +71,3 @@ def many_prompts_by_ray() -> str:
         lines.append([row["provider"].removeprefix("hullkit, "), f"{seconds:.1f}"])
     row = one("cpu", op="many prompts by Ray", provider="hullkit, 2 workers")
     return table(["100 prompts, 10 updates each", "s"], lines) + "\n\n" + source(row)
-
-
-@generated
-def low_rank_products() -> str:
-    """How many times as fast as torch's products the kernels are, forward and backward."""
-    found = find("gpu", op="low-rank products")
-    found = [row for row in found if row["commit"] == found[-1]["commit"]]
-    times = {(row["shape"], row["provider"]): float(row["p50"]) for row in found}
-    shapes = [row["shape"] for row in found if row["provider"] == "fused"]
-    facts = {s: dict(part.split("=") for part in s.split() if "=" in part) for s in shapes}
-    ranks = list(dict.fromkeys(f["r"] for f in facts.values()))
-    lines: dict[tuple[str, str], list[str]] = {}
-    for shape, fact in facts.items():
-        ratio = times[shape, "baddbmm"] / times[shape, "fused"]
-        lines.setdefault((fact["K"], fact["d"]), []).append(f"{ratio:.2f}")
-    header = ["slots", "width", *(f"rank {rank}" for rank in ranks)]
-    return (
-        table(header, [[*key, *cells] for key, cells in lines.items()]) + "\n\n" + source(found[0])
-    )

@@ -233,6 +233,24 @@ def ttft_published_cpu() -> str:
 
 @generated
 @when_measured(GPU)
+def ttft_exact() -> str:
+    """float32 passes beside the published loop: the same examples, rate and updates."""
+    lines = []
+    found = [row for row in judged(GPU, path="float32") if row["bpb_from_published"]]
+    for row in found:
+        settings = {key: row[key] for key in ("rule", "budget", "lr", "subset")}
+        published = one(GPU, phase="judge", path="published", **settings)
+        cells = [f"{float(r['percent']):.4f}" for r in (published, row)]
+        apart = f"{float(row['bpb_from_published']):+.1e}"
+        ends = ", ".join(f"{float(row['bpb_from_published' + e]):+.1e}" for e in ("_low", "_high"))
+        lines.append([NAMES[row["subset"]], row["queries"], *cells, f"{apart} [{ends}]"])
+    header = [f"{found[0]['budget']} passes of {found[0]['rule']}", "queries"]
+    header += ["published, % of base", "float32, % of base", "difference of BPB, relative"]
+    return table(header, lines) + "\n\n" + source(published)
+
+
+@generated
+@when_measured(GPU)
 def ttft_paths() -> str:
     """Other precisions and adapters, on the queries that each was judged on."""
     budget = budgets(GPU)[1]

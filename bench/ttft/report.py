@@ -17,11 +17,15 @@ from bench.ttft.rules import PUBLISHED_BETAS
 from bench.ttft.store import Row, write_parquet
 
 INTERVALS = ("percent", "from_knn", "from_sift", "from_knn_at_seconds", "from_first_path")
+# Bits per byte beside those of the published procedure at the same settings, relative: with exact passes
+# the difference is of rounding, and too small for percents.
+PUBLISHED = "bpb_from_published"
+ENDS = ("", "_low", "_high")
 COSTS = ["seconds", *analysis.PHASES_OF_A_QUERY, "passes", "updates", "distinct", "tokens"]
 COSTS += ["slots", "joules", "peak_mb"]
 FIELDS = ["model", "phase", "path", "rule", "budget", "lr", "beta1", "beta2", "best", "subset"]
 FIELDS += ["queries", "base_bpb"]
-FIELDS += [f"{name}{end}" for name in INTERVALS for end in ("", "_low", "_high")]
+FIELDS += [f"{name}{end}" for name in (*INTERVALS, PUBLISHED) for end in ENDS]
 FIELDS += [f"{name}{end}" for name in ("seconds", "joules") for end in ("_low", "_high")]
 FIELDS += [*COSTS, "device", "threads", "torch", "commit", "command"]
 
@@ -102,7 +106,7 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for phase in ("calibrate", "explore"):
         for cell, measured in analysis.cells(rows, phase).items():
-            found += _lines(phase, cell, measured, {"best": ""}, [None] * 4)
+            found += _lines(phase, cell, measured, {"best": ""}, [None] * 4, None)
     paths = list(dict.fromkeys(row["path"] for row in rows if row["phase"] == "judge"))
     every = {path: Judged(rows, path) for path in paths}
     for judged in every.values():
@@ -117,8 +121,15 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
             first = every[paths[0]].cells.get(cell._replace(path=paths[0]))
             others.append(None if first is None or first is measured else first.percent)
             best = {"best": "yes" if judged.best[cell] else "no"}
-            found += _lines("judge", cell, measured, best, others)
+            found += _lines("judge", cell, measured, best, others, _published(every, cell))
     return found
+
+
+def _published(every: dict[str, Judged], cell: CellKey) -> Measured | None:
+    """The published procedure with a cell's settings, if it was judged with them."""
+    if cell.path == "published" or "published" not in every:
+        return None
+    return every["published"].cells.get(cell._replace(path="published"))
 
 
 def _lines(
@@ -127,6 +138,7 @@ def _lines(
     measured: Measured,
     told: dict[str, Any],
     others: list[Values | None],
+    published: Measured | None,
 ) -> list[dict[str, Any]]:
     first = next(iter(measured.rows.values()))
     beta1, beta2 = cell.betas
@@ -151,9 +163,11 @@ def _lines(
         ]
         line = head | {"subset": subset, "queries": len(percent)}
         line["base_bpb"] = analysis.mean(of_subset(measured.column("base_bpb"), subset))
-        for name, values in zip(INTERVALS, (percent, *rivals), strict=True):
+        relative = None if published is None else of_subset(_relative(measured, published), subset)
+        compared = zip((*INTERVALS, PUBLISHED), (percent, *rivals, relative), strict=True)
+        for name, values in compared:
             triple = analysis.interval(values) if values else ("", "", "")
-            line |= dict(zip((name, f"{name}_low", f"{name}_high"), triple, strict=True))
+            line |= {f"{name}{end}": value for end, value in zip(ENDS, triple, strict=True)}
         line |= {name: _cost(measured, name, subset) for name in COSTS}
         _, *ends = analysis.interval(of_subset(measured.seconds, subset))
         line |= zip(("seconds_low", "seconds_high"), ends, strict=True)
@@ -162,6 +176,12 @@ def _lines(
             line |= zip(("joules_low", "joules_high"), ends, strict=True)
         lines.append(line)
     return lines
+
+
+def _relative(one: Measured, other: Measured) -> Values:
+    """Relative differences of bits per byte, of the queries that both have."""
+    mine, theirs = one.column("bpb"), other.column("bpb")
+    return {query: mine[query] / theirs[query] - 1.0 for query in mine.keys() & theirs.keys()}
 
 
 def _cost(measured: Measured, name: str, subset: str) -> float | str:

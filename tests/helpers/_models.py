@@ -48,13 +48,13 @@ def plain(seed: int = 0) -> PlainLM:
     return PlainLM()
 
 
-def llama() -> LlamaForCausalLM:
+def llama(hidden: int = 16, intermediate: int = 24) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=64,
