@@ -17,6 +17,7 @@ the byte-level model in bench/assets.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 import time
@@ -327,7 +328,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     source = {
         "device": torch.cuda.get_device_name() if cuda else processor(),
         "torch": torch.__version__, "commit": commit(),
-        "command": " ".join(["python -m bench.quality.many_prompts", *_without_folders(given)]),
+        "command": f"python -m bench.quality.many_prompts {shlex.join(_without_folders(given))}",
     }  # fmt: skip
     rows = [row | source for row in rows]
     if arguments.out is not None:

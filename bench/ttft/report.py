@@ -17,7 +17,7 @@ from bench.ttft.rules import PUBLISHED_BETAS
 from bench.ttft.store import Row, write_parquet
 
 INTERVALS = ("percent", "from_knn", "from_sift", "from_knn_at_seconds", "from_first_path")
-# Bits per byte beside those of the published procedure at the same settings, relative: with exact passes
+# Bits per byte beside the published procedure's at the same settings, relative. With exact passes
 # the difference is of rounding, and too small for percents.
 PUBLISHED = "bpb_from_published"
 ENDS = ("", "_low", "_high")

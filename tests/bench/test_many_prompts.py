@@ -34,7 +34,7 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def test_a_stream_with_every_kind_of_bad_query(
     bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
-    out = tmp_path / "rows.csv"
+    out = tmp_path / "the rows.csv"
     wrong = len(bench.BAD)
     options = ["--device", "cpu", "--shrink", "64", "--dtype", "float32", "--slots", "4"]
     sizes = ["--queries", str(2 * wrong), "--bad", str(wrong), "--sample", "4", "--longest", "12"]
@@ -45,6 +45,8 @@ def test_a_stream_with_every_kind_of_bad_query(
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert {row["count"] for row in rows[:2]} == {str(wrong)}
+    # What a shell takes, without the folders of this machine.
+    assert all(row["command"].endswith(" --out 'the rows.csv'") for row in rows)
     assert all(str(tmp_path) not in row["command"] for row in rows)
 
 
