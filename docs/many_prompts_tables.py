@@ -8,11 +8,15 @@ from rows import Row, find, generated, gib, one, source, table, times
 ALONE = ("TestTimeFinetuner, LoRA r=16", "TestTimeFinetuner, all weights")
 
 
-def _last_run() -> list[Row]:
-    """The rows of the last build and device that ran many prompts."""
+def _last_runs() -> list[Row]:
+    """For each model, the rows of the last build and device that ran many prompts of it."""
     found = find("gpu", op="many prompts")
-    last = found[-1]
-    return [row for row in found if all(row[key] == last[key] for key in ("commit", "device"))]
+    last = {_model(row): (row["commit"], row["device"]) for row in found}
+    return [row for row in found if (row["commit"], row["device"]) == last[_model(row)]]
+
+
+def _model(row: Row) -> str:
+    return row["shape"].split()[0]
 
 
 @generated
@@ -20,7 +24,7 @@ def prompts_a_second() -> str:
     """Each model's rows, beside its own baselines of the same run."""
     lines = []
     baselines: dict[tuple[str, str], float] = {}
-    found = _last_run()
+    found = _last_runs()
     for row in found:
         if not row["p50"]:
             continue
@@ -32,9 +36,10 @@ def prompts_a_second() -> str:
         else:
             name = f"PromptBatch, {slots.removeprefix('slots=')} slots"
             ratios = [times(rate / baselines[model, alone]) for alone in ALONE]
-        lines.append([model, name, f"{rate:.2f}", *ratios, gib(row["peak_mb"])])
+        lines.append([model, name, f"{rate:.2f}", *ratios, gib(row["peak_mb"]), row["commit"]])
     header = ["model", "how", "prompts a second", "of LoRA alone", "of all weights alone", "GiB"]
-    return table(header, lines, 2) + "\n\n" + source(found[-1])
+    said = dict.fromkeys(source(row) for row in found)
+    return table([*header, "commit"], lines, 2) + "\n\n" + "\n".join(said)
 
 
 def _stream(figure: str) -> Row:
