@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -58,11 +58,18 @@ class OwnError(Exception):
 
 
 class Acts:
-    """What a user may do to a model; inside of a block all of it is undone."""
+    """What a user may do to a model; inside of a block all of it is undone.
 
-    def __init__(self, model: nn.Module, place: int) -> None:
+    copied: the parameters whose values a block puts back, if this is in one. Others, such as those
+        that are thawed in it, are the user's to leave alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, place: int, copied: Sequence[nn.Parameter] | None = None
+    ) -> None:
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.copied = {id(p) for p in (self.parameters if copied is None else copied)}
         self.chosen: Any = self.parameters[place % len(self.parameters)]
         owners = [
             m for m in model.modules() if any(p is self.chosen for p in m._parameters.values())
@@ -105,9 +112,8 @@ class Acts:
         self.owner.more = nn.Linear(2, 2)
 
     def load(self) -> None:
-        trained = {id(p) for p in self.parameters}  # frozen ones are the user's to leave alone
         named = self.model.named_parameters(remove_duplicate=False)
-        zeros = {name: torch.zeros_like(p) for name, p in named if id(p) in trained}
+        zeros = {name: torch.zeros_like(p) for name, p in named if id(p) in self.copied}
         self.model.load_state_dict(zeros, strict=False)
 
 
@@ -151,9 +157,14 @@ class AnyAdaptations(RuleBasedStateMachine):
     )
     def begin(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
         self.model = make().to(dtype)
-        self.bound = 1e-9 if make is plain else 1e-5  # transformers takes the loss in float32
-        self.tuner = hullkit.TestTimeFinetuner(self.model, lr=1e-2)
+        # Transformers takes the loss in float32, and Adam with a small eps makes as much of
+        # gradients that are all rounding as of others: a text learnt by heart has such.
+        self.bound, self.eps = (1e-9, 1e-8) if make is plain else (1e-6, 1e-3)
+        self.tuner = self.fresh_tuner()
         self.before = Before(self.model)
+
+    def fresh_tuner(self) -> hullkit.TestTimeFinetuner:
+        return hullkit.TestTimeFinetuner(self.model, lr=1e-2, eps=self.eps)
 
     @invariant()
     def the_model_is_what_it_was(self) -> None:
@@ -197,8 +208,8 @@ class AnyAdaptations(RuleBasedStateMachine):
     def act(self, model: nn.Module, acts: list[tuple[str, int]]) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         for act, place in acts:
-            done = InBlock(model, place)
-            if any(done.chosen is p for p in trained):  # others are not copied
+            done = InBlock(model, place, trained)
+            if id(done.chosen) in done.copied:
                 with suppress(AttributeError, RuntimeError, ValueError):  # of an earlier act
                     getattr(done, act)()
                 if act == "free":  # whatever reads it now ends the process: torch does not look
@@ -252,7 +263,7 @@ class AnyAdaptations(RuleBasedStateMachine):
     @rule(how=st.sampled_from(["copy", "pickle", "another"]))
     def another_tuner(self, how: str) -> None:
         if how == "another":
-            self.tuner = hullkit.TestTimeFinetuner(self.model, lr=1e-2)
+            self.tuner = self.fresh_tuner()
             return
         made = copy.deepcopy if how == "copy" else lambda tuner: pickle.loads(pickle.dumps(tuner))
         self.tuner = made(self.tuner)
