@@ -3,6 +3,7 @@
 
     python -m bench.quality.many_prompts stream [--queries 1000] [--bad 20]
     python -m bench.quality.many_prompts texts --texts DIR --model DIR [--subsets A B C]
+    python -m bench.quality.many_prompts last-bit --texts DIR --model DIR [--subsets A B C]
 
 `stream`: a model of a published shape with random weights; queries of mixed lengths and counts.
 Bad ones lie among them. A sample of the others is compared with the same queries alone, in one
@@ -12,6 +13,9 @@ slot, and the memory of the second half of the stream with that of the first.
 neighbours, from one slot alone, and from PEFT's adapter with the same initial factors, trained
 alone by torch.optim. Without --texts it takes the standard library's source, and without --model
 the byte-level model in bench/assets.
+
+`last-bit`: the same texts by PEFT's adapter alone, twice: the second time each initial factor is
+the next larger number. No implementation can be closer to another than this is to itself.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,7 +212,7 @@ def by_peft(
 ) -> list[float]:
     """Each task by PEFT's adapter in `fresh`, a gradient reused for two updates of Adam.
 
-    nudged: the adapter begins with the next larger numbers, which shows what rounding comes to.
+    nudged: the adapter begins with the next larger numbers.
     """
     import peft
 
@@ -247,47 +252,81 @@ def by_slots(model: nn.Module, asked: list[Task], slots: int) -> list[float]:
     return found[: len(asked)]
 
 
-def real_texts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    device = torch.device(arguments.device)
-    folder = arguments.model or texts.OWN_MODEL
-    model = texts.language_model(folder, device).eval()
-    asked = tasks(arguments)
-    ways = {"unadapted": [task.score(model) for task in asked]}
+@contextmanager
+def initial_adapter(model: nn.Module) -> Iterator[tuple[Path, float]]:
+    """The folder of the adapter with which a slot begins, and its learning rate."""
     one = hullkit.PromptBatch(model, slots=1)
     with tempfile.TemporaryDirectory() as fresh:
         one.export(0, fresh)
-        ways["PEFT alone"] = by_peft(model, Path(fresh), asked, one.lr)
-        ways["PEFT nudged"] = by_peft(model, Path(fresh), asked, one.lr, nudged=True)
-    del one
+        yield Path(fresh), one.lr
+
+
+def opened(arguments: argparse.Namespace) -> tuple[Path, nn.Module, list[Task]]:
+    folder = arguments.model or texts.OWN_MODEL
+    model = texts.language_model(folder, torch.device(arguments.device)).eval()
+    return folder, model, tasks(arguments)
+
+
+def real_texts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    folder, model, asked = opened(arguments)
+    ways = {"unadapted": [task.score(model) for task in asked]}
+    with initial_adapter(model) as (fresh, lr):
+        ways["PEFT alone"] = by_peft(model, fresh, asked, lr)
     ways["one slot"] = by_slots(model, asked, 1)
     ways[f"{arguments.slots} slots"] = by_slots(model, asked, arguments.slots)
-    slots = f"slots={arguments.slots} updates={arguments.total} tokens<={arguments.max_length}"
+
+    def figures(subset: str, own: dict[str, list[float]]) -> Iterator[tuple[str, str, str]]:
+        *_, peft, alone, among = own.values()
+        means = {way: sum(values) / len(values) for way, values in own.items()}
+        *_, mean_of_peft, _, mean = means.values()
+        from_peft = mean / mean_of_peft - 1.0
+        yield from ((f"BPB, {way}", f"{value:.6f}", "mean BPB") for way, value in means.items())
+        yield "mean from PEFT alone", f"{from_peft:.2e}", "relative"
+        yield "largest difference from PEFT alone", _largest(among, peft), "relative"
+        yield "largest difference from one slot", _largest(among, alone), "relative"
+        met = "met" if abs(from_peft) <= PEFT_BOUND else "MISSED"
+        print(f"{met}: {subset}: {from_peft:+.2e} from PEFT alone (bound {PEFT_BOUND})")
+
+    shape = f"slots={arguments.slots} updates={arguments.total} tokens<={arguments.max_length}"
+    return _rows("texts", folder, shape, asked, ways, figures)
+
+
+def last_bit(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    folder, model, asked = opened(arguments)
+    with initial_adapter(model) as (fresh, lr):
+        ways = {str(nudged): by_peft(model, fresh, asked, lr, nudged) for nudged in (False, True)}
+
+    def figures(_: str, own: dict[str, list[float]]) -> Iterator[tuple[str, str, str]]:
+        found, nudged = own.values()
+        yield "BPB, PEFT alone", f"{sum(found) / len(found):.6f}", "mean BPB"
+        yield (
+            "mean after a change of the last bit",
+            f"{sum(nudged) / sum(found) - 1.0:.2e}",
+            "relative",
+        )
+        yield "largest difference after it", _largest(found, nudged), "relative"
+
+    shape = f"updates={arguments.total} tokens<={arguments.max_length}"
+    return _rows("last-bit", folder, shape, asked, ways, figures)
+
+
+def _rows(
+    check: str,
+    folder: Path,
+    shape: str,
+    asked: list[Task],
+    ways: dict[str, list[float]],
+    figures: Callable[[str, dict[str, list[float]]], Iterator[tuple[str, str, str]]],
+) -> list[dict[str, Any]]:
+    """A row for each figure of each subset, from what the ways found for the subset's tasks."""
     rows = []
     for subset in dict.fromkeys(task.subset for task in asked):
         own = [i for i, task in enumerate(asked) if task.subset == subset]
-        means = {way: sum(found[i] for i in own) / len(own) for way, found in ways.items()}
-        among, alone, peft = (
-            [ways[way][i] for i in own]
-            for way in (f"{arguments.slots} slots", "one slot", "PEFT alone")
-        )
-        nudged = [ways["PEFT nudged"][i] for i in own]
-        from_peft = means[f"{arguments.slots} slots"] / means["PEFT alone"] - 1.0
-        figures = [(f"BPB, {way}", f"{mean:.6f}", "mean BPB") for way, mean in means.items()]
-        figures += [
-            ("mean from PEFT alone", f"{from_peft:.2e}", "relative"),
-            ("largest difference from PEFT alone", _largest(among, peft), "relative"),
-            ("largest difference from one slot", _largest(among, alone), "relative"),
-            ("largest difference of PEFT from itself, nudged", _largest(nudged, peft), "relative"),
-        ]
-        for place, found in enumerate(zip(among, alone, peft, nudged, strict=True)):
-            print(f"{subset} {place}: slots, one slot, PEFT, nudged", *map("{:.6f}".format, found))
-        met = "met" if abs(from_peft) <= PEFT_BOUND else "MISSED"
-        print(f"{met}: {subset}: {from_peft:+.2e} from PEFT alone (bound {PEFT_BOUND})")
+        of_subset = {way: [found[i] for i in own] for way, found in ways.items()}
         rows += [
-            {"check": "texts", "model": folder.name, "dtype": "float32"}
-            | {"shape": f"{subset} {slots}", "count": len(own)}
-            | {"figure": figure, "value": value, "unit": unit}
-            for figure, value, unit in figures
+            {"check": check, "model": folder.name, "dtype": "float32", "count": len(own)}
+            | {"shape": f"{subset} {shape}", "figure": figure, "value": value, "unit": unit}
+            for figure, value, unit in figures(subset, of_subset)
         ]
     return rows
 
@@ -315,12 +354,15 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     long.add_argument("--sample", type=int, default=40, help="queries that also run alone")
     long.add_argument("--longest", type=int, default=LONGEST, help="tokens of a text")
     long.set_defaults(run=stream)
-    real = checks.add_parser("texts", parents=[shared])
-    texts.add_arguments(real, required=False)
-    real.set_defaults(run=real_texts, queries=10, max_length=256)
-    real.add_argument("--subsets", nargs="+")
+    of_texts = argparse.ArgumentParser(add_help=False)
+    texts.add_arguments(of_texts, required=False)
+    of_texts.add_argument("--subsets", nargs="+")
+    of_texts.add_argument("--total", type=int, default=20, help="updates of a query")
+    real = checks.add_parser("texts", parents=[shared, of_texts])
     real.add_argument("--slots", type=int, default=32)
-    real.add_argument("--total", type=int, default=20, help="updates of a query")
+    real.set_defaults(run=real_texts, queries=10, max_length=256)
+    twice = checks.add_parser("last-bit", parents=[shared, of_texts])
+    twice.set_defaults(run=last_bit, queries=10, max_length=256)
     arguments = parser.parse_args(argv)
     cuda = arguments.device == "cuda"
     rows: list[dict[str, Any]] = arguments.run(arguments)

@@ -64,3 +64,17 @@ def test_slots_score_as_an_adapter_of_peft(
     assert abs(float(found["mean from PEFT alone"])) <= bench.PEFT_BOUND
     assert float(found["largest difference from one slot"]) <= 1e-5
     assert "met: one" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_change_of_the_last_bit(bench: Any, tmp_path: Path, one_thread: None) -> None:
+    write_texts(tmp_path)
+    options = ["--device", "cpu", "--texts", str(tmp_path), "--queries", "2"]
+    rows = bench.main(["last-bit", *options, "--max-length", "24", "--total", "4"])
+    assert [row["shape"].partition(" ")[0] for row in rows] == ["one"] * 3 + ["two"] * 3
+    found = figures(rows)
+    mean, largest = (
+        abs(float(found[figure]))
+        for figure in ("mean after a change of the last bit", "largest difference after it")
+    )
+    assert 0.0 < mean <= largest < 1e-4
