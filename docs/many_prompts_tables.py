@@ -96,6 +96,20 @@ def many_prompts_texts() -> str:
 
 
 @generated
+def many_prompts_last_bit() -> str:
+    """PEFT's adapter beside itself, begun with the next larger numbers."""
+    found = find("many_prompts", check="last-bit")
+    subsets: dict[str, list[str]] = {}
+    for row in found:
+        if row["unit"] == "relative":
+            subsets.setdefault(row["shape"].split()[0], []).append(row["value"])
+    facts = " ".join(found[-1]["shape"].split()[1:])
+    header = [f"{found[-1]['count']} queries, {facts}", "mean from itself", "a query, at most"]
+    lines = [[subset, *values] for subset, values in subsets.items()]
+    return table(header, lines) + "\n\n" + source(found[-1])
+
+
+@generated
 def low_rank_products() -> str:
     """hullkit's products and torch's `baddbmm`, forward and backward, as CUDA graphs."""
     found = find("gpu", op="low-rank products")
