@@ -69,7 +69,8 @@ def adam_coefficients_kernel(
     eps = option(record, EPS)
     # Below the normal numbers of float32 the reciprocal of a root would be infinite, and 0 times it
     # NaN. An eps of 0 stays 0.
-    least = tl.where((eps > 0.0) & (tl.float32 == MATH), 1.1754943508222875e-38, 0.0)
+    normal = 1.1754943508222875e-38 if MATH == tl.float32 else 0.0  # noqa: SIM300
+    least = tl.where(eps > 0.0, normal, 0.0)
     for i in range(updates(record, num_steps)):
         step += 1.0
         bias1 = 1.0 - tl.exp2(step * option(record, LOG2_BETA1))

@@ -53,8 +53,9 @@ def _update(
         total = grad
         if l2 != 0:  # an infinite parameter times 0 would be NaN
             total = tl.fma(param, l2, grad)
-        # A fresh buffer takes the gradient undamped.
-        share = tl.where((fresh != 0) & (i == 0), 1.0, undamped).to(MATH)
+        # A fresh buffer takes the gradient undamped. `0 * fresh` makes a tensor of i: Triton 3.2's
+        # interpreter has no `&` of a tensor and False.
+        share = tl.where((fresh != 0) & (i + 0 * fresh == 0), 1.0, undamped).to(MATH)
         buffer = tl.fma(total, share, buffer * momentum)
         ahead = tl.where(nesterov, tl.fma(buffer, momentum, total), buffer)
         param = tl.fma(ahead, -lr, param)
