@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -112,8 +113,9 @@ def injected(tuner: Any, error: type[BaseException]) -> bool:
 def distance(state: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Relative, of all weights together (one alone may be noise: GPT-2's key biases are)."""
     pairs = [(state[n].double(), other[n].double()) for n in state if n != "calls"]
-    squared = sum((a - b).square().sum() for a, b in pairs)
-    return float((squared / sum(b.square().sum() for _, b in pairs)).sqrt())
+    apart = math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs))
+    size = math.sqrt(sum(float(b.square().sum()) for _, b in pairs))
+    return apart / size if apart > 0.0 else apart  # a model of zeros has no size
 
 
 def same_bits(tensor: Tensor, other: Tensor) -> bool:

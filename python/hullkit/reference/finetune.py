@@ -43,7 +43,9 @@ def finetune(
             logits = output if isinstance(output, Tensor) else output.logits
             log_p = torch.log_softmax(logits[0, :-1], dim=-1)
             loss = -log_p[torch.arange(len(ids) - 1, device=ids.device), ids[1:]].mean()
-            cached = [g.clone() for g in torch.autograd.grad(loss, parameters)]
+            # Of a parameter that the loss does not depend on it is zero.
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            cached = [g.clone() for g in gradients]
             losses.append(loss.item())
         with torch.no_grad():
             for i, (p, g) in enumerate(zip(parameters, cached, strict=True)):
