@@ -99,11 +99,16 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="choose: expected 2 pairs, one a row, got 0"):
         short(block(1, 2))
 
-    def exhausted(adapted: torch.nn.Module, row: Any) -> dict[str, Any]:
-        raise MemoryError
 
-    with pytest.raises(MemoryError):
-        AdaptRows(lambda: setup()._replace(use=exhausted), keep=["n"])(block(1))
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("where", ["choose", "use"])
+def test_memory_that_runs_out_is_no_error_of_a_row(where: str, error: type[Exception]) -> None:
+    def exhausted(*given: Any) -> Any:
+        raise error("none is left")
+
+    actor = AdaptRows(lambda: setup()._replace(**{where: exhausted}), keep=["n"])
+    with pytest.raises(error, match="none is left"):
+        actor(block(1, 2))
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -30,6 +31,7 @@ from ..finetune import TestTimeFinetuner
 
 Block = dict[str, NDArray[Any]]
 Choice = tuple[Sequence[Any], Sequence[int]]
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # of the actor, not of a row
 
 
 class Setup(NamedTuple):
@@ -97,6 +99,8 @@ class AdaptRows:
         """Each row's examples and counts, or why there are none."""
         try:
             chosen = list(self._setup.choose(block))
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:
             if count == 1:
                 return [(None, error)]
@@ -119,7 +123,7 @@ class AdaptRows:
                 assert report is not None
                 reported = {"num_updates": report.num_updates, "num_passes": report.num_passes}
                 return result | reported | used
-            except MemoryError:
+            except OUT_OF_MEMORY:
                 raise
             except Exception as raised:
                 error = raised
