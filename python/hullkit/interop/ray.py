@@ -4,9 +4,11 @@
 A dataset of prompts goes through `map_batches` with :class:`AdaptRows`, one actor a device, and its
 rows are written to parquet as blocks are done:
 
-    rows = unfinished(ray.data.read_parquet(prompts), "out")
-    rows.map_batches(AdaptRows, fn_constructor_args=[setup], concurrency=2, batch_size=8,
+    rows = unfinished(ray.data.read_parquet(prompts), "out", key="id")
+    rows.map_batches(AdaptRows, fn_constructor_args=[setup, ["id"]], concurrency=2, batch_size=8,
                      num_gpus=1).write_parquet("out")
+
+Here the column `id` names a prompt.
 
 Ray starts an actor anew if its process dies, and gives its block to it again: no row is lost or
 comes twice. A run that was killed goes on where it stopped: `unfinished` leaves out rows that are
