@@ -18,6 +18,7 @@ from torch import Tensor
 from .._checks import check_int
 from ..selection import frank_wolfe, knn, sift
 from ..selection._arrays import tensor_of, to_numpy
+from ._arguments import floating
 from .activeft import sift_values
 
 Array = NDArray[Any]
@@ -111,14 +112,6 @@ class FWSelector:
         )
         size = min(int(result.support_size), n_points)
         return result.indices.numpy()[:size], result.weights.numpy()[:size]
-
-
-def floating(name: str, array: Any) -> Tensor:
-    """A float32 or float64 tensor, whichever holds the array's values."""
-    array = to_numpy(name, array)
-    if array.dtype not in (np.float32, np.float64):
-        array = array.astype(np.result_type(array.dtype, np.float32))
-    return tensor_of(name, array)
 
 
 def _mean(name: str, array: Any, pool: Tensor) -> Tensor:

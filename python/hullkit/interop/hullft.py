@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from ..selection import apportion, round_multiplicities
 from ..selection._arrays import tensor_of, to_numpy
+from ._arguments import floating
 from ._hullft_finetune import finetune_on_texts, finetune_with_approach, release
-from ._hullft_selectors import FWSelector, KNNSelector, SIFTSelector, floating
+from ._hullft_selectors import FWSelector, KNNSelector, SIFTSelector
 from ._patching import PackagePatch
 
 __all__ = [
