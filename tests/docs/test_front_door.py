@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,29 @@ def test_version_is_said_once() -> None:
     version = re.findall(r'^version = "(.*)"$', project, re.MULTILINE)
     assert len(version) == 1
     assert f"## [{version[0]}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_extra_is_explained() -> None:
+    """And whatever an example imports is in an extra, or said to be missing from them."""
+    project = (ROOT / "pyproject.toml").read_text()
+    section = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = dict(re.findall(r"^(\w+) = (\[.*?\]$)", section, re.MULTILINE | re.DOTALL))
+    page = (ROOT / "docs" / "install.md").read_text().partition("## Optional packages")[2]
+    assert set(re.findall(r"\[(\w+)\]", page)) == set(extras)
+    brought = set(re.findall(r'"([a-z]+)', extras["demo"] + extras["ray"]))
+    brought |= {"hullkit", "numpy", "torch", "passages", "pyarrow", "__future__"}  # pyarrow: Ray's
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        imported: set[str] = set()
+        for node in ast.parse(path.read_text()).body:  # it can do without the rest
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).partition(".")[0])
+        for name in imported - brought - sys.stdlib_module_names:
+            assert f"`{name}`" in page, (path.name, name)
+
+
+def test_every_room_is_named() -> None:
+    page = (ROOT / "docs" / "internals.md").read_text()
+    for file in (ROOT / "python" / "hullkit").glob("*/__init__.py"):
+        assert f"  {file.parent.name}/ " in page, file.parent.name

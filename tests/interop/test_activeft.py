@@ -224,3 +224,32 @@ def test_what_it_does_not_take(index: Any) -> None:
     for wrong in (np.zeros((3, DIM)), np.zeros((2, 1, DIM + 1))):
         with pytest.raises(ValueError, match=r"queries: expected shape \(B, m, 96\), got"):
             retriever.batch_search(wrong, 5, 20)
+    prompt = queries(1)[0]
+    for options, message in (
+        ({"N": 0}, "N: expected an int >= 1, got 0"),
+        ({"K": 0}, "K: expected an int >= 1, got 0"),
+        ({"K": -1}, "K: expected an int >= 1, got -1"),
+        ({"threads": 0}, "threads: expected an int >= 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            retriever.search(prompt, **{"N": 5, "K": 20} | options)
+    with pytest.raises(ValueError, match="index: expected at least one vector, got none"):
+        Retriever(faiss.IndexFlatIP(DIM)).search(prompt, 5)
+
+
+def test_threads_of_faiss_are_as_before(index: Any) -> None:
+    """Also after an error inside of the search."""
+    before, prompt = faiss.omp_get_max_threads(), queries(1)[0]
+    faiss.omp_set_num_threads(3)
+    try:
+        retriever = Retriever(index, device="cpu")
+        chosen = retriever.search(prompt, np.int64(5), np.int32(20))
+        assert faiss.omp_get_max_threads() == 3
+        assert np.array_equal(chosen[1], retriever.search(prompt, 5, 20, threads=2)[1])
+        distances = faiss.IndexFlatL2(DIM)
+        distances.add(prompt)
+        with pytest.raises(ValueError, match="also_query_opposite"):
+            Retriever(distances).search(prompt, 1)
+        assert faiss.omp_get_max_threads() == 3
+    finally:
+        faiss.omp_set_num_threads(before)

@@ -98,6 +98,37 @@ def test_embeddings_of_another_dtype(dtype: str, corpus: Any) -> None:
     assert same(chosen, wanted)
 
 
+def test_queries_of_every_kind(corpus: Any) -> None:
+    """Whatever memory they lie in: those that `search` takes, with the same answer."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="an extra is not installed")
+    index = filled("Flat", corpus)
+    prompts = np.rint(8 * queries(3)) / 8  # bfloat16 holds them
+    read_only = prompts.copy()
+    read_only.flags.writeable = False
+    tensor = torch.from_numpy(prompts)
+    wanted = select(index, prompts, 5, num_candidates=N)
+    for query in (
+        prompts[::-1][::-1], prompts[:, ::-1].copy()[:, ::-1], read_only, prompts.tolist(),
+        prompts.astype(">f4"), prompts.astype(">f8"), prompts.astype(ml_dtypes.bfloat16),
+        tensor.double(), tensor.bfloat16(), tensor.clone().requires_grad_(),
+    ):  # fmt: skip
+        assert same(select(index, query, 5, num_candidates=N), wanted)
+        assert torch.equal(search(index, query, N)[0], search(index, prompts, N)[0])
+
+
+def test_ids_that_are_no_rows(corpus: Any) -> None:
+    for shift in (1, M, -2):
+        index = faiss.IndexIDMap(faiss.IndexFlatL2(D))
+        index.add_with_ids(corpus, np.arange(M) + shift)
+        query = corpus[M - 1] if shift > 0 else corpus[0]
+        strange = M - 1 + shift if shift > 0 else shift
+        for given, row in ((corpus, query), (torch.from_numpy(corpus), torch.from_numpy(query))):
+            with pytest.raises(
+                ValueError, match=f"embeddings: expected a row for each id .* and the id {strange}"
+            ):
+                select(index, row, 5, num_candidates=1, embeddings=given)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("in_place", [True, False])
 def test_candidates_alone_go_to_the_device(in_place: bool, corpus: Any) -> None:

@@ -127,6 +127,12 @@ def test_numbers_of_points_are_checked() -> None:
             hullft.KNNSelector().select(pool, query, wrong)
     with pytest.raises(ValueError, match="n_points: expected an int >= 1, got 0"):
         hullft.SIFTSelector().select(pool, query, 0)
+    with pytest.raises(ValueError, match="n_points: expected an int >= 0, got -1"):
+        hullft.FWSelector().select(pool, query, -1)
+    with pytest.raises(TypeError, match="n_points: expected an int, got float"):
+        hullft.FWSelector().select(pool, query, 2.0)  # type: ignore[arg-type]
+    assert [len(part) for part in hullft.FWSelector().select(pool, query, 0)] == [0, 0]
+    assert len(hullft.FWSelector().select(pool, query, np.int64(2))[0]) == 2
     assert len(hullft.SIFTSelector().select(pool, query, len(pool) + 1)[0]) == len(pool) + 1
 
 
@@ -198,6 +204,14 @@ def test_filling_at_the_edges() -> None:
     assert padded.tolist() == [4] * 5 + [2] * 3 + [9] * 2
     assert np.allclose(their_weights, [0.5] * 5 + [0.3] * 3 + [0.2] * 2)
     assert [len(part) for part in pad(indices[:0], weights[:0], 5)] == [0, 0]
+    assert [len(part) for part in pad(indices, weights, 0)] == [0, 0]
+    with pytest.raises(ValueError, match="n_select: expected an int >= 0, got -1"):
+        pad(indices, weights, -1)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="weights: expected finite numbers, got NaN"):
+            pad(indices, np.array([0.5, bad, 0.5]), 6)
+    with pytest.raises(ValueError, match=r"weights: expected one for each index, got shape \(2,\)"):
+        pad(indices, weights[:2], 6)
 
 
 def names_of(package: Any) -> dict[tuple[str, str], Any]:

@@ -185,8 +185,10 @@ def test_finetuning_refusals(tokenizer: Any) -> None:
     model = _model("llama")
     before = _models.state(model)
 
-    def finetune(texts: list[str], config: Any) -> Any:
-        return hullft.finetune_with_approach(model, tokenizer, texts, config, device="cpu")
+    def finetune(texts: list[str], config: Any, **options: Any) -> Any:
+        return hullft.finetune_with_approach(
+            model, tokenizer, texts, config, device="cpu", **options
+        )
 
     with pytest.raises(ValueError, match=r"approach_config\['method'\]: expected one of 'standard"):
         finetune(TEXTS, {"method": "gradient"})
@@ -194,4 +196,12 @@ def test_finetuning_refusals(tokenizer: Any) -> None:
         with pytest.raises(ValueError, match="texts: expected at least 2 tokens each, got 'x'"):
             finetune(["long enough", "x"], config)
         assert finetune([], config)["finetune_steps"] == 0
+        for options, message in (
+            ({"batch_size": 0}, "batch_size: expected an int >= 1, got 0"),
+            ({"batch_size": -1}, "batch_size: expected an int >= 1, got -1"),
+            ({"max_length": -1}, "max_length: expected an int >= 2, got -1"),
+            ({"max_length": 1}, "max_length: expected an int >= 2, got 1"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                finetune(TEXTS, config, **options)
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)

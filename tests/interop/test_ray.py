@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 ray = pytest.importorskip("ray", reason="an extra is not installed")
 pytest.importorskip("ray.data", reason="an extra is not installed")
 
+import hullkit.interop.ray as ray_adapter  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from hullkit.interop.ray import AdaptRows, Setup, unfinished  # noqa: E402
 
@@ -99,11 +101,40 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="choose: expected 2 pairs, one a row, got 0"):
         short(block(1, 2))
 
-    def exhausted(adapted: torch.nn.Module, row: Any) -> dict[str, Any]:
-        raise MemoryError
 
-    with pytest.raises(MemoryError):
-        AdaptRows(lambda: setup()._replace(use=exhausted), keep=["n"])(block(1))
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("where", ["choose", "use"])
+def test_memory_that_runs_out_is_no_error_of_a_row(where: str, error: type[Exception]) -> None:
+    def exhausted(*given: Any) -> Any:
+        raise error("none is left")
+
+    actor = AdaptRows(lambda: setup()._replace(**{where: exhausted}), keep=["n"])
+    with pytest.raises(error, match="none is left"):
+        actor(block(1, 2))
+
+
+def test_the_program_of_the_docstring_passes_every_argument(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It runs but for Ray, whose part is to make the actor of these arguments."""
+    program = (ray_adapter.__doc__ or "").split("\n\n")[2]
+    given = {"id": np.array([4])}
+
+    class Rows:
+        def map_batches(self, actor: Any, fn_constructor_args: Any, **options: Any) -> Rows:
+            inspect.signature(ray.data.Dataset.map_batches).bind(self, actor, **options)
+            self.done = actor(*fn_constructor_args)(given).to_pylist()
+            return self
+
+        def write_parquet(self, path: str) -> None:
+            inspect.signature(ray.data.Dataset.write_parquet).bind(self, path)
+
+    rows = Rows()
+    monkeypatch.setattr(ray.data, "read_parquet", lambda path: rows)
+    own = setup()._replace(choose=lambda block: choose({"n": block["id"]}))
+    names = {"ray": ray, "unfinished": unfinished, "AdaptRows": AdaptRows, "prompts": "prompts"}
+    exec(inspect.cleandoc(program), names | {"setup": lambda: own})
+    assert [(row["id"], row["error"]) for row in rows.done] == [(4, None)]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from .._checks import check_choice
 from ..finetune import TestTimeFinetuner
 from ..language_model.interface import IGNORED, without_cache
 from ..optim import Adam
+from ._arguments import integer
 
 METHODS = ("standard", "gradient_refresh", "sift_global_refresh", "sift_consecutive_refresh")
 
@@ -44,16 +44,19 @@ def finetune_with_approach(
 
     Returns a dict of finetune_steps, finetune_seconds (device work included), finetune_approach,
     finetune_unique_texts (groups) and finetune_total_texts.
-    Raises ValueError for another method, or a text of less than two tokens.
+    Raises ValueError for another method, a batch_size below 1, a max_length below 2, or a text of
+    less than two tokens.
     """
     config = approach_config or {}
     method = config.get("method", "standard")
     check_choice("approach_config['method']", method, METHODS)
     interval = max(1, int(config.get("refresh_interval", 2)))
+    batch_size = integer("batch_size", batch_size, 1)
+    max_length = integer("max_length", max_length, 2)
     groups: list[tuple[list[str], int]]  # texts of a batch, updates to make with it
     if method == "standard":
-        size = operator.index(batch_size)
-        groups = [(list(texts[i : i + size]), 1) for i in range(0, len(texts), size)]
+        starts = range(0, len(texts), batch_size)
+        groups = [(list(texts[i : i + batch_size]), 1) for i in starts]
         unique = len(set(texts))
     else:
         runs = method == "sift_consecutive_refresh"
@@ -67,7 +70,7 @@ def finetune_with_approach(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device).eval()
     start = time.perf_counter()
-    _finetune_in_place(model, tokenizer, groups, interval, int(max_length), float(lr), device)
+    _finetune_in_place(model, tokenizer, groups, interval, max_length, float(lr), device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return {

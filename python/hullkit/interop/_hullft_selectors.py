@@ -7,7 +7,6 @@ float64; what follows is float64.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._checks import check_int
 from ..selection import frank_wolfe, knn, sift
 from ..selection._arrays import tensor_of, to_numpy
+from ._arguments import floating, integer
 from .activeft import sift_values
 
 Array = NDArray[Any]
@@ -42,7 +41,7 @@ class KNNSelector:
         """
         pool = floating("embeddings", embeddings)
         query = _mean("query_embedding", query_embedding, pool)
-        n_points = check_int("n_points", operator.index(n_points), 1, len(pool))
+        n_points = integer("n_points", n_points, 1, len(pool))
         if not self.use_faiss:
             pool, query = (torch.nn.functional.normalize(rows, dim=-1) for rows in (pool, query))
         result = knn(pool, query, n_points)
@@ -70,7 +69,7 @@ class SIFTSelector:
         pool = floating("embeddings", embeddings)
         rows = np.atleast_2d(to_numpy("query_embedding", query_embedding))
         queries = tensor_of("query_embedding", rows).to(pool.dtype)[None]
-        n_points = check_int("n_points", operator.index(n_points), 1)
+        n_points = integer("n_points", n_points, 1)
         result = sift(pool, queries, n_points, noise=self.llambda)
         values = sift_values(result.variance.numpy(), queries.numpy(), self.fast)
         return result.order[0].numpy(), values[0]
@@ -98,9 +97,10 @@ class FWSelector:
         """The support by falling weight, at most n_points: indices int64, weights float64.
 
         embeddings (n, d); query_embedding (d,), or (k, d), of which the mean is taken.
+        Raises ValueError for n_points below 0.
         """
         pool = floating("embeddings", embeddings)
-        n_points = operator.index(n_points)
+        n_points = integer("n_points", n_points, 0)
         result = frank_wolfe(
             pool,
             _mean("query_embedding", query_embedding, pool),
@@ -111,14 +111,6 @@ class FWSelector:
         )
         size = min(int(result.support_size), n_points)
         return result.indices.numpy()[:size], result.weights.numpy()[:size]
-
-
-def floating(name: str, array: Any) -> Tensor:
-    """A float32 or float64 tensor, whichever holds the array's values."""
-    array = to_numpy(name, array)
-    if array.dtype not in (np.float32, np.float64):
-        array = array.astype(np.result_type(array.dtype, np.float32))
-    return tensor_of(name, array)
 
 
 def _mean(name: str, array: Any, pool: Tensor) -> Tensor:

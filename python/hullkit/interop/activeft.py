@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..selection import sift
 from ..selection._arrays import to_numpy
+from ._arguments import integer
 
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -95,23 +96,33 @@ class Retriever:
 
         Args:
             queries: `(B, m, d)`, prompts of m embeddings each, whose variances are summed.
-            N: choices of a prompt. K: candidates of a prompt, the nearest of the mean query; None
-                for the whole index.
+            N: choices of a prompt, at least 1. K: candidates of a prompt, the nearest of the mean
+                query, at least 1; None for the whole index.
             mean_pooling: choose for the mean of a prompt's embeddings.
-            threads: faiss's; hullkit runs on `torch.get_num_threads()`.
+            threads: faiss's in this call; hullkit runs on `torch.get_num_threads()`.
         Returns:
             values `(B, N)` float32, minus the variance after each choice; indices `(B, N)` int64 in
             the index; embeddings `(B, N, d)` float32; seconds spent in faiss and on the choice.
+        Raises:
+            TypeError, ValueError: the argument, what was expected and what came; an empty index.
         """
         import faiss
 
         queries = to_numpy("queries", queries, np.float32)
         if queries.ndim != 3 or queries.shape[2] != self.index.d:
             raise ValueError(f"queries: expected shape (B, m, {self.index.d}), got {queries.shape}")
+        N, threads = integer("N", N, 1), integer("threads", threads, 1)
+        if self.index.ntotal == 0:
+            raise ValueError("index: expected at least one vector, got none")
+        K = self.index.ntotal if K is None else integer("K", K, 1)
         means = queries.mean(axis=1)
         start = time.perf_counter()
+        before = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(threads)
-        products, indices, pool, rows = self._candidates(means, K or self.index.ntotal, faiss)
+        try:
+            products, indices, pool, rows = self._candidates(means, K, faiss)
+        finally:
+            faiss.omp_set_num_threads(before)
         found = time.perf_counter()
         if self.only_faiss:
             embeddings = pool[rows[:, :N]]

@@ -21,7 +21,8 @@ from torch import Tensor
 from .._checks import check_int
 from ..selection import Multiset
 from ..selection import select as select_rows
-from ..selection._arrays import is_array, tensor_of, to_numpy
+from ..selection._arrays import is_array, tensor_of
+from ._arguments import floating
 
 
 def search(
@@ -32,7 +33,7 @@ def search(
     Args:
         index: any faiss index. Without `embeddings` it must be able to reconstruct its vectors, as
             flat, IVF and HNSW indices do; quantized ones reconstruct approximations.
-        query: `(B, d)` or `(d,)`, float32 for faiss.
+        query: `(B, d)` or `(d,)`, an array or a tensor on the CPU; faiss gets it in float32.
         num_candidates: n >= 1, the most for one prompt.
         embeddings: `(M, d)`, the vector of each id of the index: an array or tensor, also one that
             lies on disk. None for the vectors of the index.
@@ -42,7 +43,7 @@ def search(
         in place, and rows are ids. Otherwise the pool has the candidates of this call alone.
     Raises:
         TypeError, ValueError: the argument, what was expected and what came; a query with NaN or
-            infinity, which faiss would take.
+            infinity, which faiss would take; ids of the index that are no rows of `embeddings`.
 
     >>> import faiss, numpy as np
     >>> from hullkit.interop.faiss import search
@@ -53,12 +54,28 @@ def search(
 
     Cost: faiss's search, and n rows of d numbers for each prompt.
     """
-    num_candidates = check_int("num_candidates", num_candidates, 1)
-    queries = np.atleast_2d(to_numpy("query", query, np.float32))
-    if queries.ndim != 2 or queries.shape[1] != index.d:
-        raise ValueError(f"query: expected shape (B, {index.d}), got {queries.shape}")
-    if not np.isfinite(queries).all():
+    return _found(index, _prompts(index, query), num_candidates, embeddings)
+
+
+def _prompts(index: Any, query: Any) -> Tensor:
+    """The query (B, d) in float32 or float64, whichever holds its values."""
+    if isinstance(query, Tensor):
+        query = query.detach()
+        # NumPy has no bfloat16.
+        query = query.float() if query.dtype is torch.bfloat16 else query
+    prompts: Tensor = torch.atleast_2d(floating("query", query))
+    if prompts.ndim != 2 or prompts.shape[1] != index.d:
+        raise ValueError(f"query: expected shape (B, {index.d}), got {tuple(prompts.shape)}")
+    if not prompts.to(torch.float32).isfinite().all():
         raise ValueError("query: expected finite numbers, got NaN or infinity")
+    return prompts
+
+
+def _found(
+    index: Any, prompts: Tensor, num_candidates: int, embeddings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_candidates = check_int("num_candidates", num_candidates, 1)
+    queries = prompts.to(torch.float32).numpy()
     if embeddings is None:
         _, ids, vectors = index.search_and_reconstruct(queries, num_candidates)
         rows = np.where(ids < 0, -1, np.arange(ids.size).reshape(ids.shape))
@@ -72,6 +89,12 @@ def search(
         expected, got = (index.ntotal, index.d), tuple(pool.shape)
         raise ValueError(f"embeddings: expected shape {expected}, as the index, got {got}")
     ids = torch.from_numpy(index.search(queries, num_candidates)[1])
+    strange = ids[(ids < -1) | (ids >= len(pool))]  # an index may have ids of its own
+    if len(strange):
+        raise ValueError(
+            f"embeddings: expected a row for each id of the index, got {len(pool)} rows and the "
+            f"id {int(strange[0])}"
+        )
     return ids, pool, ids
 
 
@@ -111,8 +134,9 @@ def select(
     for name in ("lengths", "candidates"):
         if name in options:
             raise TypeError(f"{name}: the index says which candidates there are")
-    ids, pool, rows = search(index, query, num_candidates, embeddings=embeddings)
-    vectors = torch.atleast_2d(torch.as_tensor(query)).to(pool.dtype)
+    prompts = _prompts(index, query)
+    ids, pool, rows = _found(index, prompts, num_candidates, embeddings)
+    vectors = prompts.to(pool.dtype)
     if device is not None and torch.device(device) != pool.device:
         pool, rows = _gathered(pool, rows)
         pool, rows, vectors = (part.to(device) for part in (pool, rows, vectors))

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from ..selection import apportion, round_multiplicities
 from ..selection._arrays import tensor_of, to_numpy
+from ._arguments import floating, integer
 from ._hullft_finetune import finetune_on_texts, finetune_with_approach, release
-from ._hullft_selectors import FWSelector, KNNSelector, SIFTSelector, floating
+from ._hullft_selectors import FWSelector, KNNSelector, SIFTSelector
 from ._patching import PackagePatch
 
 __all__ = [
@@ -81,9 +82,17 @@ def pad_by_weights_deterministic(
     """`n_select` indices, each as often as :func:`hullkit.apportion` says, and their own weights.
 
     With n_select indices or more: the first n_select of them and of the weights, as they are.
+    Raises ValueError for n_select below 0, and for weights that are not finite or too few.
     """
     indices, weights = to_numpy("indices", indices), to_numpy("weights", weights, np.float64)
-    n_select = operator.index(n_select)
+    n_select = integer("n_select", n_select, 0)
+    if indices.ndim != 1 or weights.shape != indices.shape:
+        raise ValueError(
+            "weights: expected one for each index, "
+            f"got shape {weights.shape} for indices of shape {indices.shape}"
+        )
+    if not np.isfinite(weights).all():
+        raise ValueError("weights: expected finite numbers, got NaN or infinity")
     if not 0 < len(indices) < n_select:
         return indices[:n_select].copy(), weights[:n_select].copy()
     weights = np.maximum(weights, 0.0)

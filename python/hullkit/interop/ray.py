@@ -4,9 +4,11 @@
 A dataset of prompts goes through `map_batches` with :class:`AdaptRows`, one actor a device, and its
 rows are written to parquet as blocks are done:
 
-    rows = unfinished(ray.data.read_parquet(prompts), "out")
-    rows.map_batches(AdaptRows, fn_constructor_args=[setup], concurrency=2, batch_size=8,
+    rows = unfinished(ray.data.read_parquet(prompts), "out", key="id")
+    rows.map_batches(AdaptRows, fn_constructor_args=[setup, ["id"]], concurrency=2, batch_size=8,
                      num_gpus=1).write_parquet("out")
+
+Here the column `id` names a prompt.
 
 Ray starts an actor anew if its process dies, and gives its block to it again: no row is lost or
 comes twice. A run that was killed goes on where it stopped: `unfinished` leaves out rows that are
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -30,6 +33,7 @@ from ..finetune import TestTimeFinetuner
 
 Block = dict[str, NDArray[Any]]
 Choice = tuple[Sequence[Any], Sequence[int]]
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # of the actor, not of a row
 
 
 class Setup(NamedTuple):
@@ -97,6 +101,8 @@ class AdaptRows:
         """Each row's examples and counts, or why there are none."""
         try:
             chosen = list(self._setup.choose(block))
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:
             if count == 1:
                 return [(None, error)]
@@ -119,7 +125,7 @@ class AdaptRows:
                 assert report is not None
                 reported = {"num_updates": report.num_updates, "num_passes": report.num_passes}
                 return result | reported | used
-            except MemoryError:
+            except OUT_OF_MEMORY:
                 raise
             except Exception as raised:
                 error = raised

@@ -177,7 +177,7 @@ class PromptBatch:
 
         Args:
             queries: :class:`Query`, or tuples `(examples, counts, then)`.
-            progress: whether tqdm shows a bar.
+            progress: whether tqdm, which must be installed, shows a bar.
 
         Returns:
             An iterator of :class:`Answer`. Slots are fresh when it ends or is closed.

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments as other people's code passes them: arrays of any dtype, integers of NumPy."""
+
+from __future__ import annotations
+
+import operator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .._checks import check_int
+from ..selection._arrays import tensor_of, to_numpy
+
+
+def floating(name: str, array: Any) -> Tensor:
+    """A float32 or float64 tensor, whichever holds the array's values."""
+    array = to_numpy(name, array)
+    if array.dtype not in (np.float32, np.float64):
+        array = array.astype(np.result_type(array.dtype, np.float32))
+    return tensor_of(name, array)
+
+
+def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """`check_int` for whatever is an integer to Python, NumPy's too."""
+    with suppress(TypeError):
+        value = operator.index(value)
+    checked: int = check_int(name, value, minimum, maximum)
+    return checked
