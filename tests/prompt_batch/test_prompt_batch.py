@@ -135,6 +135,18 @@ def test_a_closed_stream_leaves_fresh_slots() -> None:
         torch.testing.assert_close(batch(ids), model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def is_fresh(batch: hullkit.PromptBatch, slot: int) -> bool:
+    return not any(b.any() for _, b in batch._factors.of_slot(slot).values())  # B begins with 0
+
+
+def test_slot_k_is_of_query_k_beside_bad_ones() -> None:
+    bad: Any = ([text(5, 0) + VOCABULARY], [1])
+    batch = batch_of(llama().to(DEVICE), 3)
+    answers = batch.adapt_([bad, query(0), bad])
+    assert [a.error is None for a in answers] == [False, True, False]
+    assert [is_fresh(batch, k) for k in range(3)] == [True, False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_learn_too(dtype: torch.dtype) -> None:
     wanted = [a.losses for a in batch_of(llama().to(DEVICE), 2).map([query(0), query(1)])]

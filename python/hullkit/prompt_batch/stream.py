@@ -102,12 +102,14 @@ class Stream:
                 return
             index, query = entry
             self._read = index + 1
+            slot = self._free.pop()
             try:
                 run = self._checked(index, query)
             except (TypeError, ValueError) as error:
                 self._answers[index] = Answer(index, None, (), error)
+                if not self._keep:  # a kept slot k is of query k, bad ones too
+                    self._free.append(slot)
                 continue
-            slot = self._free.pop()
             self._batch.start(slot, run)
             self._runs[slot] = run
 
