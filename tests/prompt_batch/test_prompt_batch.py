@@ -147,6 +147,19 @@ def test_slot_k_is_of_query_k_beside_bad_ones() -> None:
     assert [is_fresh(batch, k) for k in range(3)] == [True, False, True]
 
 
+def test_slots_without_a_query_are_fresh() -> None:
+    batch = batch_of(llama().to(DEVICE), 2)
+    batch.adapt_([query(0), query(1)])
+    batch.adapt_([query(0)])
+    assert [is_fresh(batch, k) for k in range(2)] == [False, True]
+    batch.adapt_([query(0), query(1)])
+    next(batch.map([query(0)]))
+    assert [is_fresh(batch, k) for k in range(2)] == [True, True]
+    batch.adapt_([query(0), query(1)])
+    batch.adapt_([])
+    assert [is_fresh(batch, k) for k in range(2)] == [True, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_learn_too(dtype: torch.dtype) -> None:
     wanted = [a.losses for a in batch_of(llama().to(DEVICE), 2).map([query(0), query(1)])]

@@ -221,6 +221,11 @@ class PromptBatch:
 
     # What a stream needs.
 
+    def begin(self) -> None:
+        """Makes all slots fresh, whatever an earlier `adapt_` has left in them."""
+        for slot in range(self.slots):
+            self.reset(slot)
+
     def start(self, slot: int, run: Run) -> None:
         seed = self.seed if run.query.seed is None else run.query.seed
         self._factors.reset_(slot, seed)

@@ -82,6 +82,7 @@ class Stream:
         self._ended = False
 
     def __iter__(self) -> Iterator[Answer]:
+        self._batch.begin()
         due = 0
         while True:
             self._fill(due)
