@@ -90,6 +90,11 @@ def test_neighbours_change_a_result_by_rounding_alone() -> None:
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
+class Unreadable(list[torch.Tensor]):
+    def __iter__(self) -> Any:
+        raise OSError("disk")
+
+
 def test_bad_queries_become_their_own_errors() -> None:
     def raises(model: nn.Module) -> float:
         raise KeyError("mine")
@@ -106,9 +111,10 @@ def test_bad_queries_become_their_own_errors() -> None:
         10: (([ids], [1], Score(ids + VOCABULARY)), ValueError, "ids: expected ids in"),
         11: (([ids], [1], Generate(-ids)), ValueError, "ids: expected ids in"),
         9: ("text", TypeError, "Query"),
+        12: ((Unreadable([ids]), [1]), OSError, "disk"),
     }
     rest = iter(good)
-    mixed = [bad[i][0] if i in bad else next(rest) for i in range(12)]
+    mixed = [bad[i][0] if i in bad else next(rest) for i in range(13)]
     batch = batch_of(llama().to(DEVICE), 3)
     wanted = iter([a.value for a in batch.map(good)])
     for answer in batch.map(mixed):

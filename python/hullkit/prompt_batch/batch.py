@@ -171,9 +171,9 @@ class PromptBatch:
         """The answers of queries, in order, while later queries are under way.
 
         A slot that has finished takes the next query. At most 4 K queries are read ahead of the
-        answer that is due. A query that fails (a bad id, an empty or too long example, a loss or
-        gradient that is not finite, an exception of its `then`) has the exception in its answer,
-        and touches no other.
+        answer that is due. A query that fails (a bad id, an empty or too long example, examples
+        that raise, a loss or gradient that is not finite, an exception of its `then`) has the
+        exception in its answer, and touches no other.
 
         Args:
             queries: :class:`Query`, or tuples `(examples, counts, then)`.
@@ -185,6 +185,7 @@ class PromptBatch:
         Raises:
             RuntimeError: another `map` or `adapt_` of this batch is under way.
             ValueError: rows of a batch change each other in this model.
+            What the model raises in a pass, but for a lack of memory: it ends the `map`.
         """
         answers = self._answers(queries, keep=False)
         if not progress:

@@ -106,7 +106,7 @@ class Stream:
             slot = self._free.pop()
             try:
                 run = self._checked(index, query)
-            except (TypeError, ValueError) as error:
+            except Exception as error:  # also of a sequence that reads its examples
                 self._answers[index] = Answer(index, None, (), error)
                 if not self._keep:  # a kept slot k is of query k, bad ones too
                     self._free.append(slot)
