@@ -255,6 +255,18 @@ def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
         hullkit.PromptBatch(llama(), **options)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # by peft
+def test_layers_of_an_adapter_are_refused() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(llama(), config)
+    for target in ("all-linear", ["lora_A.default"], ["base_layer"]):
+        with pytest.raises(ValueError, match="expected a model without adapters, got 'base_model"):
+            batch_of(adapted, 1, target=target)
+    assert batch_of(adapted, 1, target=["up_proj"]).slots == 1  # others may have one
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_captured_passes_give_what_eager_ones_give(dtype: torch.dtype) -> None:

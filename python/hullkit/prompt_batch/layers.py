@@ -19,6 +19,7 @@ from ..language_model.products import SharedInput, SharedInputs, add_product, pr
 from .quantized import EIGHT_BITS, FOUR_BITS, check_quantized, product_of, weight_of
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
+_OF_ADAPTERS = ("base_layer", "lora_A")  # PEFT's names of what its layers consist of
 
 
 class Layer:
@@ -77,13 +78,17 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     ends = None if isinstance(target, str) else tuple(target)
-    found = []
-    for name, module in model.named_modules():
+    found, adapted = [], []
+    for name, module in model.named_modules():  # a module before those within it
+        if not module._modules.keys().isdisjoint(_OF_ADAPTERS):
+            adapted.append(f"{name}.")
         kind = _kind(module)
         if not (isinstance(module, nn.Linear) or kind == _CONV1D) or module is head:
             continue
         if ends is not None and not any(re.search(rf"(^|\.){re.escape(e)}$", name) for e in ends):
             continue
+        if name.startswith(tuple(adapted)):
+            raise ValueError(f"model: expected a model without adapters, got {name!r}")
         if type(module) is not nn.Linear and kind not in (_CONV1D, EIGHT_BITS, FOUR_BITS):
             raise ValueError(
                 "model: expected linear layers of torch.nn.Linear, transformers' Conv1D, or "
