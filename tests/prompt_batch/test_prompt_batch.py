@@ -174,6 +174,26 @@ def test_halves_learn_too(dtype: torch.dtype) -> None:
         assert one == pytest.approx(other, rel=0.02)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"])
+def test_torchs_defaults_change_nothing(default: Any) -> None:
+    layers = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8), nn.Linear(8, VOCABULARY)
+    model, queries = nn.Sequential(*layers).to(DEVICE), [query(0), query(1)]
+    wanted = [a.losses for a in batch_of(model, 2).map(queries)]
+    dtype = torch.get_default_dtype()
+    try:
+        if default == "meta":
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        batch = batch_of(model, 2)
+        answers = [*batch.map(queries)]
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+    assert [a.error for a in answers] == [None, None]
+    assert [a.losses for a in answers] == wanted
+
+
 def factors_of(backend: str | None) -> SlotFactors:
     layers = [Layer("0", nn.Linear(5, 9).to(DEVICE)), Layer("1", nn.Linear(600, 3).to(DEVICE))]
     factors = SlotFactors(

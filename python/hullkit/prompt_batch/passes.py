@@ -55,7 +55,7 @@ class SlotPasses:
         self._scale = scale
         self.capacity = capacity
         self._device = factors.params.device
-        self._anchor = torch.zeros((), device=self._device, requires_grad=True)
+        self._anchor = torch.zeros((), dtype=torch.float32, device=self._device, requires_grad=True)
         self._options = without_cache(model)
         self._capture = capture
         self._graphs: OrderedDict[int, _Graph] = OrderedDict()

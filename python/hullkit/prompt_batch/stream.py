@@ -165,7 +165,7 @@ class Stream:
         """One pass; whether there was memory for it. A single text without is an error of its
         query."""
         length = max(self._padded(run) for run in group if run is not None)
-        tokens = torch.zeros(2, len(group), length, dtype=torch.int64)
+        tokens = torch.zeros(2, len(group), length, dtype=torch.int64, device="cpu")
         tokens[1] = IGNORED
         for row, run in zip(tokens.unbind(1), group, strict=True):
             if run is not None:
