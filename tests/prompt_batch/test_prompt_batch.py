@@ -287,6 +287,50 @@ def test_layers_of_an_adapter_are_refused() -> None:
     assert batch_of(adapted, 1, target=["up_proj"]).slots == 1  # others may have one
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_weights_that_changed_are_read_anew(inference: bool) -> None:
+    """Also by `.data`, which moves no version, and by copies that were made in inference mode."""
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 1, precision="bf16", capture=False)
+    ids = text(9, 0).to(DEVICE)[None]
+    with torch.inference_mode(inference):
+        batch(ids)
+    for of_map in (False, True):
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)
+        other = batch_of(model, 1, precision="bf16", capture=False)
+        if of_map:
+            answers, wanted = batch.adapt_([query(0)]), other.adapt_([query(0)])
+            assert answers == wanted
+        else:
+            assert torch.equal(batch(ids), other(ids))
+
+
+def test_graphs_of_other_tensors_are_dropped() -> None:
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 1)
+    batch.begin()
+    known: Any = batch._passes._graphs
+    known[32] = None
+    batch.begin()
+    assert known
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    batch.begin()
+    assert not known
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("assign", [False, True])
+def test_captured_passes_read_weights_that_were_loaded(assign: bool) -> None:
+    model = llama().to("cuda")
+    batch = batch_of(model, 2, precision="bf16", capture=True)
+    batch.adapt_([query(0), query(1)])
+    state = {name: 1.5 * tensor for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=assign)
+    wanted = batch_of(model, 2, precision="bf16", capture=True).adapt_([query(0), query(1)])
+    assert batch.adapt_([query(0), query(1)]) == wanted
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_captured_passes_give_what_eager_ones_give(dtype: torch.dtype) -> None:

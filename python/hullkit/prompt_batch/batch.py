@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class PromptBatch:
 
     Args:
         model: a causal language model in memory, float32, bfloat16 or float16, on one device. Its
-            weights are neither trained nor written. Layers may be bitsandbytes' of 8 or 4 bits.
+            weights are neither trained nor written. What you write to them is followed by the next
+            `map`, `adapt_`, call or `slot` block. Layers may be bitsandbytes' of 8 or 4 bits.
         slots: K >= 1, prompts at once. "auto": 64 or the largest power of 2 for which `memory` has
             room, with texts of 512 tokens.
         memory: for slots and passes, a number of bytes or a fraction of what is free now. A pass
@@ -223,7 +224,8 @@ class PromptBatch:
     # What a stream needs.
 
     def begin(self) -> None:
-        """Makes all slots fresh, whatever an earlier `adapt_` has left in them."""
+        """Follows the model, and makes all slots fresh, whatever an `adapt_` has left in them."""
+        self._passes.follow()
         for slot in range(self.slots):
             self.reset(slot)
 
@@ -284,7 +286,10 @@ class PromptBatch:
         return self._using(self._forwards.some(k, 1))
 
     def _using(self, forwards: AbstractContextManager[None]) -> Borrowed:
-        return Borrowed(self.model, self._passes.products(), self._passes.autocast(), forwards)
+        # A stream has refreshed the copies as it began.
+        fresh = nullcontext() if self._busy else self._forwards.refreshed()
+        blocks = (self._passes.products(), self._passes.autocast(), fresh, forwards)
+        return Borrowed(self.model, *blocks)
 
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k."""

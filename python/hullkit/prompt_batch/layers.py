@@ -44,7 +44,7 @@ class Layer:
             self.outputs, self.inputs = module.out_features, module.in_features
         else:
             self.inputs, self.outputs = module.weight.shape
-        self._copy: tuple[Tensor, int, Tensor] | None = None
+        self._copy: Tensor | None = None
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's own product with x (..., I), its bias added, without autograd."""
@@ -54,20 +54,33 @@ class Layer:
         return product(x, rows, self.weight(x.dtype), self.module.bias)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight (I, O) in the dtype of products. A copy is kept: the weight is frozen.
+        """The weight (I, O) in the dtype of products. A copy is kept until `refresh`.
 
         Of a quantised weight there is no copy, which would need the memory that it saves.
         """
         if self.quantized:
             return weight_of(self.module, dtype).t()
-        weight: Tensor = self.module.weight
-        own = weight.detach()
+        own: Tensor = self.module.weight.detach()
         if own.dtype is not dtype:
-            copy = self._copy
-            if copy is None or copy[0] is not weight or copy[1] != weight._version:
-                self._copy = copy = (weight, weight._version, own.to(dtype))
-            own = copy[2]
+            if self._copy is None or self._copy.dtype is not dtype:
+                with torch.inference_mode(False):  # a tensor of that mode could not be refreshed
+                    self._copy = own.to(dtype)
+            own = self._copy
         return own.t() if self.transposed else own
+
+    def refresh(self) -> None:
+        """Gives the copy the weight's present values, in place: graphs read its memory.
+
+        No counter of versions tells when: writes to `.data` move none.
+        """
+        copy = self._copy
+        if copy is None:
+            return
+        own: Tensor = self.module.weight.detach()
+        if own.device == copy.device and own.dtype is not copy.dtype:
+            copy.copy_(own)
+        else:
+            self._copy = None
 
 
 def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
@@ -149,6 +162,13 @@ class SlotForwards:
         self._scale = scale
         self._backend = backend
         self._used: set[str] = set()
+
+    @contextmanager
+    def refreshed(self) -> Iterator[None]:
+        """A block that begins with copies of the weights as they are now."""
+        for layer in self._layers:
+            layer.refresh()
+        yield
 
     @contextmanager
     def some(self, first: int, slots: int) -> Iterator[None]:
