@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +269,12 @@ def test_losses_of_several_sequences_are_those_of_each() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"slots": 0}, "slots"), ({"rank": 0}, "rank"), ({"target": ["nothing"]}, "target"),
-     ({"target": "all"}, "target"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr": -1.0}, "lr")],
+     ({"target": "all"}, "target"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr": -1.0}, "lr"),
+     ({"lr": math.inf}, "lr: expected a number below inf"),
+     ({"eps": math.inf}, "eps: expected a number below inf"),
+     ({"slots": "many"}, "slots: expected an int or 'auto', got 'many'"),
+     ({"target": []}, "target"),
+     ({"target": ["q_proj", "up_prj"]}, "target: expected .*, got none for 'up_prj'")],
 )  # fmt: skip
 def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -329,6 +335,39 @@ def test_captured_passes_read_weights_that_were_loaded(assign: bool) -> None:
     model.load_state_dict(state, assign=assign)
     wanted = batch_of(model, 2, precision="bf16", capture=True).adapt_([query(0), query(1)])
     assert batch.adapt_([query(0), query(1)]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [(lambda batch, ids: batch.slot("0"), TypeError, "k: expected an int, got str"),
+     (lambda batch, ids: batch.slot(True), TypeError, "k: expected an int, got bool"),
+     (lambda batch, ids: batch.slot(2), IndexError, "k: expected a slot in"),
+     (lambda batch, ids: batch.export("0", "."), TypeError, "k: expected an int, got str"),
+     (lambda batch, ids: batch([[1, 2], [1, 2]]), TypeError, "input_ids: expected a torch.Tensor"),
+     (lambda batch, ids: batch(ids.float()), TypeError, "expected dtype torch.int64"),
+     (lambda batch, ids: batch(ids[:1]), ValueError, "input_ids: expected shape"),
+     (lambda batch, ids: batch(ids + VOCABULARY), ValueError, r"input_ids\[0\]: expected ids in"),
+     (lambda batch, ids: batch(ids - VOCABULARY), ValueError, r"input_ids\[0\]: expected ids in"),
+     (lambda batch, ids: batch.generate(ids + VOCABULARY), ValueError, "expected ids in"),
+     (lambda batch, ids: batch.adapt_(5), TypeError, "queries: expected a sequence, got int")],
+)  # fmt: skip
+def test_bad_arguments_are_named(call: Any, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        call(batch_of(llama().to(DEVICE), 2), torch.stack([text(5, 0), text(5, 1)]).to(DEVICE))
+
+
+def test_a_target_is_a_name_or_names() -> None:
+    with pytest.raises(TypeError, match="target: expected 'all-linear' or names, got 5"):
+        batch_of(llama(), 1, target=5)
+    with pytest.raises(TypeError, match=r"target\[0\]: expected a name, got 5"):
+        batch_of(llama(), 1, target=[5])
+
+
+@pytest.mark.parametrize("lr", [math.inf, 10**400])
+def test_a_querys_lr_is_finite(lr: Any) -> None:
+    [answer] = batch_of(llama().to(DEVICE), 1).map([([text(5, 0)], [1], Score(text(5, 0)), lr)])
+    assert answer.value is None
+    assert "lr: expected a number" in str(answer.error)
 
 
 @pytest.mark.gpu

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,11 +85,11 @@ class Layer:
 def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
     """The layers that get factors, checked.
 
-    target: "all-linear", or ends of names. The output head never gets factors.
+    target: "all-linear", or ends of names, each of a layer. The output head never gets factors.
     """
+    ends = _ends(target)
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    ends = None if isinstance(target, str) else tuple(target)
     found, adapted = [], []
     for name, module in model.named_modules():  # a module before those within it
         if not module._modules.keys().isdisjoint(_OF_ADAPTERS):
@@ -98,7 +97,7 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
         kind = _kind(module)
         if not (isinstance(module, nn.Linear) or kind == _CONV1D) or module is head:
             continue
-        if ends is not None and not any(re.search(rf"(^|\.){re.escape(e)}$", name) for e in ends):
+        if ends is not None and not any(_is_end(end, name) for end in ends):
             continue
         if name.startswith(tuple(adapted)):
             raise ValueError(f"model: expected a model without adapters, got {name!r}")
@@ -112,9 +111,30 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
         if "forward" in module.__dict__:
             raise ValueError(f"model: expected layers with their own forward, got {name!r}")
         found.append(Layer(name, module))
-    if not found:
-        raise ValueError(f"target: expected linear layers in the model, got none for {target!r}")
+    names = [layer.name for layer in found]
+    lacking = [end for end in ends or () if not any(_is_end(end, name) for name in names)]
+    if not found or lacking:
+        of = lacking.pop(0) if lacking else target
+        raise ValueError(f"target: expected linear layers in the model, got none for {of!r}")
     return found
+
+
+def _ends(target: Any) -> tuple[str, ...] | None:
+    """Ends of names; None for all layers."""
+    if isinstance(target, str):
+        if target != "all-linear":
+            raise ValueError(f"target: expected 'all-linear' or names, got {target!r}")
+        return None
+    if not isinstance(target, Collection):
+        raise TypeError(f"target: expected 'all-linear' or names, got {target!r}")
+    for i, end in enumerate(target):
+        if not isinstance(end, str):
+            raise TypeError(f"target[{i}]: expected a name, got {end!r}")
+    return tuple(target)
+
+
+def _is_end(end: str, name: str) -> bool:
+    return f".{name}".endswith(f".{end}")
 
 
 def device_and_dtype(model: nn.Module, layers: list[Layer]) -> tuple[torch.device, torch.dtype]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_int, check_number
+from .._checks import check_finite, check_int
 from ..finetune.padding import bucket
 from ..finetune.schedule import Reuse, reuse_schedule
 from ..language_model.interface import IGNORED, check_labels, check_token_ids, token_limits
@@ -135,7 +135,7 @@ class Stream:
             check_labels(f"examples[{i}]", ids[:, 1:], self._limits)
             texts.append(ids[0].cpu())
         run = Run(index, query, texts, bursts)
-        run.lr = self._batch.lr if query.lr is None else check_number("lr", query.lr, 0.0)
+        run.lr = self._batch.lr if query.lr is None else check_finite("lr", query.lr)
         return run
 
     def _pass(self) -> None:
