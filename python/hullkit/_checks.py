@@ -83,6 +83,14 @@ def check_number(name: str, value: Any, minimum: float) -> float:
         ) from None
 
 
+def check_finite(name: str, value: Any, below: float = float("inf")) -> float:
+    """A number in [0, below)."""
+    number = check_number(name, value, 0.0)
+    if number >= below:
+        raise ValueError(f"{name}: expected a number below {below}, got {number}")
+    return number
+
+
 def check_positive(name: str, value: Any) -> float:
     number = check_number(name, value, 0.0)
     if not 0.0 < number < float("inf"):

@@ -40,10 +40,21 @@ def good(length: int, count: int) -> hullkit.Query:
     return hullkit.Query([IDS[:length], IDS[3:9]], [count, 1], Score(IDS[:12]))
 
 
+class Unreadable(list[Tensor]):
+    """Examples that lie on a disk that fails."""
+
+    def __getitem__(self, place: Any) -> Any:
+        raise OSError("examples")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        raise OSError("examples")
+
+
 # Each is one query's fault.
 BAD: dict[str, Any] = {
     "no query": 5,
     "text": "text",
+    "unreadable": (Unreadable([IDS[:5]]), [1]),
     "no examples": ([], []),
     "no list": (IDS, [1]),
     "id beyond": ([IDS[:5] + VOCABULARY], [1]),

@@ -61,6 +61,14 @@ def test_rows_that_change_each_other_are_refused() -> None:
     ] == [None]
 
 
+def test_a_first_text_of_zeros_hides_nothing() -> None:
+    zeros = torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(ValueError, match="rows of a batch that do not change each other"):
+        next(batch_of(Mixing(0).to(DEVICE), 2, target=["inner"]).map([([zeros], [1])]))
+    batch = batch_of(Mixing(1).to(DEVICE), 2, target=["inner"], capture=False)
+    assert not batch.pads(zeros)
+
+
 def test_a_model_with_a_state_is_padded() -> None:
     torch.manual_seed(0)
     config = MambaConfig(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,11 @@ def test_neighbours_change_a_result_by_rounding_alone() -> None:
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
+class Unreadable(list[torch.Tensor]):
+    def __iter__(self) -> Any:
+        raise OSError("disk")
+
+
 def test_bad_queries_become_their_own_errors() -> None:
     def raises(model: nn.Module) -> float:
         raise KeyError("mine")
@@ -106,9 +112,10 @@ def test_bad_queries_become_their_own_errors() -> None:
         10: (([ids], [1], Score(ids + VOCABULARY)), ValueError, "ids: expected ids in"),
         11: (([ids], [1], Generate(-ids)), ValueError, "ids: expected ids in"),
         9: ("text", TypeError, "Query"),
+        12: ((Unreadable([ids]), [1]), OSError, "disk"),
     }
     rest = iter(good)
-    mixed = [bad[i][0] if i in bad else next(rest) for i in range(12)]
+    mixed = [bad[i][0] if i in bad else next(rest) for i in range(13)]
     batch = batch_of(llama().to(DEVICE), 3)
     wanted = iter([a.value for a in batch.map(good)])
     for answer in batch.map(mixed):
@@ -135,12 +142,57 @@ def test_a_closed_stream_leaves_fresh_slots() -> None:
         torch.testing.assert_close(batch(ids), model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def is_fresh(batch: hullkit.PromptBatch, slot: int) -> bool:
+    return not any(b.any() for _, b in batch._factors.of_slot(slot).values())  # B begins with 0
+
+
+def test_slot_k_is_of_query_k_beside_bad_ones() -> None:
+    bad: Any = ([text(5, 0) + VOCABULARY], [1])
+    batch = batch_of(llama().to(DEVICE), 3)
+    answers = batch.adapt_([bad, query(0), bad])
+    assert [a.error is None for a in answers] == [False, True, False]
+    assert [is_fresh(batch, k) for k in range(3)] == [True, False, True]
+
+
+def test_slots_without_a_query_are_fresh() -> None:
+    batch = batch_of(llama().to(DEVICE), 2)
+    batch.adapt_([query(0), query(1)])
+    batch.adapt_([query(0)])
+    assert [is_fresh(batch, k) for k in range(2)] == [False, True]
+    batch.adapt_([query(0), query(1)])
+    next(batch.map([query(0)]))
+    assert [is_fresh(batch, k) for k in range(2)] == [True, True]
+    batch.adapt_([query(0), query(1)])
+    batch.adapt_([])
+    assert [is_fresh(batch, k) for k in range(2)] == [True, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_learn_too(dtype: torch.dtype) -> None:
     wanted = [a.losses for a in batch_of(llama().to(DEVICE), 2).map([query(0), query(1)])]
     got = [a.losses for a in batch_of(llama().to(DEVICE, dtype), 2).map([query(0), query(1)])]
     for one, other in zip(wanted, got, strict=True):
         assert one == pytest.approx(other, rel=0.02)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"])
+def test_torchs_defaults_change_nothing(default: Any) -> None:
+    layers = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8), nn.Linear(8, VOCABULARY)
+    model, queries = nn.Sequential(*layers).to(DEVICE), [query(0), query(1)]
+    wanted = [a.losses for a in batch_of(model, 2).map(queries)]
+    dtype = torch.get_default_dtype()
+    try:
+        if default == "meta":
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        batch = batch_of(model, 2)
+        answers = [*batch.map(queries)]
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+    assert [a.error for a in answers] == [None, None]
+    assert [a.losses for a in answers] == wanted
 
 
 def factors_of(backend: str | None) -> SlotFactors:
@@ -217,11 +269,105 @@ def test_losses_of_several_sequences_are_those_of_each() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"slots": 0}, "slots"), ({"rank": 0}, "rank"), ({"target": ["nothing"]}, "target"),
-     ({"target": "all"}, "target"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr": -1.0}, "lr")],
+     ({"target": "all"}, "target"), ({"betas": (0.9, 1.0)}, "betas"), ({"lr": -1.0}, "lr"),
+     ({"lr": math.inf}, "lr: expected a number below inf"),
+     ({"eps": math.inf}, "eps: expected a number below inf"),
+     ({"slots": "many"}, "slots: expected an int or 'auto', got 'many'"),
+     ({"target": []}, "target"),
+     ({"target": ["q_proj", "up_prj"]}, "target: expected .*, got none for 'up_prj'")],
 )  # fmt: skip
 def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         hullkit.PromptBatch(llama(), **options)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # by peft
+def test_layers_of_an_adapter_are_refused() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(llama(), config)
+    for target in ("all-linear", ["lora_A.default"], ["base_layer"]):
+        with pytest.raises(ValueError, match="expected a model without adapters, got 'base_model"):
+            batch_of(adapted, 1, target=target)
+    assert batch_of(adapted, 1, target=["up_proj"]).slots == 1  # others may have one
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_weights_that_changed_are_read_anew(inference: bool) -> None:
+    """Also by `.data`, which moves no version, and by copies that were made in inference mode."""
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 1, precision="bf16", capture=False)
+    ids = text(9, 0).to(DEVICE)[None]
+    with torch.inference_mode(inference):
+        batch(ids)
+    for of_map in (False, True):
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)
+        other = batch_of(model, 1, precision="bf16", capture=False)
+        if of_map:
+            answers, wanted = batch.adapt_([query(0)]), other.adapt_([query(0)])
+            assert answers == wanted
+        else:
+            assert torch.equal(batch(ids), other(ids))
+
+
+def test_graphs_of_other_tensors_are_dropped() -> None:
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 1)
+    batch.begin()
+    known: Any = batch._passes._graphs
+    known[32] = None
+    batch.begin()
+    assert known
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    batch.begin()
+    assert not known
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("assign", [False, True])
+def test_captured_passes_read_weights_that_were_loaded(assign: bool) -> None:
+    model = llama().to("cuda")
+    batch = batch_of(model, 2, precision="bf16", capture=True)
+    batch.adapt_([query(0), query(1)])
+    state = {name: 1.5 * tensor for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=assign)
+    wanted = batch_of(model, 2, precision="bf16", capture=True).adapt_([query(0), query(1)])
+    assert batch.adapt_([query(0), query(1)]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [(lambda batch, ids: batch.slot("0"), TypeError, "k: expected an int, got str"),
+     (lambda batch, ids: batch.slot(True), TypeError, "k: expected an int, got bool"),
+     (lambda batch, ids: batch.slot(2), IndexError, "k: expected a slot in"),
+     (lambda batch, ids: batch.export("0", "."), TypeError, "k: expected an int, got str"),
+     (lambda batch, ids: batch([[1, 2], [1, 2]]), TypeError, "input_ids: expected a torch.Tensor"),
+     (lambda batch, ids: batch(ids.float()), TypeError, "expected dtype torch.int64"),
+     (lambda batch, ids: batch(ids[:1]), ValueError, "input_ids: expected shape"),
+     (lambda batch, ids: batch(ids + VOCABULARY), ValueError, r"input_ids\[0\]: expected ids in"),
+     (lambda batch, ids: batch(ids - VOCABULARY), ValueError, r"input_ids\[0\]: expected ids in"),
+     (lambda batch, ids: batch.generate(ids + VOCABULARY), ValueError, "expected ids in"),
+     (lambda batch, ids: batch.adapt_(5), TypeError, "queries: expected a sequence, got int")],
+)  # fmt: skip
+def test_bad_arguments_are_named(call: Any, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        call(batch_of(llama().to(DEVICE), 2), torch.stack([text(5, 0), text(5, 1)]).to(DEVICE))
+
+
+def test_a_target_is_a_name_or_names() -> None:
+    with pytest.raises(TypeError, match="target: expected 'all-linear' or names, got 5"):
+        batch_of(llama(), 1, target=5)
+    with pytest.raises(TypeError, match=r"target\[0\]: expected a name, got 5"):
+        batch_of(llama(), 1, target=[5])
+
+
+@pytest.mark.parametrize("lr", [math.inf, 10**400])
+def test_a_querys_lr_is_finite(lr: Any) -> None:
+    [answer] = batch_of(llama().to(DEVICE), 1).map([([text(5, 0)], [1], Score(text(5, 0)), lr)])
+    assert answer.value is None
+    assert "lr: expected a number" in str(answer.error)
 
 
 @pytest.mark.gpu

@@ -26,6 +26,8 @@ class RecentTensors(Generic[Fact]):
         return entry[2]
 
     def note(self, tensor: Tensor, fact: Fact) -> None:
+        if tensor.is_inference():  # nobody counts its changes
+            return
         self._known[id(tensor)] = (weakref.ref(tensor), tensor._version, fact)
         self._known.move_to_end(id(tensor))
         while len(self._known) > _KEPT:

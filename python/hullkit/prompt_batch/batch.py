@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_int, check_number, check_positive
+from .._checks import check_choice, check_finite, check_int, check_positive, check_tensor
 from ..language_model.interface import (
     check_module,
+    check_token_ids,
     check_trainable,
     logits_of,
     longest_padded,
+    token_limits,
 )
 from ..language_model.loss import PRECISIONS
 from .borrowed import Borrowed
@@ -50,7 +52,8 @@ class PromptBatch:
 
     Args:
         model: a causal language model in memory, float32, bfloat16 or float16, on one device. Its
-            weights are neither trained nor written. Layers may be bitsandbytes' of 8 or 4 bits.
+            weights are neither trained nor written. What you write to them is followed by the next
+            `map`, `adapt_`, call or `slot` block. Layers may be bitsandbytes' of 8 or 4 bits.
         slots: K >= 1, prompts at once. "auto": 64 or the largest power of 2 for which `memory` has
             room, with texts of 512 tokens.
         memory: for slots and passes, a number of bytes or a fraction of what is free now. A pass
@@ -105,25 +108,23 @@ class PromptBatch:
         check_module(model)
         check_trainable(model)
         self.model = model
-        if slots != "auto":
+        if not isinstance(slots, str):
             check_int("slots", slots, 1)
+        elif slots != "auto":
+            raise ValueError(f"slots: expected an int or 'auto', got {slots!r}")
         self.rank = check_int("rank", rank, 1)
         self.alpha = check_positive("alpha", alpha)
         check_choice("rslora", rslora, (True, False))
         self.rslora = rslora
-        self.lr = check_number("lr", lr, 0.0)
+        self.lr = check_finite("lr", lr)
         self.refresh_interval = check_int("refresh_interval", refresh_interval, 1)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(f"betas: expected a pair of numbers, got {betas!r}")
-        for i, beta in enumerate(betas):
-            if check_number(f"betas[{i}]", beta, 0.0) >= 1.0:
-                raise ValueError(f"betas[{i}]: expected a number below 1, got {beta}")
-        check_number("eps", eps, 0.0)
+        first, second = (check_finite(f"betas[{i}]", b, below=1.0) for i, b in enumerate(betas))
+        eps = check_finite("eps", eps)
         check_choice("precision", precision, PRECISIONS)
         check_choice("capture", capture, (None, True, False))
         self.seed = check_int("seed", seed, 0, (1 << 63) - 1)
-        if isinstance(target, str) and target != "all-linear":
-            raise ValueError(f"target: expected 'all-linear' or names, got {target!r}")
         self._layers = chosen_layers(model, target)
         device, dtype = device_and_dtype(model, self._layers)
         half = torch.bfloat16 if precision == "bf16" else dtype
@@ -138,7 +139,7 @@ class PromptBatch:
             self.slots = number
             self._factors = SlotFactors(
                 self._layers, number, rank, device, None if half is torch.float32 else half,
-                (float(betas[0]), float(betas[1])), float(eps), 1.0 / scale, backend,
+                (first, second), eps, 1.0 / scale, backend,
             )  # fmt: skip
             self._passes = SlotPasses(
                 model, self._factors, self._forwards, precision=precision, capture=capture,
@@ -171,9 +172,9 @@ class PromptBatch:
         """The answers of queries, in order, while later queries are under way.
 
         A slot that has finished takes the next query. At most 4 K queries are read ahead of the
-        answer that is due. A query that fails (a bad id, an empty or too long example, a loss or
-        gradient that is not finite, an exception of its `then`) has the exception in its answer,
-        and touches no other.
+        answer that is due. A query that fails (a bad id, an empty or too long example, examples
+        that raise, a loss or gradient that is not finite, an exception of its `then`) has the
+        exception in its answer, and touches no other.
 
         Args:
             queries: :class:`Query`, or tuples `(examples, counts, then)`.
@@ -185,6 +186,7 @@ class PromptBatch:
         Raises:
             RuntimeError: another `map` or `adapt_` of this batch is under way.
             ValueError: rows of a batch change each other in this model.
+            What the model raises in a pass, but for a lack of memory: it ends the `map`.
         """
         answers = self._answers(queries, keep=False)
         if not progress:
@@ -202,8 +204,11 @@ class PromptBatch:
             queries: at most K. Slots without a query, and those of failed ones, are fresh.
 
         Raises:
-            ValueError: more queries than slots. RuntimeError: as `map`.
+            TypeError: queries of which there is no number. ValueError: more than there are slots.
+            RuntimeError: as `map`.
         """
+        if not isinstance(queries, Sequence):
+            raise TypeError(f"queries: expected a sequence, got {type(queries).__name__}")
         if len(queries) > self.slots:
             raise ValueError(f"queries: expected at most {self.slots}, got {len(queries)}")
         return list(self._answers(queries, keep=True))
@@ -220,6 +225,12 @@ class PromptBatch:
             stream.close()
 
     # What a stream needs.
+
+    def begin(self) -> None:
+        """Follows the model, and makes all slots fresh, whatever an `adapt_` has left in them."""
+        self._passes.follow()
+        for slot in range(self.slots):
+            self.reset(slot)
 
     def start(self, slot: int, run: Run) -> None:
         seed = self.seed if run.query.seed is None else run.query.seed
@@ -271,14 +282,16 @@ class PromptBatch:
         """A block in which the model behaves as adapted with slot k, in eval mode. It yields it.
 
         Raises:
-            IndexError: no such slot.
+            TypeError: k is no int. IndexError: no such slot.
         """
-        if not 0 <= k < self.slots:
-            raise IndexError(f"k: expected a slot in [0, {self.slots}), got {k}")
+        self._check_slot(k)
         return self._using(self._forwards.some(k, 1))
 
     def _using(self, forwards: AbstractContextManager[None]) -> Borrowed:
-        return Borrowed(self.model, self._passes.products(), self._passes.autocast(), forwards)
+        # A stream has refreshed the copies as it began.
+        fresh = nullcontext() if self._busy else self._forwards.refreshed()
+        blocks = (self._passes.products(), self._passes.autocast(), fresh, forwards)
+        return Borrowed(self.model, *blocks)
 
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k."""
@@ -293,10 +306,21 @@ class PromptBatch:
             out: Tensor = self.model.generate(input_ids, **options)  # type: ignore[operator]
             return out
 
+    def _check_slot(self, k: int) -> None:
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k: expected an int, got {type(k).__name__} ({k!r})")
+        if not 0 <= k < self.slots:
+            raise IndexError(f"k: expected a slot in [0, {self.slots}), got {k}")
+
     def _check_rows(self, input_ids: Tensor) -> None:
+        """An index outside a table would end the process."""
+        check_tensor("input_ids", input_ids)
         if input_ids.ndim != 2 or len(input_ids) != self.slots:
             got = tuple(input_ids.shape)
             raise ValueError(f"input_ids: expected shape ({self.slots}, T), got {got}")
+        limits = token_limits(self.model)
+        for k, ids in enumerate(input_ids if input_ids.is_meta else input_ids.cpu()):
+            check_token_ids(f"input_ids[{k}]", ids, limits, fewest=1)
 
     def export(self, k: int, directory: str | Path) -> None:
         """Writes slot k as an adapter that `peft.PeftModel.from_pretrained` loads.
@@ -304,10 +328,9 @@ class PromptBatch:
         It takes the extra packages peft and safetensors. The logits are the same but for rounding.
 
         Raises:
-            IndexError: no such slot. ImportError: a package is missing.
+            TypeError: k is no int. IndexError: no such slot. ImportError: a package is missing.
         """
-        if not 0 <= k < self.slots:
-            raise IndexError(f"k: expected a slot in [0, {self.slots}), got {k}")
+        self._check_slot(k)
         write_adapter(
             self._factors.of_slot(k), self._layers, Path(directory), self.rank, self.alpha,
             self.rslora,

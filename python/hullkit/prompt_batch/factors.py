@@ -50,7 +50,7 @@ class SlotFactors:
                 self._blocks.append((size, rank * width))
                 size += -(-slots * rank * width // _ALIGNED) * _ALIGNED
         self.params, self.grads, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(size, device=device) for _ in range(4)
+            torch.zeros(size, dtype=torch.float32, device=device) for _ in range(4)
         )
         self.copies = None if half is None else torch.zeros(size, dtype=half, device=device)
         read = self.params if self.copies is None else self.copies
@@ -86,11 +86,12 @@ class SlotFactors:
         """A slot's fresh factors, block after block."""
         if self._initial is None or self._initial[0] != seed:
             random = torch.Generator().manual_seed(seed)
+            own: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
             parts = []
             for layer in self._layers:
-                a = torch.empty(self._rank, layer.inputs)
+                a = torch.empty(self._rank, layer.inputs, **own)
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5.0), generator=random)
-                parts += [a.flatten(), torch.zeros(self._rank * layer.outputs)]
+                parts += [a.flatten(), torch.zeros(self._rank * layer.outputs, **own)]
             self._initial = (seed, torch.cat(parts).to(self.params.device))
         return self._initial[1]
 
@@ -133,7 +134,7 @@ class SlotFactors:
                 damping = max(self._eps * root, _LEAST if self._eps else 0.0)
                 row += [rate * root / (1.0 - beta1**t), damping]
             rows.append(row)
-        return torch.tensor(rows)
+        return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
     def update_(self, control: Tensor, broken: Tensor) -> None:
         """Adam's updates with the gradients in memory.

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from ..language_model.products import SharedInput, SharedInputs, add_product, pr
 from .quantized import EIGHT_BITS, FOUR_BITS, check_quantized, product_of, weight_of
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
+_OF_ADAPTERS = ("base_layer", "lora_A")  # PEFT's names of what its layers consist of
 
 
 class Layer:
@@ -43,7 +43,7 @@ class Layer:
             self.outputs, self.inputs = module.out_features, module.in_features
         else:
             self.inputs, self.outputs = module.weight.shape
-        self._copy: tuple[Tensor, int, Tensor] | None = None
+        self._copy: Tensor | None = None
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's own product with x (..., I), its bias added, without autograd."""
@@ -53,37 +53,54 @@ class Layer:
         return product(x, rows, self.weight(x.dtype), self.module.bias)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight (I, O) in the dtype of products. A copy is kept: the weight is frozen.
+        """The weight (I, O) in the dtype of products. A copy is kept until `refresh`.
 
         Of a quantised weight there is no copy, which would need the memory that it saves.
         """
         if self.quantized:
             return weight_of(self.module, dtype).t()
-        weight: Tensor = self.module.weight
-        own = weight.detach()
+        own: Tensor = self.module.weight.detach()
         if own.dtype is not dtype:
-            copy = self._copy
-            if copy is None or copy[0] is not weight or copy[1] != weight._version:
-                self._copy = copy = (weight, weight._version, own.to(dtype))
-            own = copy[2]
+            if self._copy is None or self._copy.dtype is not dtype:
+                with torch.inference_mode(False):  # a tensor of that mode could not be refreshed
+                    self._copy = own.to(dtype)
+            own = self._copy
         return own.t() if self.transposed else own
+
+    def refresh(self) -> None:
+        """Gives the copy the weight's present values, in place: graphs read its memory.
+
+        No counter of versions tells when: writes to `.data` move none.
+        """
+        copy = self._copy
+        if copy is None:
+            return
+        own: Tensor = self.module.weight.detach()
+        if own.device == copy.device and own.dtype is not copy.dtype:
+            copy.copy_(own)
+        else:
+            self._copy = None
 
 
 def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
     """The layers that get factors, checked.
 
-    target: "all-linear", or ends of names. The output head never gets factors.
+    target: "all-linear", or ends of names, each of a layer. The output head never gets factors.
     """
+    ends = _ends(target)
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    ends = None if isinstance(target, str) else tuple(target)
-    found = []
-    for name, module in model.named_modules():
+    found, adapted = [], []
+    for name, module in model.named_modules():  # a module before those within it
+        if not module._modules.keys().isdisjoint(_OF_ADAPTERS):
+            adapted.append(f"{name}.")
         kind = _kind(module)
         if not (isinstance(module, nn.Linear) or kind == _CONV1D) or module is head:
             continue
-        if ends is not None and not any(re.search(rf"(^|\.){re.escape(e)}$", name) for e in ends):
+        if ends is not None and not any(_is_end(end, name) for end in ends):
             continue
+        if name.startswith(tuple(adapted)):
+            raise ValueError(f"model: expected a model without adapters, got {name!r}")
         if type(module) is not nn.Linear and kind not in (_CONV1D, EIGHT_BITS, FOUR_BITS):
             raise ValueError(
                 "model: expected linear layers of torch.nn.Linear, transformers' Conv1D, or "
@@ -94,9 +111,30 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
         if "forward" in module.__dict__:
             raise ValueError(f"model: expected layers with their own forward, got {name!r}")
         found.append(Layer(name, module))
-    if not found:
-        raise ValueError(f"target: expected linear layers in the model, got none for {target!r}")
+    names = [layer.name for layer in found]
+    lacking = [end for end in ends or () if not any(_is_end(end, name) for name in names)]
+    if not found or lacking:
+        of = lacking.pop(0) if lacking else target
+        raise ValueError(f"target: expected linear layers in the model, got none for {of!r}")
     return found
+
+
+def _ends(target: Any) -> tuple[str, ...] | None:
+    """Ends of names; None for all layers."""
+    if isinstance(target, str):
+        if target != "all-linear":
+            raise ValueError(f"target: expected 'all-linear' or names, got {target!r}")
+        return None
+    if not isinstance(target, Collection):
+        raise TypeError(f"target: expected 'all-linear' or names, got {target!r}")
+    for i, end in enumerate(target):
+        if not isinstance(end, str):
+            raise TypeError(f"target[{i}]: expected a name, got {end!r}")
+    return tuple(target)
+
+
+def _is_end(end: str, name: str) -> bool:
+    return f".{name}".endswith(f".{end}")
 
 
 def device_and_dtype(model: nn.Module, layers: list[Layer]) -> tuple[torch.device, torch.dtype]:
@@ -144,6 +182,13 @@ class SlotForwards:
         self._scale = scale
         self._backend = backend
         self._used: set[str] = set()
+
+    @contextmanager
+    def refreshed(self) -> Iterator[None]:
+        """A block that begins with copies of the weights as they are now."""
+        for layer in self._layers:
+            layer.refresh()
+        yield
 
     @contextmanager
     def some(self, first: int, slots: int) -> Iterator[None]:

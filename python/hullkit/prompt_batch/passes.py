@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from traceback import clear_frames
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +56,11 @@ class SlotPasses:
         self._scale = scale
         self.capacity = capacity
         self._device = factors.params.device
-        self._anchor = torch.zeros((), device=self._device, requires_grad=True)
+        self._anchor = torch.zeros((), dtype=torch.float32, device=self._device, requires_grad=True)
         self._options = without_cache(model)
         self._capture = capture
         self._graphs: OrderedDict[int, _Graph] = OrderedDict()
+        self._read: list[Any] = []  # the model's tensors when the graphs were recorded
         self._plain = True  # until the forward pass as it is could not be recorded
         self.path = "eager"
         if capture and self._device.type != "cuda":
@@ -193,6 +195,15 @@ class SlotPasses:
         except Exception as error:
             self.memory.renew()
             return None, f"{type(error).__name__}: {error}".partition("\n")[0]
+
+    def follow(self) -> None:
+        """Takes the model as it is now. Graphs of other tensors than its present ones are freed."""
+        with self._forwards.refreshed():
+            own = [*self._model.parameters(), *self._model.buffers()]
+        read = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in own]
+        if self._graphs and read != self._read:
+            self.release()
+        self._read = read
 
     def release(self) -> None:
         """Frees the graphs and their memory."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_int, check_number
+from .._checks import check_finite, check_int
 from ..finetune.padding import bucket
 from ..finetune.schedule import Reuse, reuse_schedule
 from ..language_model.interface import IGNORED, check_labels, check_token_ids, token_limits
@@ -82,6 +82,7 @@ class Stream:
         self._ended = False
 
     def __iter__(self) -> Iterator[Answer]:
+        self._batch.begin()
         due = 0
         while True:
             self._fill(due)
@@ -102,12 +103,14 @@ class Stream:
                 return
             index, query = entry
             self._read = index + 1
+            slot = self._free.pop()
             try:
                 run = self._checked(index, query)
-            except (TypeError, ValueError) as error:
+            except Exception as error:  # also of a sequence that reads its examples
                 self._answers[index] = Answer(index, None, (), error)
+                if not self._keep:  # a kept slot k is of query k, bad ones too
+                    self._free.append(slot)
                 continue
-            slot = self._free.pop()
             self._batch.start(slot, run)
             self._runs[slot] = run
 
@@ -132,7 +135,7 @@ class Stream:
             check_labels(f"examples[{i}]", ids[:, 1:], self._limits)
             texts.append(ids[0].cpu())
         run = Run(index, query, texts, bursts)
-        run.lr = self._batch.lr if query.lr is None else check_number("lr", query.lr, 0.0)
+        run.lr = self._batch.lr if query.lr is None else check_finite("lr", query.lr)
         return run
 
     def _pass(self) -> None:
@@ -162,7 +165,7 @@ class Stream:
         """One pass; whether there was memory for it. A single text without is an error of its
         query."""
         length = max(self._padded(run) for run in group if run is not None)
-        tokens = torch.zeros(2, len(group), length, dtype=torch.int64)
+        tokens = torch.zeros(2, len(group), length, dtype=torch.int64, device="cpu")
         tokens[1] = IGNORED
         for row, run in zip(tokens.unbind(1), group, strict=True):
             if run is not None:
