@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..language_model.loss import CausalLoss, matmul_precision
+from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies, narrowed_tensors
+from ..language_model.product_settings import matmul_precision
 from . import eager_passes
 from .activations import ActivationPlan
 from .base_weights import NotCapturable, Weights, adam_options
