@@ -291,8 +291,11 @@ class TestTimeFinetuner:
 
         Sequences are padded to one of 8 lengths for every doubling, 32 tokens apart up to 512, with
         a tail that is not scored. The loss of a causal model does not see the tail; that is checked
-        once, and if it does, every length has its own graph. At most 32 graphs are kept. A model
-        that was moved, cast or changed is recorded again.
+        once, and if it does, every length has its own graph. At most 32 graphs are kept.
+
+        A model is recorded again once its tensors were moved, cast or replaced, or others of them
+        are trained. A graph does not see what else changes, such as a flag that the forward reads:
+        call :meth:`release` after such a change.
 
         Args:
             lengths: numbers of tokens, each >= 2.
