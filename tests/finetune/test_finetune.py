@@ -201,3 +201,42 @@ def test_in_place_is_undone_if_it_fails(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         TestTimeFinetuner(model, lr=1e-2).adapt_(texts(), COUNTS)
     before.check()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16"},
+        {"fuse": False},
+        {"activations": "recompute"},
+        {"snapshot": "host", "refresh_interval": 1, "lr": 1e-3},
+        {"mode": "accumulate", "betas": [0.5, 0.9], "eps": 1e-3},
+        {"rounding": "nearest"},
+        {"seed": 5},
+    ],
+)
+def test_attributes_are_followed_when_they_are_set(settings: dict[str, Any]) -> None:
+    """The same as a tuner that was made with them, and the former behaviour when set back."""
+    models = [llama().to(torch.bfloat16 if {*settings} & {"rounding", "seed"} else torch.float32)]
+    models += [copy.deepcopy(models[0]) for _ in range(2)]
+    tuner = TestTimeFinetuner(models[0], lr=1e-2)
+    former = {name: getattr(tuner, name) for name in settings}
+    for name, value in settings.items():
+        setattr(tuner, name, value)
+    made = TestTimeFinetuner(models[1], **{"lr": 1e-2, **settings})
+    plain_one = TestTimeFinetuner(models[2], lr=1e-2)
+    found, wanted, other = [], [], []
+    for each, into in ((tuner, found), (made, wanted), (plain_one, other)):
+        with each.adapted(texts(), COUNTS) as adapted:
+            assert each.last_report is not None
+            into += [state(adapted), each.last_report.fused, each.last_report.activations]
+    assert all(torch.equal(found[0][name], wanted[0][name]) for name in wanted[0])
+    assert found[1:] == wanted[1:]
+    if {*settings} & {"fuse", "activations"}:
+        assert found[1:] != other[1:]
+    else:
+        assert not all(torch.equal(found[0][name], other[0][name]) for name in other[0])
+    for name, value in former.items():
+        setattr(tuner, name, value)
+    with tuner.adapted(texts(), COUNTS) as adapted:
+        assert all(torch.equal(t, other[0][name]) for name, t in state(adapted).items())

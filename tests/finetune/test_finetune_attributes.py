@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from typing import Any
 
 import pytest
 import torch
-from _models import VOCABULARY, texts
+from _models import VOCABULARY, Before, texts
 from hullkit.finetune import TestTimeFinetuner
 from hullkit.finetune.snapshot import Attributes
 from torch import Tensor, nn
@@ -185,3 +185,40 @@ def test_a_large_container_of_plain_values_is_one_copy() -> None:
     model.memory.words["0"] = -1
     attributes.restore()
     assert model.memory.words["0"] == 0
+
+
+def test_counters_and_bytes() -> None:
+    model = with_memory()
+    memory = model.memory
+    memory.counts, memory.bytes = Counter("aab"), bytearray(b"abc")
+    memory.inner = [{"counts": Counter(b=1), "bytes": bytearray(4)}]
+    kept = memory.counts, memory.bytes, *memory.inner[0].values()
+    wanted = [copied.copy() for copied in kept]
+    seen = memory.inner[0]["bytes"]
+    with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), [1, 0, 0, 1]), memoryview(seen):
+        memory.counts.update("bcd")
+        memory.bytes.extend(b"more")
+        kept[2].clear()
+        seen[:] = b"1234"
+    assert [*kept] == wanted
+    assert list(memory.counts) == ["a", "b"]
+    assert memory.counts is kept[0]
+    assert memory.bytes is kept[1]
+
+
+def test_bytes_that_cannot_come_back_are_told_once_all_else_is_back() -> None:
+    """A view fixes the length of a bytearray."""
+    model = with_memory()
+    before = Before(model)
+    model.memory.bytes = bytearray(b"abc")
+    before.facts = before.look()
+    views = []
+    with pytest.raises(BufferError), TestTimeFinetuner(model).adapted(texts(), [1, 0, 0, 1]):  # noqa: PT012
+        model.memory.bytes.extend(b"more")
+        model.memory.lists.clear()
+        views.append(memoryview(model.memory.bytes))
+    before.check()
+    assert len(model.memory.lists) == 3
+    views[0].release()
+    with TestTimeFinetuner(model).adapted(texts(), [1, 0, 0, 1]):
+        pass

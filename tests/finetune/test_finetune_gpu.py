@@ -122,6 +122,19 @@ def test_a_changed_model_is_recorded_again() -> None:
     assert all(torch.equal(same[n], base[n]) for n in base)
 
 
+@pytest.mark.parametrize("setting", [("seed", 5), ("rounding", "nearest")])
+def test_graphs_made_for_other_settings_are_recorded_again(setting: tuple[str, Any]) -> None:
+    model = llama().cuda().bfloat16()
+    tuner = TestTimeFinetuner(model, lr=1e-2, capture=True)
+    former = adapted_state(tuner, texts(), COUNTS)
+    setattr(tuner, *setting)
+    found = adapted_state(tuner, texts(), COUNTS)
+    made = TestTimeFinetuner(model, lr=1e-2, capture=True, **dict([setting]))
+    wanted = adapted_state(made, texts(), COUNTS)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not all(torch.equal(found[name], former[name]) for name in former)
+
+
 class Deciding(PlainLM):
     def forward(self, ids: Tensor) -> Tensor:
         out = super().forward(ids)

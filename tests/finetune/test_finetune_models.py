@@ -106,7 +106,7 @@ def test_gradient_checkpointing(build: Any, reentrant: bool) -> None:
 
 def test_gradient_checkpointing_that_cannot_work() -> None:
     model = plain()
-    model.gradient_checkpointing = True  # type: ignore[assignment]
+    model.gradient_checkpointing = True
     with (
         pytest.warns(UserWarning, match="gradient checkpointing has no effect: .* eval mode"),
         TestTimeFinetuner(model).adapted(texts(), COUNTS),
@@ -159,8 +159,9 @@ def refused(model: Any, message: str) -> None:
     """On construction; and by the call, if it has become so since."""
     with pytest.raises(ValueError, match=message):
         TestTimeFinetuner(model)
-    tuner = TestTimeFinetuner(plain())
-    tuner.model = model
+    since = plain()
+    tuner = TestTimeFinetuner(since)
+    since.__class__, since.__dict__ = type(model), vars(model)
     for call in (lambda: tuner.adapted(texts(), COUNTS), lambda: tuner.warmup([3])):
         with pytest.raises(ValueError, match=message):
             call()

@@ -110,6 +110,49 @@ def test_bad_construction(arguments: dict[str, Any], error: type[Exception], mes
         TestTimeFinetuner(**{"model": plain(), **arguments})
 
 
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"lr": "x"}, TypeError, "lr: expected a number, got str"),
+        ({"refresh_interval": 0}, ValueError, "refresh_interval: expected an int >= 1, got 0"),
+        ({"mode": "reus"}, ValueError, "mode: expected one of 'reuse', 'accumulate', got 'reus'"),
+        ({"rounding": "nearst"}, ValueError, "rounding: expected one of .*, got 'nearst'"),
+        ({"betas": [0.9]}, TypeError, r"betas: expected a pair of numbers, got \[0.9\]"),
+        ({"seed": -1}, ValueError, r"seed: expected an int in 0\.\..*, got -1"),
+        (
+            {"compile": True, "activations": "recompute"},
+            ValueError,
+            "activations: expected 'auto' or 'keep' for compile=True, got 'recompute'",
+        ),
+    ],
+)
+def test_bad_attribute(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    """The next query refuses what was set, by its call."""
+    model = plain()
+    before = Before(model)
+    tuner = TestTimeFinetuner(model)
+    former = {name: getattr(tuner, name) for name in settings}
+    for name, value in settings.items():
+        setattr(tuner, name, value)
+    for call in (lambda: tuner.adapted(texts(), COUNTS), lambda: tuner.warmup([3])):
+        with pytest.raises(error, match=message):
+            call()
+    before.check()
+    for name, value in former.items():
+        setattr(tuner, name, value)
+    with tuner.adapted(texts(), COUNTS):
+        pass
+    before.check()
+
+
+def test_another_model_needs_another_tuner() -> None:
+    model = plain()
+    tuner = TestTimeFinetuner(model)
+    with pytest.raises(AttributeError, match="model"):
+        tuner.model = plain()  # type: ignore[misc]
+    assert tuner.model is model
+
+
 IDS = torch.tensor([1, 2, 3])
 
 

@@ -126,6 +126,15 @@ def test_rotary(
     assert_close(found, in_float64(exact, x), 4.0)
 
 
+def test_rotary_is_proven_on_any_default_device() -> None:
+    def own(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x * cos[:, None] + rotate_half(x) * sin[:, None] for x in (q, k))
+
+    x, cos = torch.ones(1, 2, 3, 8, device=DEVICE), torch.ones(1, 3, 8, device=DEVICE)
+    with torch.device("meta"):
+        assert rotary._is_rotary(own, x, cos)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("length", "heads", "shared", "width"), [(1, 1, 1, 8), (63, 2, 2, 32), (130, 6, 2, 24)]

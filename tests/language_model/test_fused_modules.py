@@ -216,3 +216,18 @@ def test_bf16_passes() -> None:
         torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=0)
         for grad, other in zip(grads, wanted_grads, strict=True):
             assert float((grad - other).norm()) <= 0.02 * float(other.norm()) + 1e-6
+
+
+def test_torchs_default_device_does_not_matter() -> None:
+    """Modules are tried on numbers of the CPU's; the same ones are replaced."""
+    found = []
+    for device in ("cpu", "meta"):
+        model = llama().to(DEVICE).eval()
+        with torch.device(device), stand_ins(model) as names:
+            loss, grads = passed(model)
+        found.append((set(names), loss, *grads))
+    (names, *wanted), (other, *results) = found
+    assert names == other
+    for part in ("LlamaMLP", "LlamaRMSNorm"):
+        assert any(name.endswith(f"{part}.forward") for name in names)
+    assert all(map(torch.equal, results, wanted))

@@ -44,6 +44,11 @@ class OneMore(Gated):
         return y
 
 
+class OnePercentMore(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.01 * super().forward(x)
+
+
 class Plus(Gated):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -132,3 +137,15 @@ def test_parts_are_called_as_they_are() -> None:
         found = layer(x)
     assert seen == ["gate"] * 2
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_proof_is_as_sharp_whatever_torchs_default_dtype_is(dtype: torch.dtype) -> None:
+    layer, other = Gated(), OnePercentMore()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert proof(layer) == GatedLayer(*NAMES, "silu")
+        assert proof(other) is None
+    finally:
+        torch.set_default_dtype(default)

@@ -227,3 +227,9 @@ def test_passes_of_adapters_keep_no_keys_and_values() -> None:
         assert without_cache(peft.get_peft_model(model(), lora)) == none
     prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     assert without_cache(peft.get_peft_model(model(), prefix)) == {}
+
+
+def test_the_proof_on_any_default_device() -> None:
+    (layer, _) = layers(adapted())
+    with torch.device("meta"):
+        assert proof(layer) == LowRank("default", 1.5)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..language_model.product_settings import ProductSettings
 from ..native.kernels import WithBlock
 from .base_weights import Weights
 from .report import AdaptReport, Clock
@@ -113,10 +114,10 @@ class Adaptation(WithBlock):
         if self._snapshot is not None:
             self._failure = self._snapshot.restore()
             self._snapshot = None
-        self._settings.put_back()
         for module in self._claimed:
             if _OWNERS.get(module) is self._key:
                 _OWNERS.pop(module, None)
+        self._settings.put_back()
         clock, self._clock = self._clock, None
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -142,7 +143,7 @@ class TorchSettings:
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
-        self._matmul = torch.get_float32_matmul_precision()
+        self._products = ProductSettings.now()
         self._autocast = [
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in ("cpu", "cuda")
@@ -152,7 +153,7 @@ class TorchSettings:
 
     def put_back(self) -> None:
         torch.set_grad_enabled(self._grad)
-        torch.set_float32_matmul_precision(self._matmul)
+        self._products.put_back()
         for device, enabled, dtype in self._autocast:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)

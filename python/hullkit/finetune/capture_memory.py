@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..language_model.loss import CausalLoss, matmul_precision
+from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies
+from ..language_model.product_settings import matmul_precision
 from ..language_model.saved_tensors import Packed, Saved
 from ..native.torch_private import StorageWatch, watch_storage
 from .activations import ActivationPlan, ActivationsTooLarge

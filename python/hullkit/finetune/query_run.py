@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..language_model.loss import CausalLoss, matmul_precision
+from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies, narrowed_tensors
+from ..language_model.product_settings import matmul_precision
 from . import eager_passes
 from .activations import ActivationPlan
 from .base_weights import NotCapturable, Weights, adam_options
@@ -20,24 +20,8 @@ from .padding import Inputs
 from .report import AdaptReport, Clock, PhaseSeconds, peak_memory
 from .rounding import rounding_of
 from .schedule import Reuse
+from .settings import Settings
 from .snapshot import Snapshot
-
-
-class Settings(NamedTuple):
-    """The arguments of `TestTimeFinetuner` that a query reads; they are explained there."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    mode: str
-    precision: str
-    capture: bool | None
-    compile: bool
-    snapshot: str
-    rounding: str
-    seed: int
-    fuse: bool
-    activations: str
 
 
 class ModelPasses:
@@ -45,16 +29,24 @@ class ModelPasses:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
-        self.loss = CausalLoss(model, settings.precision, settings.compile, settings.fuse)
-        self._choice = settings.activations
-        self.activations = ActivationPlan(self._choice)
+        self._made_for = settings
+        self.loss = CausalLoss(model, *settings.of_loss)
+        self.activations = ActivationPlan(settings.activations)
         self.captured: CapturedPasses | None = None
         self._not_capturable: str | None = None  # why, once an attempt has failed
 
     def release(self) -> None:
         """Forgets the graphs, that this model could not be captured, and which passes fitted."""
         self.captured = self._not_capturable = None
-        self.activations = ActivationPlan(self._choice)
+        self.activations = ActivationPlan(self._made_for.activations)
+
+    def follow(self, settings: Settings) -> None:
+        """Makes anew what was made for other settings; a user may set them between two queries."""
+        before, self._made_for = self._made_for, settings
+        if before.of_loss != settings.of_loss:
+            self.loss = CausalLoss(self.model, *settings.of_loss)
+        if before.of_graphs != settings.of_graphs:
+            self.release()
 
     def capture(
         self, parameters: list[nn.Parameter], buffers: list[Tensor], settings: Settings
@@ -130,6 +122,7 @@ class QueryRun:
 
         Nothing of the model is written.
         """
+        self._passes.follow(self._settings)
         self._captured = self._passes.capture(parameters, buffers, self._settings)
         return None if self._captured is None else self._captured.weights
 

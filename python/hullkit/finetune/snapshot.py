@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection
 from operator import is_
 from typing import Any
@@ -83,7 +83,7 @@ class Snapshot:
         for module, training in self._training:
             if module.training != training:
                 module.training = training
-        self._attributes.restore()
+        _twice(failures, self._attributes.restore)
         for tensor, data, geometry, copy in self._tensors:
             _twice(failures, _restore, tensor, data, geometry, copy)
         if self._weights is not None:
@@ -105,6 +105,7 @@ class Attributes:
     def __init__(self, modules: list[nn.Module]) -> None:
         self._modules = [(m.__dict__, m.__dict__.copy()) for m in modules]
         self._containers: dict[int, tuple[Any, Any]] = {}
+        self._bytes: list[tuple[bytearray, bytearray]] = []
         tensors: dict[int, Tensor] = {}
         waiting = [
             value
@@ -121,6 +122,8 @@ class Attributes:
                 self._containers[id(value)] = (value, value.copy())
                 inner = value.values() if isinstance(value, dict) else value
                 waiting += [x for x in inner if type(x) not in _PLAIN]
+            elif kind is bytearray:
+                self._bytes.append((value, value.copy()))
             elif kind is tuple or (isinstance(value, tuple) and hasattr(kind, "_fields")):
                 waiting += [x for x in value if type(x) not in _PLAIN]
         self.tensors = list(tensors.values())
@@ -147,6 +150,10 @@ class Attributes:
             elif not check_like(now, saved):
                 now.clear()
                 now.extend(saved)
+        # Last: a bytearray refuses another length while somebody holds a view of it.
+        for bytes_now, bytes_saved in self._bytes:
+            if bytes_now != bytes_saved:
+                bytes_now[:] = bytes_saved
 
 
 # Attributes that every module has (slots, hooks), and the one that `Module.compile` adds.
@@ -154,7 +161,7 @@ _MODULES_OWN = frozenset(nn.Module().__dict__.keys() - {"_non_persistent_buffers
     "_compiled_call_impl"
 }
 _PLAIN = {int, float, bool, str, type(None), type, frozenset, torch.dtype, torch.device}
-_CONTAINERS = {list, dict, set, OrderedDict, defaultdict, deque}
+_CONTAINERS = {list, dict, set, OrderedDict, defaultdict, Counter, deque}
 
 
 def _put_back(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:

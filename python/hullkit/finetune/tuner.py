@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import MAX_TOTAL, check_choice, check_int, check_number, check_tensor
+from .._checks import MAX_TOTAL, check_int, check_number, check_tensor
 from ..language_model.interface import (
     IGNORED,
     TokenLimits,
@@ -22,13 +21,11 @@ from ..language_model.interface import (
     forward_parameters,
     token_limits,
 )
-from ..language_model.loss import PRECISIONS
-from . import activations as activation_plan
 from .adaptation import Adaptation, is_adapted
-from .query_run import ModelPasses, QueryRun, Settings, trained_parameters
+from .query_run import ModelPasses, QueryRun, trained_parameters
 from .report import AdaptReport
-from .rounding import ROUNDINGS
 from .schedule import reuse_schedule
+from .settings import Settings
 
 
 class TestTimeFinetuner:
@@ -54,6 +51,9 @@ class TestTimeFinetuner:
 
     Equivalent to, in eval mode: for each example, for each of its c updates: `if update % r == 0:
     recompute the gradient`, `optimizer.step()`. `hullkit.reference.finetune` writes it out.
+
+    The arguments are attributes. All but `model` may be set between two queries: the next one
+    checks and follows them, and records its graphs anew where they were made for others.
 
     Args:
         model: a `torch.nn.Module` on one device. The parameters with `requires_grad` are trained:
@@ -126,37 +126,21 @@ class TestTimeFinetuner:
         activations: str = "auto",
     ) -> None:
         check_module(model)
-        self.model = model
-        self.lr = _finite("lr", lr)
-        self.refresh_interval = check_int("refresh_interval", refresh_interval, 1)
-        check_choice("mode", mode, ("reuse", "accumulate"))
+        self._model = model
+        self.lr = lr
+        self.refresh_interval = refresh_interval
         self.mode = mode
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise TypeError(f"betas: expected a pair of numbers, got {betas!r}")
-        first, second = (_finite(f"betas[{i}]", beta, below=1.0) for i, beta in enumerate(betas))
-        self.betas = (first, second)
-        self.eps = _finite("eps", eps)
-        check_choice("precision", precision, PRECISIONS)
-        check_choice("snapshot", snapshot, ("device", "host"))
-        check_choice("rounding", rounding, ROUNDINGS)
-        check_choice("capture", capture, (None, True, False))
-        check_choice("compile", compile, (True, False))
-        check_choice("fuse", fuse, (True, False))
-        check_choice("activations", activations, activation_plan.CHOICES)
+        self.betas = betas
+        self.eps = eps
         self.precision = precision
         self.capture = capture
         self.compile = compile
-        self.fuse = fuse
-        self.activations = activations
         self.snapshot = snapshot
         self.rounding = rounding
-        self.seed = check_int("seed", seed, 0, (1 << 63) - 1)
-        if compile and activations == "recompute":
-            raise ValueError(
-                "activations: expected 'auto' or 'keep' for compile=True, got 'recompute'"
-            )
-        if capture and mode == "accumulate":
-            raise ValueError("capture: expected None or False for mode='accumulate', got True")
+        self.seed = seed
+        self.fuse = fuse
+        self.activations = activations
+        self._settings()
         self.last_report: AdaptReport | None = None
         check_trainable(model)
         trained_parameters(model.parameters())
@@ -181,9 +165,14 @@ class TestTimeFinetuner:
         self.__dict__.update(state)
         self._set_up()
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that is adapted. Another one needs a tuner of its own."""
+        return self._model
+
     def _settings(self) -> Settings:
-        """The attributes as they are now: a user may set them between two queries."""
-        return Settings(**{name: getattr(self, name) for name in Settings._fields})
+        """The attributes as they are now, checked: a user may set them between two queries."""
+        return Settings(**{name: getattr(self, name) for name in Settings._fields}).checked()
 
     def adapted(
         self, examples: Any, counts: Any, *, select_seconds: float | None = None
@@ -231,8 +220,9 @@ class TestTimeFinetuner:
         """
         if isinstance(examples, str) or not isinstance(examples, Sequence):
             raise TypeError(f"examples: expected a list of examples, got {type(examples).__name__}")
+        settings = self._settings()
         # mode="accumulate" makes one burst of an example, whatever its count.
-        interval = self.refresh_interval if self.mode == "reuse" else MAX_TOTAL
+        interval = settings.refresh_interval if settings.mode == "reuse" else MAX_TOTAL
         schedule = reuse_schedule(counts, interval)
         if len(examples) != len(counts):
             raise ValueError(f"examples: expected {len(counts)}, as counts, got {len(examples)}")
@@ -241,7 +231,7 @@ class TestTimeFinetuner:
         inputs = [self._inputs(f"examples[{i}]", e, limits) for i, e in enumerate(examples)]
         if select_seconds is not None:
             select_seconds = check_number("select_seconds", select_seconds, 0.0)
-        run = QueryRun(self._passes, self._settings(), inputs, schedule, select_seconds)
+        run = QueryRun(self._passes, settings, inputs, schedule, select_seconds)
         return Adaptation(self.model, run, self)
 
     def adapt_(
@@ -301,8 +291,11 @@ class TestTimeFinetuner:
 
         Sequences are padded to one of 8 lengths for every doubling, 32 tokens apart up to 512, with
         a tail that is not scored. The loss of a causal model does not see the tail; that is checked
-        once, and if it does, every length has its own graph. At most 32 graphs are kept. A model
-        that was moved, cast or changed is recorded again.
+        once, and if it does, every length has its own graph. At most 32 graphs are kept.
+
+        A model is recorded again once its tensors were moved, cast or replaced, or others of them
+        are trained. A graph does not see what else changes, such as a flag that the forward reads:
+        call :meth:`release` after such a change.
 
         Args:
             lengths: numbers of tokens, each >= 2.
@@ -333,10 +326,3 @@ class TestTimeFinetuner:
         >>> hullkit.TestTimeFinetuner(model).release()
         """
         self._passes.release()
-
-
-def _finite(name: str, value: Any, below: float = math.inf) -> float:
-    number = check_number(name, value, 0.0)
-    if number >= below:
-        raise ValueError(f"{name}: expected a number below {below}, got {number}")
-    return number

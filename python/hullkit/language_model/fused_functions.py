@@ -268,7 +268,7 @@ def proven_activation(module: Any, dtype: torch.dtype, device: torch.device) -> 
 
     It is tried on numbers of both signs, small and large, so that a clip or a scale shows.
     """
-    steps = torch.linspace(-4.0, 4.0, 160, dtype=torch.float64)
+    steps = torch.linspace(-4.0, 4.0, 160, dtype=torch.float64, device="cpu")
     x = torch.cat([steps, 10.0**steps, -(10.0**steps)])[None].to(device, dtype)
     try:
         wanted = trial(module, x)

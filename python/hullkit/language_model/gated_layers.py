@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .fused_functions import ACTIVATIONS
-from .trials import random_linear, trial
+from .trials import column, random_linear, random_tensor, trial
 
 _IN, _INNER = 5, 7  # columns of a proof
+_HALVES = (torch.float16, torch.bfloat16)
 _SIZES = (1e-3, 0.1, 1.0, 1.0, 1.0, 10.0, 1e3)  # of its rows: a clip or a scale shows
 
 
@@ -55,8 +56,8 @@ def proven_gated_layer(module: Any) -> GatedLayer | None:
     first, second = (name for name in linear if name != down)
     if sizes[down] != sizes[first][::-1]:
         return None
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(len(_SIZES), _IN, generator=random) * torch.tensor(_SIZES)[:, None]
+    random = torch.Generator(device="cpu").manual_seed(0)
+    x = random_tensor(random, len(_SIZES), _IN) * column(_SIZES)
     layers = {name: random_linear(_IN, _INNER, random) for name in (first, second)}
     layers[down] = random_linear(_INNER, _IN, random)
     try:
@@ -81,7 +82,7 @@ def _keeps_halves(act: Any) -> bool:
     if next(act.parameters(), None) is not None:
         return False
     try:
-        halves = [torch.zeros(1, 1, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)]
+        halves = [torch.zeros(1, 1, dtype=kind, device="cpu") for kind in _HALVES]
         return all(trial(act, x).dtype is x.dtype for x in halves)
     except Exception:
         return False

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of one example under a causal language model, and the precision of its passes."""
+"""The loss of one example under a causal language model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,26 +14,12 @@ from .cross_entropy import next_token_loss, plain_next_token_loss
 from .fused_modules import stand_ins
 from .interface import device_of, forward_parameters, logits_of, without_cache
 from .pass_copies import PassCopies
+from .product_settings import matmul_precision
 from .recompute import REPLACED, checkpointed_layers, checkpointing
 from .recomputed_layers import recomputing, repeated_layers
 from .saved_tensors import Saved
 
 PRECISIONS = ("float32", "tf32", "bf16")
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Inside the block float32 products are TensorFloat-32 for "tf32", else full float32."""
-    wanted = "high" if precision == "tf32" else "highest"
-    before = torch.get_float32_matmul_precision()
-    if before == wanted:
-        yield
-        return
-    torch.set_float32_matmul_precision(wanted)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class CausalLoss:

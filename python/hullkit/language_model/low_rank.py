@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..optim._tensor_table import uses_triton
 from .products import SharedInput
-from .trials import random_linear, trial
+from .trials import random_linear, random_tensor, trial
 
 _PARTS = ("base_layer", "lora_A", "lora_B")
 _ROWS, _IN, _RANK, _OUT = 4, 6, 3, 5  # of a proof
@@ -47,11 +47,11 @@ def proven_low_rank(module: Any) -> LowRank | None:
             return None
         if any(layer.bias is not None for layer in factors):
             return None
-        random = torch.Generator().manual_seed(0)
+        random = torch.Generator(device="cpu").manual_seed(0)
         sizes = (_IN, _OUT), (_IN, _RANK), (_RANK, _OUT)
         base, a, b = (random_linear(*size, random) for size in sizes)
         parts = (base, nn.ModuleDict({name: a}), nn.ModuleDict({name: b}))
-        x = torch.randn(_ROWS, _IN, generator=random)
+        x = random_tensor(random, _ROWS, _IN)
         got = trial(module, x, dict(zip(_PARTS, parts, strict=True)))
         with torch.no_grad():
             wanted = base(x) + adapter.scale * b(a(x))

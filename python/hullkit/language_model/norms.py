@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .products import SharedInput, column_sums
-from .trials import trial
+from .trials import column, random_tensor, trial
 
 WIDEST = 16384  # columns that a program holds
 _MOST_PROGRAMS = 256  # of the gradient: each has a part of the weight's
@@ -159,9 +159,9 @@ def proven_rms_norm(module: nn.Module, dtype: torch.dtype) -> Norm | None:
     if weight.ndim != 1 or len(weight) > WIDEST or not numbers:
         return None
     generator = torch.Generator(device="cpu").manual_seed(0)
-    noise = torch.randn(1, 12, len(weight), generator=generator)
-    sizes = torch.tensor([1e-4, 3e-3, 0.1, 1.0, 1.0, 30.0] * 2)[:, None]
-    x = (noise * sizes + torch.tensor([0.0, 0.5] * 6)[:, None] * sizes).to(weight.device, dtype)
+    noise = random_tensor(generator, 1, 12, len(weight))
+    sizes = column([1e-4, 3e-3, 0.1, 1.0, 1.0, 30.0] * 2)
+    x = (noise * sizes + column([0.0, 0.5] * 6) * sizes).to(weight.device, dtype)
     try:
         wanted = trial(module, x)
     except Exception:

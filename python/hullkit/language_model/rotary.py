@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .replaced_globals import Replacement
+from .trials import random_tensor
 
 NAME = "apply_rotary_pos_emb"  # of the function in a model's module, for q, k, cos and sin
 _WIDEST = 256  # columns of a head
@@ -92,8 +93,8 @@ def _is_rotary(own: Callable[..., Any], q: Tensor, cos: Tensor) -> bool:
             return False
         generator = torch.Generator(device="cpu").manual_seed(0)
         width = q.shape[3]
-        queries, keys = torch.randn(2, 2, 3, 5, width, generator=generator).to(q.device, q.dtype)
-        tables = torch.randn(2, 2, 5, width, generator=generator).to(q.device, cos.dtype)
+        queries, keys = random_tensor(generator, 2, 2, 3, 5, width).to(q.device, q.dtype)
+        tables = random_tensor(generator, 2, 2, 5, width).to(q.device, cos.dtype)
         with torch.no_grad():
             try:
                 wanted = own(queries, keys, *tables)

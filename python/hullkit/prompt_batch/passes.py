@@ -21,7 +21,7 @@ from ..language_model.experts import without_questions
 from ..language_model.fused_modules import fused_head_weight, stand_ins
 from ..language_model.host_constants import HostConstants
 from ..language_model.interface import logits_of, without_cache
-from ..language_model.loss import matmul_precision
+from ..language_model.product_settings import matmul_precision
 from ..language_model.products import SharedInputs
 from .borrowed import Borrowed
 from .factors import SlotFactors
