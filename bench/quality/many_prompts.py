@@ -15,7 +15,7 @@ alone by torch.optim. Without --texts it takes the standard library's source, an
 the byte-level model in bench/assets.
 
 `last-bit`: the same texts by PEFT's adapter alone, twice: the second time each initial factor is
-the next larger number. No implementation can be closer to another than this is to itself.
+the next larger number. It shows how far training may carry a difference of rounding.
 """
 
 from __future__ import annotations
