@@ -6,7 +6,9 @@
 
 x [K, T, D], y and d [K, T, E], a [K, R, D], b [K, E, R]. Products with the thin side R stay on
 chip. A sum over D or E is split between programs, so that one text keeps a GPU busy; parts
-[K, PARTS, T, R] are in float32 and added up, in order, where they are read. Products take their
+[K, PARTS, T, R] are in float32 and added up in order. Forwards every program that needs a sum adds
+up for itself. Backwards many would do so again and again, so the program that finishes a block's
+last part adds up for all. MOST is 1 where sums have one part, else MOST_PARTS. Products take their
 inputs in HALF and add up in float32.
 """
 
@@ -18,23 +20,25 @@ from .tiles import load_tile, store_tile
 # Blocks of rows of T and of columns of D or E.
 ROWS = 64
 COLUMNS = 128
+MOST_PARTS = 8
 
 
 @triton.jit
-def _sum_of_parts(parts, row, rank_at, rows, rank, count):
-    """[ROWS, R] float32."""
+def _sum_of_parts(parts, row, rank_at, rows, rank, count, MOST: tl.constexpr):
+    """[ROWS, R] float32. All loads begin at once; those of parts beyond `count` read nothing."""
     total = tl.zeros((row.shape[0], rank_at.shape[0]), tl.float32)
-    for part in range(0, count):
-        total += load_tile(parts + part * rows * rank, row, rank_at, rank, rows, rank, tl.float32)
+    for part in tl.static_range(MOST):
+        inside = tl.where(part < count, rank, 0)
+        total += load_tile(parts + part * rows * rank, row, rank_at, rank, rows, inside, tl.float32)
     return total
 
 
 @triton.jit
 def _part(
-    x, factor, out, row, begin, end, rows, columns, rank, x_row, rank_stride, column_stride, scale,
+    x, factor, row, begin, end, rows, columns, rank, x_row, rank_stride, column_stride, scale,
     HALF: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Writes scale * x[:, begin:end] times columns begin:end of a factor [R, D] or [D, R]."""
+    """scale * x[:, begin:end] times columns begin:end of a factor [R, D] or [D, R]; float32."""
     rank_at = tl.arange(0, R)
     total = tl.zeros((row.shape[0], R), tl.float32)
     for start in range(begin, end, COLUMNS):
@@ -43,7 +47,7 @@ def _part(
         mask = (column < columns)[:, None] & (rank_at < rank)[None, :]
         of = factor + column[:, None].to(tl.int64) * column_stride + rank_at[None, :] * rank_stride
         total += tl.dot(values, tl.load(of, mask=mask, other=0.0).to(HALF), input_precision="ieee")
-    store_tile(out, row, rank_at, rank, rows, rank, total * scale)
+    return total * scale
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -55,29 +59,36 @@ def low_rank_inner_kernel(
     slot = tl.program_id(1).to(tl.int64)
     block, part = tl.program_id(0) // count, tl.program_id(0) % count
     row = block * ROWS + tl.arange(0, ROWS)
-    out = parts + (slot * count + part) * rows * rank
-    _part(
-        x + slot * x_slot, a + slot * rank * columns, out, row, part * length,
+    total = _part(
+        x + slot * x_slot, a + slot * rank * columns, row, part * length,
         tl.minimum(part * length + length, columns), rows, columns, rank, x_row, columns, 1, scale,
         HALF, R, COLUMNS,
     )  # fmt: skip
+    out = parts + (slot * count + part) * rows * rank
+    store_tile(out, row, tl.arange(0, R), rank, rows, rank, total)
 
 
 @triton.jit
 def low_rank_add_kernel(
-    y, b, parts, inner, rows, columns, rank, count,
-    HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    y, b, parts, inner, finished, rows, columns, rank, count,
+    HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A program for a block of y [K, T, E]. The first of a row writes inner [K, T, R]."""
+    """A program for a block of y [K, T, E].
+
+    The first of a row writes inner [K, T, R], and 0 to the row's place of finished [K, BLOCKS].
+    """
     slot = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(columns, COLUMNS)
     block, place = tl.program_id(0) // across, tl.program_id(0) % across
     row = block * ROWS + tl.arange(0, ROWS)
     column = place * COLUMNS + tl.arange(0, COLUMNS)
     rank_at = tl.arange(0, R)
-    total = _sum_of_parts(parts + slot * count * rows * rank, row, rank_at, rows, rank, count)
+    parts += slot * count * rows * rank
+    total = _sum_of_parts(parts, row, rank_at, rows, rank, count, MOST)
     if place == 0:
         store_tile(inner + slot * rows * rank, row, rank_at, rank, rows, rank, total)
+        tl.store(finished + slot * tl.cdiv(rows, ROWS) + block, 0)
     thin = load_tile(b + slot * columns * rank, column, rank_at, rank, columns, rank, HALF)
     sums = tl.dot(total.to(HALF), tl.trans(thin), input_precision="ieee")
     y += slot * rows * columns
@@ -87,25 +98,41 @@ def low_rank_add_kernel(
 
 @triton.jit(do_not_specialize=["scale"])
 def low_rank_gradient_b_kernel(
-    d, b, inner, parts, d_b, rows, columns, rank, d_slot, d_row, count, length, scale,
-    OF_B: tl.constexpr,
-    HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    d, b, inner, parts, d_inner, finished, d_b, rows, columns, rank, d_slot, d_row, count, length,
+    scale, OF_B: tl.constexpr,
+    HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The first programs write parts of d_inner, the others blocks of d_b [K, E, R]."""
+    """The first programs write d_inner [K, T, R], the others blocks of d_b [K, E, R].
+
+    finished [K, BLOCKS] int32: 0 before and after. It counts the finished parts of a block of rows.
+    """
     slot = tl.program_id(1).to(tl.int64)
-    first = tl.cdiv(rows, ROWS) * count
+    blocks = tl.cdiv(rows, ROWS)
     rank_at = tl.arange(0, R)
     d += slot * d_slot
-    if tl.program_id(0) < first:
+    if tl.program_id(0) < blocks * count:
         block, part = tl.program_id(0) // count, tl.program_id(0) % count
         row = block * ROWS + tl.arange(0, ROWS)
-        _part(
-            d, b + slot * columns * rank, parts + (slot * count + part) * rows * rank, row,
+        own = _part(
+            d, b + slot * columns * rank, row,
             part * length, tl.minimum(part * length + length, columns), rows, columns, rank,
             d_row, 1, rank, scale, HALF, R, COLUMNS,
         )  # fmt: skip
+        d_inner += slot * rows * rank
+        if MOST == 1:
+            store_tile(d_inner, row, rank_at, rank, rows, rank, own)
+        else:
+            parts += slot * count * rows * rank
+            store_tile(parts + part * rows * rank, row, rank_at, rank, rows, rank, own)
+            of = finished + slot * blocks + block
+            tl.debug_barrier()  # the whole part is written before it is counted
+            if tl.atomic_add(of, 1, sem="acq_rel") == count - 1:
+                whole = _sum_of_parts(parts, row, rank_at, rows, rank, count, MOST)
+                store_tile(d_inner, row, rank_at, rank, rows, rank, whole)
+                tl.store(of, 0)
     elif OF_B:
-        column = (tl.program_id(0) - first) * COLUMNS + tl.arange(0, COLUMNS)
+        column = (tl.program_id(0) - blocks * count) * COLUMNS + tl.arange(0, COLUMNS)
         total = tl.zeros((COLUMNS, R), tl.float32)
         for start in range(0, rows, ROWS):
             row = start + tl.arange(0, ROWS)
@@ -117,7 +144,7 @@ def low_rank_gradient_b_kernel(
 
 @triton.jit
 def low_rank_gradient_a_kernel(
-    x, a, parts, d_a, d_x, rows, columns, rank, x_slot, x_row, count,
+    x, a, d_inner, d_a, d_x, rows, columns, rank, x_slot, x_row,
     OF_A: tl.constexpr, OF_X: tl.constexpr, ADD: tl.constexpr,
     HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +155,7 @@ def low_rank_gradient_a_kernel(
     slot = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(columns, COLUMNS)
     rank_at = tl.arange(0, R)
-    parts += slot * count * rows * rank
+    d_inner += slot * rows * rank
     if tl.program_id(0) < across:
         if OF_A:
             column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -136,14 +163,14 @@ def low_rank_gradient_a_kernel(
             for start in range(0, rows, ROWS):
                 row = start + tl.arange(0, ROWS)
                 values = load_tile(x + slot * x_slot, row, column, x_row, rows, columns, HALF)
-                thin = _sum_of_parts(parts, row, rank_at, rows, rank, count).to(HALF)
+                thin = load_tile(d_inner, row, rank_at, rank, rows, rank, HALF)
                 total += tl.dot(tl.trans(thin), values, input_precision="ieee")
             store_tile(d_a + slot * rank * columns, rank_at, column, columns, rank, columns, total)
     elif OF_X:
         other = tl.program_id(0) - across
         row = (other // across) * ROWS + tl.arange(0, ROWS)
         column = (other % across) * COLUMNS + tl.arange(0, COLUMNS)
-        thin = _sum_of_parts(parts, row, rank_at, rows, rank, count).to(HALF)
+        thin = load_tile(d_inner, row, rank_at, rank, rows, rank, HALF)
         factor = load_tile(a + slot * rank * columns, rank_at, column, columns, rank, columns, HALF)
         sums = tl.dot(thin, factor, input_precision="ieee")
         target = d_x + slot * rows * columns

@@ -114,6 +114,23 @@ def test_the_formula(
         assert float((mine.double() - theirs).abs().max()) <= 8.0 * unit
 
 
+def test_a_second_backward_pass_gives_the_same() -> None:
+    """Kernels count finished parts of a sum, and leave the count at 0."""
+    y, x, a, b = (
+        random(*shape, dtype=torch.float32, seed=seed).requires_grad_()
+        for seed, shape in enumerate([(70, 300), (70, 24), (4, 24), (300, 4)])
+    )
+    result = add_low_rank_(y.clone(), *share(x, torch.float32), a, b, 1.5, "triton")
+    found = []
+    for _ in range(2):
+        x.grad = a.grad = b.grad = None
+        result.backward(torch.ones_like(result), retain_graph=True)
+        found.append([tensor.grad for tensor in (x, a, b)])
+    for first, second in zip(*found, strict=True):
+        assert first is not None and second is not None
+        assert torch.equal(first, second)
+
+
 def test_a_gradient_is_added_to_what_others_left() -> None:
     """Layers that share an input add up its gradient in place, whoever comes first."""
     dtype = torch.float32

@@ -19,8 +19,7 @@ _LARGEST_RANK = 64  # of the kernels
 # Kernels were found to be faster than torch's products at this rank, and at lower ones where all
 # slots together have so many columns (bench/ops/lora_products.py).
 _PAYING_RANK, _PAYING_COLUMNS = 16, 1 << 14
-# So many programs keep a GPU busy; more parts than these cost more to add up than they save.
-_PROGRAMS, _MOST_PARTS = 256, 8
+_PROGRAMS = 256  # so many keep a GPU busy
 
 
 class LowRank(NamedTuple):
@@ -69,6 +68,17 @@ def is_watched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     more = (module._backward_hooks, module._backward_pre_hooks)
     return "forward" in module.__dict__ or any(map(bool, (*hooks, *more)))
+
+
+class Inner(NamedTuple):
+    """What `low_rank_backward` needs of the forward half.
+
+    values (K, T, R): scale x a^T. finished (K, blocks of rows): zeros in which kernels count, None
+    without kernels.
+    """
+
+    values: Tensor
+    finished: Tensor | None
 
 
 class Gradients(NamedTuple):
@@ -121,7 +131,7 @@ class _AddLowRank(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.shared, ctx.scale, ctx.backend = shared, scale, backend
         inner = low_rank_forward_(*_entries(y, x, a, b), scale, backend)
-        ctx.save_for_backward(x, inner, a, b)
+        ctx.save_for_backward(x, *inner, a, b)
         ctx.mark_dirty(y)
         return y
 
@@ -132,7 +142,7 @@ class _AddLowRank(torch.autograd.Function):
     ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None, None]:
         if gradient is None:
             return None, None, None, None, None, None, None
-        x, inner, a, b = ctx.saved_tensors
+        x, values, finished, a, b = ctx.saved_tensors
         _, of_x, of_a, of_b = ctx.needs_input_grad[:4]
         entries = _entries(gradient, x, a, b)
         d_a, d_b = (torch.empty_like(t) if of else None for t, of in ((a, of_a), (b, of_b)))
@@ -142,14 +152,14 @@ class _AddLowRank(torch.autograd.Function):
             d_x = total.view(entries[1].shape)
         to = Gradients(d_a, d_b, d_x, fresh)
         with torch.autocast(x.device.type, enabled=False):
-            low_rank_backward(*entries, inner, ctx.scale, to, ctx.backend)
+            low_rank_backward(*entries, Inner(values, finished), ctx.scale, to, ctx.backend)
         return gradient, None, d_a, d_b, None, None, None
 
 
 def low_rank_forward_(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, backend: str | None = None
-) -> Tensor:
-    """y += inner b^T (K, T, E); returns inner = scale x a^T (K, T, R). Without autograd.
+) -> Inner:
+    """y += inner b^T (K, T, E), where inner = scale x a^T (K, T, R). Without autograd.
 
     y (K, T, E), a (K, R, D), b (K, E, R): contiguous. x (K, T, D): rows without gaps.
     """
@@ -162,12 +172,15 @@ def low_rank_backward(
     x: Tensor,
     a: Tensor,
     b: Tensor,
-    inner: Tensor,
+    inner: Inner,
     scale: float,
     to: Gradients,
     backend: str | None = None,
 ) -> None:
-    """The gradients of `low_rank_forward_` for d (K, T, E): its y's."""
+    """The gradients of `low_rank_forward_` for d (K, T, E): its y's.
+
+    Calls with the same `inner` must follow one another, as those on one stream do.
+    """
     backward = _backward if _uses_kernels(x, a, backend) else _plain_backward
     backward(d, x, a, b, inner, scale, to)
 
@@ -188,17 +201,17 @@ def _entries(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor
     return y, x, a.contiguous(), b.contiguous()
 
 
-def _plain_forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _plain_forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Inner:
     inner = _product(x, a.to(x.dtype).mT, scale)
     y.baddbmm_(inner, b.to(x.dtype).mT)
-    return inner
+    return Inner(inner, None)
 
 
 def _plain_backward(
-    d: Tensor, x: Tensor, a: Tensor, b: Tensor, inner: Tensor, scale: float, to: Gradients
+    d: Tensor, x: Tensor, a: Tensor, b: Tensor, inner: Inner, scale: float, to: Gradients
 ) -> None:
     if to.b is not None:
-        _put(to.b.view(b.shape), d.mT, inner, fresh=True)
+        _put(to.b.view(b.shape), d.mT, inner.values, fresh=True)
     d_inner = _product(d, b.to(d.dtype), scale)
     if to.a is not None:
         _put(to.a.view(a.shape), d_inner.mT, x, fresh=True)
@@ -221,7 +234,7 @@ def _put(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
         total.add_(torch.bmm(a, b))
 
 
-def _forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Inner:
     from ..triton_kernels.launch import launch
 
     slots, rows, columns = x.shape
@@ -230,17 +243,18 @@ def _forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor
     count, length = _split(slots * down, columns)
     parts = x.new_empty(slots, count, rows, rank, dtype=torch.float32)
     inner = x.new_empty(slots, rows, rank)
+    finished = x.new_empty(slots, down, dtype=torch.int32)
     constants = _constants(x, rank)
     with torch.cuda.device_of(x):
         sizes = (rows, columns, rank, x.stride(0), x.stride(1), count, length, scale)
         launch("low_rank_inner", (down * count, slots), (x, a, parts, *sizes), constants)
-        outer = (rows, wide, rank, count)
-        launch("low_rank_add", (down * across, slots), (y, b, parts, inner, *outer), constants)
-    return inner
+        outer = (y, b, parts, inner, finished, rows, wide, rank, count)
+        launch("low_rank_add", (down * across, slots), outer, constants | _most(count))
+    return Inner(inner, finished)
 
 
 def _backward(
-    d: Tensor, x: Tensor, a: Tensor, b: Tensor, inner: Tensor, scale: float, to: Gradients
+    d: Tensor, x: Tensor, a: Tensor, b: Tensor, inner: Inner, scale: float, to: Gradients
 ) -> None:
     from ..triton_kernels.launch import launch
 
@@ -249,21 +263,23 @@ def _backward(
     down, across = _blocks(rows, wide)
     count, length = _split(slots * down, wide)
     parts = x.new_empty(slots, count, rows, rank, dtype=torch.float32)
+    d_inner = torch.empty_like(inner.values)
     constants = _constants(x, rank)
     with torch.cuda.device_of(x):
-        outer = (rows, wide, rank, d.stride(0), d.stride(1), count, length, scale)
         programs = (down * count + across * (to.b is not None), slots)
-        tensors = (d, b, inner, parts, b if to.b is None else to.b)
-        flags = {"OF_B": to.b is not None}
-        launch("low_rank_gradient_b", programs, (*tensors, *outer), flags | constants)
+        tensors = (d, b, inner.values, parts, d_inner, inner.finished, b if to.b is None else to.b)
+        outer = (rows, wide, rank, d.stride(0), d.stride(1), count, length, scale)
+        flags = {"OF_B": to.b is not None} | constants | _most(count)
+        launch("low_rank_gradient_b", programs, (*tensors, *outer), flags)
         if to.a is None and to.x is None:
             return
         _, across = _blocks(rows, columns)
         programs = (across + down * across * (to.x is not None), slots)
-        tensors = (x, a, parts, a if to.a is None else to.a, x if to.x is None else to.x)
-        sizes = (rows, columns, rank, x.stride(0), x.stride(1), count)
+        targets = (a if to.a is None else to.a, x if to.x is None else to.x)
+        sizes = (rows, columns, rank, x.stride(0), x.stride(1))
         flags = {"OF_A": to.a is not None, "OF_X": to.x is not None, "ADD": not to.fresh}
-        launch("low_rank_gradient_a", programs, (*tensors, *sizes), flags | constants)
+        flags |= constants
+        launch("low_rank_gradient_a", programs, (x, a, d_inner, *targets, *sizes), flags)
 
 
 def _blocks(rows: int, columns: int) -> tuple[int, int]:
@@ -275,10 +291,10 @@ def _blocks(rows: int, columns: int) -> tuple[int, int]:
 
 def _split(programs: int, columns: int) -> tuple[int, int]:
     """The number of parts of a sum over columns, and each part's columns."""
-    from ..triton_kernels.low_rank import COLUMNS
+    from ..triton_kernels.low_rank import COLUMNS, MOST_PARTS
 
     blocks = -(-columns // COLUMNS)
-    wanted = min(blocks, _MOST_PARTS, max(1, _PROGRAMS // programs))
+    wanted = min(blocks, MOST_PARTS, max(1, _PROGRAMS // programs))
     length = -(-blocks // wanted) * COLUMNS
     return -(-columns // length), length
 
@@ -286,3 +302,9 @@ def _split(programs: int, columns: int) -> tuple[int, int]:
 def _constants(x: Tensor, rank: int) -> dict[str, Any]:
     kind = x.dtype if x.is_cuda else torch.float32  # the interpreter multiplies no bfloat16
     return {"HALF": kind, "R": max(16, 1 << (rank - 1).bit_length())}
+
+
+def _most(count: int) -> dict[str, int]:
+    from ..triton_kernels.low_rank import MOST_PARTS
+
+    return {"MOST": 1 if count == 1 else MOST_PARTS}

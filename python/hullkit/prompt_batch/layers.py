@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
+from ..language_model.low_rank import Gradients, Inner, low_rank_backward, low_rank_forward_
 from ..language_model.products import SharedInput, SharedInputs, add_product, product
 from .quantized import EIGHT_BITS, FOUR_BITS, check_quantized, product_of, weight_of
 
@@ -291,7 +291,7 @@ class _Stacked(torch.autograd.Function):
                 y.view(len(a), -1, y.shape[-1]), stacked, a, b, scale, backend
             )
         if anchor is not None:
-            ctx.save_for_backward(stacked, inner)
+            ctx.save_for_backward(stacked, *inner)
             ctx.layer, ctx.of, ctx.shared, ctx.scale = layer, of, shared, scale
             ctx.backend = backend
         return y
@@ -299,7 +299,7 @@ class _Stacked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[None, ...]:
-        x, inner = ctx.saved_tensors
+        x, *inner = ctx.saved_tensors
         layer: Layer = ctx.layer
         of: slice = ctx.of
         d = d.reshape(*x.shape[:2], -1).contiguous()
@@ -311,5 +311,6 @@ class _Stacked(torch.autograd.Function):
                 d_x = total.view(x.shape)
             layer.learned = True
             to = Gradients(layer.d_a[of], layer.d_b[of], d_x, fresh=False)
-            low_rank_backward(d, x, layer.a[of], layer.b[of], inner, ctx.scale, to, ctx.backend)
+            of_layer = (layer.a[of], layer.b[of], Inner(*inner))
+            low_rank_backward(d, x, *of_layer, ctx.scale, to, ctx.backend)
         return (None,) * 7
