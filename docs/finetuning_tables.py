@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 
 import selection_tables
 from optimizer_tables import H100_STEPS, step
