@@ -56,4 +56,5 @@ def test_judged_seconds_are_compared_on_one_device(name: str) -> None:
         for row in csv.DictReader(file):
             if row["phase"] == "judge":
                 devices.setdefault(row["path"], set()).update(row["device"].split(" and "))
-    assert devices and all(len(found) == 1 for found in devices.values()), devices
+    assert devices
+    assert all(len(found) == 1 for found in devices.values()), devices
