@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 
 import selection_tables
 from optimizer_tables import H100_STEPS, step
-from rows import H100, Row, figure, find, generated, gib, one, rows, source, table, times
+from rows import H100, Row, figure, find, generated, gib, gpu_name, one, rows, source, table, times
 
 LATEST = {"commit": "0dfcfdf", "device": H100}
 PASSES = {
@@ -61,7 +60,7 @@ def finetune_published_runs() -> str:
         ours = one("gpu", op="finetune", **wanted)
         ratio = float(row["p50"]) / float(ours["p50"])
         cells = [f"{float(r['p50']):.0f}" for r in (row, ours)]
-        device = row["device"].removesuffix(" 80GB HBM3").removeprefix("NVIDIA ")
+        device = gpu_name(row).removeprefix("NVIDIA ")
         lines.append([row["shape"], device, row["commit"], *cells, times(ratio)])
     return table(["one query, ms", "device", "commit", "published", "bf16", "ratio"], lines, 3)
 
@@ -120,138 +119,6 @@ def half_precision() -> str:
     return table(header, lines, 2) + "\n\n" + source(latest)
 
 
-SIZES = {
-    "all weights, float32, bf16 passes": ("all, bf16 passes", "float32"),
-    "all weights, bfloat16": ("all, default passes", "bfloat16"),
-    "LoRA": ("LoRA r=16, default passes", "bfloat16"),
-}
-SIZES_RUN = {"commit": "c0127e0"}
-FIRST = "finetune by size, first query"
-MODELS = ["GPT-2 124M", "SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B", "Gemma-2-2B"]
-MODELS += ["Llama-3.2-3B", "Phi-3-mini 3.8B", "Mistral-7B"]
-
-
-def _size(
-    model: str,
-    name: str,
-    op: str = "finetune by size",
-    snapshot: str = "device",
-    run: dict[str, str] = SIZES_RUN,
-) -> Row:
-    """An empty row where nothing was measured."""
-    kind, dtype = SIZES[name]
-    start = f"hullkit, {kind}, {snapshot} snapshot, "
-    found = [
-        row
-        for row in find("gpu", op=op, dtype=dtype, **run)
-        if row["provider"].startswith(start) and row["shape"].startswith(f"{model} parameters=")
-    ]
-    return found[0] if found else {}
-
-
-def _size_cells(row: Row) -> list[str]:
-    """Time and memory; a model whose passes could not be captured says so."""
-    if not row:
-        return ["", ""]
-    if not row["p50"]:
-        return ["out of memory", ""]
-    eager = " (eager)" if ", eager: " in row["provider"] else ""
-    return [f"{float(row['p50']):.0f}{eager}", gib(row["peak_mb"])]
-
-
-def _size_table(
-    models: list[str],
-    names: Sequence[str] = tuple(SIZES),
-    first: str = "model",
-    snapshot: str = "device",
-    run: dict[str, str] = SIZES_RUN,
-) -> str:
-    header = [first]
-    for name in names:
-        header += [f"{name}, ms", "GiB"]
-    lines = []
-    for model in models:
-        line = [model]
-        for name in names:
-            line += _size_cells(_size(model, name, snapshot=snapshot, run=run))
-        if any(line[1:]):
-            lines.append(line)
-    return table(header, lines)
-
-
-@generated
-def model_sizes() -> str:
-    return _size_table(MODELS) + "\n\n" + source(_size(MODELS[0], "LoRA"))
-
-
-@generated
-def model_sizes_latest() -> str:
-    """The newest row of each model and kind, of the device that was measured last."""
-    found = find("gpu", op="finetune by size")
-    first = {_setting(row): row["p50"] for row in find("gpu", op=FIRST)}
-    newest: dict[tuple[str, ...], Row] = {}
-    for row in found:
-        build, trained, _, snapshot, _ = row["provider"].split(", ", 4)
-        if row["device"] != found[-1]["device"] or build == "old build":
-            continue
-        if row["p50"] and snapshot == "device snapshot":
-            newest[row["shape"].partition(" parameters=")[0], row["dtype"], trained] = row
-    lines = [
-        [
-            *(model, trained, dtype, row["commit"], *_size_cells(row)),
-            figure(float(first[_setting(row)])),
-        ]
-        for (model, dtype, trained), row in sorted(
-            newest.items(), key=lambda item: (MODELS.index(item[0][0]), item[0][2] != "all")
-        )
-    ]
-    header = ["model", "trained", "weights", "commit", "ms", "GiB", "first query, s"]
-    return table(header, lines, 4) + "\n\n" + source(found[-1])
-
-
-def _setting(row: Row) -> tuple[str, ...]:
-    return tuple(row[key] for key in ("provider", "shape", "dtype", "commit", "device"))
-
-
-@generated
-def model_sizes_short() -> str:
-    return _size_table(["SmolLM2-135M", "Llama-3.2-1B", "Mistral-7B"])
-
-
-@generated
-def host_snapshots() -> str:
-    names = ("all weights, float32, bf16 passes", "all weights, bfloat16")
-    return _size_table(MODELS, names, "copy of the weights on the host", "host")
-
-
-@generated
-def first_queries() -> str:
-    lines = []
-    for model in MODELS:
-        found = [_size(model, name, FIRST) for name in SIZES]
-        lines.append([model, *(figure(float(row["p50"])) if row else "" for row in found)])
-    return table(["model", *(f"{name}, s" for name in SIZES)], lines)
-
-
-@generated
-def model_sizes_old_new() -> str:
-    """Rows of an old build, each with the next one of a new build: they were measured together."""
-    lines = []
-    found = find("gpu", op="finetune by size")
-    for place, old in enumerate(found):
-        if not old["provider"].startswith("old build"):
-            continue
-        wanted = old["provider"].replace("old build", "new build"), old["shape"]
-        new = next(row for row in found[place:] if (row["provider"], row["shape"]) == wanted)
-        what = old["provider"].split(", ")[1]
-        model = old["shape"].partition(" parameters=")[0]
-        builds = f"{old['commit']}, {new['commit']}"
-        cells = [f"{float(row['p50']):.0f}" for row in (old, new)]
-        lines.append([model, what, old["dtype"], builds, *cells])
-    header = ["in one run, ms a query", "trained", "weights", "builds", "old", "new"]
-    return table(header, lines, 4)
-
-
 @generated
 def long_texts() -> str:
     lines = []
@@ -289,8 +156,7 @@ def _measured(name: str, rival: Row | tuple[Row, str], ours: Row, page: str) -> 
     unit, scale = ("s", 1000) if slow else ("ms", 1)
     cells = [f"{figure(value / scale)} {unit}" for value in values]
     ratio = times(values[0] / values[1])
-    device = ours["device"].removesuffix(" 80GB HBM3")
-    link = f"[{device}](docs/results/{page}.md)"
+    link = f"[{gpu_name(ours)}](docs/results/{page}.md)"
     return [name, f"{cells[0]} ({what})", cells[1], ratio, link]
 
 

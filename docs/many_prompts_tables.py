@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-from rows import Row, find, generated, gib, one, source, table, times
+from rows import H100, Row, find, generated, gib, gpu_name, one, source, table, times
 
 ALONE = ("TestTimeFinetuner, LoRA r=16", "TestTimeFinetuner, all weights")
 
 
 def _last_runs() -> list[Row]:
-    """For each model, the rows of the last build and device that ran many prompts of it."""
-    found = find("gpu", op="many prompts")
-    last = {_model(row): (row["commit"], row["device"]) for row in found}
-    return [row for row in found if (row["commit"], row["device"]) == last[_model(row)]]
+    """For each device and model, the rows of the last build that ran many prompts of it at once;
+    the H100's are first."""
+    found = [row for row in find("gpu", op="many prompts") if row["p50"]]
+    together = [row for row in found if row["provider"] not in ALONE]
+    last = {(row["device"], _model(row)): row["commit"] for row in together}
+    kept = [row for row in found if row["commit"] == last.get((row["device"], _model(row)))]
+    return sorted(kept, key=lambda row: row["device"] != H100)
 
 
 def _model(row: Row) -> str:
@@ -23,23 +26,23 @@ def _model(row: Row) -> str:
 def prompts_a_second() -> str:
     """Each model's rows, beside its own baselines of the same run."""
     lines = []
-    baselines: dict[tuple[str, str], float] = {}
+    baselines: dict[tuple[str, ...], float] = {}
     found = _last_runs()
     for row in found:
-        if not row["p50"]:
-            continue
         model, slots = row["shape"].split()[:2]
-        rate = float(row["p50"])
+        device, rate = gpu_name(row).removeprefix("NVIDIA "), float(row["p50"])
         if row["provider"] in ALONE:
-            baselines[model, row["provider"]] = rate
+            baselines[device, model, row["provider"]] = rate
             name, ratios = row["provider"].partition(", ")[2] + ", one at a time", ["", ""]
         else:
             name = f"PromptBatch, {slots.removeprefix('slots=')} slots"
-            ratios = [times(rate / baselines[model, alone]) for alone in ALONE]
-        lines.append([model, name, f"{rate:.2f}", *ratios, gib(row["peak_mb"]), row["commit"]])
-    header = ["model", "how", "prompts a second", "of LoRA alone", "of all weights alone", "GiB"]
+            ratios = [times(rate / baselines[device, model, alone]) for alone in ALONE]
+        cells = [f"{rate:.2f}", *ratios, gib(row["peak_mb"]), row["commit"]]
+        lines.append([device, model, name, *cells])
+    header = ["device", "model", "how", "prompts a second", "of LoRA alone"]
+    header += ["of all weights alone", "GiB", "commit"]
     said = dict.fromkeys(source(row) for row in found)
-    return table([*header, "commit"], lines, 2) + "\n\n" + "\n".join(said)
+    return table(header, lines, 3) + "\n\n" + "\n".join(said)
 
 
 def _stream(figure: str) -> Row:

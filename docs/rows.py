@@ -63,6 +63,11 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]], text_columns: i
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
 
 
+def gpu_name(row: Row) -> str:
+    """The device without what only tells its memory; a row of two devices names both."""
+    return row["device"].replace(" 80GB HBM3", "")
+
+
 def source(row: Row) -> str:
     """Where rows like this one were measured."""
     place = [row["device"]]

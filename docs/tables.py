@@ -17,6 +17,7 @@ from pathlib import Path
 import architecture_tables
 import finetuning_tables
 import many_prompts_tables
+import model_size_tables
 import optimizer_tables
 import reach_tables
 import reliability_tables
@@ -30,6 +31,7 @@ BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SOURCES = (
     selection_tables,
     finetuning_tables,
+    model_size_tables,
     many_prompts_tables,
     optimizer_tables,
     architecture_tables,

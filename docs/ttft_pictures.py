@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from rows import Row, one
+from rows import Row, gpu_name, one
 from svg import Theme, box, dot, line, svg, text
 from ttft_tables import (
     ALL,
@@ -35,7 +35,9 @@ class Axes:
     def __init__(self, left: float, seconds: list[float], percents: list[float]) -> None:
         self._left = left
         self._low, self._high = math.log(min(seconds) / 1.25), math.log(max(seconds) * 1.25)
-        self._bottom, self._top = math.floor(min(percents)) - 1, math.ceil(max(percents)) + 1
+        spare = 0.1 * (max(percents) - min(percents))  # for the numbers beside points
+        self._bottom = math.floor(min(percents) - spare)
+        self._top = math.ceil(max(percents) + spare)
 
     def place(self, seconds: float, percent: float) -> tuple[float, float]:
         across = (math.log(seconds) - self._low) / (self._high - self._low)
@@ -65,11 +67,17 @@ class Axes:
 Point = tuple[str, float, float]  # passes, seconds, percent
 
 
+def _main() -> Row:
+    """The row whose device all seconds and joules of a picture are of."""
+    return best(GPU, "kNN", budgets(GPU)[1], ALL)
+
+
 def _curves(subset: str) -> dict[str, list[Point]]:
     """The published loop ran on fewer queries than the others: its seconds are its own, its BPB is
     that of the same settings in hullkit's passes, on all queries."""
     found: dict[str, list[Point]] = {"published": []}
-    for row in judged(GPU, path="published", subset=subset, rule="hull"):
+    device = _main()["device"]
+    for row in judged(GPU, path="published", subset=subset, rule="hull", device=device):
         settings = {"rule": "hull", "budget": row["budget"], "lr": PUBLISHED_LR}
         same = one(GPU, phase="judge", path=main_path(GPU), subset=subset, **settings)
         found["published"].append((row["budget"], float(row["seconds"]), float(same["percent"])))
@@ -101,6 +109,8 @@ def cost(theme: Theme) -> str:
         "hull, at most 2": "hullkit: hull, at most two updates, at its best rate",
         "kNN, joined to 1024": "hullkit: nearest neighbours joined to sequences of 1024 tokens",
     }
+    # The curves fall to the right. Numbers are on the sides where no other curve is.
+    aside = {"published": (5, -6), "kNN": (-6, 13)}
     parts: list[str] = []
     panels = [subset for subset in subsets(GPU) if subset != ALL]
     for number, subset in enumerate(panels):
@@ -115,10 +125,12 @@ def cost(theme: Theme) -> str:
             parts.append(line(points, colours[name]))
             for (budget, *_), (x, y) in zip(ordered, points, strict=True):
                 parts.append(dot(x, y, 3.5, colours[name]))
-                if name in ("published", "kNN"):
-                    parts.append(text(x, y - 7, budget, colours[name], 10))
+                if name in aside:
+                    across, down = aside[name]
+                    parts.append(text(x + across, y + down, budget, colours[name], 10))
     floor = TOP + PANEL_HEIGHT
-    parts.append(text(LEFT, floor + 38, "seconds a query", theme.faint, 12, "start"))
+    words_below = f"seconds a query, {gpu_name(_main())}"
+    parts.append(text(LEFT, floor + 38, words_below, theme.faint, 12, "start"))
     parts.append(text(6, 16, "bits per byte, % of the unadapted model", theme.faint, 12, "start"))
     for number, (name, told) in enumerate(words.items()):
         y = floor + 58 + 18 * number
@@ -164,9 +176,13 @@ def bars(theme: Theme) -> str:
     if not measured(GPU):
         return _nothing(theme)
     rows = [best(GPU, rule, budgets(GPU)[1], ALL) for rule in rules(GPU)]
-    return svg(
-        720, 44 + 26 * len(rows), "where the time of a query goes", theme.ink, _bars(rows, theme)
-    )
+    parts = _bars(rows, theme)
+    parts.append(text(190, 50 + 26 * len(rows), _setting(), theme.faint, 12, "start"))
+    return svg(720, 64 + 26 * len(rows), "where the time of a query goes", theme.ink, parts)
+
+
+def _setting() -> str:
+    return f"{budgets(GPU)[1]} passes, {gpu_name(_main())}"
 
 
 def joules(theme: Theme) -> str:
@@ -174,8 +190,9 @@ def joules(theme: Theme) -> str:
     if not measured(GPU):
         return _nothing(theme)
     wanted = {"budget": budgets(GPU)[1], "subset": ALL, "best": "yes", "beta2": PUBLISHED_BETA2}
+    wanted["device"] = _main()["device"]
     rows = [row for row in judged(GPU, rule="kNN", **wanted) if row["joules"] != "not available"]
-    rows += judged(GPU, path="published", rule="hull", budget=budgets(GPU)[1], subset=ALL)
+    rows += judged(GPU, path="published", rule="hull", **wanted)
     rows.sort(key=lambda row: -float(row["joules"]))
     most = float(rows[0]["joules"])
     parts: list[str] = []
@@ -188,7 +205,7 @@ def joules(theme: Theme) -> str:
         parts.append(box(230, y, width, 18, colour, colour, radius=0))
         words = f"{value:.0f} J, {1e3 * float(row['seconds']):.0f} ms"
         parts.append(text(238 + width, y + 13, words, theme.ink, 12, "start"))
-    words = f"{budgets(GPU)[1]} passes; kNN at its best rate, published: hull at its settings"
+    words = f"{_setting()}; kNN at its best rate, published: hull at its settings"
     parts.append(text(230, 30 + 26 * len(rows), words, theme.faint, 12, "start"))
     return svg(770, 44 + 26 * len(rows), "joules a query", theme.ink, parts)
 

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 
 import selection_tables
-from rows import RESULTS, Row, figure, find, generated, one, source, table, times
+from rows import RESULTS, Row, figure, find, generated, gpu_name, one, source, table, times
 
 GPU, CPU, SMALL = "ttft_gpu", "ttft_cpu", "ttft_gpu_pybytes"
 ALL = "mean of subsets"
@@ -135,7 +135,15 @@ def _rules(name: str) -> str:
     header = ["passes", "rule", "its best rate", "% of base", "from kNN at equal passes"]
     header += ["at equal seconds", "ms", "joules"]
     row = best(name, "kNN", budgets(name)[0], overall(name))
-    return table(header, lines, 3) + "\n\n" + source(row)
+    return table(header, lines, 3) + "\n\n" + source(row) + _tried_elsewhere(name, row)
+
+
+def _tried_elsewhere(name: str, row: Row) -> str:
+    """Where the rates were tried, if that was not on the device of the judged rows."""
+    tried = find(name, phase="calibrate", path=row["path"], rule="kNN")[0]
+    if tried["device"] == row["device"]:
+        return ""
+    return f" The rates were tried on an {gpu_name(tried)}, at commit {tried['commit']}."
 
 
 def _ms(row: Row) -> str:
@@ -209,14 +217,15 @@ def _published(name: str) -> str:
     """The published loop at its settings, and hullkit's rows of the same settings."""
     lines = []
     for row in judged(name, path="published", subset=overall(name)):
-        wanted = {"rule": row["rule"], "budget": row["budget"], "subset": overall(name)}
+        wanted = {key: row[key] for key in ("rule", "budget", "subset", "device")}
         ours = one(name, phase="judge", path=main_path(name), lr=PUBLISHED_LR, **wanted)
         ratio = float(row["seconds"]) / float(ours["seconds"])
         costs = [_ms(row), _ms(ours), times(ratio), _joules(row), _joules(ours)]
         apart = triple(row, "from_first_path", "+")
         lines.append([row["rule"], row["budget"], row["queries"], apart, *costs])
     header = ["rule", "passes", "queries", "points from hullkit", "published, ms", "hullkit, ms"]
-    return table([*header, "ratio", "published, joules", "hullkit, joules"], lines)
+    header += ["ratio", "published, joules", "hullkit, joules"]
+    return table(header, lines) + "\n\n" + source(row)
 
 
 @generated
@@ -246,7 +255,8 @@ def ttft_exact() -> str:
         lines.append([NAMES[row["subset"]], row["queries"], *cells, f"{apart} [{ends}]"])
     header = [f"{found[0]['budget']} passes of {found[0]['rule']}", "queries"]
     header += ["published, % of base", "float32, % of base", "difference of BPB, relative"]
-    return table(header, lines) + "\n\n" + source(published)
+    told = [f"{way}: {source(r)}" for way, r in (("Published", published), ("float32", row))]
+    return table(header, lines) + "\n\n" + "\n".join(told)
 
 
 @generated
@@ -256,13 +266,13 @@ def ttft_paths() -> str:
     budget = budgets(GPU)[1]
     wanted = {"rule": "kNN", "budget": budget, "beta2": PUBLISHED_BETA2}
     found = judged(GPU, subset=ALL, best="yes", **wanted)
+    found = [row for row in found if row["path"] != "published"]
     lines = []
-    for row in found:
-        if row["path"] != "published":
-            costs = [_ms(row), _joules(row), f"{float(row['peak_mb']):.0f}", row["device"]]
-            rate, percent = f"{float(row['lr']):g}", triple(row, "percent")
-            name = WAYS[row["path"]].format(slots=row["slots"])
-            lines.append([name, row["queries"], rate, percent, *costs])
+    for row in sorted(found, key=lambda row: list(WAYS).index(row["path"])):
+        costs = [_ms(row), _joules(row), f"{float(row['peak_mb']):.0f}", gpu_name(row)]
+        rate, percent = f"{float(row['lr']):g}", triple(row, "percent")
+        name = WAYS[row["path"]].format(slots=row["slots"])
+        lines.append([name, row["queries"], rate, percent, *costs])
     header = [f"{budget} passes of kNN", "queries", "rate", "% of base", "ms", "joules"]
     return table([*header, "peak MB", "device"], lines)
 
@@ -283,7 +293,8 @@ def ttft_ideas() -> str:
     for (rule, *betas), row in sorted(tried.items(), key=lambda item: float(item[1]["percent"])):
         rate, percent = f"{float(row['lr']):g}", triple(row, "percent")
         lines.append([rule, ", ".join(betas), rate, percent, _ms(row)])
-    return table([f"{budget} passes", "betas", "rate", "% of base", "ms"], lines, 2)
+    header = [f"{budget} passes", "betas", "rate", "% of base", "ms"]
+    return table(header, lines, 2) + "\n\n" + source(found[0])
 
 
 @generated
@@ -301,7 +312,8 @@ def ttft_recipe() -> str:
         settings = [row["rule"], f"{row['beta1']}, {row['beta2']}", row["budget"], row["lr"]]
         lines.append([*settings, triple(row, "percent"), *apart, _ms(row)])
     header = ["rule", "betas", "passes", "rate", "% of base", "from kNN", "from SIFT"]
-    return table([*header, "from kNN at equal seconds", "ms"], lines, 2)
+    header += ["from kNN at equal seconds", "ms"]
+    return table(header, lines, 2) + "\n\n" + source(row)
 
 
 def _between(row: Row, name: str, factor: float = 1.0) -> str:
@@ -317,7 +329,7 @@ def _alone(name: str, budget: str) -> str:
     parts = ["retrieve_ms", "select_ms", "adapt_ms", "restore_ms"]
     retrieval, selection, adaptation, restoring = (figure(float(row[p]), 2) for p in parts)
     return (
-        f"**One at a time, on {row['device']}{_threads(row)}**: {row['model']}, nearest "
+        f"**One at a time, on {gpu_name(row)}{_threads(row)}**: {row['model']}, nearest "
         f"neighbours, {budget} passes: a query takes {_between(row, 'seconds', 1e3)} ms"
         f"{_energy(row, _between(row, 'joules'))} and lowers bits per byte by {_bought(row)}. "
         f"Retrieval is {retrieval} ms of it, selection {selection}, passes and updates "
@@ -328,11 +340,11 @@ def _alone(name: str, budget: str) -> str:
 def _together(name: str, budget: str) -> str:
     """Many prompts share a stream: each has an equal part of its cost."""
     wanted = {"rule": "kNN", "budget": budget, "subset": overall(name), "best": "yes"}
-    alone = judged(name, path="lora", **wanted)
     for row in judged(name, path="many", **wanted):
+        alone = judged(name, path="lora", device=row["device"], **wanted)
         one_of = f", {_ms(alone[0])} ms one at a time" if alone else ""
         return (
-            f"**Many together, on {row['device']}{_threads(row)}**: adapters of {row['slots']} "
+            f"**Many together, on {gpu_name(row)}{_threads(row)}**: adapters of {row['slots']} "
             f"prompts at once, the same passes: {_ms(row)} ms a query"
             f"{_energy(row, _joules(row))}{one_of}. They lower bits per byte by {_bought(row)}."
         )

@@ -26,7 +26,8 @@ NEAREST = Recipe({"method": "knn"}, {"lr": 2e-4, "betas": (0.5, 0.9), "refresh_i
 """Nearest neighbours, one update each, with short memories of the gradient.
 
 With `total` = 16 it was ahead of nearest neighbours and of SIFT, each at its own best learning rate
-and torch's betas, on the mean of four kinds of text. It was found on other queries than it was
+and torch's betas, on the mean of four kinds of text. On two of the four it was ahead of nearest
+neighbours by more than the error, on none behind by more. It was found on other queries than it was
 judged on. A query makes few updates, and Adam's usual betas average over more than there are.
 
 >>> import hullkit, torch

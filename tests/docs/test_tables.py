@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -43,3 +46,15 @@ def test_pictures_are_those_of_the_script() -> None:
     )
     result = run("-c", code)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", ["ttft_gpu", "ttft_cpu", "ttft_gpu_pybytes"])
+def test_judged_seconds_are_compared_on_one_device(name: str) -> None:
+    """Rules are compared at equal seconds within a path, so a path has one device."""
+    devices: dict[str, set[str]] = {}
+    with (ROOT / "bench" / "results" / f"{name}.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["phase"] == "judge":
+                devices.setdefault(row["path"], set()).update(row["device"].split(" and "))
+    assert devices
+    assert all(len(found) == 1 for found in devices.values()), devices
