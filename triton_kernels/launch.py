@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from . import attention, cross_entropy, gate, low_rank, norm, rotary, stacked_adam
+from . import add, attention, cross_entropy, gate, low_rank, norm, rotary, stacked_adam
 from .accumulate import accumulate_kernel, squares_kernel
 from .adam import ROWS, adam_coefficients_kernel, adam_kernel, restore_kernel
 from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
@@ -28,6 +28,7 @@ KERNELS = {
     "norm": (norm.norm_kernel, {}),
     "norm_gradient": (norm.norm_gradient_kernel, {}),
     "column_sums": (norm.column_sums_kernel, {"ROWS": norm.SUM_ROWS, "COLUMNS": norm.SUM_COLUMNS}),
+    "add": (add.add_kernel, {"BLOCK": add.BLOCK_SIZE}),
     "gate": (gate.gate_kernel, {"BLOCK": gate.BLOCK_SIZE}),
     "gate_gradient": (gate.gate_gradient_kernel, {"BLOCK": gate.BLOCK_SIZE}),
     "rotary": (rotary.rotary_kernel, {}),

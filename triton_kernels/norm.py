@@ -47,14 +47,16 @@ def norm_kernel(
 
 @triton.jit
 def norm_gradient_kernel(
-    x, weight, gradient, other, more, means, factors, x_gradient, partial, stride, rows, columns,
-    RMS: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    MORE: tl.constexpr, OF_WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, gradient, other, more, means, factors, x_gradient, narrow, partial, stride, rows,
+    columns, RMS: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    MORE: tl.constexpr, NARROW: tl.constexpr, OF_WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs take rows in turn.
 
     gradient, other [T, D]: their sum is y's gradient; FIRST, SECOND: which of them there are.
     more [T, D]: with MORE added to x's gradient, for x goes elsewhere too.
+    narrow [T, D]: with NARROW gets x's gradient too, in its own dtype.
     partial [programs, D], or [2, programs, D] with BIAS: each program's part of the weight's
     gradient, and of the bias's.
     """
@@ -90,6 +92,8 @@ def norm_gradient_kernel(
         if MORE:
             moved += tl.load(more + begin + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(x_gradient + begin + at, moved.to(x_gradient.dtype.element_ty), mask=inside)
+        if NARROW:
+            tl.store(narrow + begin + at, moved.to(narrow.dtype.element_ty), mask=inside)
     if OF_WEIGHT:
         tl.store(partial + program * columns + at, of_weight, mask=inside)
         if BIAS:

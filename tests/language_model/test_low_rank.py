@@ -127,7 +127,8 @@ def test_a_second_backward_pass_gives_the_same() -> None:
         result.backward(torch.ones_like(result), retain_graph=True)
         found.append([tensor.grad for tensor in (x, a, b)])
     for first, second in zip(*found, strict=True):
-        assert first is not None and second is not None
+        assert first is not None
+        assert second is not None
         assert torch.equal(first, second)
 
 

@@ -220,7 +220,7 @@ def test_kernels_compile_for_a_gpu() -> None:
         of_passes = dict.fromkeys(names, thin | {"ADD": True}) | {
             "stacked_adam": {"COPY": True},
             "norm": flags | {"BLOCK": 1024}, "norm_gradient": flags | {"BLOCK": 1024},
-            "column_sums": flags, "gate": flags, "gate_gradient": flags,
+            "column_sums": flags, "add": flags, "gate": flags, "gate_gradient": flags,
             "rotary": flags | {"HEADS": 16, "HALF": 32},
             "attention": attention, "attention_gradient": attention,
         }
@@ -290,4 +290,4 @@ def test_kernels_compile_for_a_gpu() -> None:
         env=environment,
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 22
+    assert len(result.stdout.split()) == 23

@@ -23,7 +23,7 @@ from . import short_attention
 from .gates import gated
 from .low_rank import add_low_rank_
 from .norms import WIDEST, Norm, norm
-from .products import SharedInput, SharedInputs, add_residual, linear, share
+from .products import NarrowGradient, SharedInput, SharedInputs, add_residual, linear, share
 from .recent_tensors import RecentTensors
 from .saved_tensors import Saved
 from .trials import trial
@@ -62,6 +62,7 @@ class FusedFunctions(TorchFunctionMode):
         self._inputs = SharedInputs() if inputs is None else inputs
         self._activated: RecentTensors[tuple[Tensor, str]] = RecentTensors()  # gate, activation
         self._normed: RecentTensors[tuple[Tensor, SharedInput]] = RecentTensors()
+        self._sums: RecentTensors[NarrowGradient] = RecentTensors()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = _HANDLERS.get(func)
@@ -158,10 +159,11 @@ class FusedFunctions(TorchFunctionMode):
         dtype = torch.float32 if wide else x.dtype
         entered, around = self._normed.get(x) or share(x, x.dtype)
         self._normed.note(x, (entered, around))
+        narrowed = self._sums.get(x)
         if self._dtype(x) is not torch.bfloat16 or dtype is torch.bfloat16:
-            return norm(entered, weight, bias, formula, dtype, None, around)[0]
+            return norm(entered, weight, bias, formula, dtype, None, around, narrowed)[0]
         shared = SharedInput(dtype)
-        y, narrow = norm(entered, weight, bias, formula, dtype, shared, around)
+        y, narrow = norm(entered, weight, bias, formula, dtype, shared, around, narrowed)
         assert narrow is not None
         self._inputs.note(y, narrow, shared)
         return y
@@ -174,7 +176,11 @@ class FusedFunctions(TorchFunctionMode):
             known = self._normed.get(x)
             same = x.shape == other.shape and torch.promote_types(a.dtype, b.dtype) is x.dtype
             if known is not None and same:
-                return add_residual(*known, other)
+                narrowed = None if other.dtype is x.dtype else NarrowGradient(other.dtype)
+                result = add_residual(*known, other, narrowed)
+                if narrowed is not None:
+                    self._sums.note(result, narrowed)
+                return result
         return NotImplemented
 
     # Activations, and what they are multiplied with.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .products import SharedInput, column_sums
+from .products import NarrowGradient, SharedInput, column_sums
 from .trials import column, random_tensor, trial
 
 WIDEST = 16384  # columns that a program holds
@@ -39,6 +39,7 @@ def norm(
     dtype: torch.dtype,
     shared: SharedInput | None = None,
     around: SharedInput | None = None,
+    narrowed: NarrowGradient | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The norm of x's last dimension in `dtype`; statistics in float32.
 
@@ -46,9 +47,10 @@ def norm(
         bfloat16; without `shared` it is None.
     around: x is the tensor that `share` returned with it. A residual leaves x's gradient there,
         and the norm adds its own.
+    narrowed: gets x's gradient in a half too.
     """
     results: tuple[Tensor, Tensor | None] = _Norm.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, formula, dtype, shared, around
+        x, weight, bias, formula, dtype, shared, around, narrowed
     )
     return results
 
@@ -64,6 +66,7 @@ class _Norm(torch.autograd.Function):
         dtype: torch.dtype,
         shared: SharedInput | None,
         around: SharedInput | None,
+        narrowed: NarrowGradient | None,
     ) -> tuple[Tensor, Tensor | None]:
         from ..triton_kernels.launch import launch
 
@@ -84,7 +87,7 @@ class _Norm(torch.autograd.Function):
         with torch.cuda.device_of(x):
             launch("norm", len(rows), arguments, constants)
         ctx.save_for_backward(x, weight, means, factors)
-        ctx.formula, ctx.shared, ctx.around = formula, shared, around
+        ctx.formula, ctx.shared, ctx.around, ctx.narrowed = formula, shared, around, narrowed
         ctx.bias = None if bias is None else bias.dtype
         return y, narrow
 
@@ -97,7 +100,7 @@ class _Norm(torch.autograd.Function):
         second = None if ctx.shared is None else ctx.shared.take()
         if narrow is not None:
             first = narrow if first is None else first + narrow
-        nothing = (None,) * 7
+        nothing = (None,) * 8
         if first is None and second is None:
             return nothing
         columns = x.shape[-1]
@@ -108,6 +111,7 @@ class _Norm(torch.autograd.Function):
         most = _MOST_PROGRAMS if of_weight or len(rows) < _FREE_PROGRAMS else _FREE_PROGRAMS
         programs = min(len(rows), most)
         x_gradient = x.new_empty(x.shape)
+        halved = None if ctx.narrowed is None else x.new_empty(x.shape, dtype=ctx.narrowed.dtype)
         partial = (
             x.new_empty(1 + of_bias, programs, columns, dtype=torch.float32)
             if of_weight
@@ -115,16 +119,19 @@ class _Norm(torch.autograd.Function):
         )
         one, two, more = (factors if g is None else g for g in given)
         arguments = (
-            rows, weight, one, two, more, means, factors, x_gradient, partial, rows.stride(0),
-            len(rows), columns,
+            rows, weight, one, two, more, means, factors, x_gradient,
+            x_gradient if halved is None else halved, partial, rows.stride(0), len(rows), columns,
         )  # fmt: skip
         constants = {
             "RMS": ctx.formula.rms, "OFFSET": ctx.formula.offset, "FIRST": given[0] is not None,
-            "SECOND": given[1] is not None, "MORE": given[2] is not None, "OF_WEIGHT": of_weight,
-            "BIAS": of_bias, "BLOCK": _block(columns),
+            "SECOND": given[1] is not None, "MORE": given[2] is not None,
+            "NARROW": halved is not None, "OF_WEIGHT": of_weight, "BIAS": of_bias,
+            "BLOCK": _block(columns),
         }  # fmt: skip
         with torch.cuda.device_of(x):
             launch("norm_gradient", programs, arguments, constants)
+        if halved is not None:
+            ctx.narrowed.put(x_gradient, halved)
         to_x = x_gradient if ctx.needs_input_grad[0] else None
         if ctx.around is not None and to_x is not None:
             ctx.around.put(to_x)

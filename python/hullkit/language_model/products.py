@@ -12,7 +12,13 @@ from torch.autograd.function import once_differentiable
 from ..optim._tensor_table import uses_triton
 from .recent_tensors import RecentTensors
 
-_PRODUCTS_WIDEN = hasattr(torch.ops.aten.mm, "dtype_out")  # torch multiplies halves into float32
+# Whether torch multiplies halves into float32.
+_PRODUCTS_WIDEN = hasattr(torch.ops.aten.mm, "dtype_out")
+_BATCHES_WIDEN = hasattr(torch.ops.aten.bmm, "dtype_out")
+# cuBLAS's fastest tiles (H100), and where two halves of a long sum side by side save more than
+# adding them up costs.
+_TILE_ROWS, _TILE_COLUMNS = 224, 128
+_LONG, _LARGE = 3, 1 << 25
 
 
 def widens(tensor: Tensor) -> bool:
@@ -22,7 +28,9 @@ def widens(tensor: Tensor) -> bool:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
     """total += a @ b; with `fresh`, total = a @ b."""
-    if total.dtype is a.dtype:
+    if _pays_to_split(a, b):
+        _add_split_product(total, a, b, fresh)
+    elif total.dtype is a.dtype:
         total.addmm_(a, b, beta=int(not fresh))
     elif not widens(a):
         product = torch.mm(a, b)
@@ -31,6 +39,51 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
         torch.mm(a, b, out_dtype=total.dtype, out=total)
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+def _pays_to_split(a: Tensor, b: Tensor) -> bool:
+    """Whether a @ b is a long sum for each element of a small result on a GPU.
+
+    Its tiles would keep less than half of the GPU busy, and cuBLAS then takes slower, small ones.
+    """
+    rows, length = a.shape
+    columns = b.shape[1]
+    if not (a.is_cuda and _BATCHES_WIDEN and a.dtype in (torch.float16, torch.bfloat16)):
+        return False
+    if a.stride(1) != 1 or length % 128 or length < _LONG * columns or length * columns < _LARGE:
+        return False
+    tiles = -(-rows // _TILE_ROWS) * -(-columns // _TILE_COLUMNS)
+    processors: int = torch.cuda.get_device_properties(a.device).multi_processor_count
+    return 2 * tiles <= processors
+
+
+def _add_split_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """`add_product` by two products side by side, in float32, each of half of the sum."""
+    halves = a.unflatten(1, (2, -1)).transpose(0, 1), b.unflatten(0, (2, -1))
+    with torch.autocast(a.device.type, enabled=False):
+        first, second = torch.bmm(*halves, out_dtype=torch.float32)
+    add_into(total, first, second, fresh)
+
+
+def add_into(
+    total: Tensor, first: Tensor, second: Tensor, fresh: bool, backend: str | None = None
+) -> None:
+    """total += first + second; with `fresh`, total = first + second. In float32, one rounding.
+
+    Tensors of one shape and any floating dtypes, contiguous.
+    backend: "triton" takes CPU tensors too, in Triton's interpreter.
+    """
+    if not uses_triton("total", total.device, backend):
+        wide = first.float() + second.float()
+        total.copy_(wide if fresh else wide + total.float())
+        return
+    from ..triton_kernels.add import BLOCK_SIZE
+    from ..triton_kernels.launch import launch
+
+    size = total.numel()
+    with torch.cuda.device_of(total):
+        programs = -(-size // BLOCK_SIZE)
+        launch("add", programs, (first, second, total, size), {"MORE": not fresh})
 
 
 class SharedInput:
@@ -87,27 +140,67 @@ class _Enter(torch.autograd.Function):
         return (None if taken is None else taken.view(ctx.shape)), None, None
 
 
-def add_residual(x: Tensor, around: SharedInput, other: Tensor) -> Tensor:
-    """x + other in x's dtype. The gradient of x is left in `around`, of which x came by `share`."""
-    result: Tensor = _AddResidual.apply(x, other, around)  # type: ignore[no-untyped-call]
+class NarrowGradient:
+    """The gradient of a sum in the dtype of its narrower part.
+
+    A norm that reads the sum last makes both at once; else the sum casts.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._made: tuple[Tensor, int, Tensor] | None = None
+
+    def put(self, gradient: Tensor, narrow: Tensor) -> None:
+        """`narrow` is the gradient in `dtype`, as it is now. No copy is made of either."""
+        self._made = gradient, gradient._version, narrow
+
+    def take(self, gradient: Tensor) -> Tensor:
+        """The gradient in `dtype`: what was put if that was this gradient, unchanged since."""
+        made, self._made = self._made, None
+        if made is not None:
+            # The object may be another one. Memory of a tensor that is kept is nobody else's.
+            wide, version, narrow = made
+            one = (gradient.data_ptr(), gradient.shape, gradient.stride(), gradient._version)
+            if one == (wide.data_ptr(), wide.shape, wide.stride(), version):
+                return narrow
+        return gradient.to(self.dtype)
+
+
+def add_residual(
+    x: Tensor, around: SharedInput, other: Tensor, narrowed: NarrowGradient | None
+) -> Tensor:
+    """x + other in x's dtype. The gradient of x is left in `around`, of which x came by `share`.
+
+    narrowed: of other's dtype, if that is not x's.
+    """
+    result: Tensor = _AddResidual.apply(x, other, around, narrowed)  # type: ignore[no-untyped-call]
     return result
 
 
 class _AddResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor, around: SharedInput) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, other: Tensor, around: SharedInput, narrowed: NarrowGradient | None
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.around, ctx.dtype = around, other.dtype
-        return x + other
+        ctx.around, ctx.narrowed = around, narrowed
+        if narrowed is None or not (x.is_cuda and x.is_contiguous() and other.is_contiguous()):
+            return x + other
+        result = torch.empty_like(x)
+        add_into(result, x, other, fresh=True)
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, Tensor | None, None, None]:
         if gradient is None:
-            return None, None, None
+            return None, None, None, None
         if ctx.needs_input_grad[0]:
             ctx.around.put(gradient)
-        return None, gradient.to(ctx.dtype) if ctx.needs_input_grad[1] else None, None
+        to_other = None
+        if ctx.needs_input_grad[1]:
+            to_other = gradient if ctx.narrowed is None else ctx.narrowed.take(gradient)
+        return None, to_other, None, None
 
 
 class SharedInputs:
@@ -152,7 +245,9 @@ def product(x: Tensor, rows: Tensor, factor: Tensor, bias: Tensor | None) -> Ten
     """
     y = rows.new_empty(*x.shape[:-1], factor.shape[1])
     flat = y.view(-1, factor.shape[1])
-    if bias is None:
+    if bias is None and _pays_to_split(rows, factor):
+        _add_split_product(flat, rows, factor, fresh=True)
+    elif bias is None:
         torch.mm(rows, factor, out=flat)
     else:
         torch.addmm(bias.to(rows.dtype), rows, factor, out=flat)
