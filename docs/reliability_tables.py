@@ -10,6 +10,7 @@ CALLS = {  # what they are figures of, and how a good result is told
     "state-machines": ("stories of state machines in Python", "stories", "no failure"),
     "faults": ("signals and errors at every moment", "faults", "restored every time"),
     "sanitizers": ("tests and inputs under the sanitizers", "tests", "no report"),
+    "gpu-sanitizers": ("calls under compute-sanitizer's three tools", "calls", "no report"),
 }
 LOADS = {
     "adaptations": "adaptations of the embedded model on a CPU, last layer",

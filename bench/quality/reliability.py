@@ -9,6 +9,7 @@
     python -m bench.quality.reliability adaptations --count 100000 --trained last
     python -m bench.quality.reliability gpu-adaptations --count 10000
     python -m bench.quality.reliability gpu-selections --count 10000000
+    python -m bench.quality.reliability gpu-sanitizers    # make sanitize, in parts side by side
     python -m bench.quality.reliability collect FILE...   # rows of runs side by side
 
 Ctrl-C ends the three long ones early; their rows say how far they came. A row is a check with what
@@ -23,6 +24,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -94,6 +96,29 @@ def sanitizers() -> Figures:
     return [{"figure": "inputs", "value": inputs, "unit": "inputs", "count": 1}, *found]
 
 
+def gpu_sanitizers(parts: int) -> Figures:
+    """Every tool on every part, all at once: each keeps one core busy, and little of the GPU."""
+    start = time.monotonic()
+    calls = [sys.executable, "tests/helpers/every_call.py"]
+    runs = [
+        (tool, subprocess.Popen(
+            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *calls, f"{i}/{parts}"],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ))
+        for tool in ("racecheck", "initcheck", "memcheck")
+        for i in range(parts)
+    ]  # fmt: skip
+    counted: Counter[str] = Counter()
+    for tool, process in runs:
+        said, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{said}{tool}: failed")
+        [number] = re.findall(r"^(\d+) calls$", said, re.MULTILINE)
+        counted[tool] += int(number)
+        print(tool, number, "calls", f"{time.monotonic() - start:.0f} s", flush=True)
+    return _counted("calls", counted.total(), time.monotonic() - start)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -112,6 +137,7 @@ def main() -> None:
     checks.choices["adaptations"].add_argument(
         "--trained", choices=("all", "last"), default="all", help="all weights, or the last layer's"
     )
+    checks.add_parser("gpu-sanitizers").add_argument("--parts", type=int, default=8)
     collect = checks.add_parser("collect")
     collect.add_argument("files", type=Path, nargs="+", help="that --out of each run named")
     args = parser.parse_args()
@@ -136,6 +162,8 @@ def main() -> None:
         found = sanitizers()
     elif args.check == "adaptations":
         found = load.adaptations(args.count, args.trained)
+    elif args.check == "gpu-sanitizers":
+        found = gpu_sanitizers(args.parts)
     elif args.check == "gpu-adaptations":
         found = load.gpu_adaptations(args.count)
     else:

@@ -2,11 +2,13 @@
 """Every selection kernel once, on small problems: `make sanitize` runs it under compute-sanitizer.
 
 All dtypes; pools of a prompt's own, shared ones with candidates, ragged ones whose rows are not
-aligned to 16 bytes; and the few sizes that take another way.
+aligned to 16 bytes; and the few sizes that take another way. `2/8` takes part 2 of 8 (0 to 7).
 """
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +39,7 @@ def problems(device: str) -> Iterator[Problem]:
             yield pool[0], query, {"candidates": candidates}
 
 
-def run(device: str) -> int:
+def run(device: str, part: int = 0, of: int = 1) -> int:
     """The number of calls."""
     calls = 0
 
@@ -46,7 +48,7 @@ def run(device: str) -> int:
         function(*arguments, **options)
         calls += 1
 
-    for pool, query, where in problems(device):
+    for pool, query, where in itertools.islice(problems(device), part, None, of):
         call(hullkit.lmo, pool, query, **where)
         call(hullkit.knn, pool, query, 4, **where)
         call(hullkit.duplicates, pool, eps=0.05, **where)
@@ -60,7 +62,8 @@ def run(device: str) -> int:
             options = {"variant": variant, "max_weight": weight, "max_iters": 12, "gap_tol": 1e-6}
             call(hullkit.frank_wolfe, pool, query, **options, **where)
         call(hullkit.apportion, torch.rand_like(query), TOTAL)
-    for n, function in ((600, hullkit.sift), (4500, hullkit.select)):  # beyond a block; beyond 4096
+    large = ((600, hullkit.sift), (4500, hullkit.select))  # beyond a block; beyond 4096
+    for n, function in itertools.islice(large, part, None, of):
         pool, query = (tensor.to(device) for tensor in problem(1, n, 32, torch.float32))
         call(function, pool[0], query, 5)
     if device == "cuda":
@@ -69,4 +72,5 @@ def run(device: str) -> int:
 
 
 if __name__ == "__main__":
-    print(run("cuda"), "calls")
+    part, _, of = (sys.argv[1:] or ["0/1"])[-1].partition("/")
+    print(run("cuda", int(part), int(of)), "calls")
