@@ -343,16 +343,28 @@ def _together(name: str, budget: str) -> str:
     for row in judged(name, path="many", **wanted):
         alone = judged(name, path="lora", device=row["device"], **wanted)
         one_of = f", {_ms(alone[0])} ms one at a time" if alone else ""
+        streams = [
+            one(name, phase="judge", path="many", **wanted | {"subset": subset})
+            for subset in subsets(name)
+            if subset != wanted["subset"]
+        ]
+        joules = _energy(row, _joules(row)) + _range(streams, _joules)
         return (
             f"**Many together, on {gpu_name(row)}{_threads(row)}**: adapters of {row['slots']} "
-            f"prompts at once, the same passes: {_ms(row)} ms a query"
-            f"{_energy(row, _joules(row))}{one_of}. They lower bits per byte by {_bought(row)}."
+            f"prompts at once, the same passes: {_ms(row)} ms a query{_range(streams, _ms)}"
+            f"{joules}{one_of}. They lower bits per byte by {_bought(row)}."
         )
     return "Many together: not measured yet."
 
 
 def _threads(row: Row) -> str:
     return {"1": ", one thread", "2": ", two threads"}.get(row["threads"], "")
+
+
+def _range(streams: list[Row], shown: Callable[[Row], str]) -> str:
+    """From the cheapest text's stream to the dearest's; of one stream there is no range."""
+    values = [shown(row) for row in streams if row["joules"] != "not available" or shown is _ms]
+    return f" ({min(values, key=float)} to {max(values, key=float)} by text)" if values else ""
 
 
 def _energy(row: Row, joules: str) -> str:
