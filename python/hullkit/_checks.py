@@ -8,6 +8,7 @@ wait, the results say so.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Collection
 from typing import Any
 
@@ -55,7 +56,9 @@ def check_floating(name: str, value: Any) -> Tensor:
 
 
 def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> Any:
-    """An int, or the symbol that stands for one while torch.compile traces."""
+    """An int, also one of NumPy's, or the symbol for one while torch.compile traces."""
+    if not isinstance(value, (int, torch.SymInt)) and isinstance(value, numbers.Integral):
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} ({value!r})")
     if value < minimum or (maximum is not None and value > maximum):

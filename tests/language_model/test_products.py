@@ -56,8 +56,14 @@ def test_a_narrow_gradient_is_of_that_gradient_alone() -> None:
 
 
 @pytest.mark.parametrize("used", ["alone", "twice", "hook", "hook in place"])
-def test_the_gradient_of_a_sum_has_the_bits_of_a_cast(used: str) -> None:
+def test_the_gradient_of_a_sum_has_the_bits_of_a_cast(
+    used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever else reads the sum or changes its gradient. float16: the interpreter rounds it."""
+    made, taken = [], []
+    put, take = NarrowGradient.put, NarrowGradient.take
+    monkeypatch.setattr(NarrowGradient, "put", lambda *a: (put(*a), made.append(a[-1]))[0])
+    monkeypatch.setattr(NarrowGradient, "take", lambda *a: (taken.append(take(*a)), taken[-1])[1])
     half = torch.float16
     norms = [nn.LayerNorm(8).to(DEVICE) for _ in range(2)]
     branches = [random(3, 8, dtype=half, seed=seed).requires_grad_() for seed in (3, 4)]
@@ -81,6 +87,8 @@ def test_the_gradient_of_a_sum_has_the_bits_of_a_cast(used: str) -> None:
     for branch, gradient in zip(branches, reversed(arrived), strict=True):
         assert branch.grad is not None
         assert torch.equal(branch.grad, gradient.to(half))
+    if used == "alone":  # no cast was needed
+        assert [id(t) for t in taken] == [id(t) for t in made]
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies
@@ -29,7 +30,7 @@ def check_finite(name: str, value: float) -> None:
 def warm_up(loss_of: CausalLoss, inputs: list[Inputs], parameters: list[nn.Parameter]) -> None:
     """Runs a pass of each example, so that everything is compiled. Nothing is updated."""
     for example in inputs:
-        loss_of(example).backward()
+        _backward(loss_of, example)
         for parameter in parameters:
             parameter.grad = None
 
@@ -140,9 +141,17 @@ def _pass(
     return value
 
 
-def _backward(loss_of: CausalLoss, inputs: Inputs, *, recompute: bool) -> float:
+def _backward(loss_of: CausalLoss, inputs: Inputs, *, recompute: bool = False) -> float:
     loss = loss_of(inputs, recompute=recompute)
-    loss.backward()
+    try:
+        loss.backward()
+    except CheckpointError as error:
+        if not loss_of.fuses:
+            raise
+        raise RuntimeError(
+            "model: its forward calls torch.utils.checkpoint, which runs parts again without the "
+            "fused functions of the pass; give fuse=False"
+        ) from error
     return loss.item()
 
 

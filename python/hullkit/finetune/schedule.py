@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from .._checks import check_below_2_63, check_int
 from ..selection._arrays import refuse_mask
 
+_MOST_PASSES = 1 << 20  # more are a mistake, and a list of them would fill the memory
+
 
 class Reuse(NamedTuple):
     """One burst: the gradient of `example` is computed once and serves `num_steps` updates.
@@ -48,7 +50,7 @@ def reuse_schedule(counts: Any, refresh_interval: int = 2) -> list[Reuse]:
         TypeError: `counts` is no sequence or holds anything but integers (bool included), or
             `refresh_interval` is no integer.
         ValueError: `counts` is not one-dimensional, is empty, has a negative entry or only zeros,
-            or `refresh_interval` < 1.
+            or `refresh_interval` < 1, or there would be more than 2^20 passes.
 
     >>> import hullkit
     >>> hullkit.reuse_schedule([3, 0, 1], refresh_interval=2)
@@ -59,9 +61,13 @@ def reuse_schedule(counts: Any, refresh_interval: int = 2) -> list[Reuse]:
     Source: HullFT, arXiv 2605.30337, gradient caching.
     """
     interval = check_int("refresh_interval", refresh_interval, 1)
+    checked = check_counts(counts)
+    passes = sum(-(-count // interval) for count in checked)
+    if passes > _MOST_PASSES:
+        raise ValueError(f"counts: expected at most {_MOST_PASSES} passes, got {passes}")
     return [
         Reuse(example, min(interval, count - start))
-        for example, count in enumerate(check_counts(counts))
+        for example, count in enumerate(checked)
         for start in range(0, count, interval)
     ]
 

@@ -52,7 +52,8 @@ def next_token_losses(
     """
     if uses_triton("logits", logits.device, backend):
         rows = logits.flatten(0, 1)  # [K T, V]; logits[0] would copy the gradient
-        both: tuple[Tensor, Tensor] = _Fused.apply(rows, _targets(labels))  # type: ignore[no-untyped-call]
+        saved = _is_saved_result(logits)
+        both: tuple[Tensor, Tensor] = _Fused.apply(rows, _targets(labels), saved)  # type: ignore[no-untyped-call]
         return both
     rows = at_least_float32(logits.flatten(0, 1))
     targets = _targets(labels)
@@ -133,6 +134,12 @@ def linear_next_token_losses(
     return both
 
 
+def _is_saved_result(tensor: Tensor) -> bool:
+    """Whether the function that made a tensor, or that of which it is a view, keeps its result."""
+    node = (tensor if tensor._base is None else tensor._base).grad_fn
+    return node is not None and "_saved_result" in dir(node)
+
+
 def _targets(labels: Tensor) -> Tensor:
     """The label that each position predicts (K, T); -100 for the last positions."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -146,7 +153,8 @@ def _shares(targets: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, saved: bool) -> tuple[Tensor, Tensor]:
+        ctx.saved = saved
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         losses, normalisers, shares = _row_results(logits.dtype, targets)
         _launch("cross_entropy", logits, targets, losses, normalisers)
@@ -155,12 +163,13 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, normalisers, shares = ctx.saved_tensors
+        logits = logits.clone() if ctx.saved else logits
         scale = shares * gradient
         _launch("cross_entropy_gradient", logits, targets, normalisers, scale)
         torch.autograd.graph.increment_version(logits)
-        return logits, None
+        return logits, None, None
 
 
 class _FusedLinear(torch.autograd.Function):

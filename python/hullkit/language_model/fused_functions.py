@@ -8,6 +8,7 @@ fits every architecture, and a layer that somebody changed stays changed.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,17 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..optim._tensor_table import uses_triton
+from ..optim._tensor_table import HALVES, uses_triton
 from . import short_attention
 from .gates import gated
 from .low_rank import add_low_rank_
 from .norms import WIDEST, Norm, norm
 from .products import NarrowGradient, SharedInput, SharedInputs, add_residual, linear, share
-from .recent_tensors import RecentTensors
+from .recent_tensors import RecentTensors, has_hooks
 from .saved_tensors import Saved
 from .trials import trial
 
-_HALVES = (torch.float16, torch.bfloat16)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -39,6 +39,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def _is_plain(x: Any) -> bool:
     """Whether x is torch's own tensor. A class of somebody else's has functions of its own."""
     return type(x) in (Tensor, nn.Parameter)
+
+
+def _is_row(x: Any) -> bool:
+    """A plain vector whose elements are neighbours, as kernels read weights."""
+    return _is_plain(x) and x.ndim == 1 and x.is_contiguous()
 
 
 class FusedFunctions(TorchFunctionMode):
@@ -60,18 +65,20 @@ class FusedFunctions(TorchFunctionMode):
         self._saved = saved
         self._backend = backend
         self._inputs = SharedInputs() if inputs is None else inputs
-        self._activated: RecentTensors[tuple[Tensor, str]] = RecentTensors()  # gate, activation
+        # Of an activation: the gate, its version then, and the activation's name.
+        self._activated: RecentTensors[tuple[Tensor, int, str]] = RecentTensors()
         self._normed: RecentTensors[tuple[Tensor, SharedInput]] = RecentTensors()
         self._sums: RecentTensors[NarrowGradient] = RecentTensors()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        if handler is not None:
-            result = handler(self, *args, **(kwargs or {}))
+        if handler is not None and _takes_arguments(handler, args, kwargs):
+            result = handler(self, *args, **kwargs)
             if result is not NotImplemented:
                 self.names.add(_NAMES[func])
                 return result
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def takes(self, x: Any) -> bool:
         """Whether kernels may run on this tensor: on a GPU, in a pass that has a backward half."""
@@ -80,13 +87,15 @@ class FusedFunctions(TorchFunctionMode):
             and torch.is_grad_enabled()
             and uses_triton("x", x.device, self._backend)
             and x.numel() > 0
-            and x.dtype in (torch.float32, *_HALVES)
+            and x.dtype in (torch.float32, *HALVES)
         )
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of products: autocast's, or x's own."""
         kind = x.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+    # Handlers have torch's names of arguments: models pass them by keyword too.
 
     # Linear layers.
 
@@ -96,20 +105,21 @@ class FusedFunctions(TorchFunctionMode):
         if bias is not None and not _is_plain(bias):
             return False
         # Without a cast torch refuses other dtypes; let it.
-        known = (torch.float32, *_HALVES) if self._casts(x) else (x.dtype,)
+        known = (torch.float32, *HALVES) if self._casts(x) else (x.dtype,)
         return weight.dtype in known and (bias is None or bias.dtype in known)
 
-    def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
-        if not self._fits(x, weight, bias) or x.shape[-1] != weight.shape[1]:
+    def linear(self, input: Any, weight: Any, bias: Any = None) -> Any:
+        if not self._fits(input, weight, bias) or input.shape[-1] != weight.shape[1]:
             return NotImplemented
         if bias is not None and bias.shape != (weight.shape[0],):
             return NotImplemented
-        tensor, shared = self._inputs.of(x, self._dtype(x))
+        tensor, shared = self._inputs.of(input, self._dtype(input))
         return linear(tensor, shared, weight, bias, transposed=False)
 
-    def addmm(self, bias: Any, x: Any, weight: Any, **options: Any) -> Any:
-        """addmm(bias, x, weight): a linear layer if bias is a row and weight a parameter."""
-        if options or not isinstance(bias, Tensor) or not self._fits(x, weight, bias):
+    def addmm(self, input: Any, mat1: Any, mat2: Any) -> Any:
+        """A linear layer if `input`, its bias, is a row and mat2, its weight, a parameter."""
+        bias, x, weight = input, mat1, mat2
+        if not isinstance(bias, Tensor) or not self._fits(x, weight, bias):
             return NotImplemented
         if not weight.is_leaf or x.ndim != 2 or x.shape[1] != weight.shape[0]:
             return NotImplemented
@@ -131,11 +141,19 @@ class FusedFunctions(TorchFunctionMode):
     # Norms.
 
     def layer_norm(
-        self, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+        self,
+        input: Any,
+        normalized_shape: Any,
+        weight: Any = None,
+        bias: Any = None,
+        eps: float = 1e-5,
     ) -> Any:
-        if not self.takes(x) or not _is_plain(weight) or weight.ndim != 1 or len(weight) > WIDEST:
+        x = input
+        if not self.takes(x) or not _is_row(weight) or len(weight) > WIDEST:
             return NotImplemented
-        if tuple(shape) != tuple(weight.shape) or x.shape[-1] != len(weight):
+        if tuple(normalized_shape) != tuple(weight.shape) or x.shape[-1] != len(weight):
+            return NotImplemented
+        if bias is not None and not (_is_row(bias) and bias.shape == weight.shape):
             return NotImplemented
         if not self._casts(x) and (
             weight.dtype is not x.dtype or (bias is not None and bias.dtype is not x.dtype)
@@ -146,7 +164,9 @@ class FusedFunctions(TorchFunctionMode):
 
     def rms_norm(self, x: Any, weight: Tensor, formula: Norm) -> Any:
         """An RMS norm of a model's own, whose result has x's dtype."""
-        if not self.takes(x) or x.shape[-1] != len(weight) or x.dtype is not weight.dtype:
+        if not self.takes(x) or not _is_row(weight) or x.shape[-1] != len(weight):
+            return NotImplemented
+        if x.dtype is not weight.dtype:
             return NotImplemented
         return self._norm(x, weight, None, formula, wide=False)
 
@@ -168,16 +188,17 @@ class FusedFunctions(TorchFunctionMode):
         self._inputs.note(y, narrow, shared)
         return y
 
-    def add(self, a: Any, b: Any, **options: Any) -> Any:
+    def add(self, input: Any, other: Any) -> Any:
         """The sum of a norm's input and what came of the norm: a residual."""
-        if options or not self.takes(a) or not self.takes(b):
+        if not self.takes(input) or not self.takes(other):
             return NotImplemented
-        for x, other in ((a, b), (b, a)):
+        dtype = torch.promote_types(input.dtype, other.dtype)
+        for x, branch in ((input, other), (other, input)):
             known = self._normed.get(x)
-            same = x.shape == other.shape and torch.promote_types(a.dtype, b.dtype) is x.dtype
-            if known is not None and same:
-                narrowed = None if other.dtype is x.dtype else NarrowGradient(other.dtype)
-                result = add_residual(*known, other, narrowed)
+            if known is not None and x.shape == branch.shape and x.dtype is dtype:
+                narrows = branch.dtype is not dtype and branch.requires_grad
+                narrowed = NarrowGradient(branch.dtype) if narrows else None
+                result = add_residual(*known, branch, narrowed)
                 if narrowed is not None:
                     self._sums.note(result, narrowed)
                 return result
@@ -190,24 +211,26 @@ class FusedFunctions(TorchFunctionMode):
         function = ACTIVATIONS[name]
         y = function(x) if self._saved is None else self._saved.cheap(function, x)
         if self.takes(x) and y.dtype is x.dtype and x.is_contiguous():
-            self._activated.note(y, (x, name))
+            self._activated.note(y, (x, x._version, name))
         return y
 
-    def silu(self, x: Any, inplace: bool = False) -> Any:
-        return NotImplemented if inplace or not self.takes(x) else self.activation("silu", x)
-
-    def gelu(self, x: Any, *, approximate: str = "none") -> Any:
-        if not self.takes(x) or approximate not in ("none", "tanh"):
+    def silu(self, input: Any, inplace: bool = False) -> Any:
+        if inplace or not self.takes(input):
             return NotImplemented
-        return self.activation("gelu" if approximate == "none" else "gelu_tanh", x)
+        return self.activation("silu", input)
 
-    def multiply(self, a: Any, b: Any) -> Any:
-        for y, up in ((a, b), (b, a)):
+    def gelu(self, input: Any, *, approximate: str = "none") -> Any:
+        if not self.takes(input) or approximate not in ("none", "tanh"):
+            return NotImplemented
+        return self.activation("gelu" if approximate == "none" else "gelu_tanh", input)
+
+    def multiply(self, input: Any, other: Any) -> Any:
+        for y, up in ((input, other), (other, input)):
             known = self._activated.get(y) if isinstance(y, Tensor) else None
-            if known is None:
+            if known is None or has_hooks(y):
                 continue
-            gate, name = known
-            if isinstance(up, Tensor) and up is not y:
+            gate, version, name = known
+            if isinstance(up, Tensor) and up is not y and gate._version == version:
                 return self.gated(gate, up, name)
         return NotImplemented
 
@@ -223,19 +246,20 @@ class FusedFunctions(TorchFunctionMode):
 
     def attention(
         self,
-        q: Any,
-        k: Any,
-        v: Any,
+        query: Any,
+        key: Any,
+        value: Any,
         attn_mask: Any = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
+        q, k, v = query, key, value
         if attn_mask is not None or dropout_p or not is_causal or not self.takes(q):
             return NotImplemented
         half = self._dtype(q)
-        if half not in _HALVES or not short_attention.takes(q, k, v):
+        if half not in HALVES or not short_attention.takes(q, k, v):
             return NotImplemented
         if q.shape[1] != k.shape[1] and not enable_gqa:
             return NotImplemented
@@ -255,6 +279,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.add: FusedFunctions.add,
     F.scaled_dot_product_attention: FusedFunctions.attention,
 }
+_PARAMETERS = {of: inspect.signature(of).parameters for of in _HANDLERS.values()}
 _NAMES = {
     F.linear: "torch.nn.functional.linear",
     torch.addmm: "torch.addmm",
@@ -267,6 +292,12 @@ _NAMES = {
     Tensor.add: "torch.add",
     F.scaled_dot_product_attention: "torch.nn.functional.scaled_dot_product_attention",
 }
+
+
+def _takes_arguments(handler: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether a handler knows them all. What it does not know, such as `out`, is torch's."""
+    parameters = _PARAMETERS[handler]  # self is among them
+    return len(args) < len(parameters) and kwargs.keys() <= parameters.keys()
 
 
 def proven_activation(module: Any, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..optim._tensor_table import HALVES
 from .fused_functions import ACTIVATIONS
 from .trials import column, random_linear, random_tensor, trial
 
 _IN, _INNER = 5, 7  # columns of a proof
-_HALVES = (torch.float16, torch.bfloat16)
 _SIZES = (1e-3, 0.1, 1.0, 1.0, 1.0, 10.0, 1e3)  # of its rows: a clip or a scale shows
 
 
@@ -82,7 +82,7 @@ def _keeps_halves(act: Any) -> bool:
     if next(act.parameters(), None) is not None:
         return False
     try:
-        halves = [torch.zeros(1, 1, dtype=kind, device="cpu") for kind in _HALVES]
+        halves = [torch.zeros(1, 1, dtype=kind, device="cpu") for kind in HALVES]
         return all(trial(act, x).dtype is x.dtype for x in halves)
     except Exception:
         return False

@@ -107,14 +107,15 @@ class _Norm(torch.autograd.Function):
         rows = _rows(x)
         left = None if ctx.around is None else ctx.around.take()
         given = [None if g is None else _rows(g).contiguous() for g in (first, second, left)]
-        of_weight, of_bias = ctx.needs_input_grad[1], ctx.bias is not None
-        most = _MOST_PROGRAMS if of_weight or len(rows) < _FREE_PROGRAMS else _FREE_PROGRAMS
+        of_weight, of_bias = ctx.needs_input_grad[1:3]
+        of_either = of_weight or of_bias
+        most = _MOST_PROGRAMS if of_either or len(rows) < _FREE_PROGRAMS else _FREE_PROGRAMS
         programs = min(len(rows), most)
         x_gradient = x.new_empty(x.shape)
         halved = None if ctx.narrowed is None else x.new_empty(x.shape, dtype=ctx.narrowed.dtype)
         partial = (
             x.new_empty(1 + of_bias, programs, columns, dtype=torch.float32)
-            if of_weight
+            if of_either
             else factors
         )
         one, two, more = (factors if g is None else g for g in given)
@@ -125,7 +126,7 @@ class _Norm(torch.autograd.Function):
         constants = {
             "RMS": ctx.formula.rms, "OFFSET": ctx.formula.offset, "FIRST": given[0] is not None,
             "SECOND": given[1] is not None, "MORE": given[2] is not None,
-            "NARROW": halved is not None, "OF_WEIGHT": of_weight, "BIAS": of_bias,
+            "NARROW": halved is not None, "OF_WEIGHT": of_either, "BIAS": of_bias,
             "BLOCK": _block(columns),
         }  # fmt: skip
         with torch.cuda.device_of(x):
@@ -136,10 +137,11 @@ class _Norm(torch.autograd.Function):
         if ctx.around is not None and to_x is not None:
             ctx.around.put(to_x)
             to_x = None
-        if not of_weight:
+        if not of_either:
             return to_x, *nothing[1:]
         sums = column_sums(partial, weight.dtype)
-        return to_x, sums[0], sums[1].to(ctx.bias) if of_bias else None, *nothing[3:]
+        to_weight = sums[0] if of_weight else None
+        return to_x, to_weight, sums[1].to(ctx.bias) if of_bias else None, *nothing[3:]
 
 
 def _rows(x: Tensor) -> Tensor:

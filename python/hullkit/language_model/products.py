@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..optim._tensor_table import uses_triton
-from .recent_tensors import RecentTensors
+from ..optim._tensor_table import HALVES, uses_triton
+from .recent_tensors import RecentTensors, has_hooks
 
 # Whether torch multiplies halves into float32.
 _PRODUCTS_WIDEN = hasattr(torch.ops.aten.mm, "dtype_out")
@@ -48,7 +48,7 @@ def _pays_to_split(a: Tensor, b: Tensor) -> bool:
     """
     rows, length = a.shape
     columns = b.shape[1]
-    if not (a.is_cuda and _BATCHES_WIDEN and a.dtype in (torch.float16, torch.bfloat16)):
+    if not (a.is_cuda and _BATCHES_WIDEN and a.dtype in HALVES):
         return False
     if a.stride(1) != 1 or length % 128 or length < _LONG * columns or length * columns < _LARGE:
         return False
@@ -90,7 +90,8 @@ class SharedInput:
     """The gradient of a tensor that several functions read, which they add up.
 
     Autograd would make a gradient for every linear layer that reads it, cast each to the tensor's
-    dtype and add them one by one. Here every layer adds its product in place.
+    dtype and add them one by one. Here every layer adds its product in place. A backward pass of
+    the whole graph takes it; one of a part of the graph would leave a rest for the next.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -212,9 +213,14 @@ class SharedInputs:
     def of(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, SharedInput]:
         """x in the products' dtype, and where all layers that read it leave its gradient."""
         base = x._base
-        whole = base is not None and x.is_contiguous() and base.numel() == x.numel()
-        for known in (x, base) if whole else (x,):
-            entry = None if known is None else self._known.get(known)
+        whole = (
+            base is not None
+            and base.numel() == x.numel()
+            and (base.is_contiguous() and x.is_contiguous())
+            and base.requires_grad == (x.grad_fn is not None)  # not made where gradients were off
+        )
+        for known in () if has_hooks(x) else (x, base) if whole else (x,):
+            entry = None if known is None or has_hooks(known) else self._known.get(known)
             if entry is not None and entry[0].dtype is dtype:
                 tensor, shared = entry
                 return tensor if known is x else tensor.view(x.shape), shared

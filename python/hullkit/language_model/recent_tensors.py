@@ -32,3 +32,8 @@ class RecentTensors(Generic[Fact]):
         self._known.move_to_end(id(tensor))
         while len(self._known) > _KEPT:
             self._known.popitem(last=False)
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether somebody waits for the tensor's gradient. A fused function would not compute it."""
+    return bool(tensor._backward_hooks) or tensor.retains_grad

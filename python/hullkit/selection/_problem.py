@@ -84,9 +84,9 @@ def check_pool_query(
                 f"got a pool of shape {tuple(rows)}"
             )
         if candidates.ndim != len(leading) + 1 or candidates.shape[-1] == 0:
+            batch = "".join(f"{size}, " for size in leading)
             raise ValueError(
-                f"candidates: expected shape {(*leading, 'n')} with n >= 1, "
-                f"got {tuple(candidates.shape)}"
+                f"candidates: expected shape ({batch}n) with n >= 1, got {tuple(candidates.shape)}"
             )
         candidates = check_integers(
             "candidates", candidates, (*leading, candidates.shape[-1]), pool
