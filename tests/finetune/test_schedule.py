@@ -85,3 +85,11 @@ def test_bad_counts(counts: object, error: type[Exception], message: str) -> Non
 def test_bad_refresh_interval(refresh_interval: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"refresh_interval: expected an int.*, got"):
         reuse_schedule([1], refresh_interval)  # type: ignore[arg-type]
+
+
+def test_more_passes_than_a_list_should_hold() -> None:
+    assert len(reuse_schedule([2**21], 2)) == 2**20
+    with pytest.raises(ValueError, match="counts: expected at most 1048576 passes, got 1048577"):
+        reuse_schedule([2**21, 1], 2)
+    with pytest.raises(ValueError, match="counts: expected at most"):
+        reuse_schedule([2**62], 2)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every selection kernel once, on small problems: `make sanitize` runs it under compute-sanitizer.
+Low-rank products too, whose programs wait for one another's parts.
 
 All dtypes; pools of a prompt's own, shared ones with candidates, ragged ones whose rows are not
 aligned to 16 bytes; and the few sizes that take another way. `2/8` takes part 2 of 8 (0 to 7).
@@ -15,6 +16,7 @@ from typing import Any
 import hullkit
 import torch
 from _gpu import DTYPES, problem
+from hullkit.language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
 from torch import Tensor
 
 SHAPES = ((2, 63, 129), (1, 150, 64), (3, 12, 5))  # prompts, candidates, d
@@ -37,6 +39,16 @@ def problems(device: str) -> Iterator[Problem]:
             candidates = torch.arange(n, device=device).flip(0).repeat(batch, 1)
             candidates[:, 1::5] = -1
             yield pool[0], query, {"candidates": candidates}
+
+
+def low_rank(slots: int, device: str) -> None:
+    """Forward and backward, with sums in several parts."""
+    wide, rank = 700, 16
+    shapes = ((slots, 90, wide), (slots, 90, wide), (slots, rank, wide), (slots, wide, rank))
+    y, x, a, b = (torch.randn(shape, device=device) for shape in shapes)
+    inner = low_rank_forward_(y, x, a, b, 1.0)
+    to = Gradients(torch.empty_like(a), torch.empty_like(b), torch.empty_like(x), fresh=True)
+    low_rank_backward(y, x, a, b, inner, 1.0, to)
 
 
 def run(device: str, part: int = 0, of: int = 1) -> int:
@@ -66,6 +78,8 @@ def run(device: str, part: int = 0, of: int = 1) -> int:
     for n, function in itertools.islice(large, part, None, of):
         pool, query = (tensor.to(device) for tensor in problem(1, n, 32, torch.float32))
         call(function, pool[0], query, 5)
+    for slots in itertools.islice((1, 3), part, None, of):
+        call(low_rank, slots, device)
     if device == "cuda":
         torch.cuda.synchronize()
     return calls

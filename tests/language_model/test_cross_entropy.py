@@ -117,6 +117,22 @@ def test_the_gradient_takes_the_place_of_the_logits() -> None:
         torch.autograd.backward(loss, inputs=[leaf])
 
 
+@pytest.mark.parametrize("last", ["log_softmax", "tanh", "relu and a view"])
+def test_a_last_function_that_needs_its_result(last: str) -> None:
+    functions = {
+        "log_softmax": lambda h: F.log_softmax(h, -1),
+        "tanh": torch.tanh,
+        "relu and a view": lambda h: F.relu(h)[0][None],
+    }
+    leaf, labels = problem(3, 11, torch.float32)
+    found = []
+    for loss in (fused, plain):
+        leaf = leaf.detach().clone().requires_grad_()
+        loss(functions[last](leaf), labels).backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
+
+
 def linear_problem(dtype: torch.dtype, length: int, vocabulary: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(length)
     hidden = torch.randn(1, length, 24, generator=generator, dtype=torch.float64)

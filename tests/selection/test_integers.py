@@ -129,3 +129,14 @@ def test_on_a_device() -> None:
     ours = hullkit.lmo(pool, queries, candidates=candidates.view(torch.uint64).cuda())
     wanted = hullkit.lmo(pool, queries, candidates=candidates.clamp_min(-1).cuda())
     assert ours.index.tolist() == [int(wanted.index[0]), -1, int(wanted.index[2])]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_numbers_of_numpy(kind: type[np.integer[Any]]) -> None:
+    pool, query = torch.randn(9, 4), torch.randn(4)
+    ours, theirs = (hullkit.select(pool, query, total) for total in (kind(3), 3))
+    assert torch.equal(ours.counts, theirs.counts)
+    with pytest.raises(TypeError, match="total: expected an int, got bool"):
+        hullkit.select(pool, query, np.bool_(True))
+    with pytest.raises(TypeError, match="total: expected an int, got float64"):
+        hullkit.select(pool, query, np.float64(3.0))
