@@ -79,7 +79,10 @@ inline Wide<double> quotient(Wide<double> a, Wide<double> b) { return a / b; }
 
 // Calls block(elements) for whole blocks of U vectors, then for single vectors, then once for the rest, which it
 // gets as one vector in a buffer: every element takes the same arithmetic wherever it stands.
-// Arrays [kArrays] are read and written at an offset.
+// Arrays [kArrays] are read and written at an offset. The gradient is only read: it may be memory that nobody may
+// write to, or that others write.
+constexpr int kGradient = 1;
+
 template <typename T, int kArrays, int U, typename Block, typename Single>
 inline void over_vectors(T* const (&arrays)[kArrays], int64_t n, Block&& block, Single&& single) {
   constexpr int kLanes = kBytes / sizeof(T);
@@ -95,7 +98,7 @@ inline void over_vectors(T* const (&arrays)[kArrays], int64_t n, Block&& block, 
   }
   single(padded, 0);
   for (int a = 0; a < kArrays; ++a) {
-    if (arrays[a] != nullptr) __builtin_memcpy(arrays[a] + i, buffers[a], (n - i) * sizeof(T));
+    if (arrays[a] != nullptr && a != kGradient) __builtin_memcpy(arrays[a] + i, buffers[a], (n - i) * sizeof(T));
   }
 }
 

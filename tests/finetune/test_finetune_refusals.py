@@ -241,3 +241,22 @@ def test_frozen_after_construction() -> None:
     with pytest.raises(ValueError, match="model: expected a parameter with requires_grad"):
         tuner.adapted(texts(), COUNTS).__enter__()
     before.check()
+
+
+def test_a_sparse_buffer() -> None:
+    model = plain()
+    model.register_buffer("mask", torch.eye(3).to_sparse())
+    with pytest.raises(
+        ValueError, match=r"expected strided tensors, got torch\.sparse_coo: 'mask'"
+    ):
+        TestTimeFinetuner(model)
+
+
+def test_an_expanded_parameter_is_named() -> None:
+    model = plain()
+    model.wide = nn.Parameter(torch.ones(1).expand(4))
+    with (
+        pytest.raises(ValueError, match="expected elements side by side"),
+        TestTimeFinetuner(model).adapted(texts(), COUNTS),
+    ):
+        pass

@@ -100,3 +100,20 @@ def test_a_block_that_sets_them_keeps_its_own() -> None:
     with TestTimeFinetuner(plain()).adapted(texts(), COUNTS):
         CUDA.fp32_precision = "tf32"
     assert CUDA.fp32_precision == "tf32"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_callers_autocast_stays_outside(precision: str) -> None:
+    """Of the backward half too, whose products are the pass's."""
+    model = plain()
+    tuner = TestTimeFinetuner(model, lr=1e-2, precision=precision)
+    found = []
+    for on in (False, True):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=on),
+            tuner.adapted(texts(), COUNTS) as adapted,
+        ):
+            assert torch.is_autocast_enabled("cpu") == on
+            found.append([p.detach().clone() for p in adapted.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

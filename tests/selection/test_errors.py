@@ -120,7 +120,7 @@ SHAPES: dict[str, Bad] = {
     ),
     "candidates of rank 1 for a batch": Bad(
         ValueError,
-        ("candidates", "(3, 'n')", "(9,)"),
+        ("candidates", "(3, n)", "(9,)"),
         _pool()[0],
         _query(),
         {"candidates": ROWS[0]},

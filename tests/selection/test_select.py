@@ -206,3 +206,11 @@ def test_options_of_other_methods_are_refused(owner: str, method: str) -> None:
             continue
         with pytest.raises(ValueError, match=rf"method: expected '{owner}' .* got '{method}'"):
             hullkit.select(pool, query, 3, method=method, **option)
+
+
+def test_more_neighbours_than_rows() -> None:
+    pool, query = torch.randn(3, 4), torch.randn(4)
+    with pytest.raises(
+        ValueError, match="total: expected at most 1 for each of 3 candidates, got 5"
+    ):
+        hullkit.select(pool, query, 5, method="knn")

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import suppress
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class Adaptation(WithBlock):
         owner.last_report = None
         self._settings = TorchSettings()
         clock = Clock(_device(self._model))
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _without_autocast(self._model):
             parameters, buffers = tensors_of(self._claimed)
             weights = query.prepare(parameters, buffers)
             # Nothing of the model is written before the snapshot is complete.
@@ -133,6 +133,14 @@ class Adaptation(WithBlock):
         clock.lap("restore")
         seconds = report.seconds._replace(restore=clock.seconds()["restore"])
         self._owner.last_report = report._replace(seconds=seconds)
+
+
+def _without_autocast(model: nn.Module) -> AbstractContextManager[Any]:
+    """The caller's autocast would reach the products of backward halves."""
+    kind = _device(model).type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 class TorchSettings:

@@ -50,7 +50,9 @@ class Snapshot:
         for p in parameters:
             data = p.data
             copied = p.requires_grad and id(p) not in elsewhere
-            self._tensors.append((p, data, _geometry(p), _copy(data, place) if copied else None))
+            self._tensors.append(
+                (p, data, _geometry(p), _copy(_written(data), place) if copied else None)
+            )
         others = [t for t in others if _has_values(t)]
         self._buffers = [(b, _written(b.data).clone()) for b in (*buffers, *others)]
         self._tensors += [(b, b.data, _geometry(b), copy) for b, copy in self._buffers]

@@ -99,6 +99,11 @@ def check_trainable(model: nn.Module) -> None:
     for path, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             # Subclasses may keep their values elsewhere, as quantised weights do.
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is not torch.strided:
+                raise ValueError(
+                    f"model: expected strided tensors, got {tensor.layout}: "
+                    f"{f'{path}.{key}'.lstrip('.')!r}"
+                )
             if type(tensor) in (Tensor, nn.Parameter) and not (
                 tensor.is_meta or has_memory(tensor)
             ):

@@ -16,7 +16,7 @@ from . import _kernels
 from ._buckets import Bucket, Launch, Params, SortedBuckets, check_grad
 from ._in_backward import update_in_backward
 from ._layouts import address, state_layouts
-from ._record import FACTOR, LR, AdamOptions, SGDOptions, TensorRow, flags_of
+from ._record import FACTOR, LR, MAX_NUM_STEPS, AdamOptions, SGDOptions, TensorRow, flags_of
 from ._tensor_table import DTYPES, TensorTable, check_disjoint, is_dense, uses_triton
 from ._watched import untraced, watched
 
@@ -24,8 +24,8 @@ _ON_DEVICE = math.nan  # an option that is filled in on the device
 
 Options = AdamOptions | SGDOptions
 
-# The step counter in the state is float32, as torch's is: it counts up to here.
-MAX_NUM_STEPS = 2**24
+# Options of torch's that ask for another way of computing a step, or for other steps.
+_REFUSED = {"foreach": True, "fused": False, "differentiable": True, "amsgrad": True}
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -106,7 +106,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim."""
+        """As in torch.optim. Options that the constructor refuses are refused here, too."""
+        given = param_group if isinstance(param_group, dict) else {}
+        for name, refused in _REFUSED.items():
+            if given.get(name) is refused:
+                raise ValueError(
+                    f"params: expected groups with {name}={not refused}, got {refused}"
+                )
         super().add_param_group(param_group)
         if hasattr(self, "_sorted"):  # not while torch's constructor runs
             try:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import check_int
+from ._record import MAX_NUM_STEPS
 from ._watched import after_step, before_step, untraced
 
 
@@ -28,7 +29,7 @@ def update_in_backward(optimizer: Any, num_steps: int) -> Iterator[None]:
 @untraced
 def _begin(optimizer: Any, num_steps: int) -> tuple[dict[str, Any], list[Any]]:
     """The arguments that hooks of steps see, and handles of the parameters' own hooks."""
-    check_int("num_steps", num_steps, 1)
+    check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
     if optimizer.max_grad_norm is not None:
         raise ValueError(
             "max_grad_norm: expected None for an update in backward, got "
@@ -42,7 +43,7 @@ def _begin(optimizer: Any, num_steps: int) -> tuple[dict[str, Any], list[Any]]:
             "zero_grad() first"
         )
     kwargs = before_step(optimizer, {"num_steps": num_steps})
-    num_steps = check_int("num_steps", kwargs.get("num_steps", 1), 1)
+    num_steps = check_int("num_steps", kwargs.get("num_steps", 1), 1, MAX_NUM_STEPS)
     optimizer._forget_if_replaced()
     done: set[int] = set()
 

@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from ..native.kernels import LAYOUTS
 
+# The step counter in the state is float32, as torch's is: it counts up to here.
+MAX_NUM_STEPS = 2**24
+
 
 class TensorRow(NamedTuple):
     """One tensor. Its parameter, gradient and state share one dense layout."""

@@ -86,6 +86,7 @@ class PromptBatch:
     moments, 2 N K more for copies where products are in half precision, and the pass's activations.
     """
 
+    @torch.inference_mode(False)  # tensors of that mode could not be written to outside of it
     def __init__(
         self,
         model: nn.Module,
@@ -112,19 +113,19 @@ class PromptBatch:
             check_int("slots", slots, 1)
         elif slots != "auto":
             raise ValueError(f"slots: expected an int or 'auto', got {slots!r}")
-        self.rank = check_int("rank", rank, 1)
-        self.alpha = check_positive("alpha", alpha)
+        self._rank: int = check_int("rank", rank, 1)
+        self._alpha = check_positive("alpha", alpha)
         check_choice("rslora", rslora, (True, False))
-        self.rslora = rslora
-        self.lr = check_finite("lr", lr)
-        self.refresh_interval = check_int("refresh_interval", refresh_interval, 1)
+        self._rslora = rslora
+        self.lr = lr
+        self._refresh_interval: int = check_int("refresh_interval", refresh_interval, 1)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(f"betas: expected a pair of numbers, got {betas!r}")
         first, second = (check_finite(f"betas[{i}]", b, below=1.0) for i, b in enumerate(betas))
         eps = check_finite("eps", eps)
         check_choice("precision", precision, PRECISIONS)
         check_choice("capture", capture, (None, True, False))
-        self.seed = check_int("seed", seed, 0, (1 << 63) - 1)
+        self.seed = seed
         self._layers = chosen_layers(model, target)
         device, dtype = device_and_dtype(model, self._layers)
         half = torch.bfloat16 if precision == "bf16" else dtype
@@ -162,6 +163,42 @@ class PromptBatch:
         self._room = Room(slots, limit, self._passes.held)
         for slot in range(slots):
             self._factors.reset_(slot, seed)
+
+    # What queries may find changed, and what the slots were made for.
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of queries that have none of their own."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self._lr = check_finite("lr", lr)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the factors of queries that have none of their own."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._seed: int = check_int("seed", seed, 0, (1 << 63) - 1)
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def alpha(self) -> float:
+        return self._alpha
+
+    @property
+    def rslora(self) -> bool:
+        return self._rslora
+
+    @property
+    def refresh_interval(self) -> int:
+        return self._refresh_interval
 
     @property
     def path(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
 
+import torch
 from torch import nn
 
 from ..finetune.adaptation import TorchSettings
@@ -13,6 +14,8 @@ from ..native.kernels import WithBlock
 
 class Borrowed(WithBlock):
     """Inside the block the model is in eval mode, and no parameter gets a gradient. It yields it.
+
+    torch's encoder layers take no shortcut past the forwards of their parts, which may be a slot's.
 
     inner: blocks that lie within this one. A signal's handler may cut one of them short as it is
     left. So this block, which `WithBlock` leaves to the end, puts back the forwards of modules and
@@ -27,14 +30,17 @@ class Borrowed(WithBlock):
         self._modules: list[tuple[nn.Module, bool, object]] = []
         self._trained: list[nn.Parameter] = []
         self._settings: TorchSettings | None = None
+        self._shortcut: bool | None = None  # as it was before
 
     def _claim(self) -> None:
         self._settings = TorchSettings()
+        self._shortcut = torch.backends.mha.get_fastpath_enabled()
         modules = self._model.modules()
         self._modules = [(m, m.training, m.__dict__.get("forward")) for m in modules]
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
 
     def _enter(self) -> nn.Module:
+        torch.backends.mha.set_fastpath_enabled(False)
         for module, _, _ in self._modules:
             module.training = False
         for parameter in self._trained:
@@ -55,5 +61,7 @@ class Borrowed(WithBlock):
                     module.__dict__["forward"] = forward
         for parameter in self._trained:
             parameter.requires_grad_(True)
+        if self._shortcut is not None:
+            torch.backends.mha.set_fastpath_enabled(self._shortcut)
         if self._settings is not None:
             self._settings.put_back()

@@ -53,15 +53,24 @@ class SlotFactors:
             torch.zeros(size, dtype=torch.float32, device=device) for _ in range(4)
         )
         self.copies = None if half is None else torch.zeros(size, dtype=half, device=device)
-        read = self.params if self.copies is None else self.copies
-        factors, gradients = self._of_blocks(read), self._of_blocks(self.grads)
-        for place, layer in enumerate(layers):
-            of_a, of_b = (slots, rank, layer.inputs), (slots, layer.outputs, rank)
-            layer.a, layer.d_a = (m[2 * place].view(of_a) for m in (factors, gradients))
-            layer.b, layer.d_b = (m[2 * place + 1].view(of_b) for m in (factors, gradients))
         self._rank = rank
+        self._share()
         self._initial: tuple[int, Tensor] | None = None
         self._chunks: Tensor | None = None
+
+    def _share(self) -> None:
+        """Gives layers their parts of the memory, as views."""
+        read = self.params if self.copies is None else self.copies
+        factors, gradients = self._of_blocks(read), self._of_blocks(self.grads)
+        for place, layer in enumerate(self._layers):
+            of_a = (self.slots, self._rank, layer.inputs)
+            of_b = (self.slots, layer.outputs, self._rank)
+            layer.a, layer.d_a = (m[2 * place].view(of_a) for m in (factors, gradients))
+            layer.b, layer.d_b = (m[2 * place + 1].view(of_b) for m in (factors, gradients))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._share()  # a pickled tensor shares its memory with no other
 
     @property
     def num_bytes(self) -> int:

@@ -183,6 +183,19 @@ class SlotForwards:
         self._backend = backend
         self._used: set[str] = set()
 
+    def check(self, model: nn.Module) -> None:
+        """Raises RuntimeError for a layer that somebody has replaced in the model."""
+        for layer in self._layers:
+            try:
+                present: Any = model.get_submodule(layer.name)
+            except AttributeError:
+                present = None
+            if present is not layer.module:
+                raise RuntimeError(
+                    f"{layer.name}: expected the layer of which the batch was made, got another; "
+                    "make a new PromptBatch"
+                )
+
     @contextmanager
     def refreshed(self) -> Iterator[None]:
         """A block that begins with copies of the weights as they are now."""

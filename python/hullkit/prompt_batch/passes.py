@@ -7,7 +7,7 @@ import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from traceback import clear_frames
 from typing import Any
 
@@ -101,8 +101,17 @@ class SlotPasses:
         self.release()
         return self._run(tokens, first, control)
 
+    def _training(self) -> ExitStack:
+        """A block for a pass with a backward half, whatever modes of torch the caller is in."""
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(self._device.type, enabled=False))
+        return stack
+
     def _run(self, tokens: Tensor, first: int, control: Tensor) -> tuple[Tensor, Tensor]:
-        with Borrowed(self._model, self.products()):
+        with self._training(), Borrowed(self._model, self.products()):
+            tokens, control = (t.clone() if t.is_inference() else t for t in (tokens, control))
             # A pass of some slots is a long one, which keeps the device busy without a graph.
             whole = tokens.shape[1] == self._factors.slots
             graph = self._graph(tokens) if whole and self.captures else None
@@ -126,8 +135,8 @@ class SlotPasses:
     def held(self, length: int) -> int:
         """The bytes that a pass of one text of this length holds at a time."""
         held = HeldTensors(self._model, _BOUNDLESS, None)
-        tokens = torch.zeros(2, 1, length, dtype=torch.int64, device=self._device)
-        with Borrowed(self._model, self.products(), held.hooks()):
+        with self._training(), Borrowed(self._model, self.products(), held.hooks()):
+            tokens = torch.zeros(2, 1, length, dtype=torch.int64, device=self._device)
             self.gradients(tokens, 0)
         return with_gaps(held.num_bytes)
 
@@ -155,6 +164,8 @@ class SlotPasses:
                     total, losses = next_token_losses(out, labels)
                 else:  # the last layer has returned its input
                     total, losses = linear_next_token_losses(out, head, labels)
+            if not total.requires_grad:
+                raise RuntimeError("model: expected chosen layers to run in a pass, but none did")
             (total * self._scale).backward()
         self._forwards.clear_unlearned()
         return losses
@@ -197,7 +208,11 @@ class SlotPasses:
             return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 
     def follow(self) -> None:
-        """Takes the model as it is now. Graphs of other tensors than its present ones are freed."""
+        """Takes the model as it is now. Graphs of other tensors than its present ones are freed.
+
+        Raises RuntimeError for a layer that is no longer the model's.
+        """
+        self._forwards.check(self._model)
         with self._forwards.refreshed():
             own = [*self._model.parameters(), *self._model.buffers()]
         read = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in own]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ class Score:
 
     Raises:
         TypeError, ValueError: when called, for ids that the model has no rows for, or too many.
+        FloatingPointError: when called, for a loss that is not finite.
 
     >>> import hullkit, torch
     >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
@@ -78,7 +80,10 @@ class Score:
     def __call__(self, model: nn.Module) -> float:
         ids = _checked(self.ids, model)
         with torch.no_grad():
-            return float(next_token_losses(logits_of(model(ids), ids), ids)[0])
+            loss = float(next_token_losses(logits_of(model(ids), ids), ids)[0])
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"ids: expected a finite loss, got {loss}")
+        return loss
 
 
 class Generate:

@@ -263,12 +263,13 @@ def _nearest(
     candidates: Tensor | None,
     backend: str | None,
 ) -> tuple[KNNResult, Tensor]:
-    cap = 1
-    if max_multiplicity is not None:
-        cap = check_cap(
-            max_multiplicity, check_pool_query(pool, query, lengths, candidates).positions(), total
-        )
+    positions = check_pool_query(pool, query, lengths, candidates).positions()
+    cap = 1 if max_multiplicity is None else check_cap(max_multiplicity, positions, total)
     k = -(-total // cap)
+    if k > positions:
+        raise ValueError(
+            f"total: expected at most 1 for each of {positions} candidates, got {total}"
+        )
     result = knn(pool, query, k, lengths=lengths, candidates=candidates, backend=backend)
     counts = torch.full_like(result.indices, cap)
     counts[..., -1] = total - cap * (k - 1)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the code around a PromptBatch may do: modes of torch, copies, writes to the model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import hullkit
+import pytest
+import torch
+from hullkit.prompt_batch import Score
+from torch import Tensor, nn
+
+ROWS, WIDTH = 12, 8
+IDS = torch.randint(ROWS, (9,), generator=torch.Generator().manual_seed(0))
+QUERY = hullkit.Query([IDS], [6], Score(IDS))
+OPTIONS: dict[str, Any] = {"slots": 2, "rank": 2, "lr": 0.05}
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(ROWS, WIDTH), nn.Linear(WIDTH, ROWS)
+        self.layer: nn.Module = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.layer(self.embedding(ids))))
+        return y
+
+
+class Encoder(Model):
+    """torch's layer may read its parts' weights past their forwards, if nothing is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        y: Tensor = self.head(self.layer(self.embedding(ids), src_mask=mask))
+        return y
+
+
+def made(model: nn.Module | None = None) -> hullkit.PromptBatch:
+    return hullkit.PromptBatch(Model() if model is None else model, target=["layer"], **OPTIONS)
+
+
+def values(batch: hullkit.PromptBatch) -> list[Any]:
+    answers = list(batch.map([QUERY] * 3))
+    assert [answer.error for answer in answers] == [None] * 3
+    return [(answer.value, answer.losses) for answer in answers]
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_modes_of_the_caller(mode: str, made_inside: bool) -> None:
+    wanted = values(made())
+    model = Model()
+    with MODES[mode]() if made_inside else nullcontext():
+        batch = made(model)
+    with MODES[mode]():
+        assert values(batch) == wanted
+    assert values(batch) == wanted
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
+def test_a_copy_learns_too(copied: Callable[[Any], Any]) -> None:
+    batch = made()
+    assert values(copied(batch)) == values(batch)
+
+
+def test_what_the_slots_were_made_for_stays() -> None:
+    batch = made()
+    for name in ("rank", "alpha", "rslora", "refresh_interval"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(batch, name, 3)
+    batch.lr, batch.seed = 0.1, 5
+    with pytest.raises(ValueError, match="lr: expected a number >= 0"):
+        batch.lr = float("nan")
+    with pytest.raises(ValueError, match="seed: expected an int"):
+        batch.seed = -1
+    assert (batch.lr, batch.seed) == (0.1, 5)
+
+
+def test_a_layer_that_was_replaced() -> None:
+    batch = made()
+    batch.model.layer = nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(RuntimeError, match="layer: expected the layer of which the batch was made"):
+        values(batch)
+
+
+def test_layers_that_do_not_run() -> None:
+    class Reads(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            y: Tensor = self.head(self.embedding(ids) @ self.layer.weight)
+            return y
+
+    with pytest.raises(RuntimeError, match="expected chosen layers to run in a pass, but none did"):
+        values(made(Reads()))
+
+
+def test_an_encoder_layer_takes_no_shortcut() -> None:
+    batch = hullkit.PromptBatch(Encoder(), target=["linear1", "linear2"], **OPTIONS)
+    [answer] = batch.map([QUERY])
+    assert answer.value < min(answer.losses)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_score_that_is_not_finite() -> None:
+    model = Model()
+    model.head.bias.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="ids: expected a finite loss, got nan"):
+        Score(IDS)(model)
