@@ -194,7 +194,7 @@ OTHERS: dict[str, tuple[type[Exception], tuple[str, ...], Callable[..., Any]]] =
     ),
     "knn total beyond n": (
         ValueError,
-        ("k:", "1..9", "got 10"),
+        ("total:", "9 candidates", "got 10"),
         lambda **o: _select(10, method="knn", **o),
     ),
     "knn total beyond lengths": (
