@@ -78,3 +78,10 @@ def reliability() -> str:
         + "\n\n"
         + "\n".join(f"- {s}" for s in sources)
     )
+
+
+@generated
+def supply_chain() -> str:
+    of = _latest("supply-chain")
+    lines = [[row["figure"], f"{row['value']} {row['unit']}"] for row in of]
+    return table(["check", "passed"], lines, 2) + "\n\n" + source(of[0])

@@ -36,7 +36,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)
         if tensor.dtype.is_floating_point:
-            tensor.fill_(float("nan"))
+            tensor.detach().fill_(float("nan"))  # a leaf with a gradient takes no filling
         elif tensor.dtype in (torch.int64, torch.int32):
             tensor.fill_(torch.iinfo(tensor.dtype).min)
         return tensor

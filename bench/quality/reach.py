@@ -33,7 +33,7 @@ TESTS = [
     *(f"tests/optim/test_{name}.py" for name in ("optim", "accumulate", "stochastic_rounding")),
     "tests/optim/test_private_entry_points.py",
     *(f"tests/finetune/test_finetune{name}.py" for name in ("", "_restore", "_threads")),
-    "tests/packaging/test_supply_chain.py",
+    *(f"tests/packaging/test_{name}.py" for name in ("free_threaded", "supply_chain")),
 ]
 SEEDS = sorted(str(path) for path in (ROOT / "csrc" / "fuzz" / "seeds").iterdir())
 Row = dict[str, object]

@@ -6,6 +6,7 @@
     python -m bench.quality.reliability state-machines    # make fuzz-python
     python -m bench.quality.reliability faults            # signals and errors at every moment
     python -m bench.quality.reliability sanitizers        # make sanitize-cpu
+    python -m bench.quality.reliability supply-chain      # make supply-chain, and its tests
     python -m bench.quality.reliability adaptations --count 100000 --trained last
     python -m bench.quality.reliability gpu-adaptations --count 10000
     python -m bench.quality.reliability gpu-selections --count 10000000
@@ -119,6 +120,16 @@ def gpu_sanitizers(parts: int) -> Figures:
     return _counted("calls", counted.total(), time.monotonic() - start)
 
 
+def supply_chain() -> Figures:
+    said, _ = said_by(".ci/supply_chain", sys.executable)
+    found = re.findall(r"^ok: (.*): (\d+) (.*)$", said, re.MULTILINE)
+    tests = "tests/packaging/test_supply_chain.py"
+    said, _ = said_by(sys.executable, "-m", "pytest", "-q", tests)
+    [passed] = re.findall(r"^(\d+) passed", said, re.MULTILINE)
+    found.append(("licence of every source, bill of materials, no folder's name", passed, "tests"))
+    return [{"figure": check, "value": n, "unit": unit, "count": 1} for check, n, unit in found]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -129,7 +140,7 @@ def main() -> None:
     fuzz = checks.add_parser("fuzzer")
     fuzz.add_argument("--seconds", type=int, default=600)
     fuzz.add_argument("--clang", default="clang++")
-    for name in ("state-machines", "faults", "sanitizers"):
+    for name in ("state-machines", "faults", "sanitizers", "supply-chain"):
         checks.add_parser(name)
     many = {"adaptations": 10**5, "gpu-adaptations": 10**4, "gpu-selections": 10**7}
     for name, count in many.items():
@@ -160,6 +171,8 @@ def main() -> None:
         found = faults()
     elif args.check == "sanitizers":
         found = sanitizers()
+    elif args.check == "supply-chain":
+        found = supply_chain()
     elif args.check == "adaptations":
         found = load.adaptations(args.count, args.trained)
     elif args.check == "gpu-sanitizers":

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hullkit import optim
 from torch import Tensor, nn
 
@@ -116,6 +118,20 @@ def parameters(tensors: Sequence[Tensor]) -> list[nn.Parameter]:
         copy = stretch[offset:].as_strided(tensor.shape, tensor.stride())
         copies.append(nn.Parameter(copy.copy_(tensor)))
     return copies
+
+
+@triton.jit
+def _fma_kernel(out, factor, summand):
+    factor = tl.load(factor)
+    tl.store(out, tl.fma(factor, factor, tl.load(summand)))
+
+
+def interpreter_fuses() -> bool:
+    """Whether `tl.fma` rounds once there, as it does on a GPU."""
+    factor = torch.tensor([1 + 2.0**-12])
+    out = torch.empty_like(factor)
+    _fma_kernel[(1,)](out, factor, -factor * factor)
+    return bool(out != 0)  # what the product lost when it was rounded
 
 
 def set_grads(lists: Sequence[Sequence[Tensor]], seed: int) -> None:

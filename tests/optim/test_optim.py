@@ -21,6 +21,7 @@ from _optim import (
     check_equal,
     equal_bits,
     gpt2_shapes,
+    interpreter_fuses,
     odd_tensors,
     parameters,
     relative_error,
@@ -122,12 +123,19 @@ def test_float32_is_as_exact_as_torch(k: int, way: Way) -> None:
     def error(tensor: Tensor, wanted: Any) -> float:
         return float(np.sqrt(np.mean((tensor.detach().double().cpu().numpy() - wanted) ** 2)))
 
-    for name, wanted in zip(("param", "exp_avg", "exp_avg_sq"), exact, strict=False):
+    names = ["param", "exp_avg", "exp_avg_sq"]
+    wanted = dict(zip(names, exact, strict=False))
+    unfused = way.backend == "triton" and not interpreter_fuses()
+    if unfused:
+        names.remove("exp_avg")  # torch rounds its sum once
+    for name in names:
         mine, other = (
             p[0] if name == "param" else o.state[p[0]][name]
             for o, p in ((ours, params), (theirs, others))
         )
-        assert error(mine, wanted) <= 1.02 * error(other, wanted), name
+        assert error(mine, wanted[name]) <= 1.02 * error(other, wanted[name]), name
+    if unfused:
+        pytest.skip("exp_avg: the interpreter of a Triton before 3.9 rounds tl.fma twice")
 
 
 @pytest.mark.filterwarnings("ignore:hullkit. moments of float16:UserWarning")
