@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -161,26 +162,19 @@ def main() -> None:
     shared["command"] = "python -m bench.quality.reliability " + " ".join(
         sys.argv[sys.argv.index(args.check) :]
     )
-    if args.check == "ctrl-c":
-        found = ctrl_c(args.rounds)
-    elif args.check == "fuzzer":
-        found = fuzzer(args.seconds, args.clang)
-    elif args.check == "state-machines":
-        found = state_machines()
-    elif args.check == "faults":
-        found = faults()
-    elif args.check == "sanitizers":
-        found = sanitizers()
-    elif args.check == "supply-chain":
-        found = supply_chain()
-    elif args.check == "adaptations":
-        found = load.adaptations(args.count, args.trained)
-    elif args.check == "gpu-sanitizers":
-        found = gpu_sanitizers(args.parts)
-    elif args.check == "gpu-adaptations":
-        found = load.gpu_adaptations(args.count)
-    else:
-        found = load.gpu_selections(args.count)
+    runs: dict[str, Callable[[], Figures]] = {
+        "ctrl-c": lambda: ctrl_c(args.rounds),
+        "fuzzer": lambda: fuzzer(args.seconds, args.clang),
+        "state-machines": state_machines,
+        "faults": faults,
+        "sanitizers": sanitizers,
+        "supply-chain": supply_chain,
+        "gpu-sanitizers": lambda: gpu_sanitizers(args.parts),
+        "adaptations": lambda: load.adaptations(args.count, args.trained),
+        "gpu-adaptations": lambda: load.gpu_adaptations(args.count),
+        "gpu-selections": lambda: load.gpu_selections(args.count),
+    }
+    found = runs[args.check]()
     append(args.out, [row | shared for row in found], FIELDS)
     for row in found:
         print(row)
