@@ -3,8 +3,7 @@
 
 Two launches: `adam_coefficients_kernel` for what an update has in common for all elements, then
 `adam_kernel`. Options are AdamOptions in `record`, on the device: a change of them compiles
-nothing, and a captured graph can be told. `adam_rows_kernel` does some rows of a matrix again.
-`restore_kernel` takes all updates back.
+nothing, and a captured graph can be told. `restore_kernel` takes all updates back.
 
 STOCHASTIC rounds half-precision parameters and their moments up or down at random in proportion.
 """
@@ -228,20 +227,6 @@ def _update(
     return unfit
 
 
-@triton.jit
-def _numbers(record, MATH: tl.constexpr):
-    """beta1, 1 - beta1, beta2, 1 - beta2, L2, what decay keeps, and the gradient's factor."""
-    return (
-        option(record, BETA1).to(MATH),
-        (1.0 - option(record, BETA1)).to(MATH),
-        option(record, BETA2).to(MATH),
-        (1.0 - option(record, BETA2)).to(MATH),
-        option(record, L2).to(MATH),
-        (1.0 - option(record, LR) * option(record, DECAY)).to(MATH),
-        (option(record, SIGN) * option(record, FACTOR)).to(MATH),
-    )
-
-
 @triton.jit(do_not_specialize=["num_steps"])
 def adam_kernel(
     table, record, chunks, coefficients, copies, num_steps,
@@ -264,7 +249,13 @@ def adam_kernel(
     coefficients += row * num_steps * COEFFICIENTS
     # Read once: stores to memory would have them read again for every block.
     num_steps = updates(record, num_steps)
-    beta1, rest1, beta2, rest2, l2, keep, scale = _numbers(record, MATH)
+    beta1 = option(record, BETA1).to(MATH)
+    rest1 = (1.0 - option(record, BETA1)).to(MATH)
+    beta2 = option(record, BETA2).to(MATH)
+    rest2 = (1.0 - option(record, BETA2)).to(MATH)
+    l2 = option(record, L2).to(MATH)
+    keep = (1.0 - option(record, LR) * option(record, DECAY)).to(MATH)
+    scale = (option(record, SIGN) * option(record, FACTOR)).to(MATH)
     addresses = param_at | exp_avg_at | exp_avg_sq_at | grad_at | copy_at
     whole = whole_blocks(addresses, start, end, BLOCK)
     offsets = start + tl.arange(0, BLOCK)
@@ -304,48 +295,6 @@ def adam_kernel(
         )  # fmt: skip
         offsets += BLOCK
     tl.store(record + BROKEN + tl.zeros_like(offsets), 1, mask=broken)
-
-
-@triton.jit(do_not_specialize=["row", "width", "num_steps"])
-def adam_rows_kernel(
-    table, record, coefficients, copies, ids, old_param, old_exp_avg, old_exp_avg_sq,
-    row, width, num_steps,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COPY: tl.constexpr,
-    MATH: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The updates of some rows of the matrix [V, width] that is `row` of the table.
-
-    old_param, old_exp_avg, old_exp_avg_sq [N, width]: the rows `ids` [N] int64 as they were. A row
-    that is among the ids twice is written twice, with the same bits. The matrix has fewer than 2^32
-    elements.
-    """
-    blocks = tl.cdiv(width, BLOCK)
-    place = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    begin = tl.load(ids + place) * width
-    entry = table + row * COLUMNS
-    copy_at = tl.load(entry + PARAM_AT)
-    if COPY is not None:
-        copy_at = tl.load(copies + row)
-    key = 0
-    if STOCHASTIC:
-        step = tl.load(tl.load(entry + STEP_AT).to(tl.pointer_type(tl.float32)))
-        key = noise_key(tl.load(record + SEED), tl.load(entry + FLAGS) >> 1, step, begin)
-    beta1, rest1, beta2, rest2, l2, keep, scale = _numbers(record, MATH)
-    saved = place * width + column
-    end = begin + width
-    broken = _update(
-        tl.load(old_param + saved, mask=inside, other=0),
-        fetch(gradient(record, row), begin, begin + column, end, GRAD, WHOLE=False),
-        tl.load(old_exp_avg + saved, mask=inside, other=0),
-        tl.load(old_exp_avg_sq + saved, mask=inside, other=0),
-        tl.load(entry + PARAM_AT), tl.load(entry + STATE1_AT), tl.load(entry + STATE2_AT), copy_at,
-        begin + column, end, coefficients + row * num_steps * COEFFICIENTS,
-        updates(record, num_steps), beta1, rest1, beta2, rest2, l2, keep, scale, key,
-        PARAM, STATE, COPY, MATH, STOCHASTIC, WHOLE=False,
-    )  # fmt: skip
-    tl.store(record + BROKEN + tl.zeros_like(column), 1, mask=broken & inside)
 
 
 @triton.jit

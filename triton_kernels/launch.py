@@ -8,13 +8,7 @@ import triton.language as tl
 
 from . import add, attention, cross_entropy, gate, low_rank, norm, rotary, stacked_adam
 from .accumulate import accumulate_kernel, squares_kernel
-from .adam import (
-    ROWS,
-    adam_coefficients_kernel,
-    adam_kernel,
-    adam_rows_kernel,
-    restore_kernel,
-)
+from .adam import ROWS, adam_coefficients_kernel, adam_kernel, restore_kernel
 from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
 from .sgd import sgd_kernel
 
@@ -24,7 +18,6 @@ _TILES = {"ROWS": low_rank.ROWS, "COLUMNS": low_rank.COLUMNS}
 KERNELS = {
     "adam_coefficients": (adam_coefficients_kernel, {"BLOCK": ROWS}),
     "adam": (adam_kernel, _CHUNKS),
-    "adam_rows": (adam_rows_kernel, {"BLOCK": BLOCK_SIZE}),
     "restore": (restore_kernel, _CHUNKS),
     "sgd": (sgd_kernel, _CHUNKS),
     "accumulate": (accumulate_kernel, _CHUNKS),

@@ -8,14 +8,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hullkit.finetune.capture_memory import TiedMatrix
 from hullkit.language_model import cross_entropy
 from hullkit.language_model.cross_entropy import (
     TiedGradient,
     linear_next_token_loss,
     next_token_loss,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they run on it
@@ -217,39 +216,3 @@ def test_a_matrix_that_is_embedding_and_last_layer(lookups: int, linear: bool) -
         gradients.append(torch.autograd.grad(2.0 * loss, (weight,))[0])
         assert tied is None or tied.taken is None
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("used", ["once", "looked up twice", "by others", "hook in place"])
-def test_a_tied_gradient_is_told_early(used: str) -> None:
-    """Complete but for the rows that were looked up, if nothing else has a part in it."""
-    _, weight, labels = linear_problem(torch.float64, 12, 20)
-    weight = nn.Parameter(weight.detach())
-    ids = labels.abs() % 7
-    found, told = TiedMatrix(), []
-
-    def double(gradient: Tensor) -> None:
-        gradient.mul_(2.0)
-
-    def early(gradient: Tensor, ids: Tensor) -> None:
-        found.early(gradient, ids)
-        told.append((gradient.clone(), ids))
-
-    tied = TiedGradient(early)
-    hidden = tied.embedding(ids, weight).tanh()
-    if used == "looked up twice":
-        hidden = hidden + tied.embedding(ids + 1, weight)
-    if used == "by others":
-        hidden = hidden + weight[3].sin()
-    if used == "hook in place":
-        weight.register_hook(double)
-    weight.register_post_accumulate_grad_hook(found.ready)
-    linear_next_token_loss(hidden, weight, labels, tied).backward()
-    assert weight.grad is not None
-    assert len(told) == (used != "looked up twice")
-    assert (found.parameter(set()) is weight) == (used == "once")
-    assert found.parameter({weight.untyped_storage().data_ptr()}) is None
-    if used == "once":
-        [(gradient, rows)] = told
-        changed = (gradient != weight.grad).any(1).nonzero().flatten()
-        assert 0 < len(changed) <= len(rows.flatten().unique()) < len(weight)
-        assert set(changed.tolist()) <= set(rows.flatten().tolist())

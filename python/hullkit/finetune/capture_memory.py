@@ -7,7 +7,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,12 +123,6 @@ def update_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@functools.cache
-def tied_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of a tied matrix's updates, which take as long as the whole backward half."""
-    return torch.cuda.Stream(device)
-
-
 def _take_workspaces(stream: torch.cuda.Stream) -> None:
     """Has torch take its workspace for matrix products on this stream.
 
@@ -154,58 +148,6 @@ def hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None])
             handle.remove()
 
 
-class WarmUp(NamedTuple):
-    """What a pass was found to do.
-
-    order: the dtype of each parameter's gradient, in the order in which gradients come.
-    held: the bytes that a pass holds at a time; 0 with the compiler, which plans memory itself.
-    tied: the parameter whose updates may begin with the backward half (`TiedMatrix`).
-    """
-
-    order: dict[nn.Parameter, torch.dtype]
-    held: int
-    tied: nn.Parameter | None
-
-
-class TiedMatrix:
-    """Finds the matrix that is both embedding and last layer, if nothing else reads it.
-
-    Its gradient is then complete as the backward half begins, but for the rows that the embedding
-    looked up, and the backward half reads the matrix no more.
-    """
-
-    def __init__(self) -> None:
-        self._expected: tuple[Any, ...] = ()
-        self._found: nn.Parameter | None = None
-
-    def early(self, gradient: Tensor, ids: Tensor) -> None:
-        self._expected = facts_when_complete(gradient)
-
-    def ready(self, parameter: nn.Parameter) -> None:
-        """Notes a parameter whose gradient is complete."""
-        assert parameter.grad is not None
-        if facts(parameter.grad) == self._expected and parameter.is_contiguous():
-            self._found = parameter
-
-    def parameter(self, saved: set[int]) -> nn.Parameter | None:
-        """saved: addresses of storages that the backward half reads."""
-        found = self._found
-        if found is None or found.numel() >= 1 << 32 or found.untyped_storage().data_ptr() in saved:
-            return None
-        return found
-
-
-def facts(gradient: Tensor) -> tuple[Any, ...]:
-    """What tells whether a gradient is the one that it was."""
-    return (gradient.data_ptr(), gradient.shape, gradient.dtype, gradient._version)
-
-
-def facts_when_complete(gradient: Tensor) -> tuple[Any, ...]:
-    """The facts of a gradient after the embedding alone has added its rows."""
-    *same, version = facts(gradient)
-    return (*same, version + 1)
-
-
 def warm_up(
     model: nn.Module,
     parameters: list[nn.Parameter],
@@ -215,36 +157,30 @@ def warm_up(
     memory: CaptureMemory,
     plan: ActivationPlan,
     forward: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> WarmUp:
+) -> tuple[dict[nn.Parameter, torch.dtype], int]:
     """Passes before a capture, so that everything lazy is done.
 
     plan: it learns here whether the pass must compute activations again.
     forward: a block around the forward half, which the compiler's passes go without.
+    Returns the dtype of each parameter's gradient, in the order in which gradients come, and the
+    bytes that a pass holds at a time; 0 with the compiler, which plans memory itself.
     """
     order: dict[nn.Parameter, torch.dtype] = {}
-    tied = TiedMatrix()
-
-    def note(parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        order[parameter] = parameter.grad.dtype
-        tied.ready(parameter)
-        parameter.grad = None
-
-    with hooks(parameters, note):
+    with hooks(parameters, functools.partial(_note, order)):
         if loss_of.compiled:
             for _ in range(_COMPILED_WARMUPS):
                 order.clear()
                 loss_of(inputs).backward()
-            return WarmUp(order, 0, None)
+            return order, 0
         try:
-            held = _pass(model, loss_of, inputs, copies, memory, plan, forward, tied)
+            held = _pass(model, loss_of, inputs, copies, memory, plan, forward)
         except ActivationsTooLarge:
             plan.note_too_large(inputs)
             held = None
         if held is None:  # the error is gone, and with it the tensors that its frames held
             order.clear()
-            held = _pass(model, loss_of, inputs, copies, memory, plan, forward, tied)
-    return WarmUp(order, with_gaps(held.num_bytes), tied.parameter(held.saved_own))
+            held = _pass(model, loss_of, inputs, copies, memory, plan, forward)
+    return order, with_gaps(held)
 
 
 def _pass(
@@ -255,17 +191,15 @@ def _pass(
     memory: CaptureMemory,
     plan: ActivationPlan,
     forward: Callable[[], AbstractContextManager[None]],
-    tied: TiedMatrix,
-) -> HeldTensors:
-    """One pass; returns what it held. It may raise ActivationsTooLarge."""
+) -> int:
+    """One pass; returns the bytes that it held. It may raise ActivationsTooLarge."""
     room = memory.free()
     most = room + memory.reserved if plan.may_recompute(inputs) else None
     held = HeldTensors(model, room, most)
-    recompute = plan.recomputes(inputs)
     with forward():
-        loss = loss_of(inputs, held, copies, recompute=recompute, early=tied.early)
+        loss = loss_of(inputs, held, copies, recompute=plan.recomputes(inputs))
     loss.backward()
-    return held
+    return held.num_bytes
 
 
 def with_gaps(held: int) -> int:
@@ -289,7 +223,6 @@ class HeldTensors(Saved):
     def __init__(self, model: nn.Module, room: int, most: int | None) -> None:
         super().__init__()
         self.num_bytes = 0
-        self.saved_own: set[int] = set()  # addresses of the model's own tensors among those saved
         self._room, self._most = room, most
         own = (*model.parameters(), *model.buffers())
         self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
@@ -299,7 +232,6 @@ class HeldTensors(Saved):
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address in self._own:
-            self.saved_own.add(address)
             return tensor
         counted = self._counted.get(address)
         if counted is None or counted.expired():  # else the address belongs to a known tensor
@@ -310,3 +242,10 @@ class HeldTensors(Saved):
         if self.num_bytes <= self._room:
             return tensor
         return functools.partial(tensor.cpu().to, tensor.device)
+
+
+def _note(order: dict[nn.Parameter, torch.dtype], parameter: nn.Parameter) -> None:
+    """Notes the dtype of the parameter's gradient, and frees the gradient."""
+    assert parameter.grad is not None
+    order[parameter] = parameter.grad.dtype
+    parameter.grad = None

@@ -6,7 +6,6 @@ On CUDA tensors it is computed by fused kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from ..optim import _kernels
 from ..optim._tensor_table import uses_triton
 from .interface import IGNORED, at_least_float32
 from .products import add_product, widens
-
-Early = Callable[[Tensor, Tensor], None]  # a gradient, and the ids of rows that will still change
 
 CHUNK_BYTES = 80 << 20  # so many logits at a time: 416 tokens of GPT-2 in float32
 _ALIGNED = 64  # a row of logits begins at a multiple of so many elements
@@ -73,27 +70,15 @@ class TiedGradient:
 
     The last layer's backward pass leaves its gradient here, and the embedding's adds to it in
     place. Autograd itself would make two more matrices.
-
-    early: is called with the last layer's gradient and the ids of the one lookup. Only these rows
-    of the gradient will change in place. It is not called if there were several lookups.
     """
 
-    def __init__(self, early: Early | None = None) -> None:
+    def __init__(self) -> None:
         self.taken: Tensor | None = None
-        self._early = early
-        self._lookups: list[Tensor] = []
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         """F.embedding(ids, weight)."""
-        self._lookups.append(ids)
         rows: Tensor = _Embedding.apply(weight, ids, self)  # type: ignore[no-untyped-call]
         return rows
-
-    def leave(self, gradient: Tensor | None) -> None:
-        """Takes the last layer's gradient."""
-        self.taken = gradient
-        if gradient is not None and self._early is not None and len(self._lookups) == 1:
-            self._early(gradient, self._lookups[-1])
 
 
 def linear_next_token_loss(
@@ -209,7 +194,7 @@ class _FusedLinear(torch.autograd.Function):
             if computed is not None:
                 _rescale(computed, gradient.reshape(1))
         if ctx.tied is not None:
-            ctx.tied.leave(d_weight)
+            ctx.tied.taken = d_weight
         return d_hidden, d_weight, None, None, None
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import causal_masks, rotary
-from .cross_entropy import Early, TiedGradient, linear_next_token_loss, next_token_loss
+from .cross_entropy import TiedGradient, linear_next_token_loss, next_token_loss
 from .fused_functions import FusedFunctions
 from .gated_layers import GatedLayer
 from .interface import forward_parameters
@@ -137,7 +137,6 @@ def stand_ins(
     backend: str | None = None,
     plain_positions: bool = False,
     inputs: SharedInputs | None = None,
-    early: Early | None = None,
 ) -> Iterator[set[str]]:
     """Inside the block the model computes the same, cheaper. What others have replaced stays.
 
@@ -150,7 +149,6 @@ def stand_ins(
     plain_positions: whether the pass is of one text whose positions are 0, 1, 2, ...
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
     inputs: of the linear layers, where the caller's layers share them.
-    early: see TiedGradient.
     """
     again = {module for layer in checkpointed for module in layer.modules()}
     replaced: list[tuple[nn.Module, str]] = []
@@ -175,7 +173,7 @@ def stand_ins(
         if head is not None:
             lm_head = _lm_head(model, head)
             embedding = None if lm_head is None else _tied_embedding(head, lm_head.weight)
-            tied = None if embedding is None else TiedGradient(early)
+            tied = None if embedding is None else TiedGradient()
             loss = _Loss(head.loss_function, lm_head, tied, copies)
             replace(head, "_loss_function", loss, _LOSS)
             if lm_head is not None:

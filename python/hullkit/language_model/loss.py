@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cross_entropy import Early, next_token_loss, plain_next_token_loss
+from .cross_entropy import next_token_loss, plain_next_token_loss
 from .fused_modules import stand_ins
 from .interface import device_of, forward_parameters, logits_of, without_cache
 from .pass_copies import PassCopies
@@ -49,15 +49,12 @@ class CausalLoss:
         copies: PassCopies | None = None,
         *,
         recompute: bool = False,
-        early: Early | None = None,
     ) -> Tensor:
         """The loss of one pass.
 
         saved: keeps the tensors that the backward pass needs; None leaves that to autograd.
         copies: copies of weights that the loss multiplies with.
         recompute: whether repeated layers run again in the backward half (`recomputed_layers.py`).
-        early: called in the backward half, if a matrix is both embedding and last layer
-            (`TiedGradient`).
         """
         if self.compiled:  # the compiler decides itself what is saved, and checkpoints nothing
             self.fused = ()
@@ -69,9 +66,7 @@ class CausalLoss:
         if self.fuses:
             plain = inputs.keys() <= {"input_ids", "labels"}
             again = [*layers, *repeated]
-            pieces = stand_ins(
-                self._model, saved, again, copies, plain_positions=plain, early=early
-            )
+            pieces = stand_ins(self._model, saved, again, copies, plain_positions=plain)
         hooks = nullcontext() if saved is None else saved.hooks()
         with pieces as names, checkpointing(layers), recomputing(repeated), hooks:
             loss = self._of(self._call, inputs, self.autocast)

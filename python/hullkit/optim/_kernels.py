@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,43 +89,6 @@ def adam_chunks_(
     _run(
         "adam", table, len(chunks), table.table, record, chunks, coefficients,
         record if copies is None else copies, num_steps,
-        PARAM=param, GRAD=grad, STATE=state, COPY=None if copies is None else torch.bfloat16,
-        MATH=coefficients.dtype, STOCHASTIC=stochastic_rounding,
-    )  # fmt: skip
-
-
-class SavedRows(NamedTuple):
-    """Rows of a matrix and of its moments as they were. ids (N,) int64, the others (N, width)."""
-
-    ids: Tensor
-    param: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-
-def adam_rows_(
-    table: TensorTable,
-    row: int,
-    rows: SavedRows,
-    record: Tensor,
-    coefficients: Tensor,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    num_steps: int,
-    stochastic_rounding: bool,
-    copies: Tensor | None = None,
-) -> None:
-    """Triton: the updates of some rows of one matrix, from what they were before, which is saved.
-
-    row: the matrix's of the table. The other arguments are those of `adam_chunks_`, which may have
-    run on the same matrix, for other rows have the same results.
-    """
-    from ..triton_kernels.multi_tensor import BLOCK_SIZE
-
-    param, grad, state = dtypes
-    count, width = rows.param.shape
-    _run(
-        "adam_rows", table, count * -(-width // BLOCK_SIZE), table.table, record, coefficients,
-        record if copies is None else copies, *rows, row, width, num_steps,
         PARAM=param, GRAD=grad, STATE=state, COPY=None if copies is None else torch.bfloat16,
         MATH=coefficients.dtype, STOCHASTIC=stochastic_rounding,
     )  # fmt: skip
