@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of two tensors of any floating dtypes, element by element."""
+"""Sums of two tensors, each float32 or a half, element by element."""
 
 import triton
 import triton.language as tl

@@ -70,7 +70,7 @@ def add_into(
 ) -> None:
     """total += first + second; with `fresh`, total = first + second. In float32, one rounding.
 
-    Tensors of one shape and any floating dtypes, contiguous.
+    Tensors of one shape, each float32 or a half, contiguous.
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
     """
     if not uses_triton("total", total.device, backend):
