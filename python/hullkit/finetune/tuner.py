@@ -239,7 +239,8 @@ class TestTimeFinetuner:
     ) -> AdaptReport:
         """Finetunes the model in place, for code that restores weights itself.
 
-        Weights and buffers stay as the query left them; `.grad` and flags are as before. If it
+        Weights and buffers stay as the query left them, but for float16 buffers of a float16 model:
+        its passes write to copies in bfloat16. `.grad` and flags are as before. If it
         fails, weights and buffers are as before too. The next query starts with fresh moments.
 
         Args, Raises: as :meth:`adapted`, with all errors raised by this call.

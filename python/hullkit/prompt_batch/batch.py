@@ -362,7 +362,8 @@ class PromptBatch:
     def export(self, k: int, directory: str | Path) -> None:
         """Writes slot k as an adapter that `peft.PeftModel.from_pretrained` loads.
 
-        It takes the extra packages peft and safetensors. The logits are the same but for rounding.
+        It takes the extra packages peft and safetensors. The logits are the same but for rounding,
+        if no hook of a layer changes its output: PEFT adds the adapter after it.
 
         Raises:
             TypeError: k is no int. IndexError: no such slot. ImportError: a package is missing.
