@@ -118,6 +118,16 @@ def test_an_encoder_layer_takes_no_shortcut() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_the_shortcut_comes_back_with_the_last_block() -> None:
+    first, second = (batch.slot(0) for batch in (made(), made()))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_a_score_that_is_not_finite() -> None:
     model = Model()
     model.head.bias.data.fill_(torch.nan)

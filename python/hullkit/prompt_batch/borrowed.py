@@ -4,12 +4,40 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
+from threading import RLock
 
 import torch
 from torch import nn
 
 from ..finetune.adaptation import TorchSettings
 from ..native.kernels import WithBlock
+
+
+class _Shortcut:
+    """torch's setting for encoder layers, which all threads share: off while a block is open."""
+
+    def __init__(self) -> None:
+        self._open: set[int] = set()
+        self._lock = RLock()
+        self._before = True
+
+    def forbid(self, block: object) -> None:
+        with self._lock:
+            if not self._open:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+            self._open.add(id(block))
+            torch.backends.mha.set_fastpath_enabled(False)
+
+    def allow(self, block: object) -> None:
+        """May be called again, and for a block that forbade nothing."""
+        with self._lock:
+            if id(block) in self._open:
+                if len(self._open) == 1:
+                    torch.backends.mha.set_fastpath_enabled(self._before)
+                self._open.discard(id(block))
+
+
+_SHORTCUT = _Shortcut()
 
 
 class Borrowed(WithBlock):
@@ -30,17 +58,15 @@ class Borrowed(WithBlock):
         self._modules: list[tuple[nn.Module, bool, object]] = []
         self._trained: list[nn.Parameter] = []
         self._settings: TorchSettings | None = None
-        self._shortcut: bool | None = None  # as it was before
 
     def _claim(self) -> None:
         self._settings = TorchSettings()
-        self._shortcut = torch.backends.mha.get_fastpath_enabled()
         modules = self._model.modules()
         self._modules = [(m, m.training, m.__dict__.get("forward")) for m in modules]
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
 
     def _enter(self) -> nn.Module:
-        torch.backends.mha.set_fastpath_enabled(False)
+        _SHORTCUT.forbid(self)
         for module, _, _ in self._modules:
             module.training = False
         for parameter in self._trained:
@@ -61,7 +87,6 @@ class Borrowed(WithBlock):
                     module.__dict__["forward"] = forward
         for parameter in self._trained:
             parameter.requires_grad_(True)
-        if self._shortcut is not None:
-            torch.backends.mha.set_fastpath_enabled(self._shortcut)
+        _SHORTCUT.allow(self)
         if self._settings is not None:
             self._settings.put_back()
