@@ -197,3 +197,23 @@ class TestAccumulate:
         whole = torch.zeros(10)
         with pytest.raises(ValueError, match="into: expected tensors that share no memory"):
             optim.accumulate_([whole[:6], whole[5:]], [torch.ones(6), torch.ones(5)])
+
+
+@pytest.mark.parametrize("given", [False, True])  # gradients that lie elsewhere
+def test_a_step_that_fails_makes_no_state(given: bool) -> None:
+    """SGD's first update takes the gradient undamped, also after a step that failed."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer = optim.SGD(groups, lr=0.1, momentum=0.9, dampening=0.5)
+    grads = [torch.ones(3), torch.ones(3), torch.ones(3).to_sparse()]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = None if given else grad
+    with pytest.raises(TypeError, match="expected a dense gradient"):
+        optimizer.step_with(dict(zip(params, grads, strict=True))) if given else optimizer.step()
+    assert not optimizer.state
+    if given:
+        optimizer.step_with({params[0]: grads[0]})
+    else:
+        params[1].grad = params[2].grad = None
+        optimizer.step()
+    assert torch.equal(params[0].data, torch.full((3,), 0.9))

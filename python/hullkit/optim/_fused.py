@@ -188,6 +188,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if made is not None and made.holds(params):
                 own = made.launches(group, params, of_gradients=True)
             if own is None:
+                self._check_gradients({p: p.grad for p in self._params()})
                 own = self._launches(index, group, params, [param.grad for param in params])
             launches += own
         self._run(launches, num_steps)
@@ -212,6 +213,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
         self._forget_if_replaced()
         launches: list[Launch] = []
+        if any((i, self._variant(g)) not in self._sorted for i, g in enumerate(self.param_groups)):
+            self._check_gradients(grads)
         for index, group in enumerate(self.param_groups):
             own = [grads.get(param) for param in group["params"]]
             launches += self._launches(index, group, group["params"], own)
@@ -226,6 +229,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Forget the tables if the state is not, or lies not where, it was when they were made."""
         if not self._states.unmoved(self.state):
             self._forget()
+
+    def _check_gradients(self, grads: Mapping[Tensor, Tensor | None]) -> None:
+        """Before state is made for some of them, which a step that fails would leave behind."""
+        for param in self._params():
+            grad = grads.get(param)
+            if grad is not None:
+                check_grad(param, grad)
 
     def _launches(
         self, key: Any, group: dict[str, Any], params: Params, grads: Sequence[Tensor | None]
