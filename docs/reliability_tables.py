@@ -9,6 +9,8 @@ CALLS = {  # what they are figures of, and how a good result is told
     "fuzzer": ("fuzzed calls of the core's selections", "calls", "no crash"),
     "state-machines": ("stories of state machines in Python", "stories", "no failure"),
     "faults": ("signals and errors at every moment", "faults", "restored every time"),
+    "hostile": ("calls with arguments that do not fit", "tests", "named in the error"),
+    "concurrency": ("threads, forks, workers and signals", "tests", "passed"),
     "sanitizers": ("tests and inputs under the sanitizers", "tests", "no report"),
     "gpu-sanitizers": ("calls under compute-sanitizer's three tools", "calls", "no report"),
 }

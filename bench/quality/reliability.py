@@ -5,6 +5,8 @@
     python -m bench.quality.reliability fuzzer            # make fuzz
     python -m bench.quality.reliability state-machines    # make fuzz-python
     python -m bench.quality.reliability faults            # signals and errors at every moment
+    python -m bench.quality.reliability hostile           # calls with arguments that do not fit
+    python -m bench.quality.reliability concurrency       # threads, forks, workers, signals
     python -m bench.quality.reliability sanitizers        # make sanitize-cpu
     python -m bench.quality.reliability supply-chain      # make supply-chain, and its tests
     python -m bench.quality.reliability adaptations --count 100000 --trained last
@@ -90,6 +92,30 @@ def faults() -> Figures:
     )
 
 
+HOSTILE = (
+    "tests/selection/test_hostile_calls.py",
+    "tests/selection/test_errors.py",
+    "tests/selection/test_error_options.py",
+    "tests/optim/test_optim_errors.py",
+    "tests/optim/test_private_entry_points.py",
+    "tests/finetune/test_finetune_refusals.py",
+)
+CONCURRENCY = (
+    "tests/selection/test_invariance.py",
+    "tests/selection/test_processes.py",
+    "tests/optim/test_optim_callers.py",
+    "tests/finetune/test_finetune_threads.py",
+    "tests/prompt_batch/test_batch_signals.py",
+    "tests/prompt_batch/test_prefetch.py",
+)
+
+
+def tests_of(files: tuple[str, ...]) -> Figures:
+    said, took = said_by(sys.executable, "-m", "pytest", "-q", *files)
+    [passed] = re.findall(r"^(\d+) passed", said, re.MULTILINE)
+    return _counted("tests", int(passed), took)
+
+
 def sanitizers() -> Figures:
     said, took = said_by("make", "sanitize-cpu")
     inputs = sum(map(int, re.findall(r"^(\d+) inputs$", said, re.MULTILINE)))
@@ -141,7 +167,8 @@ def main() -> None:
     fuzz = checks.add_parser("fuzzer")
     fuzz.add_argument("--seconds", type=int, default=600)
     fuzz.add_argument("--clang", default="clang++")
-    for name in ("state-machines", "faults", "sanitizers", "supply-chain"):
+    others = ("state-machines", "faults", "hostile", "concurrency", "sanitizers", "supply-chain")
+    for name in others:
         checks.add_parser(name)
     many = {"adaptations": 10**5, "gpu-adaptations": 10**4, "gpu-selections": 10**7}
     for name, count in many.items():
@@ -167,6 +194,8 @@ def main() -> None:
         "fuzzer": lambda: fuzzer(args.seconds, args.clang),
         "state-machines": state_machines,
         "faults": faults,
+        "hostile": lambda: tests_of(HOSTILE),
+        "concurrency": lambda: tests_of(CONCURRENCY),
         "sanitizers": sanitizers,
         "supply-chain": supply_chain,
         "gpu-sanitizers": lambda: gpu_sanitizers(args.parts),
