@@ -77,12 +77,13 @@ inline Wide<float> quotient(Wide<float> a, Wide<float> b) {
 
 inline Wide<double> quotient(Wide<double> a, Wide<double> b) { return a / b; }
 
-// Calls block(elements) for whole blocks of U vectors, then for single vectors, then once for the rest, which it
-// gets as one vector in a buffer: every element takes the same arithmetic wherever it stands.
-// Arrays [kArrays] are read and written at an offset. The gradient is only read: it may be memory that nobody may
-// write to, or that others write.
+// The place of the gradient among the arrays of a step. It is only read: it may be memory that nobody may write to,
+// or that others write.
 constexpr int kGradient = 1;
 
+// Calls block(elements) for whole blocks of U vectors, then for single vectors, then once for the rest, which it
+// gets as one vector in a buffer: every element takes the same arithmetic wherever it stands.
+// Arrays [kArrays] are read and written at an offset.
 template <typename T, int kArrays, int U, typename Block, typename Single>
 inline void over_vectors(T* const (&arrays)[kArrays], int64_t n, Block&& block, Single&& single) {
   constexpr int kLanes = kBytes / sizeof(T);

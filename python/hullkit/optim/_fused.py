@@ -181,6 +181,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._forget_if_replaced()
         launches: list[Launch] = []
+        checked = False
         for index, group in enumerate(self.param_groups):
             params = group["params"]
             made = self._sorted.get((index, self._variant(group)))
@@ -188,7 +189,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             if made is not None and made.holds(params):
                 own = made.launches(group, params, of_gradients=True)
             if own is None:
-                self._check_gradients({p: p.grad for p in self._params()})
+                if not checked:
+                    self._check_gradients({p: p.grad for p in self._params()})
+                    checked = True
                 own = self._launches(index, group, params, [param.grad for param in params])
             launches += own
         self._run(launches, num_steps)

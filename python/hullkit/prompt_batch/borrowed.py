@@ -18,6 +18,8 @@ class _Shortcut:
 
     def __init__(self) -> None:
         self._open: set[int] = set()
+        # Held for a few statements of a with-block, which a signal's error leaves too. The signal's
+        # handler may open a block of its own.
         self._lock = RLock()
         self._before = True
 

@@ -7,7 +7,7 @@ import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from traceback import clear_frames
 from typing import Any
 
@@ -101,16 +101,14 @@ class SlotPasses:
         self.release()
         return self._run(tokens, first, control)
 
-    def _training(self) -> ExitStack:
+    def _training(self, *inner: AbstractContextManager[None]) -> Borrowed:
         """A block for a pass with a backward half, whatever modes of torch the caller is in."""
-        stack = ExitStack()
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(self._device.type, enabled=False))
-        return stack
+        modes = (torch.inference_mode(False), torch.enable_grad())
+        autocast = torch.autocast(self._device.type, enabled=False)
+        return Borrowed(self._model, *modes, autocast, self.products(), *inner)
 
     def _run(self, tokens: Tensor, first: int, control: Tensor) -> tuple[Tensor, Tensor]:
-        with self._training(), Borrowed(self._model, self.products()):
+        with self._training():
             tokens, control = (t.clone() if t.is_inference() else t for t in (tokens, control))
             # A pass of some slots is a long one, which keeps the device busy without a graph.
             whole = tokens.shape[1] == self._factors.slots
@@ -135,7 +133,7 @@ class SlotPasses:
     def held(self, length: int) -> int:
         """The bytes that a pass of one text of this length holds at a time."""
         held = HeldTensors(self._model, _BOUNDLESS, None)
-        with self._training(), Borrowed(self._model, self.products(), held.hooks()):
+        with self._training(held.hooks()):
             tokens = torch.zeros(2, 1, length, dtype=torch.int64, device=self._device)
             self.gradients(tokens, 0)
         return with_gaps(held.num_bytes)
