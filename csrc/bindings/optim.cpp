@@ -8,6 +8,7 @@
 
 #include "hullkit/accumulate.h"
 #include "hullkit/adam.h"
+#include "hullkit/adam_product.h"
 #include "hullkit/sgd.h"
 
 namespace py = pybind11;
@@ -91,12 +92,42 @@ void bind_optim(py::module_& module) {
       },
       by_name, rows, count, record, grad, threads, release);
 
+  module.def("adam_product_usable", []() {
+#ifdef HULLKIT_WITH_CUDA
+    return adam_product_usable();
+#else
+    return false;
+#endif
+  });
+#ifdef HULLKIT_WITH_CUDA
+  module.def(
+      "adam_product_cuda",
+      [](int64_t rows, int64_t factors, int64_t record, int64_t chunks, int64_t coefficients, int64_t copies,
+         int64_t programs, int64_t capacity, int param, bool stochastic_rounding, int64_t stream) {
+        const AdamProducts products = {reinterpret_cast<const TensorRow*>(rows),
+                                       reinterpret_cast<const ProductFactors*>(factors),
+                                       reinterpret_cast<Record<AdamOptions>*>(record),
+                                       reinterpret_cast<const ProductChunk*>(chunks),
+                                       reinterpret_cast<const float*>(coefficients),
+                                       reinterpret_cast<const int64_t*>(copies),
+                                       programs,
+                                       capacity,
+                                       static_cast<DType>(param),
+                                       stochastic_rounding};
+        adam_product_cuda(products, reinterpret_cast<void*>(stream));
+      },
+      by_name, rows, py::arg("factors"), record, py::arg("chunks"), py::arg("coefficients"), py::arg("copies"),
+      py::arg("programs"), py::arg("capacity"), param, stochastic, py::arg("stream"), release);
+#endif
+  module.attr("adam_product_tile") = kProductTile;
+
   py::dict layouts;
   layouts["TensorRow"] = field_names<TensorRow>();
   layouts["AdamOptions"] = field_names<AdamOptions>();
   layouts["SGDOptions"] = field_names<SGDOptions>();
   layouts["AccumulateOptions"] = field_names<AccumulateOptions>();
   layouts["RecordControl"] = field_names<RecordControl>();
+  layouts["ProductFactors"] = field_names<ProductFactors>();
   module.attr("layouts") = layouts;
 }
 

@@ -74,4 +74,24 @@ def accumulate_cpu(
 def squared_norm_cpu(
     *, rows: int, count: int, record: int, grad_dtype: int, num_threads: int
 ) -> float: ...
+
+adam_product_tile: int
+
+def adam_product_usable() -> bool: ...  # on the current device
+
+# Only in builds with CUDA.
+def adam_product_cuda(
+    *,
+    rows: int,
+    factors: int,
+    record: int,
+    chunks: int,
+    coefficients: int,
+    copies: int,
+    programs: int,
+    capacity: int,
+    param_dtype: int,
+    stochastic_rounding: bool,
+    stream: int,
+) -> None: ...
 def unlike_dicts(pairs: list[tuple[dict[Any, Any], dict[Any, Any]]], /) -> list[int]: ...

@@ -24,7 +24,7 @@ from _models import (
     state,
     texts,
 )
-from hullkit.finetune import TestTimeFinetuner, base_weights, captured_passes
+from hullkit.finetune import TestTimeFinetuner, base_weights, captured_passes, grouped_updates
 from torch import Tensor, nn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
@@ -195,11 +195,11 @@ def test_padding_that_would_change_the_loss() -> None:
         (base_weights.Weights, "__init__"),
         (base_weights.Weights, "save"),
         (torch.cuda.CUDAGraph, "replay"),
-        (captured_passes.GroupedUpdates, "begin"),
-        (captured_passes.GroupedUpdates, "ready"),
-        (captured_passes.GroupedUpdates, "join"),
-        (captured_passes.GroupedUpdates, "set_gradients"),
-        (captured_passes.GroupedUpdates, "set_num_steps"),
+        (grouped_updates.GroupedUpdates, "begin"),
+        (grouped_updates.GroupedUpdates, "ready"),
+        (grouped_updates.GroupedUpdates, "join"),
+        (grouped_updates.GroupedUpdates, "set_gradients"),
+        (grouped_updates.GroupedUpdates, "set_num_steps"),
         (PlainLM, "forward"),
         (torch.Tensor, "backward"),
     ],

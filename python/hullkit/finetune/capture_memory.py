@@ -7,7 +7,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies
 from ..language_model.product_settings import matmul_precision
+from ..language_model.products import WeightProducts
+from ..language_model.recent_tensors import has_hooks
 from ..language_model.saved_tensors import Packed, Saved
 from ..native.torch_private import StorageWatch, watch_storage
+from ..optim._products import is_product
 from .activations import ActivationPlan, ActivationsTooLarge
 from .padding import Inputs
 
@@ -148,6 +151,44 @@ def hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None])
             handle.remove()
 
 
+class Gradient(NamedTuple):
+    """A parameter's gradient, as it was in a warm-up.
+
+    is_product: whether it was the product of one linear layer, and nothing else.
+    """
+
+    dtype: torch.dtype
+    is_product: bool
+
+
+class NotedGradients(WeightProducts):
+    """The gradients of a pass, in their order. Each is freed once it is noted."""
+
+    def __init__(self) -> None:
+        self.order: dict[nn.Parameter, Gradient] = {}
+        # Where a product lies, and its version; None for a weight of several.
+        self._products: dict[Tensor, tuple[int, int] | None] = {}
+
+    def clear(self) -> None:
+        self.order.clear()
+        self._products.clear()
+
+    def made(self, weight: Tensor, a: Tensor, b: Tensor, gradient: Tensor) -> None:
+        once = weight not in self._products and is_product(a, b, gradient)
+        # Autograd copies a gradient that somebody else holds.
+        self._products[weight] = (gradient.data_ptr(), gradient._version) if once else None
+
+    def note(self, parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        # Another gradient that was added in place, or a hook, would have changed the version.
+        alone = self._products.get(parameter) == (gradient.data_ptr(), gradient._version)
+        told: Any = parameter._post_accumulate_grad_hooks
+        watched = has_hooks(parameter) or len(told) > 1
+        self.order[parameter] = Gradient(gradient.dtype, alone and not watched)
+        parameter.grad = None
+
+
 def warm_up(
     model: nn.Module,
     parameters: list[nn.Parameter],
@@ -157,30 +198,30 @@ def warm_up(
     memory: CaptureMemory,
     plan: ActivationPlan,
     forward: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> tuple[dict[nn.Parameter, torch.dtype], int]:
+) -> tuple[dict[nn.Parameter, Gradient], int]:
     """Passes before a capture, so that everything lazy is done.
 
     plan: it learns here whether the pass must compute activations again.
     forward: a block around the forward half, which the compiler's passes go without.
-    Returns the dtype of each parameter's gradient, in the order in which gradients come, and the
-    bytes that a pass holds at a time; 0 with the compiler, which plans memory itself.
+    Returns each parameter's gradient, in the order in which gradients come, and the bytes that a
+    pass holds at a time; 0 with the compiler, which plans memory itself.
     """
-    order: dict[nn.Parameter, torch.dtype] = {}
-    with hooks(parameters, functools.partial(_note, order)):
+    noted = NotedGradients()
+    with hooks(parameters, noted.note):
         if loss_of.compiled:
             for _ in range(_COMPILED_WARMUPS):
-                order.clear()
+                noted.clear()
                 loss_of(inputs).backward()
-            return order, 0
+            return noted.order, 0
         try:
-            held = _pass(model, loss_of, inputs, copies, memory, plan, forward)
+            held = _pass(model, loss_of, inputs, copies, memory, plan, forward, noted)
         except ActivationsTooLarge:
             plan.note_too_large(inputs)
             held = None
         if held is None:  # the error is gone, and with it the tensors that its frames held
-            order.clear()
-            held = _pass(model, loss_of, inputs, copies, memory, plan, forward)
-    return order, with_gaps(held)
+            noted.clear()
+            held = _pass(model, loss_of, inputs, copies, memory, plan, forward, noted)
+    return noted.order, with_gaps(held)
 
 
 def _pass(
@@ -191,13 +232,14 @@ def _pass(
     memory: CaptureMemory,
     plan: ActivationPlan,
     forward: Callable[[], AbstractContextManager[None]],
+    noted: NotedGradients,
 ) -> int:
     """One pass; returns the bytes that it held. It may raise ActivationsTooLarge."""
     room = memory.free()
     most = room + memory.reserved if plan.may_recompute(inputs) else None
     held = HeldTensors(model, room, most)
     with forward():
-        loss = loss_of(inputs, held, copies, recompute=plan.recomputes(inputs))
+        loss = loss_of(inputs, held, copies, recompute=plan.recomputes(inputs), products=noted)
     loss.backward()
     return held.num_bytes
 
@@ -242,10 +284,3 @@ class HeldTensors(Saved):
         if self.num_bytes <= self._room:
             return tensor
         return functools.partial(tensor.cpu().to, tensor.device)
-
-
-def _note(order: dict[nn.Parameter, torch.dtype], parameter: nn.Parameter) -> None:
-    """Notes the dtype of the parameter's gradient, and frees the gradient."""
-    assert parameter.grad is not None
-    order[parameter] = parameter.grad.dtype
-    parameter.grad = None

@@ -24,7 +24,15 @@ from . import short_attention
 from .gates import gated
 from .low_rank import add_low_rank_
 from .norms import WIDEST, Norm, norm
-from .products import NarrowGradient, SharedInput, SharedInputs, add_residual, linear, share
+from .products import (
+    NarrowGradient,
+    SharedInput,
+    SharedInputs,
+    WeightProducts,
+    add_residual,
+    linear,
+    share,
+)
 from .recent_tensors import RecentTensors, has_hooks
 from .saved_tensors import Saved
 from .trials import trial
@@ -52,6 +60,7 @@ class FusedFunctions(TorchFunctionMode):
     saved: recomputes outputs of activations, so that they need not be saved.
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
     inputs: of the pass's linear layers, if others share them too.
+    products: is told of the gradients of linear layers' weights.
     """
 
     def __init__(
@@ -59,12 +68,14 @@ class FusedFunctions(TorchFunctionMode):
         saved: Saved | None = None,
         backend: str | None = None,
         inputs: SharedInputs | None = None,
+        products: WeightProducts | None = None,
     ) -> None:
         super().__init__()
         self.names: set[str] = set()  # of the functions that were fused
         self._saved = saved
         self._backend = backend
         self._inputs = SharedInputs() if inputs is None else inputs
+        self._products = products
         # Of an activation: the gate, its version then, and the activation's name.
         self._activated: RecentTensors[tuple[Tensor, int, str]] = RecentTensors()
         self._normed: RecentTensors[tuple[Tensor, SharedInput]] = RecentTensors()
@@ -114,7 +125,7 @@ class FusedFunctions(TorchFunctionMode):
         if bias is not None and bias.shape != (weight.shape[0],):
             return NotImplemented
         tensor, shared = self._inputs.of(input, self._dtype(input))
-        return linear(tensor, shared, weight, bias, transposed=False)
+        return linear(tensor, shared, weight, bias, False, self._products)
 
     def addmm(self, input: Any, mat1: Any, mat2: Any) -> Any:
         """A linear layer if `input`, its bias, is a row and mat2, its weight, a parameter."""
@@ -126,7 +137,7 @@ class FusedFunctions(TorchFunctionMode):
         if bias.shape != (weight.shape[1],):
             return NotImplemented
         tensor, shared = self._inputs.of(x, self._dtype(x))
-        return linear(tensor, shared, weight, bias, transposed=True)
+        return linear(tensor, shared, weight, bias, True, self._products)
 
     def low_rank(self, base: Any, x: Any, a: Any, b: Any, scale: float) -> Any:
         """base(x) + scale (x a^T) b^T of a linear layer and the factors of an adapter."""

@@ -25,7 +25,7 @@ from .interface import forward_parameters
 from .low_rank import LowRank
 from .norms import Norm
 from .pass_copies import PassCopies
-from .products import SharedInputs
+from .products import SharedInputs, WeightProducts
 from .proofs import proof
 from .replaced_globals import replaced_globals
 from .saved_tensors import Saved
@@ -137,6 +137,7 @@ def stand_ins(
     backend: str | None = None,
     plain_positions: bool = False,
     inputs: SharedInputs | None = None,
+    products: WeightProducts | None = None,
 ) -> Iterator[set[str]]:
     """Inside the block the model computes the same, cheaper. What others have replaced stays.
 
@@ -149,6 +150,7 @@ def stand_ins(
     plain_positions: whether the pass is of one text whose positions are 0, 1, 2, ...
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
     inputs: of the linear layers, where the caller's layers share them.
+    products: is told of the gradients of linear layers' weights.
     """
     again = {module for layer in checkpointed for module in layer.modules()}
     replaced: list[tuple[nn.Module, str]] = []
@@ -162,7 +164,7 @@ def stand_ins(
     def replace_forward(module: Any, stand_in: Forward) -> None:
         replace(module, "forward", stand_in, f"{_full_name(type(module))}.forward")
 
-    functions = FusedFunctions(saved, backend, inputs)
+    functions = FusedFunctions(saved, backend, inputs, products)
     try:
         for module in model.modules():
             if "forward" not in module.__dict__ and module not in again:

@@ -15,6 +15,7 @@ from .fused_modules import stand_ins
 from .interface import device_of, forward_parameters, logits_of, without_cache
 from .pass_copies import PassCopies
 from .product_settings import matmul_precision
+from .products import WeightProducts
 from .recompute import REPLACED, checkpointed_layers, checkpointing
 from .recomputed_layers import recomputing, repeated_layers
 from .saved_tensors import Saved
@@ -49,12 +50,14 @@ class CausalLoss:
         copies: PassCopies | None = None,
         *,
         recompute: bool = False,
+        products: WeightProducts | None = None,
     ) -> Tensor:
         """The loss of one pass.
 
         saved: keeps the tensors that the backward pass needs; None leaves that to autograd.
         copies: copies of weights that the loss multiplies with.
         recompute: whether repeated layers run again in the backward half (`recomputed_layers.py`).
+        products: is told of the gradients of linear layers' weights, where layers are fused.
         """
         if self.compiled:  # the compiler decides itself what is saved, and checkpoints nothing
             self.fused = ()
@@ -66,7 +69,9 @@ class CausalLoss:
         if self.fuses:
             plain = inputs.keys() <= {"input_ids", "labels"}
             again = [*layers, *repeated]
-            pieces = stand_ins(self._model, saved, again, copies, plain_positions=plain)
+            pieces = stand_ins(
+                self._model, saved, again, copies, plain_positions=plain, products=products
+            )
         hooks = nullcontext() if saved is None else saved.hooks()
         with pieces as names, checkpointing(layers), recomputing(repeated), hooks:
             loss = self._of(self._call, inputs, self.autocast)

@@ -233,14 +233,31 @@ class SharedInputs:
         self._known.note(x, (tensor, shared))
 
 
+class WeightProducts:
+    """Told of the products that weights' gradients are, in a backward pass."""
+
+    def take(self, weight: Tensor, a: Tensor, b: Tensor) -> bool:
+        """Whether somebody else will use a^T b; then there is no gradient. a and b stay as they
+        are until the pass ends."""
+        return False
+
+    def made(self, weight: Tensor, a: Tensor, b: Tensor, gradient: Tensor) -> None:
+        """`gradient`, which autograd gets now, is a^T b."""
+
+
 def linear(
-    x: Tensor, shared: SharedInput, weight: Tensor, bias: Tensor | None, transposed: bool
+    x: Tensor,
+    shared: SharedInput,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    products: WeightProducts | None = None,
 ) -> Tensor:
     """x @ weight^T + bias; with `transposed` x @ weight + bias.
 
     x: the tensor that `share` returned with `shared`, or a view of it, (..., D).
     """
-    result: Tensor = _Linear.apply(x, weight, bias, shared, transposed)  # type: ignore[no-untyped-call]
+    result: Tensor = _Linear.apply(x, weight, bias, shared, transposed, products)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -269,8 +286,11 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         shared: SharedInput,
         transposed: bool,
+        products: WeightProducts | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
+        # The weight as the caller knows it, if that is to be told of its product.
+        ctx.products, ctx.known = products, None if products is None else weight
         # A weight that is not trained needs no input for its gradient.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.shared, ctx.transposed = shared, transposed
@@ -283,10 +303,10 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, gradient: Tensor | None
-    ) -> tuple[None, Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[None, Tensor | None, Tensor | None, None, None, None]:
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         if gradient is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         x, weight = ctx.saved_tensors
         g = gradient.reshape(-1, gradient.shape[-1])
         kind = g.device.type
@@ -297,10 +317,13 @@ class _Linear(torch.autograd.Function):
                 ctx.shared.add(g, factor.t() if ctx.transposed else factor)
             if of_weight:
                 rows = x.reshape(-1, x.shape[-1])
-                a, b = (rows.t(), g) if ctx.transposed else (g.t(), rows)
-                d_weight = g.new_empty(weight.shape, dtype=weight.dtype)
-                add_product(d_weight, a, b, fresh=True)
-        return None, d_weight, column_sums(g, ctx.bias) if of_bias else None, None, None
+                a, b = (rows, g) if ctx.transposed else (g, rows)
+                if ctx.products is None or not ctx.products.take(ctx.known, a, b):
+                    d_weight = g.new_empty(weight.shape, dtype=weight.dtype)
+                    add_product(d_weight, a.t(), b, fresh=True)
+                    if ctx.products is not None:
+                        ctx.products.made(ctx.known, a, b, d_weight)
+        return None, d_weight, column_sums(g, ctx.bias) if of_bias else None, None, None, None
 
 
 def column_sums(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -147,6 +147,44 @@ def _sum_of_squares(
     return torch.tensor([square], dtype=torch.float64, device="cpu")
 
 
+PRODUCT_TILE: int = _core.adam_product_tile  # elements on both sides of a tile of adam_product
+
+
+def adam_product_usable(device: torch.device) -> bool:
+    """Whether this build's `adam_product_cuda` runs on the device."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return _core.adam_product_usable()
+
+
+def adam_product_cuda(
+    table: Tensor,
+    factors: Tensor,
+    record: Tensor,
+    chunks: Tensor,
+    coefficients: Tensor,
+    copies: Tensor | None,
+    param_dtype: torch.dtype,
+    stochastic_rounding: bool,
+) -> None:
+    """Runs on the current stream of the tensors' device."""
+    with torch.cuda.device(table.device):
+        _core.adam_product_cuda(
+            rows=table.data_ptr(),
+            factors=factors.data_ptr(),
+            record=record.data_ptr(),
+            chunks=chunks.data_ptr(),
+            coefficients=coefficients.data_ptr(),
+            copies=0 if copies is None else copies.data_ptr(),
+            programs=len(chunks),
+            capacity=coefficients.shape[1],
+            param_dtype=_DTYPE_CODES[param_dtype],
+            stochastic_rounding=stochastic_rounding,
+            stream=raw_stream(table.device),
+        )
+
+
 def unlike_dicts(pairs: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> list[int]:
     """The places of the pairs that do not hold the very same keys and values in one order."""
     return _core.unlike_dicts(pairs)

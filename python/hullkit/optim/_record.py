@@ -78,9 +78,22 @@ class RecordControl(NamedTuple):
     seed: int  # of stochastic rounding
 
 
+class ProductFactors(NamedTuple):
+    """The two bfloat16 factors a [T, M] and b [T, N] of a gradient a^T b: `_products.py`."""
+
+    a: int  # address, of 16 bytes' alignment like every row
+    b: int
+    a_stride: int  # elements from row to row
+    b_stride: int
+    tokens: int  # T
+    columns: int  # N
+
+
 Options = AdamOptions | SGDOptions | AccumulateOptions
 
-for _layout in (TensorRow, AdamOptions, SGDOptions, AccumulateOptions, RecordControl):
+for _layout in (
+    TensorRow, AdamOptions, SGDOptions, AccumulateOptions, RecordControl, ProductFactors,
+):  # fmt: skip
     if LAYOUTS[_layout.__name__] != _layout._fields:
         raise ImportError(
             f"{_layout.__name__}: expected the fields {LAYOUTS[_layout.__name__]} of the compiled "

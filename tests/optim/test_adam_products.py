@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adam's updates with gradients that are products: how tiles are spread, and the kernel's bits."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hullkit.finetune.base_weights import adam_options
+from hullkit.native import kernels
+from hullkit.optim import _kernels
+from hullkit.optim._products import (
+    adam_product_chunks_,
+    aligned,
+    factors_of,
+    product_chunks,
+    spread,
+    takes_products,
+)
+from hullkit.optim._record import BROKEN, LIMIT, SEED, TensorRow, flags_of
+from hullkit.optim._tensor_table import TensorTable
+from hypothesis import given
+from torch import Tensor
+
+CAPACITY = 6
+BETAS = (0.9, 0.999)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=6), st.integers(1, 140))
+def test_every_tile_has_one_program(tiles: list[int], processors: int) -> None:
+    chunks = spread(tiles, processors)
+    taken = [
+        (matrix, first + i * step) for matrix, first, count, step in chunks for i in range(count)
+    ]
+    assert sorted(taken) == [(m, i) for m, count in enumerate(tiles) for i in range(count)]
+    assert len(chunks) <= max(processors, len(tiles))
+    assert min(count for _, _, count, _ in chunks) >= 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "copied"),
+    [
+        ((16, 12), torch.bfloat16, False),
+        ((16,), torch.bfloat16, False),
+        ((0, 16), torch.bfloat16, False),
+        ((16, 16), torch.float64, True),
+        ((16, 16), torch.float32, False),
+        ((16, 16), torch.bfloat16, True),
+    ],
+)
+def test_parameters_that_the_kernel_leaves_to_others(
+    shape: tuple[int, ...], dtype: torch.dtype, copied: bool
+) -> None:
+    param = torch.zeros(shape, dtype=dtype)
+    copy = param.bfloat16() if copied else None
+    assert not takes_products(param, (param.clone(), param.clone()), copy)
+
+
+class Matrices:
+    """Parameters with moments, their gradients' factors, and a record as a graph reads it."""
+
+    def __init__(self, dtype: torch.dtype, shapes: list[tuple[int, int]], tokens: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def integers(*size: int) -> Tensor:
+            values = torch.randint(-3, 4, size, generator=generator)
+            return values.to("cuda", torch.bfloat16)
+
+        self.dtype, self.shapes = dtype, shapes
+        moment = torch.bfloat16 if dtype is torch.float16 else dtype
+        make = [torch.randn(shape, generator=generator) for shape in shapes]
+        self.params = [values.to("cuda", dtype) for values in make]
+        self.moments = [(0.1 * p).to(moment) for p in self.params]
+        self.squares = [(0.1 * p).square().to(moment) for p in self.params]
+        self.copies = [torch.zeros_like(p, dtype=torch.bfloat16) for p in self.params]
+        # Some tokens are cut off at either end, so that rows lie apart and begin anywhere.
+        self.a = [integers(tokens, rows + 8)[:, 8:] for rows, _ in shapes]
+        self.b = [integers(tokens, columns) for _, columns in shapes]
+        self.steps = torch.full((len(shapes),), 3.0, device="cuda")
+
+    def table(self) -> TensorTable:
+        own = zip(self.params, self.moments, self.squares, self.steps, strict=True)
+        rows = [
+            TensorRow(*(t.data_ptr() for t in tensors), tensors[0].numel(), flags_of(77 + i))
+            for i, tensors in enumerate(own)
+        ]
+        return TensorTable(rows, torch.device("cuda", 0), triton=True)
+
+    def update(self, limit: int, fused: bool, stochastic: bool = False, eps: float = 1e-8) -> bool:
+        """Whether a gradient was not finite."""
+        table = self.table()
+        products = [(a.mT @ b) for a, b in zip(self.a, self.b, strict=True)]
+        record = table.record([g.data_ptr() for g in products], adam_options(1e-2, BETAS, eps))
+        record = record.clone()
+        record[LIMIT], record[SEED] = limit, 1 << 40 | 5
+        size = (len(self.shapes), CAPACITY, 2)
+        coefficients = torch.zeros(size, dtype=torch.float32, device="cuda")
+        _kernels.adam_coefficients_(table, record, coefficients, CAPACITY)
+        copies = None
+        if self.dtype is not torch.bfloat16:
+            copies = torch.tensor([c.data_ptr() for c in self.copies], device="cuda")
+        if fused:
+            pairs = [(aligned(a), aligned(b)) for a, b in zip(self.a, self.b, strict=True)]
+            factors = torch.tensor([factors_of(*pair) for pair in pairs], device="cuda")
+            chunks = product_chunks(self.shapes, 0, table.device)
+            adam_product_chunks_(
+                table, chunks, factors, record, coefficients, self.dtype, stochastic, copies
+            )
+        else:
+            dtypes = (self.dtype, torch.bfloat16, self.moments[0].dtype)
+            _kernels.adam_chunks_(
+                table, table.chunks, record, coefficients, dtypes, CAPACITY, stochastic, copies
+            )
+        torch.cuda.synchronize()
+        return bool(record[BROKEN])
+
+    def state(self) -> list[Tensor]:
+        copies = [] if self.dtype is torch.bfloat16 else self.copies
+        return [t.clone() for t in (*self.params, *self.moments, *self.squares, *copies)]
+
+
+needs_kernel = pytest.mark.skipif(
+    not (torch.cuda.is_available() and kernels.adam_product_usable(torch.device("cuda", 0))),
+    reason="needs a build with CUDA, and a GPU of compute capability 8.0 or more",
+)
+SHAPES = {
+    "small": [(8, 16), (128, 128), (136, 1000)],
+    "many tiles": [(2048, 3072), (640, 264)],
+}
+
+
+@pytest.mark.gpu
+@needs_kernel
+@pytest.mark.parametrize("limit", [0, 1, 2, 5])
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bits_of_a_product_and_adam(
+    dtype: torch.dtype, stochastic: bool, shapes: str, limit: int
+) -> None:
+    """Factors are small integers, so no order of additions rounds."""
+    one, other = (Matrices(dtype, SHAPES[shapes], tokens=77) for _ in range(2))
+    before = one.state()
+    stochastic = stochastic and dtype is not torch.float32
+    assert not one.update(limit, True, stochastic)
+    assert not other.update(limit, False, stochastic)
+    assert all(map(torch.equal, one.state(), other.state()))
+    if limit:
+        assert not any(map(torch.equal, one.state(), before))
+
+
+@pytest.mark.gpu
+@needs_kernel
+@pytest.mark.parametrize("eps", [0.0, 1e-30, 1e-8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 32, 400])
+def test_extreme_moments_and_lengths(dtype: torch.dtype, eps: float, tokens: int) -> None:
+    one, other = (Matrices(dtype, [(128, 264)], tokens) for _ in range(2))
+    for matrices in (one, other):
+        matrices.squares[0][::2] = 0.0
+        matrices.moments[0][::3] = 1e-20
+        matrices.a[0][:, ::5] = 0.0
+    assert one.update(3, True, eps=eps) == other.update(3, False, eps=eps)
+    for mine, theirs in zip(one.state(), other.state(), strict=True):
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+
+
+@pytest.mark.gpu
+@needs_kernel
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [(0, 0), (76, 135)])
+def test_a_gradient_that_is_not_finite_is_told(value: float, place: tuple[int, int]) -> None:
+    matrices = Matrices(torch.float32, [(128, 128), (136, 1000)], tokens=77)
+    matrices.a[1][place] = value
+    assert matrices.update(1, fused=True)
+
+
+@pytest.mark.gpu
+@needs_kernel
+def test_the_product_is_a_sum_in_float32() -> None:
+    """exp_avg after an update from 0 is (1 - beta1) times the gradient, which has two roundings."""
+    matrices = Matrices(torch.float32, [(256, 384)], tokens=400)
+    generator = torch.Generator("cuda").manual_seed(1)
+    for factor in (*matrices.a, *matrices.b):
+        factor.normal_(generator=generator)
+    matrices.moments[0].zero_()
+    matrices.update(1, fused=True)
+    a, b = matrices.a[0].double(), matrices.b[0].double()
+    exact, sizes = a.mT @ b, a.abs().mT @ b.abs()
+    found = matrices.moments[0].double() / (1.0 - BETAS[0])
+    bound = 2.0**-8 * exact.abs() + 400 * 2.0**-23 * sizes
+    assert bool(((found - exact).abs() <= bound).all())
