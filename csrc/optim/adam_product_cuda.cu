@@ -2,13 +2,12 @@
 // A block computes tiles of 128 x 128 of the product, one after the other. Its first warps multiply; the others update
 // the parameters of the tile before meanwhile, so that neither tensor cores nor memory wait for the other. A gradient
 // passes from these to those through shared memory.
-#include <cstring>
 #include <stdexcept>
 
 #include "cuda/primitives/launch.cuh"
 #include "cuda/primitives/ptx.cuh"
 #include "hullkit/adam_product.h"
-#include "optim/adam_update.cuh"
+#include "optim/adam_pieces.cuh"
 
 namespace hullkit {
 namespace {
@@ -53,10 +52,10 @@ struct Tiles {
   __device__ int64_t column_of(int tile) const { return int64_t{(first + tile * stride) % across} * kTile; }
 };
 
-// Where one multiplying thread's vectors of the next stage are: two of each factor, half a stage apart.
+// What one multiplying thread copies next: two vectors of each factor, half a stage apart.
 struct Ahead {
   const uint16_t *a, *b;
-  bool in_a, in_b;
+  bool in_a, in_b;  // the matrix
   int tile, token;  // of the first vector
 };
 
@@ -66,24 +65,21 @@ __device__ inline void begin_tile(Ahead& ahead, const ProductFactors& factors, c
   ahead.token = static_cast<int>(threadIdx.x) / kVectors;
   ahead.in_a = of_a < tiles.rows;
   ahead.in_b = of_b < tiles.columns;
-  ahead.a = reinterpret_cast<const uint16_t*>(factors.a) + (ahead.in_a ? ahead.token * factors.a_stride + of_a : 0);
-  ahead.b = reinterpret_cast<const uint16_t*>(factors.b) + (ahead.in_b ? ahead.token * factors.b_stride + of_b : 0);
+  ahead.a = reinterpret_cast<const uint16_t*>(factors.a) + (ahead.token * factors.a_stride + of_a);
+  ahead.b = reinterpret_cast<const uint16_t*>(factors.b) + (ahead.token * factors.b_stride + of_b);
 }
 
-// Copies the tokens of one stage; zeros beyond the last token and beyond the matrix.
-__device__ inline void fetch_stage(Shared& shared, int stage, Ahead& ahead, const ProductFactors& factors) {
-  constexpr int kHalf = kMultiplying / kVectors;
-  static_assert(kDepth == 2 * kHalf);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const bool inside = ahead.token + half * kHalf < factors.tokens;
-    const int at =
-        swizzled(static_cast<int>(threadIdx.x) / kVectors + half * kHalf, static_cast<int>(threadIdx.x) % kVectors);
-    ptx::copy_async_16(&shared.a[stage][at], ahead.a, inside && ahead.in_a ? 16 : 0);
-    ptx::copy_async_16(&shared.b[stage][at], ahead.b, inside && ahead.in_b ? 16 : 0);
-    ahead.a += ahead.in_a ? kHalf * factors.a_stride : 0;
-    ahead.b += ahead.in_b ? kHalf * factors.b_stride : 0;
-  }
+// Copies the tokens of one stage; zeros beyond the last token and beyond the matrix, where nothing is read.
+__device__ inline void fetch_stage(Shared& shared, int stage, int at, Ahead& ahead, int tokens, int64_t a_half,
+                                   int64_t b_half) {
+  constexpr int kHalf = kDepth / 2 * kVectors;
+  const bool first = ahead.token < tokens, second = ahead.token + kDepth / 2 < tokens;
+  ptx::copy_async_16(&shared.a[stage][at], ahead.a, first && ahead.in_a ? 16 : 0);
+  ptx::copy_async_16(&shared.b[stage][at], ahead.b, first && ahead.in_b ? 16 : 0);
+  ahead.a += a_half, ahead.b += b_half;
+  ptx::copy_async_16(&shared.a[stage][at + kHalf], ahead.a, second && ahead.in_a ? 16 : 0);
+  ptx::copy_async_16(&shared.b[stage][at + kHalf], ahead.b, second && ahead.in_b ? 16 : 0);
+  ahead.a += a_half, ahead.b += b_half;
   ahead.token += kDepth;
 }
 
@@ -114,23 +110,22 @@ __device__ inline void multiply_stage(float (&sums)[4][4][4], const uint4* a, co
   }
 }
 
-__device__ inline float from_bf16(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
-
-__device__ inline uint32_t bf16_pair(float low, float high) {
-  return ptx::to_bf16(low) | static_cast<uint32_t>(ptx::to_bf16(high)) << 16;
-}
-
 __device__ void multiply(Shared& shared, const ProductFactors& factors, const Tiles& tiles) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int down = warp % kWarpsDown, across = warp / kWarpsDown;
-  const int blocks = static_cast<int>((factors.tokens + kDepth - 1) / kDepth);
+  static_assert(kMultiplying == kDepth / 2 * kVectors);
+  const int tokens = static_cast<int>(factors.tokens), blocks = (tokens + kDepth - 1) / kDepth;
+  const int at = swizzled(static_cast<int>(threadIdx.x) / kVectors, static_cast<int>(threadIdx.x) % kVectors);
+  const int64_t a_half = kDepth / 2 * factors.a_stride, b_half = kDepth / 2 * factors.b_stride;
   Ahead ahead = {};
   begin_tile(ahead, factors, tiles);
+  int left = blocks;  // to copy of the tile ahead
   const auto fetch = [&](int stage) {
     if (ahead.tile < tiles.count) {
-      fetch_stage(shared, stage, ahead, factors);
-      if (ahead.token - static_cast<int>(threadIdx.x) / kVectors >= factors.tokens && ++ahead.tile < tiles.count) {
-        begin_tile(ahead, factors, tiles);
+      fetch_stage(shared, stage, at, ahead, tokens, a_half, b_half);
+      if (--left == 0) {
+        left = blocks;
+        if (++ahead.tile < tiles.count) begin_tile(ahead, factors, tiles);
       }
     }
     ptx::commit_copies();
@@ -158,73 +153,13 @@ __device__ void multiply(Shared& shared, const ProductFactors& factors, const Ti
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint16_t* const at = gradient + (row + half * 8) * kPitch + column;
-          *reinterpret_cast<uint32_t*>(at) = bf16_pair(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+          *reinterpret_cast<uint32_t*>(at) = ptx::to_bf16_pair(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
         }
       }
     }
     shared.full[buffer].arrive();
   }
 }
-
-// What parameters are. Moments of halves are bfloat16, others float32; all but bfloat16 parameters have copies.
-enum class Kind { kBfloat16, kFloat16, kFloat32 };
-
-struct Piece {
-  uint4 param, exp_avg, exp_avg_sq;
-};
-
-__device__ inline uint32_t word(const uint4& vector, int i) {
-  return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
-}
-
-// Of 16 bytes: an element, and all of them.
-template <Kind kKind>
-__device__ inline float element(const uint4& vector, int i) {
-  if constexpr (kKind == Kind::kFloat32) {
-    return __uint_as_float(word(vector, i));
-  } else {
-    const uint16_t bits = static_cast<uint16_t>(word(vector, i / 2) >> (i % 2 * 16));
-    return kKind == Kind::kBfloat16 ? from_bf16(bits) : ptx::from_f16(bits);
-  }
-}
-
-__device__ inline uint4 vector_of(const uint16_t (&halves)[8]) {
-  uint4 vector;
-  memcpy(&vector, halves, sizeof(vector));
-  return vector;
-}
-
-// What becomes of updated elements: they are written as they are, or rounded. `element` is the first one's place.
-template <Kind kKind, bool kStochastic>
-struct Rounded {
-  uint4 param, exp_avg, exp_avg_sq;
-
-  template <int kN>
-  __device__ Rounded(const Moving<kN>& x, int64_t element, uint32_t key) {
-    if constexpr (kKind == Kind::kFloat32) {
-      memcpy(&param, x.param, sizeof(param));
-      memcpy(&exp_avg, x.exp_avg, sizeof(exp_avg));
-      memcpy(&exp_avg_sq, x.exp_avg_sq, sizeof(exp_avg_sq));
-    } else {
-      uint16_t params[kN], means[kN], squares[kN];
-#pragma unroll
-      for (int i = 0; i < kN; ++i) {
-        if constexpr (kStochastic) {
-          const uint32_t random = mix(static_cast<uint32_t>(element + i) ^ key);
-          params[i] =
-              kKind == Kind::kBfloat16 ? round_bf16(x.param[i], random >> 16) : round_f16(x.param[i], random >> 8);
-          means[i] = round_bf16(x.exp_avg[i], (random << 8 & 0xFF00u) | 0x80u);
-          squares[i] = round_bf16(x.exp_avg_sq[i], (random & 0xFF00u) | 0x80u);
-        } else {
-          params[i] = kKind == Kind::kBfloat16 ? ptx::to_bf16(x.param[i]) : ptx::to_f16(x.param[i]);
-          means[i] = ptx::to_bf16(x.exp_avg[i]);
-          squares[i] = ptx::to_bf16(x.exp_avg_sq[i]);
-        }
-      }
-      param = vector_of(params), exp_avg = vector_of(means), exp_avg_sq = vector_of(squares);
-    }
-  }
-};
 
 struct Addresses {
   char *param, *exp_avg, *exp_avg_sq, *copy;
@@ -241,27 +176,33 @@ __device__ void update(Shared& shared, const Tiles& tiles, const Addresses& addr
   constexpr int kSize = 16 / kN;                       // bytes of an element
   const int thread = static_cast<int>(threadIdx.x) - kMultiplying;
   const int within_row = thread / kAcross, within_column = thread % kAcross * kN;
-  int64_t ahead_row = 0, ahead_column = 0;
-  int ahead_tile = -1, ahead = kPieces - 1;
-  // The next piece of this thread.
+  const int64_t step = kDown * tiles.columns;  // elements from piece to piece
+  // This thread's first element in a tile, and how many of its pieces there lie in the matrix.
+  const auto begin = [&](int tile, int64_t& element_at) {
+    const int64_t row = tiles.row_of(tile) + within_row, column = tiles.column_of(tile) + within_column;
+    element_at = row * tiles.columns + column;
+    if (column >= tiles.columns || row >= tiles.rows) return 0;
+    const int64_t left = (tiles.rows - row + kDown - 1) / kDown;
+    return left < kPieces ? static_cast<int>(left) : kPieces;
+  };
+  int ahead_tile = 0, ahead = 0;
+  int64_t ahead_at = 0;
+  int ahead_inside = begin(0, ahead_at);
   const auto fetch = [&](Piece& piece) {
+    if (ahead < ahead_inside) {
+      const int64_t at = ahead_at * kSize;
+      piece.param = __ldcg(reinterpret_cast<const uint4*>(addresses.param + at));
+      piece.exp_avg = __ldcg(reinterpret_cast<const uint4*>(addresses.exp_avg + at));
+      piece.exp_avg_sq = __ldcg(reinterpret_cast<const uint4*>(addresses.exp_avg_sq + at));
+    }
+    ahead_at += step;
     if (++ahead == kPieces) {
       ahead = 0;
-      if (++ahead_tile < tiles.count) {
-        ahead_row = tiles.row_of(ahead_tile) + within_row;
-        ahead_column = tiles.column_of(ahead_tile) + within_column;
-      }
+      ahead_inside = ++ahead_tile < tiles.count ? begin(ahead_tile, ahead_at) : 0;
     }
-    const int64_t row = ahead_row + ahead * kDown;
-    if (ahead_tile >= tiles.count || row >= tiles.rows || ahead_column >= tiles.columns) return;
-    const int64_t at = (row * tiles.columns + ahead_column) * kSize;
-    piece.param = __ldcg(reinterpret_cast<const uint4*>(addresses.param + at));
-    piece.exp_avg = __ldcg(reinterpret_cast<const uint4*>(addresses.exp_avg + at));
-    piece.exp_avg_sq = __ldcg(reinterpret_cast<const uint4*>(addresses.exp_avg_sq + at));
   };
   bool lost = false;
-  const auto move = [&](const Piece& piece, const uint16_t* gradient, int64_t row, int64_t column) {
-    if (row >= tiles.rows || column >= tiles.columns) return;
+  const auto move = [&](const Piece& piece, const uint16_t* gradient, int64_t element_at) {
     uint16_t grads[kN];
     if constexpr (kN == 8) {
       *reinterpret_cast<uint4*>(grads) = *reinterpret_cast<const uint4*>(gradient);
@@ -282,7 +223,7 @@ __device__ void update(Shared& shared, const Tiles& tiles, const Addresses& addr
     } else {
       move_halves(x, steps);
     }
-    const int64_t element_at = row * tiles.columns + column, at = element_at * kSize;
+    const int64_t at = element_at * kSize;
     const Rounded<kKind, kStochastic> rounded(x, element_at, key);
     *reinterpret_cast<uint4*>(addresses.param + at) = rounded.param;
     *reinterpret_cast<uint4*>(addresses.exp_avg + at) = rounded.exp_avg;
@@ -291,7 +232,7 @@ __device__ void update(Shared& shared, const Tiles& tiles, const Addresses& addr
       uint32_t words[kN / 2];
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) {  // of the parameter as it was rounded
-        words[i] = bf16_pair(element<kKind>(rounded.param, 2 * i), element<kKind>(rounded.param, 2 * i + 1));
+        words[i] = ptx::to_bf16_pair(element<kKind>(rounded.param, 2 * i), element<kKind>(rounded.param, 2 * i + 1));
       }
       char* const copy = addresses.copy + element_at * 2;
       if constexpr (kN == 8) {
@@ -305,7 +246,8 @@ __device__ void update(Shared& shared, const Tiles& tiles, const Addresses& addr
 #pragma unroll
   for (Piece& piece : pieces) fetch(piece);
   for (int tile = 0; tile < tiles.count; ++tile) {
-    const int64_t row = tiles.row_of(tile) + within_row, column = tiles.column_of(tile) + within_column;
+    int64_t element_at = 0;
+    const int inside = begin(tile, element_at);
     const int buffer = tile % kBuffers;
     shared.full[buffer].wait(tile / kBuffers % 2);
     const uint16_t* gradient = shared.gradients[buffer] + within_row * kPitch + within_column;
@@ -315,8 +257,9 @@ __device__ void update(Shared& shared, const Tiles& tiles, const Addresses& addr
       for (int j = 0; j < kAhead; ++j) {
         const Piece piece = pieces[j];
         fetch(pieces[j]);
-        move(piece, gradient, row + (i + j) * kDown, column);
+        if (i + j < inside) move(piece, gradient, element_at);
         gradient += kDown * kPitch;
+        element_at += step;
       }
     }
     shared.empty[buffer].arrive();

@@ -33,10 +33,6 @@ __device__ inline float approximate_inverse_root(float x) {
   return root;
 }
 
-__device__ inline float2 coefficients_of(const AdamSteps& steps, int i) {
-  return i == 0 ? steps.first : i == 1 ? steps.second : __ldg(steps.all + i);
-}
-
 // Some elements of one thread. All take an update together, so that none waits for its own last result.
 template <int kCount>
 struct Moving {
@@ -51,27 +47,35 @@ __device__ inline void move_moments(float& exp_avg, float& exp_avg_sq, float gra
   exp_avg_sq = __fmaf_rn(exp_avg_sq, steps.beta2, __fmul_rn(__fmul_rn(bounded, steps.rest2), bounded));
 }
 
+// Two updates of halves, which share one reciprocal.
+template <int kCount>
+__device__ inline void move_twice(Moving<kCount>& x, float2 one, float2 two, const AdamSteps& steps) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    move_moments(x.exp_avg[i], x.exp_avg_sq[i], x.grad[i], steps);
+    const float move = __fmul_rn(one.x, x.exp_avg[i]);
+    const float root = __fadd_rn(approximate_root(x.exp_avg_sq[i]), one.y);
+    move_moments(x.exp_avg[i], x.exp_avg_sq[i], x.grad[i], steps);
+    const float next_move = __fmul_rn(two.x, x.exp_avg[i]);
+    const float next_root = __fadd_rn(approximate_root(x.exp_avg_sq[i]), two.y);
+    float inverse = approximate_inverse_root(__fmul_rn(root, next_root));
+    inverse = __fmul_rn(inverse, inverse);
+    const float moves = __fmaf_rn(next_move, root, __fmul_rn(move, next_root));
+    x.param[i] = __fmaf_rn(-moves, inverse, x.param[i]);
+  }
+}
+
 template <int kCount>
 __device__ inline void move_halves(Moving<kCount>& x, const AdamSteps& steps) {
   int step = 0;
-  for (; steps.pairs && step + 1 < steps.num_steps; step += 2) {
-    const float2 one = coefficients_of(steps, step), two = coefficients_of(steps, step + 1);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      move_moments(x.exp_avg[i], x.exp_avg_sq[i], x.grad[i], steps);
-      const float move = __fmul_rn(one.x, x.exp_avg[i]);
-      const float root = __fadd_rn(approximate_root(x.exp_avg_sq[i]), one.y);
-      move_moments(x.exp_avg[i], x.exp_avg_sq[i], x.grad[i], steps);
-      const float next_move = __fmul_rn(two.x, x.exp_avg[i]);
-      const float next_root = __fadd_rn(approximate_root(x.exp_avg_sq[i]), two.y);
-      float inverse = approximate_inverse_root(__fmul_rn(root, next_root));
-      inverse = __fmul_rn(inverse, inverse);
-      const float moves = __fmaf_rn(next_move, root, __fmul_rn(move, next_root));
-      x.param[i] = __fmaf_rn(-moves, inverse, x.param[i]);
+  if (steps.pairs && steps.num_steps > 1) {
+    move_twice(x, steps.first, steps.second, steps);
+    for (step = 2; step + 1 < steps.num_steps; step += 2) {
+      move_twice(x, __ldg(steps.all + step), __ldg(steps.all + step + 1), steps);
     }
   }
   for (; step < steps.num_steps; ++step) {
-    const float2 one = coefficients_of(steps, step);
+    const float2 one = __ldg(steps.all + step);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       move_moments(x.exp_avg[i], x.exp_avg_sq[i], x.grad[i], steps);
@@ -90,7 +94,7 @@ __device__ inline void move_floats(Moving<kCount>& x, const AdamSteps& steps) {
   const bool low = steps.beta1 < 0.5f;
   const float blend = low ? -steps.beta1 : steps.rest1;
   for (int step = 0; step < steps.num_steps; ++step) {
-    const float2 one = coefficients_of(steps, step);
+    const float2 one = step == 0 ? steps.first : step == 1 ? steps.second : __ldg(steps.all + step);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float grad = x.grad[i], start = low ? grad : x.exp_avg[i];
@@ -124,8 +128,11 @@ __device__ inline uint32_t noise_key(uint64_t seed, uint32_t salt, float step) {
   return mix(key + kMore);
 }
 
-__device__ inline uint16_t round_bf16(float value, uint32_t bits) {
-  return static_cast<uint16_t>((__float_as_uint(value) + (value == value ? bits : 0)) >> 16);
+// The upper half of this word is the bfloat16.
+__device__ inline uint32_t rounded_bf16(float value, uint32_t bits) {
+  uint32_t word = __float_as_uint(value);
+  if (value == value) word += bits;
+  return word;
 }
 
 __device__ inline uint16_t round_f16(float value, uint32_t bits) {

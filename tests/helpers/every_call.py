@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every selection kernel once, on small problems: `make sanitize` runs it under compute-sanitizer.
-Low-rank products too, whose programs wait for one another's parts.
+Low-rank products too, whose programs wait for one another's parts, and updates that multiply.
 
 All dtypes; pools of a prompt's own, shared ones with candidates, ragged ones whose rows are not
 aligned to 16 bytes; and the few sizes that take another way. `2/8` takes part 2 of 8 (0 to 7).
@@ -16,7 +16,9 @@ from typing import Any
 import hullkit
 import torch
 from _gpu import DTYPES, problem
+from _products import Matrices
 from hullkit.language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
+from hullkit.native import kernels
 from torch import Tensor
 
 SHAPES = ((2, 63, 129), (1, 150, 64), (3, 12, 5))  # prompts, candidates, d
@@ -51,6 +53,12 @@ def low_rank(slots: int, device: str) -> None:
     low_rank_backward(y, x, a, b, inner, 1.0, to)
 
 
+def adam_products(dtype: torch.dtype, device: str) -> None:
+    """Several tiles a program, at the edges of their matrices."""
+    if kernels.adam_product_usable(torch.device(device)):
+        Matrices(dtype, [(2056, 2312), (136, 40)], tokens=77).update(3, fused=True)
+
+
 def run(device: str, part: int = 0, of: int = 1) -> int:
     """The number of calls."""
     calls = 0
@@ -80,6 +88,8 @@ def run(device: str, part: int = 0, of: int = 1) -> int:
         call(function, pool[0], query, 5)
     for slots in itertools.islice((1, 3), part, None, of):
         call(low_rank, slots, device)
+    for dtype in itertools.islice((torch.bfloat16, torch.float32), part, None, of):
+        call(adam_products, dtype, device)
     if device == "cuda":
         torch.cuda.synchronize()
     return calls

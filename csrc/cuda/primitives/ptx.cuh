@@ -127,4 +127,11 @@ __device__ inline uint16_t to_bf16(float value) {
   return bits;
 }
 
+// Two of them; the first in the lower half.
+__device__ inline uint32_t to_bf16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 }  // namespace hullkit::ptx
