@@ -84,3 +84,25 @@ def optimizers_host() -> str:
             took = figure(1000 * float(row["p50"]))
             lines.append([provider.removesuffix(" (host)"), row["device"], row["commit"], took])
     return table(["a step keeps the host busy", "device", "commit", "µs"], lines, 3)
+
+
+@generated
+def adam_products() -> str:
+    """Updates that multiply their gradients, beside torch's products and updates after them."""
+    found = find("gpu", op="Adam products")
+    found = [row for row in found if row["commit"] == found[-1]["commit"]]
+    times = {(row["shape"], row["provider"]): 1e3 * float(row["p50"]) for row in found}
+    lines: dict[str, list[str]] = {}
+    tokens = []
+    for row in found:
+        if row["provider"] == "fused":
+            name, facts = row["shape"].rsplit(" tokens=", 1)
+            tokens.append(facts.split()[0])
+            own, apart = times[row["shape"], "fused"], times[row["shape"], "product and Adam"]
+            cells = lines.setdefault(f"{name}, {row['dtype']}", [])
+            cells += [figure(own), figure(apart), f"{apart / own:.2f}x"]
+    header = ["a layer's weight"]
+    for number in dict.fromkeys(tokens):
+        header += [f"{number} tokens: µs", "product and Adam, µs", "ratio"]
+    rows = [[name, *cells] for name, cells in lines.items()]
+    return table(header, rows) + "\n\n" + source(found[0])

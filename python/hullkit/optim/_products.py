@@ -21,6 +21,9 @@ from ._tensor_table import TensorTable
 # of the processors, which take longer, beside them. (H100: GPT-2 and SmolLM2-135M gain by it,
 # Qwen2.5-0.5B and larger models lose.)
 _SMALL = 1 << 22
+# A longer product no longer waits for memory. cuBLAS's, on all warps, then saves more than the
+# gradient's way to memory and back costs (bench/ops/adam_products.py).
+_MOST_TOKENS = 1024
 _ALIGNMENT = 16  # bytes of one access
 _MULTIPLE = 8  # both sides of a matrix
 
@@ -49,8 +52,8 @@ _MOMENTS = {
 
 
 def is_product(a: Tensor, b: Tensor, gradient: Tensor) -> bool:
-    """Whether the kernel computes this gradient, a^T b, as it is."""
-    return all(t.dtype is torch.bfloat16 for t in (a, b, gradient))
+    """Whether the kernel computes this gradient, a^T b, as it is, and in less time than others."""
+    return len(a) <= _MOST_TOKENS and all(t.dtype is torch.bfloat16 for t in (a, b, gradient))
 
 
 def aligned(factor: Tensor) -> Tensor:
