@@ -104,7 +104,7 @@ class Problem:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", default="100,400,1000,2000")
+    parser.add_argument("--tokens", default="100,400,500,1000")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
     arguments = parser.parse_args(argv)

@@ -25,6 +25,7 @@ from bench.ops.model_sizes import CASES, SHAPES, build
 MODELS = {"gpt2": "float32", "smollm2": "float32", "llama-1b": "bfloat16"}
 # The first kind with a word that a kernel's name contains.
 KINDS = {
+    "products with Adam": ("adam_product",),
     "Adam": ("adam_",),
     "loss": ("cross_entropy",),
     "attention": ("flash", "fmha", "attention", "attn"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..language_model.product_settings import ProductSettings
+from ..language_model.quantized_layouts import set_changing, to_first_layout
 from ..native.kernels import WithBlock
 from .base_weights import Weights
 from .report import AdaptReport, Clock
@@ -84,6 +85,8 @@ class Adaptation(WithBlock):
         clock = Clock(_device(self._model))
         with torch.inference_mode(False), torch.enable_grad(), _without_autocast(self._model):
             parameters, buffers = tensors_of(self._claimed)
+            for parameter in parameters:
+                to_first_layout(parameter)
             weights = query.prepare(parameters, buffers)
             # Nothing of the model is written before the snapshot is complete.
             self._snapshot = snapshot = Snapshot(
@@ -93,6 +96,7 @@ class Adaptation(WithBlock):
                 # Not .eval(): a model may override it to do more, such as merging adapters.
                 if module.training:
                     module.training = False
+            set_changing(snapshot.changing, False)
             snapshot.drop_gradients()
             report = query.run(snapshot, clock)
         self._settings = None  # no torch setting was left behind; the block may set its own

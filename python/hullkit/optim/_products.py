@@ -23,7 +23,7 @@ from ._tensor_table import TensorTable
 _SMALL = 1 << 22
 # A longer product no longer waits for memory. cuBLAS's, on all warps, then saves more than the
 # gradient's way to memory and back costs (bench/ops/adam_products.py).
-_MOST_TOKENS = 1024
+_MOST_TOKENS = 512
 _ALIGNMENT = 16  # bytes of one access
 _MULTIPLE = 8  # both sides of a matrix
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..finetune.adaptation import TorchSettings
+from ..language_model.quantized_layouts import changing_layouts, set_changing
 from ..native.kernels import WithBlock
 
 
@@ -45,7 +46,8 @@ _SHORTCUT = _Shortcut()
 class Borrowed(WithBlock):
     """Inside the block the model is in eval mode, and no parameter gets a gradient. It yields it.
 
-    torch's encoder layers take no shortcut past the forwards of their parts, which may be a slot's.
+    Quantised weights keep their layout. torch's encoder layers take no shortcut past the forwards
+    of their parts, which may be a slot's.
 
     inner: blocks that lie within this one. A signal's handler may cut one of them short as it is
     left. So this block, which `WithBlock` leaves to the end, puts back the forwards of modules and
@@ -59,6 +61,7 @@ class Borrowed(WithBlock):
         self._stack = ExitStack()
         self._modules: list[tuple[nn.Module, bool, object]] = []
         self._trained: list[nn.Parameter] = []
+        self._changing: list[nn.Module] = []
         self._settings: TorchSettings | None = None
 
     def _claim(self) -> None:
@@ -66,6 +69,7 @@ class Borrowed(WithBlock):
         modules = self._model.modules()
         self._modules = [(m, m.training, m.__dict__.get("forward")) for m in modules]
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._changing = changing_layouts(module for module, _, _ in self._modules)
 
     def _enter(self) -> nn.Module:
         _SHORTCUT.forbid(self)
@@ -73,6 +77,7 @@ class Borrowed(WithBlock):
             module.training = False
         for parameter in self._trained:
             parameter.requires_grad_(False)
+        set_changing(self._changing, False)
         for block in self._inner:
             self._stack.enter_context(block)
         return self._model
@@ -89,6 +94,7 @@ class Borrowed(WithBlock):
                     module.__dict__["forward"] = forward
         for parameter in self._trained:
             parameter.requires_grad_(True)
+        set_changing(self._changing, True)
         _SHORTCUT.allow(self)
         if self._settings is not None:
             self._settings.put_back()
