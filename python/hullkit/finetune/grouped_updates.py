@@ -143,6 +143,12 @@ class GroupedUpdates(WeightProducts):
     def set_gradients(self) -> None:
         """Tells the kernels where the captured pass has its gradients."""
         for part in self._parts:
+            for parameter in part.parameters:
+                if parameter not in part.gradients:
+                    raise RuntimeError(
+                        f"expected a gradient of a parameter of shape {tuple(parameter.shape)}, as "
+                        "in the warm-up, got none"
+                    )
             part.set_gradients()
 
 
