@@ -32,7 +32,7 @@ class Matrices:
         self.moments = [(0.1 * p).to(moment) for p in self.params]
         self.squares = [(0.1 * p).square().to(moment) for p in self.params]
         self.copies = [torch.zeros_like(p, dtype=torch.bfloat16) for p in self.params]
-        # Some tokens are cut off at either end, so that rows lie apart and begin anywhere.
+        # Columns are cut off, so that rows lie apart.
         self.a = [integers(tokens, rows + 8)[:, 8:] for rows, _ in shapes]
         self.b = [integers(tokens, columns) for _, columns in shapes]
         self.steps = torch.full((len(shapes),), 3.0, device="cuda")

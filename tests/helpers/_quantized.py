@@ -21,8 +21,11 @@ def base(kind: str) -> Any:
     return llama() if kind == "int8" else llama(hidden=64, intermediate=128)
 
 
-def quantized(kind: str) -> Any:
-    """A small model whose linear layers but the head are of bitsandbytes."""
+def quantized(kind: str, nested: bool = True) -> Any:
+    """A small model whose linear layers but the head are of bitsandbytes.
+
+    nested: whether scales of 4-bit weights have scales of their own.
+    """
     model = base(kind)
     for name, layer in [*model.named_modules()]:
         if type(layer) is not nn.Linear or name == "lm_head":
@@ -35,7 +38,11 @@ def quantized(kind: str) -> Any:
             )
         else:
             own = bitsandbytes.nn.Linear4bit(
-                *sizes, bias=False, compute_dtype=torch.float32, quant_type=kind
+                *sizes,
+                bias=False,
+                compute_dtype=torch.float32,
+                quant_type=kind,
+                compress_statistics=nested,
             )
         own.load_state_dict({"weight": layer.weight.detach()})
         own.requires_grad_(False)

@@ -30,12 +30,13 @@ def test_every_tile_has_one_program(tiles: list[int], processors: int) -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype", "copied"),
     [
-        ((16, 12), torch.bfloat16, False),
-        ((16,), torch.bfloat16, False),
-        ((0, 16), torch.bfloat16, False),
-        ((16, 16), torch.float64, True),
-        ((16, 16), torch.float32, False),
-        ((16, 16), torch.bfloat16, True),
+        ((132, 128), torch.bfloat16, False),
+        ((128,), torch.bfloat16, False),
+        ((0, 128), torch.bfloat16, False),
+        ((16, 4096), torch.bfloat16, False),
+        ((128, 128), torch.float64, True),
+        ((128, 128), torch.float32, False),
+        ((128, 128), torch.bfloat16, True),
     ],
 )
 def test_parameters_that_the_kernel_leaves_to_others(

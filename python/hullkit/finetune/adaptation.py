@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..language_model.product_settings import ProductSettings
-from ..language_model.quantized_layouts import set_changing, to_first_layout
+from ..language_model.quantized_layouts import FirstLayouts, set_changing
 from ..native.kernels import WithBlock
 from .base_weights import Weights
 from .report import AdaptReport, Clock
@@ -52,6 +52,7 @@ class Adaptation(WithBlock):
         self._query = query
         self._owner = owner
         self._claimed: list[nn.Module] = []
+        self._layouts = FirstLayouts()
         self._key = object()
         self._keeping = False
         self._settings: TorchSettings | None = None
@@ -77,6 +78,7 @@ class Adaptation(WithBlock):
                     "adapted(): expected a model that is not being adapted, got one inside an "
                     "adapted() block of this tuner or of one that shares modules with it"
                 )
+        self._layouts.take(self._claimed)
 
     def _enter(self) -> nn.Module:
         query, owner = self._query, self._owner
@@ -85,8 +87,6 @@ class Adaptation(WithBlock):
         clock = Clock(_device(self._model))
         with torch.inference_mode(False), torch.enable_grad(), _without_autocast(self._model):
             parameters, buffers = tensors_of(self._claimed)
-            for parameter in parameters:
-                to_first_layout(parameter)
             weights = query.prepare(parameters, buffers)
             # Nothing of the model is written before the snapshot is complete.
             self._snapshot = snapshot = Snapshot(
@@ -118,6 +118,7 @@ class Adaptation(WithBlock):
         if self._snapshot is not None:
             self._failure = self._snapshot.restore()
             self._snapshot = None
+        self._layouts.put_back()
         for module in self._claimed:
             if _OWNERS.get(module) is self._key:
                 _OWNERS.pop(module, None)

@@ -8,10 +8,12 @@ weight: the rest is in an object beside it. So the layout must not change while 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _TAKES_IT = "support_avx512bf16_for_cpu"
 _HAS_IT = "packing_format_for_cpu"
@@ -28,11 +30,36 @@ def set_changing(modules: Iterable[nn.Module], may: bool) -> None:
         module.__dict__[_TAKES_IT] = may
 
 
-def to_first_layout(weight: Any) -> None:
-    """Gives a 4-bit weight its first layout back, as `state_dict` does. Scales stay rounded."""
+def first_layout(weight: Any) -> tuple[Tensor, Any]:
+    """A 4-bit weight's data and its quant_state in the first layout. The weight stays as it is."""
+    data: Tensor = weight.data
     state: Any = getattr(weight, "quant_state", None)
-    if getattr(state, _HAS_IT, False):
-        from bitsandbytes import functional
+    if not getattr(state, _HAS_IT, False):
+        return data, state
+    from bitsandbytes import functional
 
-        back = functional._convert_weight_packed_for_cpu_inverse
-        weight.data, weight.quant_state = back(weight.data, state)
+    data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+    if state.absmax.ndim == 2:  # scales without scales of their own are left as they lie
+        state.absmax = state.absmax.t().reshape(-1).to(torch.float32)
+    return data, state
+
+
+class FirstLayouts:
+    """Gives 4-bit weights their first layout, and later back what they had, to the bit."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, Tensor, Any]] = []
+
+    def take(self, modules: Iterable[nn.Module]) -> None:
+        found: list[Any] = [w for module in modules for w in module._parameters.values()]
+        for weight in (w for w in found if getattr(w, "quant_state", None) is not None):
+            data, state = first_layout(weight)
+            if state is not weight.quant_state:
+                self._before.append((weight, weight.data, weight.quant_state))
+                weight.data, weight.quant_state = data, state
+
+    def put_back(self) -> None:
+        """May be called again."""
+        for weight, data, state in self._before:
+            weight.data, weight.quant_state = data, state
+        self._before = []

@@ -30,7 +30,9 @@ _MULTIPLE = 8  # both sides of a matrix
 
 def takes_products(param: Tensor, moments: Sequence[Tensor], copy: Tensor | None) -> bool:
     """Whether the kernel updates this parameter, which may have a bfloat16 copy."""
-    if param.ndim != 2 or param.numel() == 0 or param.numel() >= 1 << 32:
+    if param.ndim != 2 or param.numel() >= 1 << 32:
+        return False
+    if min(param.shape) < kernels.PRODUCT_TILE:  # most of a tile would be empty
         return False
     if any(size % _MULTIPLE for size in param.shape) or param.dtype not in _MOMENTS:
         return False

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..finetune.adaptation import TorchSettings
-from ..language_model.quantized_layouts import changing_layouts, set_changing
+from ..language_model.quantized_layouts import FirstLayouts, changing_layouts, set_changing
 from ..native.kernels import WithBlock
 
 
@@ -46,7 +46,7 @@ _SHORTCUT = _Shortcut()
 class Borrowed(WithBlock):
     """Inside the block the model is in eval mode, and no parameter gets a gradient. It yields it.
 
-    Quantised weights keep their layout. torch's encoder layers take no shortcut past the forwards
+    Quantised weights have one layout. torch's encoder layers take no shortcut past the forwards
     of their parts, which may be a slot's.
 
     inner: blocks that lie within this one. A signal's handler may cut one of them short as it is
@@ -62,6 +62,7 @@ class Borrowed(WithBlock):
         self._modules: list[tuple[nn.Module, bool, object]] = []
         self._trained: list[nn.Parameter] = []
         self._changing: list[nn.Module] = []
+        self._layouts = FirstLayouts()
         self._settings: TorchSettings | None = None
 
     def _claim(self) -> None:
@@ -70,6 +71,7 @@ class Borrowed(WithBlock):
         self._modules = [(m, m.training, m.__dict__.get("forward")) for m in modules]
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
         self._changing = changing_layouts(module for module, _, _ in self._modules)
+        self._layouts.take(module for module, _, _ in self._modules)
 
     def _enter(self) -> nn.Module:
         _SHORTCUT.forbid(self)
@@ -95,6 +97,7 @@ class Borrowed(WithBlock):
         for parameter in self._trained:
             parameter.requires_grad_(True)
         set_changing(self._changing, True)
+        self._layouts.put_back()
         _SHORTCUT.allow(self)
         if self._settings is not None:
             self._settings.put_back()

@@ -6,10 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..language_model.quantized_layouts import to_first_layout
+from ..language_model.quantized_layouts import first_layout
 
 EIGHT_BITS = "bitsandbytes.nn.modules.Linear8bitLt"
 FOUR_BITS = "bitsandbytes.nn.modules.Linear4bit"
@@ -25,14 +24,7 @@ def check_quantized(name: str, module: Any) -> None:
 
 
 def product_of(module: Any, x: Tensor) -> Tensor:
-    """What the layer computes of x, without autograd. It is no view: models write to it.
-
-    On a CPU a 4-bit layer's product is of its dequantised weight, as in training: its own product
-    without autograd may be in bfloat16 (`quantized_layouts.py`).
-    """
-    if x.device.type == "cpu" and module.weight.dtype is not torch.int8:
-        bias = None if module.bias is None else module.bias.to(x.dtype)
-        return F.linear(x, weight_of(module, x.dtype), bias)
+    """What the layer computes of x, without autograd. It is no view: models write to it."""
     y: Tensor = type(module).forward(module, x)
     return y.clone() if y._is_view() else y
 
@@ -47,6 +39,5 @@ def weight_of(module: Any, dtype: torch.dtype) -> Tensor:
         scales = weight.SCB if module.state.SCB is None else module.state.SCB
         found: Tensor = functional.int8_vectorwise_dequant(weight.detach(), scales)
     else:
-        to_first_layout(weight)  # nothing dequantises the other
-        found = functional.dequantize_4bit(weight.detach(), weight.quant_state)
+        found = functional.dequantize_4bit(*first_layout(weight))  # nothing does the second
     return found.to(dtype)
