@@ -10,9 +10,9 @@ time without that.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from hullkit.finetune.base_weights import adam_options
@@ -21,8 +21,7 @@ from hullkit.optim._products import adam_product_chunks_, factors_of, product_ch
 from hullkit.optim._record import LIMIT, TensorRow
 from hullkit.optim._tensor_table import TensorTable
 
-from bench.harness.rows import append, timings
-from bench.ops.lora_products import graph_of, milliseconds
+from bench.harness.graphs import compare
 
 UPDATES, CAPACITY = 2, 64
 ELEMENTS = 1 << 25  # of all matrices: their memory is several times a GPU's cache
@@ -75,13 +74,13 @@ class Problem:
         self._factors = torch.tensor([factors_of(*pair) for pair in self._pairs], device=device)
         self._chunks = product_chunks([shape] * count, 0, device)
 
-    def fused(self, _: Any = None) -> None:
+    def fused(self) -> None:
         adam_product_chunks_(
             self._table, self._chunks, self._factors, self._record, self._coefficients,
             self.dtype, self._stochastic, self._copies,
         )  # fmt: skip
 
-    def apart(self, _: Any = None) -> None:
+    def apart(self) -> None:
         for gradient, (a, b) in zip(self._gradients, self._pairs, strict=True):
             torch.mm(a.t(), b, out=gradient)
         dtypes = (self.dtype, torch.bfloat16, self.dtype)
@@ -114,19 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             problem = Problem(case, tokens)
             problem.check()
             shape = f"{case.name} {case.rows}x{case.columns} tokens={tokens} updates={UPDATES}"
-            count = len(problem.state[0])
-            times = {}
-            ways: dict[str, Callable[[Any], None]] = {"fused": problem.fused}
-            ways["product and Adam"] = problem.apart
-            for provider, run in ways.items():
-                graph = graph_of(run, None)
-                key = ("Adam products", provider, str(case.dtype).removeprefix("torch."), shape)
-                times[key] = [ms / count for ms in milliseconds(graph, arguments.rounds)]
-            own, other = (sorted(values)[len(values) // 2] for values in times.values())
-            print(f"{shape}: {own:.4f} ms, apart {other:.4f} ms, {other / own:.2f}x", flush=True)
-            if arguments.out is not None:
-                command = "python -m bench.ops.adam_products"
-                append(arguments.out, timings(times, torch.cuda.get_device_name(), command))
+            compare(
+                "Adam products", str(case.dtype).removeprefix("torch."), shape,
+                {"fused": problem.fused, "product and Adam": problem.apart},
+                rounds=arguments.rounds, command="python -m bench.ops.adam_products",
+                out=arguments.out, parts=len(problem.state[0]),
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

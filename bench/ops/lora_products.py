@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from hullkit.language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
 from torch import Tensor
 
-from bench.harness.rows import append, timings
+from bench.harness.graphs import compare
 
 ROWS, SCALE = 400, 1.0
 
@@ -47,31 +47,6 @@ def by_baddbmm(tensors: list[Tensor]) -> list[Tensor]:
     d_a = torch.bmm(d_inner.mT, x)
     d_x.baddbmm_(d_inner, a)
     return [out, d_a, d_b]
-
-
-def graph_of(run: Callable[[Any], Any], tensors: Any) -> Any:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run(tensors)
-        run(tensors)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run(tensors)
-    return graph
-
-
-def milliseconds(graph: Any, rounds: int) -> list[float]:
-    times, repeats = [], 20
-    for _ in range(rounds):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        for _ in range(repeats):
-            graph.replay()
-        last.record()
-        torch.cuda.synchronize()
-        times.append(first.elapsed_time(last) / repeats)
-    return times
 
 
 def check(tensors: list[Tensor]) -> None:
@@ -106,16 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         tensors = problem(slots, width, rank)
         check(tensors)
         shape = f"K={slots} T={ROWS} d={width} r={rank} forward and backward"
-        times = {}
-        for provider, run in (("fused", fused), ("baddbmm", by_baddbmm)):
-            graph = graph_of(run, [t.clone() for t in tensors])
-            key = ("low-rank products", provider, "bfloat16", shape)
-            times[key] = milliseconds(graph, arguments.rounds)
-        own, other = (sorted(values)[len(values) // 2] for values in times.values())
-        print(f"{shape}: {own:.4f} ms, baddbmm {other:.4f} ms, {other / own:.2f}x", flush=True)
-        if arguments.out is not None:
-            command = "python -m bench.ops.lora_products"
-            append(arguments.out, timings(times, torch.cuda.get_device_name(), command))
+        compare(
+            "low-rank products", "bfloat16", shape,
+            {"fused": partial(fused, [t.clone() for t in tensors]),
+             "baddbmm": partial(by_baddbmm, [t.clone() for t in tensors])},
+            rounds=arguments.rounds, command="python -m bench.ops.lora_products",
+            out=arguments.out,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

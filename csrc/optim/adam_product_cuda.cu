@@ -33,14 +33,6 @@ struct alignas(16) Shared {
 // Where a vector of a stage lies, so that eight rows of a matrix instruction lie in different banks.
 __device__ inline int swizzled(int token, int vector) { return token * kVectors + (vector ^ (token % 8)); }
 
-// Four 8 x 8 matrices of halves, each transposed.
-__device__ inline void load_transposed(uint32_t (&values)[4], const uint4* shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
-               : "r"(ptx::shared_address(shared))
-               : "memory");
-}
-
 __device__ inline void multiplying_threads_meet() { asm volatile("bar.sync 1, %0;" ::"n"(kMultiplying) : "memory"); }
 
 // The tiles of a block, of a matrix [rows, columns].
@@ -92,12 +84,12 @@ __device__ inline void multiply_stage(float (&sums)[4][4][4], const uint4* a, co
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 16 rows each; matrices 1 and 3 have the lower eight, 2 and 3 the later tokens
       const int token = depth + matrix / 2 * 8 + within;
-      load_transposed(left[i], a + swizzled(token, (down * kWarpRows + i * 16) / kVector + matrix % 2));
+      ptx::load_transposed(left[i], a + swizzled(token, (down * kWarpRows + i * 16) / kVector + matrix % 2));
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {  // 16 columns each; matrices 1 and 3 have the later tokens
       const int token = depth + matrix % 2 * 8 + within;
-      load_transposed(right[j], b + swizzled(token, (across * kWarpColumns + j * 16) / kVector + matrix / 2));
+      ptx::load_transposed(right[j], b + swizzled(token, (across * kWarpColumns + j * 16) / kVector + matrix / 2));
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

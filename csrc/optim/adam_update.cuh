@@ -21,18 +21,6 @@ struct AdamSteps {
   bool pairs;            // whether two updates may share one reciprocal
 };
 
-__device__ inline float approximate_root(float x) {
-  float root;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
-}
-
-__device__ inline float approximate_inverse_root(float x) {
-  float root;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
-}
-
 // Some elements of one thread. All take an update together, so that none waits for its own last result.
 template <int kCount>
 struct Moving {
@@ -41,8 +29,7 @@ struct Moving {
 
 // Moments of a half. No square overflows.
 __device__ inline void move_moments(float& exp_avg, float& exp_avg_sq, float grad, const AdamSteps& steps) {
-  float bounded;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(bounded) : "f"(fabsf(grad)), "f"(1e17f));
+  const float bounded = ptx::least_or_nan(fabsf(grad), 1e17f);
   exp_avg = __fmaf_rn(exp_avg, steps.beta1, __fmul_rn(grad, steps.rest1));
   exp_avg_sq = __fmaf_rn(exp_avg_sq, steps.beta2, __fmul_rn(__fmul_rn(bounded, steps.rest2), bounded));
 }
@@ -54,11 +41,11 @@ __device__ inline void move_twice(Moving<kCount>& x, float2 one, float2 two, con
   for (int i = 0; i < kCount; ++i) {
     move_moments(x.exp_avg[i], x.exp_avg_sq[i], x.grad[i], steps);
     const float move = __fmul_rn(one.x, x.exp_avg[i]);
-    const float root = __fadd_rn(approximate_root(x.exp_avg_sq[i]), one.y);
+    const float root = __fadd_rn(ptx::approximate_root(x.exp_avg_sq[i]), one.y);
     move_moments(x.exp_avg[i], x.exp_avg_sq[i], x.grad[i], steps);
     const float next_move = __fmul_rn(two.x, x.exp_avg[i]);
-    const float next_root = __fadd_rn(approximate_root(x.exp_avg_sq[i]), two.y);
-    float inverse = approximate_inverse_root(__fmul_rn(root, next_root));
+    const float next_root = __fadd_rn(ptx::approximate_root(x.exp_avg_sq[i]), two.y);
+    float inverse = ptx::approximate_inverse_root(__fmul_rn(root, next_root));
     inverse = __fmul_rn(inverse, inverse);
     const float moves = __fmaf_rn(next_move, root, __fmul_rn(move, next_root));
     x.param[i] = __fmaf_rn(-moves, inverse, x.param[i]);
@@ -79,7 +66,7 @@ __device__ inline void move_halves(Moving<kCount>& x, const AdamSteps& steps) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       move_moments(x.exp_avg[i], x.exp_avg_sq[i], x.grad[i], steps);
-      const float root = __fadd_rn(approximate_root(x.exp_avg_sq[i]), one.y);
+      const float root = __fadd_rn(ptx::approximate_root(x.exp_avg_sq[i]), one.y);
       float inverse = __int_as_float(0x7EF311C7 - __float_as_int(root));
       const float rest = __fmaf_rn(-root, inverse, 1.0f);
       inverse = __fmaf_rn(__fmaf_rn(rest, rest, rest), inverse, inverse);
@@ -100,8 +87,8 @@ __device__ inline void move_floats(Moving<kCount>& x, const AdamSteps& steps) {
       const float grad = x.grad[i], start = low ? grad : x.exp_avg[i];
       x.exp_avg[i] = __fmaf_rn(__fadd_rn(grad, -x.exp_avg[i]), blend, start);
       x.exp_avg_sq[i] = __fmaf_rn(__fmul_rn(grad, steps.rest2), grad, __fmul_rn(x.exp_avg_sq[i], steps.beta2));
-      const float root = fminf(__fadd_rn(approximate_root(x.exp_avg_sq[i]), one.y), 3e38f);
-      float inverse = approximate_inverse_root(root);
+      const float root = fminf(__fadd_rn(ptx::approximate_root(x.exp_avg_sq[i]), one.y), 3e38f);
+      float inverse = ptx::approximate_inverse_root(root);
       inverse = __fmul_rn(inverse, inverse);
       inverse = __fmaf_rn(__fmaf_rn(-root, inverse, 1.0f), inverse, inverse);
       x.param[i] = __fmaf_rn(__fmul_rn(-one.x, x.exp_avg[i]), inverse, x.param[i]);

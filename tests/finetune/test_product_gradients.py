@@ -102,3 +102,23 @@ def test_a_product_that_is_taken_is_no_gradient(model: Any) -> None:
     for name, gradient in gradients.items():
         assert torch.equal(getattr(model, name).weight.grad, gradient)
     assert len(told) in (len(NAMES) - 1, len(NAMES))  # torch may tell of an absent gradient, too
+
+
+class Told(WeightProducts):
+    """Keeps the weights that it is told of."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+
+    def made(self, weight: Tensor, a: Tensor, b: Tensor, gradient: Tensor) -> None:
+        self.weights.append(weight)
+
+
+def test_only_parameters_are_told_of(model: Layers) -> None:
+    told = Told()
+    with FusedFunctions(backend="triton", products=told):
+        loss = model(torch.randn(5, 8).bfloat16())
+    loss.backward()
+    own = {id(parameter) for parameter in model.parameters()}
+    assert len(told.weights) == len(NAMES)  # all but the scaled one, one of them twice
+    assert {id(weight) for weight in told.weights} <= own

@@ -10,7 +10,7 @@ import pytest
 import torch
 from _products import BETAS, Matrices
 from hullkit.native import kernels
-from hullkit.optim._products import spread, takes_products
+from hullkit.optim._products import aligned, spread, takes_products
 from hypothesis import given
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,9 +47,23 @@ def test_parameters_that_the_kernel_leaves_to_others(
     assert not takes_products(param, (param.clone(), param.clone()), copy)
 
 
+@pytest.mark.parametrize("first", [0, 4, 8])
+@pytest.mark.parametrize("gap", [0, 4, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factors_as_the_kernel_reads_them(first: int, gap: int, transposed: bool) -> None:
+    wide = torch.randn(16, first + 16 + gap).bfloat16()[:, first : first + 16]
+    factor = wide.t() if transposed else wide
+    found = aligned(factor)
+    assert torch.equal(found, factor)
+    assert found.stride(1) == 1
+    assert (found.data_ptr() | 2 * found.stride(0)) % 16 == 0
+    copied = transposed or first % 8 or (first + gap) % 8
+    assert (found is not factor) == bool(copied)
+
+
 needs_kernel = pytest.mark.skipif(
     not (torch.cuda.is_available() and kernels.adam_product_usable(torch.device("cuda", 0))),
-    reason="needs a build with CUDA, and a GPU of compute capability 8.0 or more",
+    reason="needs a build with CUDA, and a GPU with the shared memory of its blocks",
 )
 SHAPES = {
     "small": [(8, 16), (128, 128), (136, 1000)],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..language_model.product_settings import ProductSettings
-from ..language_model.quantized_layouts import FirstLayouts, set_changing
+from ..language_model.quantized_layouts import FirstLayouts
 from ..native.kernels import WithBlock
 from .base_weights import Weights
 from .report import AdaptReport, Clock
@@ -96,7 +96,6 @@ class Adaptation(WithBlock):
                 # Not .eval(): a model may override it to do more, such as merging adapters.
                 if module.training:
                     module.training = False
-            set_changing(snapshot.changing, False)
             snapshot.drop_gradients()
             report = query.run(snapshot, clock)
         self._settings = None  # no torch setting was left behind; the block may set its own

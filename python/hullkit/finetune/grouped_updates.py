@@ -68,7 +68,7 @@ class GroupedUpdates(WeightProducts):
         self._rehearse()
 
     def _rehearse(self) -> None:
-        """Launches every kernel with no update, so that all are compiled before the capture."""
+        """Launches kernels with no update, so that none is compiled in the capture."""
         for part in self._parts:
             part.set_num_steps(0)
         self.begin()
@@ -165,7 +165,6 @@ class _Part:
         capacity: int,
     ) -> None:
         self.parameters = parameters
-        self.shapes = [tuple(parameter.shape) for parameter in parameters]
         self.table = weights.table(parameters)
         dtype = weights.copies.data_of(parameters[0]).dtype
         self.dtypes = (dtype, grad_dtype, moment_dtype(dtype))
@@ -243,7 +242,7 @@ class _ProductPart(_Part):
         self._factors = torch.zeros(size, dtype=torch.int64, device=weights.device)
 
     def chunks_of(self, rows: range) -> Tensor:
-        shapes = self.shapes[rows.start : rows.stop]
+        shapes = [tuple(p.shape) for p in self.parameters[rows.start : rows.stop]]
         return product_chunks(shapes, rows.start, self.table.device)
 
     def rehearse(self) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import bytes_reached, has_memory
-from ..language_model.quantized_layouts import changing_layouts, set_changing
 from ..native.kernels import unlike_dicts
 from .base_weights import Weights, pinned_like
 
@@ -34,7 +33,6 @@ class Snapshot:
     ) -> None:
         # Code in the block may replace a buffer instead of writing to it, so slots are kept too.
         self._training = [(m, m.training) for m in modules]
-        self.changing = changing_layouts(modules)  # which the caller forbids until `restore`
         self._buffer_slots = [(m._buffers, m._buffers.copy()) for m in modules]
         self._slots = [
             (slots, slots.copy()) for m in modules for slots in (m._parameters, m._modules)
@@ -70,7 +68,6 @@ class Snapshot:
         """Restores buffers and attributes, after passes that only prepared others."""
         _put_back(self._buffer_slots)
         self._attributes.restore()
-        set_changing(self.changing, False)
         for buffer, copy in self._buffers:
             _write(buffer, copy)
 
@@ -88,7 +85,6 @@ class Snapshot:
         for module, training in self._training:
             if module.training != training:
                 module.training = training
-        set_changing(self.changing, True)
         _twice(failures, self._attributes.restore)
         for tensor, data, geometry, copy in self._tensors:
             _twice(failures, _restore, tensor, data, geometry, copy)

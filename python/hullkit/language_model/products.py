@@ -237,8 +237,8 @@ class WeightProducts:
     """Told of the products that weights' gradients are, in a backward pass."""
 
     def take(self, weight: Tensor, a: Tensor, b: Tensor) -> bool:
-        """Whether somebody else will use a^T b; then there is no gradient. a and b stay as they
-        are until the pass ends."""
+        """Whether somebody else will use a^T b; then there is no gradient. Nobody may write to a
+        and b until the pass ends."""
         return False
 
     def made(self, weight: Tensor, a: Tensor, b: Tensor, gradient: Tensor) -> None:
@@ -256,7 +256,10 @@ def linear(
     """x @ weight^T + bias; with `transposed` x @ weight + bias.
 
     x: the tensor that `share` returned with `shared`, or a view of it, (..., D).
+    products: is told of the gradient of a weight that autograd did not compute.
     """
+    if not (weight.is_leaf and weight.requires_grad):
+        products = None
     result: Tensor = _Linear.apply(x, weight, bias, shared, transposed, products)  # type: ignore[no-untyped-call]
     return result
 

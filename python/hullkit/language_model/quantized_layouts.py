@@ -19,17 +19,6 @@ _TAKES_IT = "support_avx512bf16_for_cpu"
 _HAS_IT = "packing_format_for_cpu"
 
 
-def changing_layouts(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """The layers that may take up the second layout."""
-    return [module for module in modules if module.__dict__.get(_TAKES_IT)]
-
-
-def set_changing(modules: Iterable[nn.Module], may: bool) -> None:
-    """Whether these layers may take it up from now on."""
-    for module in modules:
-        module.__dict__[_TAKES_IT] = may
-
-
 def first_layout(weight: Any) -> tuple[Tensor, Any]:
     """A 4-bit weight's data and its quant_state in the first layout. The weight stays as it is."""
     data: Tensor = weight.data
@@ -45,21 +34,27 @@ def first_layout(weight: Any) -> tuple[Tensor, Any]:
 
 
 class FirstLayouts:
-    """Gives 4-bit weights their first layout, and later back what they had, to the bit."""
+    """Holds 4-bit weights in their first layout. `put_back` gives back what was, to the bit."""
 
     def __init__(self) -> None:
+        self._layers: list[nn.Module] = []  # that would take up the second one
         self._before: list[tuple[Any, Tensor, Any]] = []
 
     def take(self, modules: Iterable[nn.Module]) -> None:
-        found: list[Any] = [w for module in modules for w in module._parameters.values()]
-        for weight in (w for w in found if getattr(w, "quant_state", None) is not None):
-            data, state = first_layout(weight)
-            if state is not weight.quant_state:
-                self._before.append((weight, weight.data, weight.quant_state))
-                weight.data, weight.quant_state = data, state
+        for module in modules:
+            if module.__dict__.get(_TAKES_IT):
+                self._layers.append(module)
+                module.__dict__[_TAKES_IT] = False
+            weights: Iterable[Any] = module._parameters.values()
+            for weight in weights:
+                if getattr(getattr(weight, "quant_state", None), _HAS_IT, False):
+                    self._before.append((weight, weight.data, weight.quant_state))
+                    weight.data, weight.quant_state = first_layout(weight)
 
     def put_back(self) -> None:
         """May be called again."""
         for weight, data, state in self._before:
             weight.data, weight.quant_state = data, state
-        self._before = []
+        for module in self._layers:
+            module.__dict__[_TAKES_IT] = True
+        self._before, self._layers = [], []

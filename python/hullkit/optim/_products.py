@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..native import kernels
 from ._record import ProductFactors
-from ._tensor_table import TensorTable
+from ._tensor_table import HALVES, TensorTable
 
 # Elements of a matrix. Passes of smaller ones do not fill a GPU: they lose less to updates on half
 # of the processors, which take longer, beside them. (H100: GPT-2 and SmolLM2-135M gain by it,
@@ -34,23 +34,19 @@ def takes_products(param: Tensor, moments: Sequence[Tensor], copy: Tensor | None
         return False
     if min(param.shape) < kernels.PRODUCT_TILE:  # most of a tile would be empty
         return False
-    if any(size % _MULTIPLE for size in param.shape) or param.dtype not in _MOMENTS:
+    if any(size % _MULTIPLE for size in param.shape):
+        return False
+    if param.dtype not in (torch.float32, *HALVES):
         return False
     if (copy is None) != (param.dtype is torch.bfloat16):
         return False
+    wanted = torch.bfloat16 if param.dtype in HALVES else torch.float32
     tensors = [param, *moments, *([] if copy is None else [copy])]
     return (
-        all(moment.dtype is _MOMENTS[param.dtype] for moment in moments)
+        all(moment.dtype is wanted for moment in moments)
         and all(t.is_contiguous() and t.data_ptr() % _ALIGNMENT == 0 for t in tensors)
         and kernels.adam_product_usable(param.device)
     )
-
-
-_MOMENTS = {
-    torch.bfloat16: torch.bfloat16,
-    torch.float16: torch.bfloat16,
-    torch.float32: torch.float32,
-}
 
 
 def is_product(a: Tensor, b: Tensor, gradient: Tensor) -> bool:

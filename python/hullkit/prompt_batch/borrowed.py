@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..finetune.adaptation import TorchSettings
-from ..language_model.quantized_layouts import FirstLayouts, changing_layouts, set_changing
+from ..language_model.quantized_layouts import FirstLayouts
 from ..native.kernels import WithBlock
 
 
@@ -61,7 +61,6 @@ class Borrowed(WithBlock):
         self._stack = ExitStack()
         self._modules: list[tuple[nn.Module, bool, object]] = []
         self._trained: list[nn.Parameter] = []
-        self._changing: list[nn.Module] = []
         self._layouts = FirstLayouts()
         self._settings: TorchSettings | None = None
 
@@ -70,7 +69,6 @@ class Borrowed(WithBlock):
         modules = self._model.modules()
         self._modules = [(m, m.training, m.__dict__.get("forward")) for m in modules]
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
-        self._changing = changing_layouts(module for module, _, _ in self._modules)
         self._layouts.take(module for module, _, _ in self._modules)
 
     def _enter(self) -> nn.Module:
@@ -79,7 +77,6 @@ class Borrowed(WithBlock):
             module.training = False
         for parameter in self._trained:
             parameter.requires_grad_(False)
-        set_changing(self._changing, False)
         for block in self._inner:
             self._stack.enter_context(block)
         return self._model
@@ -96,7 +93,6 @@ class Borrowed(WithBlock):
                     module.__dict__["forward"] = forward
         for parameter in self._trained:
             parameter.requires_grad_(True)
-        set_changing(self._changing, True)
         self._layouts.put_back()
         _SHORTCUT.allow(self)
         if self._settings is not None:
