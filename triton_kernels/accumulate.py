@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..optim._record import AccumulateOptions
+from .dependent_launch import after_previous_kernel
 from .multi_tensor import PARAM_AT, gradient, locate, option, place, read, whole_blocks, write
 
 WEIGHT = place(AccumulateOptions, "weight")
@@ -26,8 +27,10 @@ def _accumulate(
 
 @triton.jit
 def accumulate_kernel(
-    table, record, chunks, squares, GRAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+    table, record, chunks, squares, GRAD: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    after_previous_kernel(EARLY)
     row, entry, start, end = locate(table, chunks, CHUNK)
     into_at = tl.load(entry + PARAM_AT)
     grad_at = gradient(record, row)
@@ -50,8 +53,10 @@ def accumulate_kernel(
 def squares_kernel(
     table, record, chunks, squares,
     GRAD: tl.constexpr, MATH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """squares of the gradients, which are only read."""
+    after_previous_kernel(EARLY)
     row, _, start, end = locate(table, chunks, CHUNK)
     grad_at = gradient(record, row)
     whole = whole_blocks(grad_at, start, end, BLOCK)

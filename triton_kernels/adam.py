@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..optim._record import AdamOptions
+from .dependent_launch import after_previous_kernel
 from .multi_tensor import (
     BROKEN,
     COLUMNS,
@@ -53,13 +54,15 @@ ROWS = 128  # of the table, for one program of adam_coefficients_kernel
 
 @triton.jit(do_not_specialize=["size", "num_steps"])
 def adam_coefficients_kernel(
-    table, record, size, coefficients, num_steps, MATH: tl.constexpr, BLOCK: tl.constexpr
+    table, record, size, coefficients, num_steps, MATH: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """coefficients [T, num_steps, 2], and every step counter moved on by num_steps.
 
     lr / bias1 * m / (sqrt(v) / root2 + eps), with root2 = sqrt(bias2) taken out of the elements'
     work: the step size lr * root2 / bias1, and eps * root2. In float64, for 1 - beta ** t cancels.
     """
+    after_previous_kernel(EARLY)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < size
     step_at = tl.load(table + rows * COLUMNS + STEP_AT, mask=inside, other=0)
@@ -232,8 +235,10 @@ def adam_kernel(
     table, record, chunks, coefficients, copies, num_steps,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COPY: tl.constexpr,
     MATH: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """copies [T] int64: where, as COPY, a copy of every new parameter goes; None: nowhere."""
+    after_previous_kernel(EARLY)
     row, entry, start, end = locate(table, chunks, CHUNK)
     param_at = tl.load(entry + PARAM_AT)
     exp_avg_at = tl.load(entry + STATE1_AT)
@@ -310,10 +315,12 @@ def _restore(
 
 @triton.jit
 def restore_kernel(
-    table, record, chunks, PARAM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
-):
+    table, record, chunks, PARAM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """Parameters from their base values, whose addresses are in the gradients' place; moments and
     step counters 0. PARAM is an integer type of the parameters' size: bits are not to change."""
+    after_previous_kernel(EARLY)
     row, entry, start, end = locate(table, chunks, CHUNK)
     param_at = tl.load(entry + PARAM_AT)
     exp_avg_at = tl.load(entry + STATE1_AT)

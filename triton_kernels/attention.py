@@ -8,6 +8,7 @@ inputs in HALF. Exponents are powers of 2.
 import triton
 import triton.language as tl
 
+from .dependent_launch import after_previous_kernel
 from .tiles import load_tile, store_tile
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -17,9 +18,10 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 def attention_kernel(
     q, k, v, out, normalisers, length, width, scale, group,
     q_head, q_row, k_head, k_row, v_head, v_row, out_head, out_row,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for a block of rows of one head; long rows first. normalisers [heads, T]."""
+    after_previous_kernel(EARLY)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     shared = head // group
@@ -61,12 +63,13 @@ def attention_gradient_kernel(
     length, width, scale, group,
     q_head, q_row, k_head, k_row, v_head, v_row, out_head, out_row, d_head, d_row,
     dq_head, dq_row,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first half of the programs of an axis are for rows of q, the second for rows of k and v.
 
     k_gradient, v_gradient [T, heads, width]: a part for every head of q.
     """
+    after_previous_kernel(EARLY)
     blocks = tl.num_programs(0) // 2
     head = tl.program_id(1).to(tl.int64)
     shared = head // group

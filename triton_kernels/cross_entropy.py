@@ -7,6 +7,8 @@ A program for every row. Rows whose target is -100 are not scored: their loss an
 import triton
 import triton.language as tl
 
+from .dependent_launch import after_previous_kernel
+
 BLOCK_SIZE = 2048
 
 IGNORED = tl.constexpr(-100)
@@ -36,9 +38,11 @@ def _gradient(x, column, target, normaliser, factor):
 
 @triton.jit
 def cross_entropy_kernel(
-    logits, targets, losses, normalisers, stride, columns, MATH: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, targets, losses, normalisers, stride, columns, MATH: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """losses [T], normalisers [T]: log sum exp of a row. Nothing is written for unscored rows."""
+    after_previous_kernel(EARLY)
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     if target != IGNORED:
@@ -61,9 +65,11 @@ def cross_entropy_kernel(
 
 @triton.jit
 def cross_entropy_gradient_kernel(
-    logits, targets, normalisers, scale, stride, columns, MATH: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, targets, normalisers, scale, stride, columns, MATH: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """scale [T]: the gradient of each row's loss."""
+    after_previous_kernel(EARLY)
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     at = logits + row * stride
@@ -89,11 +95,12 @@ def cross_entropy_gradient_kernel(
 
 
 @triton.jit
-def rescale_kernel(values, scale, size, BLOCK: tl.constexpr):
+def rescale_kernel(values, scale, size, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """values times scale [1], in place. A scale of 1, the usual one, costs a launch and no more.
 
     Programs work through many blocks each: so few that they begin in no time.
     """
+    after_previous_kernel(EARLY)
     factor = tl.load(scale)
     if factor != 1.0:
         step = tl.num_programs(0).to(tl.int64) * BLOCK

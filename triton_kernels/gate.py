@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from .dependent_launch import after_previous_kernel
+
 BLOCK_SIZE = 1024
 
 
@@ -31,8 +33,9 @@ def _activation(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def gate_kernel(gate, up, out, size, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def gate_kernel(gate, up, out, size, KIND: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """out = act(gate) * up; act(gate) is rounded to the gate's dtype first, as in the model."""
+    after_previous_kernel(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     g = tl.load(gate + at, mask=inside, other=0.0)
@@ -44,8 +47,10 @@ def gate_kernel(gate, up, out, size, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def gate_gradient_kernel(
-    gate, up, gradient, gate_gradient, up_gradient, size, KIND: tl.constexpr, BLOCK: tl.constexpr
-):
+    gate, up, gradient, gate_gradient, up_gradient, size, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    after_previous_kernel(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     g = tl.load(gate + at, mask=inside, other=0.0)

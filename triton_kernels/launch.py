@@ -9,6 +9,7 @@ import triton.language as tl
 from . import add, attention, cross_entropy, gate, low_rank, norm, rotary, stacked_adam
 from .accumulate import accumulate_kernel, squares_kernel
 from .adam import ROWS, adam_coefficients_kernel, adam_kernel, restore_kernel
+from .dependent_launch import starts_early
 from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
 from .sgd import sgd_kernel
 
@@ -57,13 +58,18 @@ def launch(
     constants: torch dtypes and flags, in the order of the kernel's arguments.
     """
     kernel, sizes = KERNELS[name]
+    early = starts_early(kernel)
     values = {
         key: getattr(tl, str(value).removeprefix("torch."))
         if isinstance(value, torch.dtype)
         else value
         for key, value in constants.items()
-    } | sizes
+    }
+    values |= sizes | {"EARLY": early}
     # No fusion but the kernels' own tl.fma, so that every path through them gives the same bits.
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    if early:
+        options["launch_pdl"] = True
     grid = programs if isinstance(programs, tuple) else (programs,)
-    compiled = kernel[grid](*arguments, **values, num_warps=NUM_WARPS, enable_fp_fusion=False)
+    compiled = kernel[grid](*arguments, **values, **options)
     return compiled, tuple(values.values())

@@ -15,6 +15,7 @@ inputs in HALF and add up in float32.
 import triton
 import triton.language as tl
 
+from .dependent_launch import after_previous_kernel
 from .tiles import load_tile, store_tile
 
 # Blocks of rows of T and of columns of D or E.
@@ -54,8 +55,10 @@ def _part(
 def low_rank_inner_kernel(
     x, a, parts, rows, columns, rank, x_slot, x_row, count, length, scale,
     HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for a block of rows and `length` columns, which are one of `count` parts."""
+    after_previous_kernel(EARLY)
     slot = tl.program_id(1).to(tl.int64)
     block, part = tl.program_id(0) // count, tl.program_id(0) % count
     row = block * ROWS + tl.arange(0, ROWS)
@@ -72,12 +75,13 @@ def low_rank_inner_kernel(
 def low_rank_add_kernel(
     y, b, parts, inner, finished, rows, columns, rank, count,
     HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for a block of y [K, T, E].
 
     The first of a row writes inner [K, T, R], and 0 to the row's place of finished [K, BLOCKS].
     """
+    after_previous_kernel(EARLY)
     slot = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(columns, COLUMNS)
     block, place = tl.program_id(0) // across, tl.program_id(0) % across
@@ -101,12 +105,13 @@ def low_rank_gradient_b_kernel(
     d, b, inner, parts, d_inner, finished, d_b, rows, columns, rank, d_slot, d_row, count, length,
     scale, OF_B: tl.constexpr,
     HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first programs write d_inner [K, T, R], the others blocks of d_b [K, E, R].
 
     finished [K, BLOCKS] int32: 0 before and after. It counts the finished parts of a block of rows.
     """
+    after_previous_kernel(EARLY)
     slot = tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(rows, ROWS)
     rank_at = tl.arange(0, R)
@@ -147,11 +152,13 @@ def low_rank_gradient_a_kernel(
     x, a, d_inner, d_a, d_x, rows, columns, rank, x_slot, x_row,
     OF_A: tl.constexpr, OF_X: tl.constexpr, ADD: tl.constexpr,
     HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first programs write blocks of d_a [K, R, D], the others add to blocks of d_x [K, T, D].
 
     ADD: d_x has a value already.
     """
+    after_previous_kernel(EARLY)
     slot = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(columns, COLUMNS)
     rank_at = tl.arange(0, R)

@@ -9,6 +9,8 @@ RMS leaves the mean out. A weight may be stored without 1 (OFFSET = 1: w = 1 + w
 import triton
 import triton.language as tl
 
+from .dependent_launch import after_previous_kernel
+
 # A block of column_sums_kernel: narrow, so that even few columns keep a GPU busy.
 SUM_ROWS = 256
 SUM_COLUMNS = 16
@@ -18,12 +20,13 @@ SUM_COLUMNS = 16
 def norm_kernel(
     x, weight, bias, y, narrow, means, factors, stride, columns, eps,
     RMS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr,
-    NARROW: tl.constexpr, BLOCK: tl.constexpr,
+    NARROW: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for a row. narrow: y in bfloat16 too. means, factors [T]: for the gradient.
 
     ROUND: the normalised row is rounded to x's dtype before the weight, as some models do.
     """
+    after_previous_kernel(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
@@ -50,7 +53,7 @@ def norm_gradient_kernel(
     x, weight, gradient, other, more, means, factors, x_gradient, narrow, partial, stride, rows,
     columns, RMS: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     MORE: tl.constexpr, NARROW: tl.constexpr, OF_WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Programs take rows in turn.
 
@@ -60,6 +63,7 @@ def norm_gradient_kernel(
     partial [programs, D], or [2, programs, D] with BIAS: each program's part of the weight's
     gradient, and of the bias's.
     """
+    after_previous_kernel(EARLY)
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     at = tl.arange(0, BLOCK)
     inside = at < columns
@@ -102,12 +106,14 @@ def norm_gradient_kernel(
 
 @triton.jit
 def column_sums_kernel(
-    values, sums, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    values, sums, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """sums [columns] of values [rows, columns], in float32. A program for COLUMNS of them.
 
     A second axis of the grid is for several matrices, one after the other in memory.
     """
+    after_previous_kernel(EARLY)
     matrix = tl.program_id(1).to(tl.int64)
     values += matrix * rows * stride
     sums += matrix * columns

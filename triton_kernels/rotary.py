@@ -4,12 +4,14 @@
 import triton
 import triton.language as tl
 
+from .dependent_launch import after_previous_kernel
+
 
 @triton.jit
 def rotary_kernel(
     x, cos, sin, out, heads, half, stride_text, stride_head, stride_row, out_text, out_head,
     out_row, table_text, table_row,
-    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for all heads of a row of a text, axis 1 of the grid.
 
@@ -18,6 +20,7 @@ def rotary_kernel(
     BACKWARD: the gradient of x from that of the result. Each product is rounded to out's dtype, as
     the model rounds it.
     """
+    after_previous_kernel(EARLY)
     row = tl.program_id(0).to(tl.int64)
     text = tl.program_id(1).to(tl.int64)
     x += text * stride_text

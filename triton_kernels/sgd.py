@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..optim._record import SGDOptions
+from .dependent_launch import after_previous_kernel
 from .multi_tensor import (
     FLAGS,
     PARAM_AT,
@@ -68,8 +69,9 @@ def _update(
 def sgd_kernel(
     table, record, chunks, num_steps,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, MATH: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    after_previous_kernel(EARLY)
     row, entry, start, end = locate(table, chunks, CHUNK)
     param_at = tl.load(entry + PARAM_AT)
     buffer_at = tl.load(entry + STATE1_AT)  # 0 without momentum; momentum and dampening are then 0

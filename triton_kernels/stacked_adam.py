@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .adam import COEFFICIENTS, _moved
+from .dependent_launch import after_previous_kernel
 
 BLOCKS = 4  # of a program, one after the other
 COLUMNS = tl.constexpr(4)  # of `chunks`
@@ -18,7 +19,7 @@ COLUMNS = tl.constexpr(4)  # of `chunks`
 def stacked_adam_kernel(
     values, grads, exp_avg, exp_avg_sq, copies, fresh, control, broken, chunks, control_row,
     unscale, beta1, rest1, beta2, rest2, COPY: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Axis 0 has the rows of `chunks`, axis 1 slots. Memory is float32, `copies` may be a half.
 
@@ -28,6 +29,7 @@ def stacked_adam_kernel(
         size and what is added to its root (see `adam_coefficients_kernel`).
     broken [K] int32: set to 1 where a gradient is not finite.
     """
+    after_previous_kernel(EARLY)
     slot = tl.program_id(1).to(tl.int64)
     control += slot * control_row
     num_steps = tl.load(control).to(tl.int32)
