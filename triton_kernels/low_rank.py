@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters beside linear layers, K of them at once: y + scale (x a^T) b^T, and gradients.
 
-    inner = scale x a^T;  y += inner b^T
-    d_b = d^T inner;  d_inner = scale d b;  d_a = d_inner^T x;  d_x += d_inner a
+    shrink: inner = scale x a^T             expand: y += inner b^T
+    expand's gradients: d_b = d^T inner;    d_inner = scale d b
+    shrink's gradients: d_a = d_inner^T x;  d_x += d_inner a
 
 x [K, T, D], y and d [K, T, E], a [K, R, D], b [K, E, R]. Products with the thin side R stay on
-chip. A sum over D or E is split between programs, so that one text keeps a GPU busy; parts
+chip. Layers that read the same x are shrunk together, up to MOST_LAYERS: x is read, and d_x
+written, once for all of them.
+
+A sum over D or E is split between programs, so that one text keeps a GPU busy; parts
 [K, PARTS, T, R] are in float32 and added up in order. Forwards every program that needs a sum adds
 up for itself. Backwards many would do so again and again, so the program that finishes a block's
 last part adds up for all. MOST is 1 where sums have one part, else MOST_PARTS. Products take their
@@ -22,6 +26,7 @@ from .tiles import load_tile, store_tile
 ROWS = 64
 COLUMNS = 128
 MOST_PARTS = 8
+MOST_LAYERS = 3
 
 
 @triton.jit
@@ -35,50 +40,64 @@ def _sum_of_parts(parts, row, rank_at, rows, rank, count, MOST: tl.constexpr):
 
 
 @triton.jit
-def _part(
-    x, factor, row, begin, end, rows, columns, rank, x_row, rank_stride, column_stride, scale,
-    HALF: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """scale * x[:, begin:end] times columns begin:end of a factor [R, D] or [D, R]; float32."""
-    rank_at = tl.arange(0, R)
-    total = tl.zeros((row.shape[0], R), tl.float32)
-    for start in range(begin, end, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        values = load_tile(x, row, column, x_row, rows, columns, HALF)
-        mask = (column < columns)[:, None] & (rank_at < rank)[None, :]
-        of = factor + column[:, None].to(tl.int64) * column_stride + rank_at[None, :] * rank_stride
-        total += tl.dot(values, tl.load(of, mask=mask, other=0.0).to(HALF), input_precision="ieee")
-    return total * scale
+def _thin(factor, column, rank_at, columns, rank, column_stride, rank_stride, HALF: tl.constexpr):
+    """[COLUMNS, R] of a factor [R, D] or [E, R]."""
+    mask = (column < columns)[:, None] & (rank_at < rank)[None, :]
+    of = factor + column[:, None].to(tl.int64) * column_stride + rank_at[None, :] * rank_stride
+    return tl.load(of, mask=mask, other=0.0).to(HALF)
 
 
 @triton.jit(do_not_specialize=["scale"])
-def low_rank_inner_kernel(
-    x, a, parts, rows, columns, rank, x_slot, x_row, count, length, scale,
-    HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EARLY: tl.constexpr,
+def low_rank_shrink_kernel(
+    x, a, second, third, parts, rows, columns, rank, x_slot, x_row, a_slot, count, length, scale,
+    LAYERS: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program for a block of rows and `length` columns, which are one of `count` parts."""
+    """A program for a block of rows and `length` columns, which are one of `count` parts.
+
+    a, second, third: of LAYERS layers. parts [LAYERS, K, PARTS, T, R].
+    """
     after_previous_kernel(EARLY)
-    slot = tl.program_id(1).to(tl.int64)
+    slot, slots = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     block, part = tl.program_id(0) // count, tl.program_id(0) % count
     row = block * ROWS + tl.arange(0, ROWS)
-    total = _part(
-        x + slot * x_slot, a + slot * rank * columns, row, part * length,
-        tl.minimum(part * length + length, columns), rows, columns, rank, x_row, columns, 1, scale,
-        HALF, R, COLUMNS,
-    )  # fmt: skip
-    out = parts + (slot * count + part) * rows * rank
-    store_tile(out, row, tl.arange(0, R), rank, rows, rank, total)
+    rank_at = tl.arange(0, R)
+    total = tl.zeros((ROWS, R), tl.float32)
+    total2 = tl.zeros((ROWS, R), tl.float32)
+    total3 = tl.zeros((ROWS, R), tl.float32)
+    x += slot * x_slot
+    end = tl.minimum(part * length + length, columns)
+    for start in range(part * length, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        values = load_tile(x, row, column, x_row, rows, columns, HALF)
+        thin = _thin(a + slot * a_slot, column, rank_at, columns, rank, 1, columns, HALF)
+        total += tl.dot(values, thin, input_precision="ieee")
+        if LAYERS > 1:
+            thin = _thin(second + slot * a_slot, column, rank_at, columns, rank, 1, columns, HALF)
+            total2 += tl.dot(values, thin, input_precision="ieee")
+        if LAYERS > 2:
+            thin = _thin(third + slot * a_slot, column, rank_at, columns, rank, 1, columns, HALF)
+            total3 += tl.dot(values, thin, input_precision="ieee")
+    size = rows.to(tl.int64) * rank
+    parts += (slot * count + part) * size
+    store_tile(parts, row, rank_at, rank, rows, rank, total * scale)
+    if LAYERS > 1:
+        parts += slots * count * size
+        store_tile(parts, row, rank_at, rank, rows, rank, total2 * scale)
+    if LAYERS > 2:
+        parts += slots * count * size
+        store_tile(parts, row, rank_at, rank, rows, rank, total3 * scale)
 
 
 @triton.jit
-def low_rank_add_kernel(
-    y, b, parts, inner, finished, rows, columns, rank, count,
-    HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+def low_rank_expand_kernel(
+    y, b, parts, inner, finished, rows, columns, rank, b_slot, count,
+    ADD: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for a block of y [K, T, E].
 
+    ADD: y has a value already.
     The first of a row writes inner [K, T, R], and 0 to the row's place of finished [K, BLOCKS].
     """
     after_previous_kernel(EARLY)
@@ -93,17 +112,18 @@ def low_rank_add_kernel(
     if place == 0:
         store_tile(inner + slot * rows * rank, row, rank_at, rank, rows, rank, total)
         tl.store(finished + slot * tl.cdiv(rows, ROWS) + block, 0)
-    thin = load_tile(b + slot * columns * rank, column, rank_at, rank, columns, rank, HALF)
+    thin = load_tile(b + slot * b_slot, column, rank_at, rank, columns, rank, HALF)
     sums = tl.dot(total.to(HALF), tl.trans(thin), input_precision="ieee")
     y += slot * rows * columns
-    sums += load_tile(y, row, column, columns, rows, columns, tl.float32)
+    if ADD:
+        sums += load_tile(y, row, column, columns, rows, columns, tl.float32)
     store_tile(y, row, column, columns, rows, columns, sums)
 
 
 @triton.jit(do_not_specialize=["scale"])
-def low_rank_gradient_b_kernel(
-    d, b, inner, parts, d_inner, finished, d_b, rows, columns, rank, d_slot, d_row, count, length,
-    scale, OF_B: tl.constexpr,
+def low_rank_expand_gradient_kernel(
+    d, b, inner, parts, d_inner, finished, d_b, rows, columns, rank, d_slot, d_row, b_slot,
+    d_b_slot, count, length, scale, OF_B: tl.constexpr,
     HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -119,11 +139,14 @@ def low_rank_gradient_b_kernel(
     if tl.program_id(0) < blocks * count:
         block, part = tl.program_id(0) // count, tl.program_id(0) % count
         row = block * ROWS + tl.arange(0, ROWS)
-        own = _part(
-            d, b + slot * columns * rank, row,
-            part * length, tl.minimum(part * length + length, columns), rows, columns, rank,
-            d_row, 1, rank, scale, HALF, R, COLUMNS,
-        )  # fmt: skip
+        own = tl.zeros((ROWS, R), tl.float32)
+        end = tl.minimum(part * length + length, columns)
+        for start in range(part * length, end, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            values = load_tile(d, row, column, d_row, rows, columns, HALF)
+            thin = _thin(b + slot * b_slot, column, rank_at, columns, rank, rank, 1, HALF)
+            own += tl.dot(values, thin, input_precision="ieee")
+        own = own * scale
         d_inner += slot * rows * rank
         if MOST == 1:
             store_tile(d_inner, row, rank_at, rank, rows, rank, own)
@@ -144,42 +167,74 @@ def low_rank_gradient_b_kernel(
             values = load_tile(d, row, column, d_row, rows, columns, HALF)
             thin = load_tile(inner + slot * rows * rank, row, rank_at, rank, rows, rank, HALF)
             total += tl.dot(tl.trans(values), thin, input_precision="ieee")
-        store_tile(d_b + slot * columns * rank, column, rank_at, rank, columns, rank, total)
+        store_tile(d_b + slot * d_b_slot, column, rank_at, rank, columns, rank, total)
 
 
 @triton.jit
-def low_rank_gradient_a_kernel(
-    x, a, d_inner, d_a, d_x, rows, columns, rank, x_slot, x_row,
-    OF_A: tl.constexpr, OF_X: tl.constexpr, ADD: tl.constexpr,
+def _of_a(d_inner, values, row, rank_at, rows, rank, HALF: tl.constexpr):
+    """[R, COLUMNS]: what a block of rows of x adds to d_a."""
+    thin = load_tile(d_inner, row, rank_at, rank, rows, rank, HALF)
+    return tl.dot(tl.trans(thin), values, input_precision="ieee")
+
+
+@triton.jit
+def _of_x(d_inner, a, row, column, rank_at, rows, columns, rank, HALF: tl.constexpr):
+    """[ROWS, COLUMNS]: what a layer adds to d_x."""
+    thin = load_tile(d_inner, row, rank_at, rank, rows, rank, HALF)
+    factor = load_tile(a, rank_at, column, columns, rank, columns, HALF)
+    return tl.dot(thin, factor, input_precision="ieee")
+
+
+@triton.jit
+def low_rank_shrink_gradient_kernel(
+    x, a, second, third, d_inner, d_second, d_third, d_a, d_a2, d_a3, d_x, rows, columns, rank,
+    x_slot, x_row, a_slot, d_a_slot,
+    LAYERS: tl.constexpr, OF_A: tl.constexpr, OF_X: tl.constexpr, ADD: tl.constexpr,
     HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """The first programs write blocks of d_a [K, R, D], the others add to blocks of d_x [K, T, D].
 
+    a, second, third, their d_inner and d_a: of LAYERS layers.
     ADD: d_x has a value already.
     """
     after_previous_kernel(EARLY)
     slot = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(columns, COLUMNS)
     rank_at = tl.arange(0, R)
-    d_inner += slot * rows * rank
+    of = slot * rows * rank
     if tl.program_id(0) < across:
         if OF_A:
             column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
             total = tl.zeros((R, COLUMNS), tl.float32)
+            total2 = tl.zeros((R, COLUMNS), tl.float32)
+            total3 = tl.zeros((R, COLUMNS), tl.float32)
             for start in range(0, rows, ROWS):
                 row = start + tl.arange(0, ROWS)
                 values = load_tile(x + slot * x_slot, row, column, x_row, rows, columns, HALF)
-                thin = load_tile(d_inner, row, rank_at, rank, rows, rank, HALF)
-                total += tl.dot(tl.trans(thin), values, input_precision="ieee")
-            store_tile(d_a + slot * rank * columns, rank_at, column, columns, rank, columns, total)
+                total += _of_a(d_inner + of, values, row, rank_at, rows, rank, HALF)
+                if LAYERS > 1:
+                    total2 += _of_a(d_second + of, values, row, rank_at, rows, rank, HALF)
+                if LAYERS > 2:
+                    total3 += _of_a(d_third + of, values, row, rank_at, rows, rank, HALF)
+            to = slot * d_a_slot
+            store_tile(d_a + to, rank_at, column, columns, rank, columns, total)
+            if LAYERS > 1:
+                store_tile(d_a2 + to, rank_at, column, columns, rank, columns, total2)
+            if LAYERS > 2:
+                store_tile(d_a3 + to, rank_at, column, columns, rank, columns, total3)
     elif OF_X:
         other = tl.program_id(0) - across
         row = (other // across) * ROWS + tl.arange(0, ROWS)
         column = (other % across) * COLUMNS + tl.arange(0, COLUMNS)
-        thin = load_tile(d_inner, row, rank_at, rank, rows, rank, HALF)
-        factor = load_tile(a + slot * rank * columns, rank_at, column, columns, rank, columns, HALF)
-        sums = tl.dot(thin, factor, input_precision="ieee")
+        at = slot * a_slot
+        sums = _of_x(d_inner + of, a + at, row, column, rank_at, rows, columns, rank, HALF)
+        if LAYERS > 1:
+            sums += _of_x(
+                d_second + of, second + at, row, column, rank_at, rows, columns, rank, HALF
+            )
+        if LAYERS > 2:
+            sums += _of_x(d_third + of, third + at, row, column, rank_at, rows, columns, rank, HALF)
         target = d_x + slot * rows * columns
         if ADD:
             sums += load_tile(target, row, column, columns, rows, columns, tl.float32)

@@ -12,19 +12,18 @@ from .adam import COEFFICIENTS, _moved
 from .dependent_launch import after_previous_kernel
 
 BLOCKS = 4  # of a program, one after the other
-COLUMNS = tl.constexpr(4)  # of `chunks`
 
 
 @triton.jit
 def stacked_adam_kernel(
-    values, grads, exp_avg, exp_avg_sq, copies, fresh, control, broken, chunks, control_row,
+    values, grads, exp_avg, exp_avg_sq, copies, fresh, control, broken, size, control_row,
     unscale, beta1, rest1, beta2, rest2, COPY: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Axis 0 has the rows of `chunks`, axis 1 slots. Memory is float32, `copies` may be a half.
+    """Axis 0 has blocks of a slot's elements, axis 1 slots. Rows of `size` elements follow one
+    another in memory, which is float32; `copies` may be a half.
 
-    chunks [programs, 4] int64: where a block of slots begins, a slot's elements in it, the first
-        of them for this program, and where the block's elements begin in `fresh`.
+    fresh [size]: what a slot gets that is reset.
     control [K, control_row] float32: the number of updates, -1 for a reset, then each update's step
         size and what is added to its root (see `adam_coefficients_kernel`).
     broken [K] int32: set to 1 where a gradient is not finite.
@@ -34,15 +33,11 @@ def stacked_adam_kernel(
     control += slot * control_row
     num_steps = tl.load(control).to(tl.int32)
     if num_steps != 0:
-        chunks += tl.program_id(0).to(tl.int64) * COLUMNS
-        size = tl.load(chunks + 1)
-        begin = tl.load(chunks) + slot * size
-        first = tl.load(chunks + 2)
-        fresh += tl.load(chunks + 3)
+        first = tl.program_id(0).to(tl.int64) * BLOCK * BLOCKS
         for block in range(BLOCKS):
             at = first + block * BLOCK + tl.arange(0, BLOCK)
             inside = at < size
-            of = begin + at
+            of = slot * size + at
             if num_steps > 0:
                 param = tl.load(values + of, mask=inside, other=0.0)
                 grad = tl.load(grads + of, mask=inside, other=0.0) * unscale

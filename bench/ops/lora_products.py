@@ -14,7 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hullkit.language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
+from hullkit.language_model.low_rank_products import (
+    ShrinkGradient,
+    expand,
+    expand_gradients,
+    shrink,
+    shrink_gradients,
+)
 from torch import Tensor
 
 from bench.harness.graphs import compare
@@ -32,9 +38,11 @@ def problem(slots: int, width: int, rank: int) -> list[Tensor]:
 
 def fused(tensors: list[Tensor]) -> list[Tensor]:
     y, x, d, d_x, a, b = tensors
-    inner = low_rank_forward_(y, x, a, b, SCALE)
+    [shrunk] = shrink(x, [a], SCALE)
+    inner = expand(y, shrunk, b, fresh=False)
     d_a, d_b = torch.empty_like(a), torch.empty_like(b)
-    low_rank_backward(d, x, a, b, inner, SCALE, Gradients(d_a, d_b, d_x, fresh=False))
+    d_inner = expand_gradients(d, b, inner, SCALE, d_b)
+    shrink_gradients(x, [ShrinkGradient(a, d_inner, d_a)], d_x, fresh=False)
     return [y, d_a, d_b]
 
 

@@ -3,7 +3,6 @@
 
     python -m bench.quality.many_prompts stream [--queries 1000] [--bad 20]
     python -m bench.quality.many_prompts texts --texts DIR --model DIR [--subsets A B C]
-    python -m bench.quality.many_prompts last-bit --texts DIR --model DIR [--subsets A B C]
 
 `stream`: a model of a published shape with random weights; queries of mixed lengths and counts.
 Bad ones lie among them. A sample of the others is compared with the same queries alone, in one
@@ -11,11 +10,9 @@ slot, and the memory of the second half of the stream with that of the first.
 
 `texts`: each query's examples are the hull's, in float32. Its bits per byte come from slots among
 neighbours, from one slot alone, and from PEFT's adapter with the same initial factors, trained
-alone by torch.optim. Without --texts it takes the standard library's source, and without --model
-the byte-level model in bench/assets.
-
-`last-bit`: the same texts by PEFT's adapter alone, twice: the second time each initial factor is
-the next larger number. It shows how far training may carry a difference of rounding.
+alone by torch.optim. PEFT's trains twice: the second time each initial factor is the next larger
+number, which shows how far training carries a difference of rounding. Without --texts it takes the
+standard library's source, and without --model the byte-level model in bench/assets.
 """
 
 from __future__ import annotations
@@ -27,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -267,68 +265,58 @@ def opened(arguments: argparse.Namespace) -> tuple[Path, nn.Module, list[Task]]:
     return folder, model, tasks(arguments)
 
 
+class Scores(NamedTuple):
+    """Bits per byte of queries by each way. again: PEFT's, after a change of the last bit."""
+
+    unadapted: list[float]
+    peft: list[float]
+    again: list[float]
+    alone: list[float]
+    among: list[float]
+
+
 def real_texts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     folder, model, asked = opened(arguments)
-    ways = {"unadapted": [task.score(model) for task in asked]}
+    unadapted = [task.score(model) for task in asked]
     with initial_adapter(model) as (fresh, lr):
-        ways["PEFT alone"] = by_peft(model, fresh, asked, lr)
-    ways["one slot"] = by_slots(model, asked, 1)
-    ways[f"{arguments.slots} slots"] = by_slots(model, asked, arguments.slots)
-
-    def figures(subset: str, own: dict[str, list[float]]) -> Iterator[tuple[str, str, str]]:
-        *_, peft, alone, among = own.values()
-        means = {way: sum(values) / len(values) for way, values in own.items()}
-        *_, mean_of_peft, _, mean = means.values()
-        from_peft = mean / mean_of_peft - 1.0
-        yield from ((f"BPB, {way}", f"{value:.6f}", "mean BPB") for way, value in means.items())
-        yield "mean from PEFT alone", f"{from_peft:.2e}", "relative"
-        yield "largest difference from PEFT alone", _largest(among, peft), "relative"
-        yield "largest difference from one slot", _largest(among, alone), "relative"
-        met = "met" if abs(from_peft) <= PEFT_BOUND else "MISSED"
-        print(f"{met}: {subset}: {from_peft:+.2e} from PEFT alone (bound {PEFT_BOUND})")
-
-    shape = f"slots={arguments.slots} updates={arguments.total} tokens<={arguments.max_length}"
-    return _rows("texts", folder, shape, asked, ways, figures)
-
-
-def last_bit(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    folder, model, asked = opened(arguments)
-    with initial_adapter(model) as (fresh, lr):
-        ways = {str(nudged): by_peft(model, fresh, asked, lr, nudged) for nudged in (False, True)}
-
-    def figures(_: str, own: dict[str, list[float]]) -> Iterator[tuple[str, str, str]]:
-        found, nudged = own.values()
-        yield "BPB, PEFT alone", f"{sum(found) / len(found):.6f}", "mean BPB"
-        yield (
-            "mean after a change of the last bit",
-            f"{sum(nudged) / sum(found) - 1.0:.2e}",
-            "relative",
-        )
-        yield "largest difference after it", _largest(found, nudged), "relative"
-
-    shape = f"updates={arguments.total} tokens<={arguments.max_length}"
-    return _rows("last-bit", folder, shape, asked, ways, figures)
-
-
-def _rows(
-    check: str,
-    folder: Path,
-    shape: str,
-    asked: list[Task],
-    ways: dict[str, list[float]],
-    figures: Callable[[str, dict[str, list[float]]], Iterator[tuple[str, str, str]]],
-) -> list[dict[str, Any]]:
-    """A row for each figure of each subset, from what the ways found for the subset's tasks."""
+        by_both = [by_peft(model, fresh, asked, lr, nudged) for nudged in (False, True)]
+    by_ours = [by_slots(model, asked, slots) for slots in (1, arguments.slots)]
+    scores = Scores(unadapted, *by_both, *by_ours)
     rows = []
     for subset in dict.fromkeys(task.subset for task in asked):
         own = [i for i, task in enumerate(asked) if task.subset == subset]
-        of_subset = {way: [found[i] for i in own] for way, found in ways.items()}
-        rows += [
-            {"check": check, "model": folder.name, "dtype": "float32", "count": len(own)}
-            | {"shape": f"{subset} {shape}", "figure": figure, "value": value, "unit": unit}
-            for figure, value, unit in figures(subset, of_subset)
-        ]
+        shape = f"{subset} slots={arguments.slots} updates={arguments.total} "
+        shape += f"tokens<={arguments.max_length}"
+        shared = {"check": "texts", "model": folder.name, "dtype": "float32", "shape": shape}
+        of_subset = Scores(*([found[i] for i in own] for found in scores))
+        for values in _figures(of_subset, arguments.slots):
+            rows.append(shared | dict(zip(FIELDS[4:8], values, strict=True)))
+        from_peft = _mean(of_subset.among) / _mean(of_subset.peft) - 1.0
+        met = "met" if abs(from_peft) <= PEFT_BOUND else "MISSED"
+        print(f"{met}: {subset}: {from_peft:+.2e} from PEFT alone (bound {PEFT_BOUND})")
     return rows
+
+
+def _figures(scores: Scores, slots: int) -> Iterator[tuple[str, str, str, int]]:
+    """Of a subset: figure, value, unit, and how many queries it is of."""
+    peft, again, among = scores.peft, scores.again, scores.among
+    ways = {"unadapted": scores.unadapted, "PEFT alone": peft, "one slot": scores.alone}
+    relative = ("relative", len(peft))
+    for way, found in (ways | {f"{slots} slots": among}).items():
+        yield f"BPB, {way}", f"{_mean(found):.6f}", "mean BPB", len(found)
+    yield "mean from PEFT alone", f"{_mean(among) / _mean(peft) - 1.0:.2e}", *relative
+    yield "largest difference from PEFT alone", _largest(among, peft), *relative
+    yield "largest difference from one slot", _largest(among, scores.alone), *relative
+    yield "PEFT's mean from itself", f"{_mean(again) / _mean(peft) - 1.0:.2e}", *relative
+    yield "PEFT's largest difference from itself", _largest(again, peft), *relative
+    same = [abs(b / a - 1.0) <= PEFT_BOUND for a, b in zip(peft, again, strict=True)]
+    if any(same):
+        largest = _largest([*compress(among, same)], [*compress(peft, same)])
+        yield "largest difference where PEFT gives the same again", largest, "relative", sum(same)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _largest(values: list[float], others: list[float]) -> str:
@@ -361,8 +349,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     real = checks.add_parser("texts", parents=[shared, of_texts])
     real.add_argument("--slots", type=int, default=32)
     real.set_defaults(run=real_texts, queries=10, max_length=256)
-    twice = checks.add_parser("last-bit", parents=[shared, of_texts])
-    twice.set_defaults(run=last_bit, queries=10, max_length=256)
     arguments = parser.parse_args(argv)
     cuda = arguments.device == "cuda"
     rows: list[dict[str, Any]] = arguments.run(arguments)

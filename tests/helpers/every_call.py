@@ -17,7 +17,7 @@ import hullkit
 import torch
 from _gpu import DTYPES, problem
 from _products import Matrices
-from hullkit.language_model.low_rank import Gradients, low_rank_backward, low_rank_forward_
+from hullkit.language_model import low_rank_products as products
 from hullkit.native import kernels
 from torch import Tensor
 
@@ -44,13 +44,16 @@ def problems(device: str) -> Iterator[Problem]:
 
 
 def low_rank(slots: int, device: str) -> None:
-    """Forward and backward, with sums in several parts."""
+    """Forward and backward of three layers, with sums in several parts."""
     wide, rank = 700, 16
     shapes = ((slots, 90, wide), (slots, 90, wide), (slots, rank, wide), (slots, wide, rank))
     y, x, a, b = (torch.randn(shape, device=device) for shape in shapes)
-    inner = low_rank_forward_(y, x, a, b, 1.0)
-    to = Gradients(torch.empty_like(a), torch.empty_like(b), torch.empty_like(x), fresh=True)
-    low_rank_backward(y, x, a, b, inner, 1.0, to)
+    parts = []
+    for shrunk in products.shrink(x, [a] * products.MOST_LAYERS, 1.0):
+        inner = products.expand(y, shrunk, b, fresh=False)
+        d_inner = products.expand_gradients(y, b, inner, 1.0, torch.empty_like(b))
+        parts.append(products.ShrinkGradient(a, d_inner, torch.empty_like(a)))
+    products.shrink_gradients(x, parts, torch.empty_like(x), fresh=True)
 
 
 def adam_products(dtype: torch.dtype, device: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from _cases import machine
 from _models import VOCABULARY, Before, gpt2, llama
+from _prompts import PRECISIONS
 from hullkit.prompt_batch import Generate, Score
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -83,11 +84,19 @@ slots = st.integers(-1, SLOTS)
 
 
 class AnyBatches(RuleBasedStateMachine):
-    @initialize(make=st.sampled_from([llama, gpt2]), dtype=st.sampled_from([None, torch.bfloat16]))
-    def begin(self, make: Callable[[], nn.Module], dtype: torch.dtype | None) -> None:
+    @initialize(
+        make=st.sampled_from([llama, gpt2]),
+        dtype=st.sampled_from([None, torch.bfloat16]),
+        precision=st.sampled_from(PRECISIONS),
+    )
+    def begin(
+        self, make: Callable[[], nn.Module], dtype: torch.dtype | None, precision: str
+    ) -> None:
         self.model = make() if dtype is None else make().to(dtype)
         self.before = Before(self.model)
-        self.batch = hullkit.PromptBatch(self.model, slots=SLOTS, rank=2, lr=1e-2, capture=False)
+        self.batch = hullkit.PromptBatch(
+            self.model, slots=SLOTS, rank=2, lr=1e-2, precision=precision, capture=False
+        )
         self.first: dict[tuple[Any, ...], float] = {}  # a lone query's value
 
     @invariant()

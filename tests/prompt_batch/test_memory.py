@@ -10,7 +10,7 @@ import hullkit
 import pytest
 import torch
 from _models import llama
-from _prompts import DEVICE, batch_of, query, text
+from _prompts import DEVICE, PRECISIONS, ROUNDING, TOGETHER, batch_of, query, text
 from hullkit.prompt_batch import Score
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,20 +34,21 @@ def rows_of_passes(model: nn.Module) -> list[tuple[int, int]]:
 
 def bytes_of(slots: int) -> tuple[int, int, int]:
     """Of the factors, and of a pass of one text of 32 tokens, and of 64."""
-    batch = batch_of(llama().to(DEVICE), slots)
+    batch = batch_of(llama().to(DEVICE), slots, **TOGETHER)
     return batch._factors.num_bytes, batch._passes.held(32), batch._passes.held(64)
 
 
 def test_a_pass_has_the_slots_that_its_budget_has_room_for() -> None:
     queries = [query(seed) for seed in range(6)]
-    wanted = [a.value for a in batch_of(llama().to(DEVICE), 4).map(queries)]
+    wanted = [a.value for a in batch_of(llama().to(DEVICE), 4, **TOGETHER).map(queries)]
     factors, short, long = bytes_of(4)
     assert 1.5 * short < long < 3 * short  # attention's scores grow faster than texts
     model = llama().to(DEVICE)
-    batch = batch_of(model, 4, memory=factors + 5 * long // 2, capture=False)
+    memory = factors + 5 * long // 2
+    batch = batch_of(model, 4, memory=memory, capture=False, **TOGETHER)
     shapes = rows_of_passes(model)
     answers = [*batch.map(queries)]
-    assert [a.value for a in answers] == pytest.approx(wanted, rel=1e-5)
+    assert [a.value for a in answers] == pytest.approx(wanted, rel=ROUNDING)
     passes = [shape for shape in shapes if shape[1] in (32, 64)]
     assert {rows for rows, length in passes if length == 64} == {1, 2}  # 1: what it holds
     assert all(rows * length <= 4 * 32 for rows, length in passes)
@@ -55,23 +56,23 @@ def test_a_pass_has_the_slots_that_its_budget_has_room_for() -> None:
 
 def test_a_text_beyond_the_budget_is_an_error_of_its_query() -> None:
     factors, short, _ = bytes_of(2)
-    batch = batch_of(llama().to(DEVICE), 2, memory=factors + short, capture=False)
+    batch = batch_of(llama().to(DEVICE), 2, memory=factors + short, capture=False, **TOGETHER)
     ids = text(20, 0)
     queries = [hullkit.Query([text(n, n)], [2], Score(ids)) for n in (20, 60, 30)]
     first, long, last = batch.map(queries)
     assert isinstance(long.error, MemoryError)
     assert "for a text of 64 tokens" in str(long.error)
-    alone = batch_of(llama().to(DEVICE), 1).map([queries[0], queries[2]])
-    assert [first.value, last.value] == pytest.approx([a.value for a in alone], rel=1e-5)
+    alone = batch_of(llama().to(DEVICE), 1, **TOGETHER).map([queries[0], queries[2]])
+    assert [first.value, last.value] == pytest.approx([a.value for a in alone], rel=ROUNDING)
 
 
 def test_without_memory_a_pass_runs_again_with_fewer_slots() -> None:
     queries = [query(seed) for seed in range(6)]
     queries[4] = queries[4]._replace(examples=[text(64, 1)], counts=[3])
     others = [q for i, q in enumerate(queries) if i != 4]
-    wanted = [a.value for a in batch_of(llama().to(DEVICE), 4).map(others)]
+    wanted = [a.value for a in batch_of(llama().to(DEVICE), 4, **TOGETHER).map(others)]
     model = llama().to(DEVICE)
-    batch = batch_of(model, 4, capture=False)
+    batch = batch_of(model, 4, capture=False, **TOGETHER)
     shapes = rows_of_passes(model)
 
     def fail(module: nn.Module, inputs: Any) -> None:
@@ -83,22 +84,25 @@ def test_without_memory_a_pass_runs_again_with_fewer_slots() -> None:
     answers = [*batch.map(queries)]
     lost = answers.pop(4)
     assert isinstance(lost.error, torch.OutOfMemoryError)
-    assert [a.value for a in answers] == pytest.approx(wanted, rel=1e-5)
+    assert [a.value for a in answers] == pytest.approx(wanted, rel=ROUNDING)
     assert max(rows for rows, _ in shapes) == 4  # it was tried
 
 
-def test_auto_takes_the_slots_that_memory_has_room_for() -> None:
-    def slots(memory: float | None) -> int:
-        made = hullkit.PromptBatch(
-            llama().to(DEVICE), slots="auto", rank=4, memory=memory, capture=False
-        )
-        return made.slots
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_auto_takes_the_slots_that_memory_has_room_for(precision: str) -> None:
+    options: dict[str, Any] = {"rank": 4, "precision": precision, "capture": False}
 
-    one = batch_of(llama().to(DEVICE), 1)
-    each = one._factors.num_bytes + one._passes.held(64)  # the model's longest
+    def slots(memory: float | None) -> int:
+        return hullkit.PromptBatch(
+            llama().to(DEVICE), slots="auto", memory=memory, **options
+        ).slots  # fmt: skip
+
+    one = hullkit.PromptBatch(llama().to(DEVICE), slots=1, **options)
+    each, text = one._factors.num_bytes, one._passes.held(64)  # the model's longest
     assert slots(1 << 40) == 64
-    assert slots(12 * each) == 8
-    assert slots(2 * each) == 2
+    # In full float32 one text has a pass, whatever the number of slots is.
+    assert slots(9 * each + text if precision == "float32" else 9 * (each + text)) == 8
+    assert slots(2 * each + text if precision == "float32" else 2 * (each + text)) == 2
     assert slots(0.5) in {1 << i for i in range(7)}
     with pytest.raises(ValueError, match="memory: expected more than"):
         slots(100)
@@ -134,11 +138,11 @@ def test_a_device_without_memory_for_all_slots(capture: bool, little_memory: Non
     ids = torch.randint(512, (16, 512), generator=generator)
     queries = [hullkit.Query([row, row[:40]], [2, 1], Score(row[:100])) for row in ids]
     queries[5] = hullkit.Query([ids.flatten().repeat(16)], [1])  # too long for the device
-    batch = hullkit.PromptBatch(model, slots=16, rank=4, capture=capture)
+    batch = hullkit.PromptBatch(model, slots=16, rank=4, capture=capture, **TOGETHER)
     answers = [*batch.map(queries)]
     assert isinstance(answers.pop(5).error, torch.OutOfMemoryError)
     del queries[5]
     assert [answer.error for answer in answers] == [None] * len(answers)
     batch.release()
-    alone = hullkit.PromptBatch(model, slots=1, rank=4, capture=False).map(queries)
-    assert [a.value for a in answers] == pytest.approx([a.value for a in alone], rel=1e-4)
+    alone = hullkit.PromptBatch(model, slots=1, rank=4, capture=False, **TOGETHER).map(queries)
+    assert [a.value for a in answers] == pytest.approx([a.value for a in alone], rel=ROUNDING)

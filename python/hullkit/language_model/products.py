@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,6 +98,17 @@ class SharedInput:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._gradient: Tensor | None = None
+        self._deferred: list[Any] = []
+        self._finish: Callable[[list[Any]], None] | None = None
+
+    def defer(self, part: Any, finish: Callable[[list[Any]], None]) -> None:
+        """Before the gradient is taken, `finish` gets all parts and adds what they are to it.
+
+        So layers work at once where each would read and write the gradient for itself.
+        finish: the same one for all parts.
+        """
+        self._deferred.append(part)
+        self._finish = finish
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Adds a @ b to the gradient."""
@@ -116,6 +128,10 @@ class SharedInput:
         self._gradient = gradient if left is None else left + gradient
 
     def take(self) -> Tensor | None:
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            parts, self._deferred = self._deferred, []
+            finish(parts)
         gradient, self._gradient = self._gradient, None
         return gradient
 

@@ -25,11 +25,12 @@ from ..language_model.loss import PRECISIONS
 from .borrowed import Borrowed
 from .export import write_adapter
 from .factors import SlotFactors
-from .layers import SlotForwards, chosen_layers, device_and_dtype
+from .layers import chosen_layers, device_and_dtype
 from .memory import PLANNED, Room, budget, slots_within
 from .neighbours import check_rows, feels_padding
 from .passes import SlotPasses
 from .queries import Answer
+from .slot_forwards import SlotForwards
 from .stream import Run, Stream
 
 _SCALE = 1024.0  # of a float16 model's loss: its gradients would vanish
@@ -44,11 +45,13 @@ class PromptBatch:
 
     with A_k (rank, D_in) and B_k (D_out, rank) in float32. A query is trained as
     :class:`TestTimeFinetuner` trains an adapter of PEFT: bursts of `reuse_schedule`, Adam, fresh
-    factors (A as PEFT's, B = 0) and moments. A pass has one text of every busy slot, padded to one
-    length, and its loss is the sum of the slots' mean next-token cross entropies.
+    factors (A as PEFT's, B = 0) and moments.
 
-    A query's results depend on its neighbours by rounding alone. With the same neighbours they have
-    the same bits on one device.
+    In half precision and "tf32" a pass has one text of every busy slot, padded to one length, and
+    its loss is the sum of the slots' mean next-token cross entropies. A query's results depend on
+    its neighbours by rounding alone; with the same neighbours they have the same bits on one
+    device. In full float32 every text has a pass of its own: one keeps a GPU busy, and a query's
+    results have the same bits whatever its neighbours are.
 
     Args:
         model: a causal language model in memory, float32, bfloat16 or float16, on one device. Its
@@ -129,6 +132,8 @@ class PromptBatch:
         self._layers = chosen_layers(model, target)
         device, dtype = device_and_dtype(model, self._layers)
         half = torch.bfloat16 if precision == "bf16" else dtype
+        apart = half is torch.float32 and precision == "float32"
+        captures = capture is not False and device.type == "cuda"
         scale = _SCALE if dtype is torch.float16 else 1.0
         share = alpha / (math.sqrt(rank) if rslora else rank)
         self._forwards = SlotForwards(self._layers, share, backend)
@@ -140,11 +145,11 @@ class PromptBatch:
             self.slots = number
             self._factors = SlotFactors(
                 self._layers, number, rank, device, None if half is torch.float32 else half,
-                (first, second), eps, 1.0 / scale, backend,
+                (first, second), eps, 1.0 / scale, apart and captures and number > 1, backend,
             )  # fmt: skip
             self._passes = SlotPasses(
-                model, self._factors, self._forwards, precision=precision, capture=capture,
-                scale=scale, capacity=refresh_interval,
+                model, self._factors, self._forwards, precision=precision, apart=apart,
+                capture=capture, scale=scale, capacity=refresh_interval,
             )  # fmt: skip
 
         limit = None if memory is None and slots != "auto" else budget(memory, device)
@@ -153,7 +158,8 @@ class PromptBatch:
             make(1)
             text = self._passes.held(min(PLANNED, self._longest or PLANNED))
             text *= self._passes.shares
-            slots = slots_within(limit, self._factors.num_bytes, text)
+            own = self._factors.num_bytes
+            slots = slots_within(limit - text, own, 0) if apart else slots_within(limit, own, text)
         make(slots)
         if limit is not None:
             own = self._factors.num_bytes
@@ -276,20 +282,27 @@ class PromptBatch:
     def reset(self, slot: int) -> None:
         self._factors.reset_(slot, self.seed)
 
+    @property
+    def apart(self) -> bool:
+        """Whether every text has a pass of its own."""
+        return self._passes.apart
+
     def pads(self, text: Tensor) -> bool:
-        """Whether texts may be padded. The first text shows it.
+        """Whether texts are padded. The first text shows whether they may be.
 
         Raises ValueError if rows of a batch change each other.
         """
+        if self.apart and not self._passes.captures:
+            return False
         if self._pads is None:
-            if self.slots > 1:
-                check_rows(self._passes.logits, text, self._passes.exact)
-            self._pads = not feels_padding(self._passes.logits, text, self._passes.exact)
+            if self.slots > 1 and not self.apart:
+                check_rows(self._passes.logits, text)
+            self._pads = not feels_padding(self._passes.logits, text, self.apart)
         return self._pads
 
     def rows(self, length: int) -> int:
         """The slots of a pass of texts that are padded to this length."""
-        return self._room.rows(length)
+        return 1 if self.apart else self._room.rows(length)
 
     def note_too_large(self, rows: int, length: int) -> None:
         self._room.note_too_large(rows, length)

@@ -20,11 +20,13 @@ RESET = -1  # in the place of a number of updates
 class SlotFactors:
     """The factors of all layers and slots, their gradients and Adam's moments.
 
-    Memory is a list of blocks, one for each factor of a layer: its slots (K, R, I) or (K, O, R).
-    Fresh factors are as PEFT's: A uniform within 1 / sqrt(I), B 0.
+    Memory has a row for each slot: of one layer after the other A (R, I), then B (O, R). Fresh
+    factors are as PEFT's: A uniform within 1 / sqrt(I), B 0.
 
     half: the dtype of the copies that products read; None if they read the float32 factors.
     betas, eps: Adam's. unscale: what gradients are multiplied with first, a power of 2.
+    spare: whether float32 factors and gradients have one more row beyond those of the slots. A
+        captured pass of one text, of whatever slot, works there: `to_spare`, `from_spare`.
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
     """
 
@@ -38,35 +40,42 @@ class SlotFactors:
         betas: tuple[float, float],
         eps: float,
         unscale: float,
+        spare: bool,
         backend: str | None,
     ) -> None:
         self.slots = slots
+        self.spare = spare
         self._layers = layers
         self._betas, self._eps, self._unscale, self._backend = betas, eps, unscale, backend
-        self._blocks: list[tuple[int, int]] = []  # where each begins, and a slot's elements
+        self._rank = rank
+        self._places: list[tuple[int, int]] = []  # in a row: where a factor begins, and its size
         size = 0
         for layer in layers:
             for width in (layer.inputs, layer.outputs):
-                self._blocks.append((size, rank * width))
-                size += -(-slots * rank * width // _ALIGNED) * _ALIGNED
-        self.params, self.grads, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(size, dtype=torch.float32, device=device) for _ in range(4)
+                self._places.append((size, rank * width))
+                size += -(-rank * width // _ALIGNED) * _ALIGNED
+        self.params, self.grads = (
+            torch.zeros(slots + spare, size, dtype=torch.float32, device=device) for _ in range(2)
         )
-        self.copies = None if half is None else torch.zeros(size, dtype=half, device=device)
-        self._rank = rank
+        self.exp_avg, self.exp_avg_sq = (
+            torch.zeros(slots, size, dtype=torch.float32, device=device) for _ in range(2)
+        )
+        self.copies = None if half is None else torch.zeros(slots, size, dtype=half, device=device)
         self._share()
         self._initial: tuple[int, Tensor] | None = None
-        self._chunks: Tensor | None = None
 
     def _share(self) -> None:
         """Gives layers their parts of the memory, as views."""
         read = self.params if self.copies is None else self.copies
-        factors, gradients = self._of_blocks(read), self._of_blocks(self.grads)
         for place, layer in enumerate(self._layers):
-            of_a = (self.slots, self._rank, layer.inputs)
-            of_b = (self.slots, layer.outputs, self._rank)
-            layer.a, layer.d_a = (m[2 * place].view(of_a) for m in (factors, gradients))
-            layer.b, layer.d_b = (m[2 * place + 1].view(of_b) for m in (factors, gradients))
+            of_a, of_b = (self._rank, layer.inputs), (layer.outputs, self._rank)
+            layer.a, layer.d_a = (self._factor(m, 2 * place, of_a) for m in (read, self.grads))
+            layer.b, layer.d_b = (self._factor(m, 2 * place + 1, of_b) for m in (read, self.grads))
+
+    def _factor(self, memory: Tensor, place: int, shape: tuple[int, int]) -> Tensor:
+        """A factor of all rows of a memory."""
+        first, size = self._places[place]
+        return memory[:, first : first + size].unflatten(1, shape)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -78,30 +87,31 @@ class SlotFactors:
         memories = (self.params, self.grads, self.exp_avg, self.exp_avg_sq, self.copies)
         return sum(memory.nbytes for memory in memories if memory is not None)
 
-    def _of_blocks(self, memory: Tensor) -> list[Tensor]:
-        """Each block (K, size of a slot)."""
-        return [
-            memory[first : first + self.slots * size].view(self.slots, size)
-            for first, size in self._blocks
-        ]
-
     def of_slot(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Each layer's float32 factors (R, I) and (O, R) of one slot."""
-        blocks = [block[slot] for block in self._of_blocks(self.params)]
-        pairs = zip(self._layers, blocks[::2], blocks[1::2], strict=True)
+        row = self.params[slot]
+        found = [row[first : first + size] for first, size in self._places]
+        pairs = zip(self._layers, found[::2], found[1::2], strict=True)
         return {x.name: (a.view(self._rank, -1), b.view(-1, self._rank)) for x, a, b in pairs}
 
+    def to_spare(self, slot: int) -> None:
+        """Copies a slot's factors to the row beyond all slots, for a pass."""
+        self.params[self.slots].copy_(self.params[slot])
+
+    def from_spare(self, slot: int) -> None:
+        """Copies gradients from the row beyond all slots to a slot's."""
+        self.grads[slot].copy_(self.grads[self.slots])
+
     def fresh(self, seed: int) -> Tensor:
-        """A slot's fresh factors, block after block."""
+        """A row of fresh factors."""
         if self._initial is None or self._initial[0] != seed:
             random = torch.Generator().manual_seed(seed)
             own: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
-            parts = []
-            for layer in self._layers:
-                a = torch.empty(self._rank, layer.inputs, **own)
+            row = torch.zeros(self.params.shape[1], **own)
+            for layer, (first, size) in zip(self._layers, self._places[::2], strict=True):
+                a = row[first : first + size].view(self._rank, layer.inputs)
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5.0), generator=random)
-                parts += [a.flatten(), torch.zeros(self._rank * layer.outputs, **own)]
-            self._initial = (seed, torch.cat(parts).to(self.params.device))
+            self._initial = (seed, row.to(self.params.device))
         return self._initial[1]
 
     def reset_(self, slot: int, seed: int) -> None:
@@ -115,14 +125,9 @@ class SlotFactors:
             broken = torch.zeros(self.slots, dtype=torch.int32, device=fresh.device)
             self._launch(control, broken, fresh)
             return
-        at = 0
-        memories = (self.params, self.exp_avg, self.exp_avg_sq)
-        for param, *moments in zip(*map(self._of_blocks, memories), strict=True):
-            own = fresh[at : at + param.shape[1]]
-            at += param.shape[1]
-            param[slot].copy_(own)
-            for moment in moments:
-                moment[slot].zero_()
+        self.params[slot].copy_(fresh)
+        self.exp_avg[slot].zero_()
+        self.exp_avg_sq[slot].zero_()
         self._copy(slot)
 
     def control(
@@ -157,53 +162,37 @@ class SlotFactors:
             self._launch(control, broken, self.params)
             return
         beta1, beta2 = self._betas
-        memories = (self.params, self.grads, self.exp_avg, self.exp_avg_sq)
-        blocks = [*zip(*map(self._of_blocks, memories), strict=True)]
         for slot, (steps, *coefficients) in enumerate(control.tolist()):
             if steps <= 0:
                 continue
-            for block in blocks:
-                param, grad, mean, square = (memory[slot] for memory in block)
-                grad = grad * self._unscale
-                if not grad.isfinite().all():
-                    broken[slot] = 1
-                for i in range(int(steps)):
-                    size, damping = coefficients[2 * i : 2 * i + 2]
-                    mean.lerp_(grad, 1.0 - beta1)
-                    square.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-                    param.addcdiv_(mean, square.sqrt().add_(damping), value=-size)
+            grad = self.grads[slot] * self._unscale
+            if not grad.isfinite().all():
+                broken[slot] = 1
+            mean, square = self.exp_avg[slot], self.exp_avg_sq[slot]
+            for i in range(int(steps)):
+                size, damping = coefficients[2 * i : 2 * i + 2]
+                mean.lerp_(grad, 1.0 - beta1)
+                square.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+                self.params[slot].addcdiv_(mean, square.sqrt().add_(damping), value=-size)
             self._copy(slot)
 
     def _copy(self, slot: int) -> None:
         if self.copies is not None:
-            pairs = zip(self._of_blocks(self.copies), self._of_blocks(self.params), strict=True)
-            for copy, param in pairs:
-                copy[slot].copy_(param[slot])
+            self.copies[slot].copy_(self.params[slot])
 
     def _launch(self, control: Tensor, broken: Tensor, fresh: Tensor) -> None:
         from ..triton_kernels.launch import launch
-
-        if self._chunks is None:
-            self._chunks = torch.tensor(self._table(), device=self.params.device)
-        beta1, beta2 = self._betas
-        copies = self.params if self.copies is None else self.copies
-        memory = (self.params, self.grads, self.exp_avg, self.exp_avg_sq, copies)
-        options: tuple[Any, ...] = (self._unscale, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
-        with torch.cuda.device_of(self.params):
-            launch(
-                "stacked_adam", (len(self._chunks), self.slots),
-                (*memory, fresh, control, broken, self._chunks, control.shape[1], *options),
-                {"COPY": self.copies is not None},
-            )  # fmt: skip
-
-    def _table(self) -> list[list[int]]:
-        """For each program: its block's begin, a slot's elements, the first that it works on, and
-        the place of the block's fresh factors."""
         from ..triton_kernels.multi_tensor import BLOCK_SIZE
         from ..triton_kernels.stacked_adam import BLOCKS
 
-        rows, place = [], 0
-        for first, size in self._blocks:
-            rows += [[first, size, at, place] for at in range(0, size, BLOCK_SIZE * BLOCKS)]
-            place += size
-        return rows
+        beta1, beta2 = self._betas
+        copies = self.params if self.copies is None else self.copies
+        memory = (self.params, self.grads, self.exp_avg, self.exp_avg_sq, copies)
+        size = self.params.shape[1]
+        options: tuple[Any, ...] = (self._unscale, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
+        with torch.cuda.device_of(self.params):
+            launch(
+                "stacked_adam", (-(-size // (BLOCK_SIZE * BLOCKS)), self.slots),
+                (*memory, fresh, control, broken, size, control.shape[1], *options),
+                {"COPY": self.copies is not None},
+            )  # fmt: skip

@@ -1,31 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layers of a frozen model, and how they run with the factors of several slots."""
+"""The linear layers of a frozen model that get factors of slots."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ..language_model.low_rank import Gradients, Inner, low_rank_backward, low_rank_forward_
-from ..language_model.products import SharedInput, SharedInputs, add_product, product
+from ..language_model.low_rank_products import Inner, Shrunk, expand
+from ..language_model.products import add_product, product
 from .quantized import EIGHT_BITS, FOUR_BITS, check_quantized, product_of, weight_of
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 _OF_ADAPTERS = ("base_layer", "lora_A")  # PEFT's names of what its layers consist of
 
 
+class Product(NamedTuple):
+    y: Tensor
+    inner: Inner
+
+
 class Layer:
     """A linear layer of the model. `SlotFactors` sets its factors.
 
     a (K, R, I), b (K, O, R): what products read. d_a, d_b: float32, where gradients go. learned:
-    whether the latest pass has written them.
+    whether the latest pass has written them. readers: the layers whose factors a pass multiplies
+    with this layer's input when this layer is called, for they read it too.
     """
 
     a: Tensor
@@ -43,14 +45,28 @@ class Layer:
             self.outputs, self.inputs = module.out_features, module.in_features
         else:
             self.inputs, self.outputs = module.weight.shape
+        self.readers: tuple[Layer, ...] = (self,)
         self._copy: Tensor | None = None
 
-    def product(self, x: Tensor) -> Tensor:
-        """The layer's own product with x (..., I), its bias added, without autograd."""
-        if self.quantized:
-            return product_of(self.module, x)
+    def product(self, x: Tensor, shrunk: Shrunk, b: Tensor, backend: str | None) -> Product:
+        """The layer's product with x (..., I), its bias and its slots' part, without autograd.
+
+        A product adds to what it finds while it multiplies. So the slots' part is written first,
+        and no kernel of its own reads what is there. A bias has that place, if there is one.
+        y is no view: models write to it.
+        """
         rows = x.reshape(-1, x.shape[-1])
-        return product(x, rows, self.weight(x.dtype), self.module.bias)
+        first = not self.quantized and self.module.bias is None
+        if first:
+            y = x.new_empty(*x.shape[:-1], self.outputs)
+        elif self.quantized:
+            y = product_of(self.module, x)
+        else:
+            y = product(x, rows, self.weight(x.dtype), self.module.bias)
+        inner = expand(y.view(len(b), -1, self.outputs), shrunk, b, first, backend)
+        if first:
+            add_product(y.view(-1, self.outputs), rows, self.weight(x.dtype), fresh=False)
+        return Product(y, inner)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (I, O) in the dtype of products. A copy is kept until `refresh`.
@@ -159,171 +175,3 @@ def device_and_dtype(model: nn.Module, layers: list[Layer]) -> tuple[torch.devic
 
 def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-class _Call(NamedTuple):
-    """How layers run: with the factors of which slots, on how many rows of tokens."""
-
-    of: slice
-    slots: int
-    tokens: int | None  # in a pass with a backward half
-    anchor: Tensor | None
-    inputs: SharedInputs
-
-
-class SlotForwards:
-    """Runs layers with the factors of slots.
-
-    scale: of the low-rank product. autocast: whether products are in bfloat16.
-    """
-
-    def __init__(self, layers: list[Layer], scale: float, backend: str | None) -> None:
-        self._layers = layers
-        self._scale = scale
-        self._backend = backend
-        self._used: set[str] = set()
-
-    def check(self, model: nn.Module) -> None:
-        """Raises RuntimeError for a layer that somebody has replaced in the model."""
-        for layer in self._layers:
-            try:
-                present: Any = model.get_submodule(layer.name)
-            except AttributeError:
-                present = None
-            if present is not layer.module:
-                raise RuntimeError(
-                    f"{layer.name}: expected the layer of which the batch was made, got another; "
-                    "make a new PromptBatch"
-                )
-
-    @contextmanager
-    def refreshed(self) -> Iterator[None]:
-        """A block that begins with copies of the weights as they are now."""
-        for layer in self._layers:
-            layer.refresh()
-        yield
-
-    @contextmanager
-    def some(self, first: int, slots: int) -> Iterator[None]:
-        """Inside the block row i of a batch goes through the factors of slot first + i.
-
-        slots: the number of rows.
-        """
-        with self._replaced(_Call(slice(first, first + slots), slots, None, None, SharedInputs())):
-            yield
-
-    @contextmanager
-    def learning(
-        self, first: int, shape: torch.Size, anchor: Tensor, inputs: SharedInputs
-    ) -> Iterator[None]:
-        """As `some`, of a pass with a backward half, of ids of this shape (R, T).
-
-        Every layer may then run once, since its gradients are overwritten.
-
-        anchor: a tensor that requires a gradient.
-        inputs: of the layers in that pass.
-        """
-        self._used = set()
-        for layer in self._layers:
-            layer.learned = False
-        rows, length = shape
-        of = slice(first, first + rows)
-        with self._replaced(_Call(of, rows, rows * length, anchor, inputs)):
-            yield
-
-    def clear_unlearned(self) -> None:
-        """Sets gradients of layers to 0 that took no part in the latest pass."""
-        for layer in self._layers:
-            if not layer.learned:
-                layer.d_a.zero_()
-                layer.d_b.zero_()
-
-    @contextmanager
-    def _replaced(self, call: _Call) -> Iterator[None]:
-        for layer in self._layers:  # what others put there since would be lost at the end
-            if "forward" in layer.module.__dict__:
-                raise RuntimeError(
-                    f"{layer.name}: expected its class's forward, got another: somebody "
-                    "replaced it, or the model runs with another slot"
-                )
-        try:
-            for layer in self._layers:
-                layer.module.forward = partial(self._forward, layer, call)
-            yield
-        finally:
-            for layer in self._layers:
-                layer.module.__dict__.pop("forward", None)
-
-    def _forward(self, layer: Layer, call: _Call, x: Tensor) -> Tensor:
-        rows, slots = math.prod(x.shape[:-1]), call.slots
-        if rows % slots or (x.ndim > 2 and len(x) % slots):
-            raise ValueError(
-                f"{layer.name}: expected rows of {slots} slots, got an input {tuple(x.shape)}"
-            )
-        if call.anchor is not None:
-            if rows != call.tokens:  # a part of the tokens, as experts get, may mix slots
-                raise RuntimeError(
-                    f"{layer.name}: expected a row for each of {call.tokens} tokens, got an input "
-                    f"{tuple(x.shape)}"
-                )
-            if layer.name in self._used:
-                raise RuntimeError(f"{layer.name}: expected one call in a pass, got another")
-            self._used.add(layer.name)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        tensor, shared = call.inputs.of(x, dtype)
-        y: Tensor = _Stacked.apply(  # type: ignore[no-untyped-call]
-            tensor, call.anchor, layer, call.of, shared, self._scale, self._backend
-        )
-        return y
-
-
-class _Stacked(torch.autograd.Function):
-    """A layer with its slots' factors. The factors' gradients go to the layer's memory.
-
-    The anchor makes autograd call the backward half even where the input has no gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        anchor: Tensor | None,
-        layer: Layer,
-        of: slice,
-        shared: SharedInput,
-        scale: float,
-        backend: str | None,
-    ) -> Tensor:
-        a, b = layer.a[of], layer.b[of]
-        rows = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            y = layer.product(x)
-            stacked = rows.view(len(a), -1, rows.shape[1])
-            inner = low_rank_forward_(
-                y.view(len(a), -1, y.shape[-1]), stacked, a, b, scale, backend
-            )
-        if anchor is not None:
-            ctx.save_for_backward(stacked, *inner)
-            ctx.layer, ctx.of, ctx.shared, ctx.scale = layer, of, shared, scale
-            ctx.backend = backend
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[None, ...]:
-        x, *inner = ctx.saved_tensors
-        layer: Layer = ctx.layer
-        of: slice = ctx.of
-        d = d.reshape(*x.shape[:2], -1).contiguous()
-        d_x = None
-        with torch.autocast(d.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                total, fresh = ctx.shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)
-                add_product(total, d.flatten(0, 1), layer.weight(d.dtype).t(), fresh)
-                d_x = total.view(x.shape)
-            layer.learned = True
-            to = Gradients(layer.d_a[of], layer.d_b[of], d_x, fresh=False)
-            of_layer = (layer.a[of], layer.b[of], Inner(*inner))
-            low_rank_backward(d, x, *of_layer, ctx.scale, to, ctx.backend)
-        return (None,) * 7

@@ -12,7 +12,6 @@ from traceback import clear_frames
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..finetune.capture_memory import MAX_GRAPHS, CaptureMemory, HeldTensors, with_gaps
@@ -25,7 +24,7 @@ from ..language_model.product_settings import matmul_precision
 from ..language_model.products import SharedInputs
 from .borrowed import Borrowed
 from .factors import SlotFactors
-from .layers import SlotForwards
+from .slot_forwards import SlotForwards
 
 _BOUNDLESS = 1 << 62  # bytes
 Block = Callable[[], AbstractContextManager[None]]
@@ -34,6 +33,7 @@ Block = Callable[[], AbstractContextManager[None]]
 class SlotPasses:
     """Forward and backward passes of texts, each with its slot's factors, and the updates.
 
+    apart: whether every text has a pass of its own, so that no other changes its rounding.
     capture: as TestTimeFinetuner's. scale: what the loss is multiplied with, for float16 gradients.
     capacity: the most updates with one gradient.
     """
@@ -45,6 +45,7 @@ class SlotPasses:
         forwards: SlotForwards,
         *,
         precision: str,
+        apart: bool,
         capture: bool | None,
         scale: float,
         capacity: int,
@@ -53,6 +54,7 @@ class SlotPasses:
         self._factors = factors
         self._forwards = forwards
         self._precision = precision
+        self.apart = apart
         self._scale = scale
         self.capacity = capacity
         self._device = factors.params.device
@@ -111,24 +113,29 @@ class SlotPasses:
         with self._training():
             tokens, control = (t.clone() if t.is_inference() else t for t in (tokens, control))
             # A pass of some slots is a long one, which keeps the device busy without a graph.
-            whole = tokens.shape[1] == self._factors.slots
-            graph = self._graph(tokens) if whole and self.captures else None
-            if graph is not None:
-                self.path = "captured"
-                return graph.replay(tokens, control)
-            self.path = "eager"
-            return self.whole(tokens.to(self._device), first, control.to(self._device))
+            fits = self.apart or tokens.shape[1] == self._factors.slots
+            graph = self._graph(tokens) if fits and self.captures else None
+            self.path = "eager" if graph is None else "captured"
+            if graph is None:
+                losses = self.gradients(tokens.to(self._device), first)
+            elif self._factors.spare:
+                self._factors.to_spare(first)
+                losses = graph.replay(tokens)
+                self._factors.from_spare(first)
+            else:
+                losses = graph.replay(tokens)
+            # Made before the updates: without memory nothing has happened.
+            of_slots = torch.zeros(self._factors.slots, dtype=losses.dtype, device=self._device)
+            of_slots[first : first + len(losses)] = losses
+            broken = torch.zeros(self._factors.slots, dtype=torch.int32, device=self._device)
+            self._factors.update_(control.to(self._device, non_blocking=True), broken)
+            return of_slots, broken
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (R, T, V) of ids (R, T), by the model without factors."""
         with torch.no_grad(), Borrowed(self._model, self.products(), self.autocast()):
             ids = ids.to(self._device)
             return logits_of(self._model(ids, **self._options), ids)
-
-    @property
-    def exact(self) -> bool:
-        """Whether products are in full float32."""
-        return self._factors.copies is None and self._precision == "float32"
 
     def held(self, length: int) -> int:
         """The bytes that a pass of one text of this length holds at a time."""
@@ -138,19 +145,11 @@ class SlotPasses:
             self.gradients(tokens, 0)
         return with_gaps(held.num_bytes)
 
-    def whole(
-        self, tokens: Tensor, first: int, control: Tensor, served: Block = nullcontext
-    ) -> tuple[Tensor, Tensor]:
-        """A pass and its updates, on the device."""
-        losses = self.gradients(tokens, first, served)
-        slots = self._factors.slots
-        losses = F.pad(losses, (first, slots - first - len(losses)))
-        broken = torch.zeros(slots, dtype=torch.int32, device=self._device)
-        self._factors.update_(control, broken)
-        return losses, broken
-
     def gradients(self, tokens: Tensor, first: int, served: Block = nullcontext) -> Tensor:
-        """Each row's loss (R,). Gradients of its factors are in their memory afterwards."""
+        """Each row's loss (R,). Gradients of its factors are in their memory afterwards.
+
+        first: the row of the factors of the first text.
+        """
         ids, labels = tokens.unbind()
         head = fused_head_weight(self._model)
         inputs = SharedInputs()
@@ -197,7 +196,8 @@ class SlotPasses:
         experts = nullcontext() if constants is None else without_questions(self._model)
         try:
             with experts, self.memory.apart():
-                return _Graph(self, tokens, self._factors, constants), ""
+                first = self._factors.slots if self._factors.spare else 0
+                return _Graph(self, tokens, first, self._device, constants), ""
         except torch.OutOfMemoryError:
             self.memory.renew()
             raise
@@ -228,36 +228,29 @@ class SlotPasses:
 
 
 class _Graph:
-    """A captured pass of all slots and one length, with its updates."""
+    """A captured pass of texts of one length, the first of them with the factors in row `first`."""
 
     def __init__(
-        self, owner: SlotPasses, tokens: Tensor, factors: SlotFactors,
+        self, owner: SlotPasses, tokens: Tensor, first: int, device: torch.device,
         constants: HostConstants | None,
     ) -> None:  # fmt: skip
-        device = factors.params.device
         noted, served = (constants.noted, constants.served) if constants else (nullcontext,) * 2
         self._constants = constants  # the graph reads its tensors
         self._tokens = tokens.to(device)
-        idle = factors.control([0] * factors.slots, [0] * factors.slots, [0.0] * factors.slots,
-                               owner.capacity)  # fmt: skip
-        self._control = idle.to(device)
-        # Everything lazy is done before the capture; without updates nothing changes.
+        # Everything lazy is done before the capture.
         held = HeldTensors(owner._model, owner.memory.free(), None)
         with held.hooks():
-            owner.gradients(self._tokens, 0, noted)
-        factors.update_(self._control, torch.zeros(factors.slots, dtype=torch.int32, device=device))
+            owner.gradients(self._tokens, first, noted)
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
         def recorded() -> None:
-            self._losses, self._broken = owner.whole(self._tokens, 0, self._control, served)
+            self._losses = owner.gradients(self._tokens, first, served)
 
         self._graph = owner.memory.record(with_gaps(held.num_bytes), recorded)
 
-    def replay(self, tokens: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
-        # Made before the updates: without memory nothing has happened.
-        losses, broken = torch.empty_like(self._losses), torch.empty_like(self._broken)
+    def replay(self, tokens: Tensor) -> Tensor:
+        """The losses, which the next replay overwrites."""
         self._tokens.copy_(tokens, non_blocking=True)
-        self._control.copy_(control, non_blocking=True)
         self._graph.replay()
-        return losses.copy_(self._losses), broken.copy_(self._broken)
+        return self._losses

@@ -141,13 +141,13 @@ class Stream:
     def _pass(self) -> None:
         """A burst of every busy slot: in one pass, or in several where one would be too large.
 
-        Where padding would change a text, only those as long as the oldest query's have one.
+        Where padding would change a text, only those as long as the oldest query's share a pass.
         """
         busy = [run for run in self._runs if run is not None]
         oldest = min(busy, key=lambda run: run.index)
-        pads = self._batch.pads(oldest.text)
+        any_length = self._batch.apart or self._batch.pads(oldest.text)
         runs = [
-            run if run is not None and (pads or len(run.text) == len(oldest.text)) else None
+            run if run is not None and (any_length or len(run.text) == len(oldest.text)) else None
             for run in self._runs
         ]
         length = max(self._padded(run) for run in runs if run is not None)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with low-rank factors, K of them at once: y + scale (x a^T) b^T, and its gradients.
+
+    shrink: inner = scale x a^T             expand: y += inner b^T
+    expand's gradients: d_b = d^T inner;    d_inner = scale d b
+    shrink's gradients: d_a = d_inner^T x;  d_x += d_inner a
+
+x (K, T, D), y and d (K, T, E), a (K, R, D), b (K, E, R). Slots of x, d, a and b may lie any
+distance apart; a slot's factors, and all of y and d_x, have no gaps. There is no autograd.
+
+backend: "triton" takes CPU tensors too, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..optim._tensor_table import uses_triton
+
+MOST_LAYERS = 3  # that read the same x, for which a kernel works at once
+_LARGEST_RANK = 64  # of the kernels
+# Kernels were found to be faster than torch's products at this rank, and at lower ones where all
+# slots together have so many columns (bench/ops/lora_products.py).
+_PAYING_RANK, _PAYING_COLUMNS = 16, 1 << 14
+_PROGRAMS = 256  # so many keep a GPU busy
+
+
+class Shrunk(NamedTuple):
+    """inner (K, T, R); of kernels the parts (K, PARTS, T, R) in float32 whose sum it is."""
+
+    values: Tensor
+    in_parts: bool
+
+
+class Inner(NamedTuple):
+    """What `expand_gradients` needs of the forward half.
+
+    values (K, T, R): scale x a^T. finished (K, blocks of rows): zeros in which kernels count, None
+    without kernels.
+    """
+
+    values: Tensor
+    finished: Tensor | None
+
+
+class ShrinkGradient(NamedTuple):
+    """A layer's part in `shrink_gradients`: its factor, d_inner, and where d_a goes, if wanted."""
+
+    a: Tensor
+    d_inner: Tensor
+    d_a: Tensor | None
+
+
+def shrink(
+    x: Tensor, factors: Sequence[Tensor], scale: float, backend: str | None = None
+) -> list[Shrunk]:
+    """inner of each factor a, at most MOST_LAYERS of one shape and distance between slots."""
+    if not _uses_kernels(x, factors[0], backend):
+        return [Shrunk(_product(x, a.to(x.dtype).mT, scale), in_parts=False) for a in factors]
+    slots, rows, columns = x.shape
+    first = factors[0]
+    rank = first.shape[1]
+    down, _ = _blocks(rows, columns)
+    count, length = _split(slots * down, columns)
+    parts = x.new_empty(len(factors), slots, count, rows, rank, dtype=torch.float32)
+    sizes = (rows, columns, rank, x.stride(0), x.stride(1), first.stride(0), count, length, scale)
+    flags = {"LAYERS": len(factors)} | _constants(x, rank)
+    _launch("low_rank_shrink", x, down * count, (x, *_padded(factors), parts, *sizes), flags)
+    return [Shrunk(own, in_parts=True) for own in parts]
+
+
+def expand(y: Tensor, shrunk: Shrunk, b: Tensor, fresh: bool, backend: str | None = None) -> Inner:
+    """y += inner b^T; with `fresh` y = inner b^T."""
+    inner, in_parts = shrunk
+    if not in_parts:
+        y.baddbmm_(inner, b.to(y.dtype).mT, beta=0.0 if fresh else 1.0)
+        return Inner(inner, None)
+    slots, rows, wide = y.shape
+    rank, count = b.shape[2], inner.shape[1]
+    down, across = _blocks(rows, wide)
+    values = y.new_empty(slots, rows, rank)
+    finished = y.new_empty(slots, down, dtype=torch.int32)
+    arguments = (y, b, inner, values, finished, rows, wide, rank, b.stride(0), count)
+    flags = {"ADD": not fresh} | _constants(y, rank) | _most(count)
+    _launch("low_rank_expand", y, down * across, arguments, flags)
+    return Inner(values, finished)
+
+
+def expand_gradients(
+    d: Tensor, b: Tensor, inner: Inner, scale: float, d_b: Tensor | None,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """d_inner (K, T, R), for d: the gradient of y. d_b is overwritten, if there is one.
+
+    Calls with the same `inner` must follow one another, as those on one stream do.
+    """
+    values, finished = inner
+    if finished is None:
+        if d_b is not None:
+            _put(d_b, d.mT, values, fresh=True)
+        return _product(d, b.to(d.dtype), scale)
+    slots, rows, wide = d.shape
+    rank = b.shape[2]
+    down, across = _blocks(rows, wide)
+    count, length = _split(slots * down, wide)
+    parts = d.new_empty(slots, count, rows, rank, dtype=torch.float32)
+    d_inner = torch.empty_like(values)
+    to = b if d_b is None else d_b
+    strides = (d.stride(0), d.stride(1), b.stride(0), to.stride(0))
+    sizes = (rows, wide, rank, *strides, count, length, scale)
+    arguments = (d, b, values, parts, d_inner, finished, to, *sizes)
+    flags = {"OF_B": d_b is not None} | _constants(d, rank) | _most(count)
+    programs = down * count + across * (d_b is not None)
+    _launch("low_rank_expand_gradient", d, programs, arguments, flags)
+    return d_inner
+
+
+def shrink_gradients(
+    x: Tensor, layers: Sequence[ShrinkGradient], d_x: Tensor | None, fresh: bool,
+    backend: str | None = None,
+) -> None:  # fmt: skip
+    """Each layer's d_a, overwritten, and what all of them add to d_x, if there is one.
+
+    layers: at most MOST_LAYERS, of factors of one shape and distance between slots. Either all
+    have a d_a or none. fresh: d_x has no value yet.
+    """
+    first = layers[0]
+    if first.d_a is None and d_x is None:
+        return
+    if not _uses_kernels(x, first.a, backend):
+        for a, d_inner, d_a in layers:
+            if d_a is not None:
+                _put(d_a, d_inner.mT, x, fresh=True)
+            if d_x is not None:
+                _put(d_x, d_inner, a.to(x.dtype), fresh)
+                fresh = False
+        return
+    rows, columns = x.shape[1:]
+    rank = first.a.shape[1]
+    down, across = _blocks(rows, columns)
+    to = [a if d_a is None else d_a for a, _, d_a in layers]
+    targets = (*_padded(to), x if d_x is None else d_x)
+    read = (x, *_padded([a for a, _, _ in layers]), *_padded([d for _, d, _ in layers]))
+    sizes = (rows, columns, rank, x.stride(0), x.stride(1), first.a.stride(0), to[0].stride(0))
+    flags = {
+        "LAYERS": len(layers), "OF_A": first.d_a is not None, "OF_X": d_x is not None,
+        "ADD": not fresh,
+    } | _constants(x, rank)  # fmt: skip
+    programs = across + down * across * (d_x is not None)
+    _launch("low_rank_shrink_gradient", x, programs, (*read, *targets, *sizes), flags)
+
+
+def _uses_kernels(x: Tensor, a: Tensor, backend: str | None) -> bool:
+    if not uses_triton("x", x.device, backend) or a.shape[-2] > _LARGEST_RANK:
+        return False
+    slots, rank, columns = a.shape
+    wide = rank < _PAYING_RANK and slots * columns >= _PAYING_COLUMNS
+    return backend == "triton" or rank == _PAYING_RANK or wide
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale a @ b of batches of matrices."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0.0, alpha=scale)
+
+
+def _put(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
+    """total = a @ b; without `fresh` total += a @ b."""
+    if total.dtype is a.dtype:
+        total.baddbmm_(a, b, beta=0.0 if fresh else 1.0)
+    elif fresh:
+        total.copy_(torch.bmm(a, b))
+    else:
+        total.add_(torch.bmm(a, b))
+
+
+def _padded(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """As many as a kernel has places for; those beyond the first ones are not read."""
+    return (*tensors, *[tensors[0]] * (MOST_LAYERS - len(tensors)))
+
+
+def _launch(
+    name: str, like: Tensor, programs: int, arguments: tuple[Any, ...], flags: dict[str, Any]
+) -> None:
+    """Programs for each slot of `like`."""
+    from ..triton_kernels.launch import launch
+
+    with torch.cuda.device_of(like):
+        launch(name, (programs, like.shape[0]), arguments, flags)
+
+
+def _blocks(rows: int, columns: int) -> tuple[int, int]:
+    """Blocks of the kernels, down and across."""
+    from ..triton_kernels.low_rank import COLUMNS, ROWS
+
+    return -(-rows // ROWS), -(-columns // COLUMNS)
+
+
+def _split(programs: int, columns: int) -> tuple[int, int]:
+    """The number of parts of a sum over columns, and each part's columns."""
+    from ..triton_kernels.low_rank import COLUMNS, MOST_PARTS
+
+    blocks = -(-columns // COLUMNS)
+    wanted = min(blocks, MOST_PARTS, max(1, _PROGRAMS // programs))
+    length = -(-blocks // wanted) * COLUMNS
+    return -(-columns // length), length
+
+
+def _constants(x: Tensor, rank: int) -> dict[str, Any]:
+    kind = x.dtype if x.is_cuda else torch.float32  # the interpreter multiplies no bfloat16
+    return {"HALF": kind, "R": max(16, 1 << (rank - 1).bit_length())}
+
+
+def _most(count: int) -> dict[str, int]:
+    from ..triton_kernels.low_rank import MOST_PARTS
+
+    return {"MOST": 1 if count == 1 else MOST_PARTS}

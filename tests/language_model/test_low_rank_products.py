@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shrink, expand and their gradients: layers that read one input, slots that lie apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hullkit.language_model.low_rank_products import (
+    MOST_LAYERS,
+    ShrinkGradient,
+    expand,
+    expand_gradients,
+    shrink,
+    shrink_gradients,
+)
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they run on it
+SCALE = 1.5
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def rows_of_memory(slots: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    """(K, *shape), a part of each row of a longer memory."""
+    size = shape[0] * shape[1]
+    return random(slots, size + 37, dtype=dtype)[:, 8 : size + 8].unflatten(1, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [None, "triton"])
+@pytest.mark.parametrize("layers", range(1, MOST_LAYERS + 1))
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    ("slots", "rows", "columns", "wide", "rank"), [(1, 70, 300, 24, 16), (3, 33, 70, 260, 5)]
+)
+def test_layers_that_read_one_input(
+    slots: int,
+    rows: int,
+    columns: int,
+    wide: int,
+    rank: int,
+    fresh: bool,
+    layers: int,
+    backend: str | None,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    x = random(slots, rows, columns, dtype=dtype)
+    a = [rows_of_memory(slots, rank, columns, dtype=dtype) for _ in range(layers)]
+    b = [rows_of_memory(slots, wide + i, rank, dtype=dtype) for i in range(layers)]
+    d = [random(slots, rows, wide + i, dtype=dtype) for i in range(layers)]
+    y, d_x = [2.0 * t for t in d], x + 1.0
+    wanted = [0.0 if fresh else t.double() for t in (*y, d_x)]
+    d_a, d_b = (
+        [torch.full_like(t, torch.nan, dtype=torch.float32) for t in factors] for factors in (a, b)
+    )
+    parts = []
+    for i, shrunk in enumerate(shrink(x, a, SCALE, backend)):
+        inner = expand(y[i], shrunk, b[i], fresh, backend)
+        d_inner = expand_gradients(d[i], b[i], inner, SCALE, d_b[i], backend)
+        parts.append(ShrinkGradient(a[i], d_inner, d_a[i]))
+    shrink_gradients(x, parts, d_x, fresh, backend)
+
+    def close(ours: Tensor, theirs: Tensor) -> None:
+        # Products of rounded products, each sum in float32 and one more rounding.
+        unit = torch.finfo(dtype).eps * float(theirs.abs().max())
+        assert float((ours.double() - theirs).abs().max()) <= 8.0 * unit
+
+    for i in range(layers):
+        wide_a, wide_b, wide_d = (t.double() for t in (a[i], b[i], d[i]))
+        own = SCALE * x.double() @ wide_a.mT
+        d_own = SCALE * wide_d @ wide_b
+        close(y[i], wanted[i] + own @ wide_b.mT)
+        close(d_b[i], wide_d.mT @ own)
+        close(d_a[i], d_own.mT @ x.double())
+        wanted[-1] = wanted[-1] + d_own @ wide_a
+    close(d_x, wanted[-1])
