@@ -58,7 +58,7 @@ def low_rank_shrink_kernel(
     a, second, third: of LAYERS layers. parts [LAYERS, K, PARTS, T, R].
     """
     after_previous_kernel(EARLY)
-    slot, slots = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    slot, slots = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
     block, part = tl.program_id(0) // count, tl.program_id(0) % count
     row = block * ROWS + tl.arange(0, ROWS)
     rank_at = tl.arange(0, R)
@@ -78,26 +78,24 @@ def low_rank_shrink_kernel(
         if LAYERS > 2:
             thin = _thin(third + slot * a_slot, column, rank_at, columns, rank, 1, columns, HALF)
             total3 += tl.dot(values, thin, input_precision="ieee")
-    size = rows.to(tl.int64) * rank
-    parts += (slot * count + part) * size
+    parts += (slot * count + part) * rows * rank
     store_tile(parts, row, rank_at, rank, rows, rank, total * scale)
     if LAYERS > 1:
-        parts += slots * count * size
+        parts += slots * count * rows * rank
         store_tile(parts, row, rank_at, rank, rows, rank, total2 * scale)
     if LAYERS > 2:
-        parts += slots * count * size
+        parts += slots * count * rows * rank
         store_tile(parts, row, rank_at, rank, rows, rank, total3 * scale)
 
 
 @triton.jit
 def low_rank_expand_kernel(
     y, b, parts, inner, finished, rows, columns, rank, b_slot, count,
-    ADD: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr,
+    HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for a block of y [K, T, E].
 
-    ADD: y has a value already.
     The first of a row writes inner [K, T, R], and 0 to the row's place of finished [K, BLOCKS].
     """
     after_previous_kernel(EARLY)
@@ -115,8 +113,7 @@ def low_rank_expand_kernel(
     thin = load_tile(b + slot * b_slot, column, rank_at, rank, columns, rank, HALF)
     sums = tl.dot(total.to(HALF), tl.trans(thin), input_precision="ieee")
     y += slot * rows * columns
-    if ADD:
-        sums += load_tile(y, row, column, columns, rows, columns, tl.float32)
+    sums += load_tile(y, row, column, columns, rows, columns, tl.float32)
     store_tile(y, row, column, columns, rows, columns, sums)
 
 

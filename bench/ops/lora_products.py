@@ -39,7 +39,7 @@ def problem(slots: int, width: int, rank: int) -> list[Tensor]:
 def fused(tensors: list[Tensor]) -> list[Tensor]:
     y, x, d, d_x, a, b = tensors
     [shrunk] = shrink(x, [a], SCALE)
-    inner = expand(y, shrunk, b, fresh=False)
+    inner = expand(y, shrunk, b)
     d_a, d_b = torch.empty_like(a), torch.empty_like(b)
     d_inner = expand_gradients(d, b, inner, SCALE, d_b)
     shrink_gradients(x, [ShrinkGradient(a, d_inner, d_a)], d_x, fresh=False)

@@ -50,7 +50,7 @@ def low_rank(slots: int, device: str) -> None:
     y, x, a, b = (torch.randn(shape, device=device) for shape in shapes)
     parts = []
     for shrunk in products.shrink(x, [a] * products.MOST_LAYERS, 1.0):
-        inner = products.expand(y, shrunk, b, fresh=False)
+        inner = products.expand(y, shrunk, b)
         d_inner = products.expand_gradients(y, b, inner, 1.0, torch.empty_like(b))
         parts.append(products.ShrinkGradient(a, d_inner, torch.empty_like(a)))
     products.shrink_gradients(x, parts, torch.empty_like(x), fresh=True)

@@ -35,7 +35,8 @@ def rows_of_memory(slots: int, *shape: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("layers", range(1, MOST_LAYERS + 1))
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize(
-    ("slots", "rows", "columns", "wide", "rank"), [(1, 70, 300, 24, 16), (3, 33, 70, 260, 5)]
+    ("slots", "rows", "columns", "wide", "rank"),
+    [(1, 70, 300, 24, 16), (3, 33, 70, 260, 5), (2, 1, 9, 5, 1)],
 )
 def test_layers_that_read_one_input(
     slots: int,
@@ -54,13 +55,13 @@ def test_layers_that_read_one_input(
     b = [rows_of_memory(slots, wide + i, rank, dtype=dtype) for i in range(layers)]
     d = [random(slots, rows, wide + i, dtype=dtype) for i in range(layers)]
     y, d_x = [2.0 * t for t in d], x + 1.0
-    wanted = [0.0 if fresh else t.double() for t in (*y, d_x)]
+    wanted = [t.double() for t in y] + [d_x.double() * (not fresh)]
     d_a, d_b = (
         [torch.full_like(t, torch.nan, dtype=torch.float32) for t in factors] for factors in (a, b)
     )
     parts = []
     for i, shrunk in enumerate(shrink(x, a, SCALE, backend)):
-        inner = expand(y[i], shrunk, b[i], fresh, backend)
+        inner = expand(y[i], shrunk, b[i], backend)
         d_inner = expand_gradients(d[i], b[i], inner, SCALE, d_b[i], backend)
         parts.append(ShrinkGradient(a[i], d_inner, d_a[i]))
     shrink_gradients(x, parts, d_x, fresh, backend)

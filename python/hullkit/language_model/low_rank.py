@@ -111,7 +111,7 @@ class _AddLowRank(torch.autograd.Function):
         ctx.shared, ctx.scale, ctx.backend = shared, scale, backend
         wide, rows, down, up = _entries(y, x, a, b)
         [shrunk] = shrink(rows, [down], scale, backend)
-        inner = expand(wide, shrunk, up, False, backend)
+        inner = expand(wide, shrunk, up, backend)
         ctx.save_for_backward(x, *inner, a, b)
         ctx.mark_dirty(y)
         return y

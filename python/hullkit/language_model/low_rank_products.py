@@ -73,11 +73,11 @@ def shrink(
     return [Shrunk(own, in_parts=True) for own in parts]
 
 
-def expand(y: Tensor, shrunk: Shrunk, b: Tensor, fresh: bool, backend: str | None = None) -> Inner:
-    """y += inner b^T; with `fresh` y = inner b^T."""
+def expand(y: Tensor, shrunk: Shrunk, b: Tensor, backend: str | None = None) -> Inner:
+    """y += inner b^T."""
     inner, in_parts = shrunk
     if not in_parts:
-        y.baddbmm_(inner, b.to(y.dtype).mT, beta=0.0 if fresh else 1.0)
+        y.baddbmm_(inner, b.to(y.dtype).mT)
         return Inner(inner, None)
     slots, rows, wide = y.shape
     rank, count = b.shape[2], inner.shape[1]
@@ -85,8 +85,7 @@ def expand(y: Tensor, shrunk: Shrunk, b: Tensor, fresh: bool, backend: str | Non
     values = y.new_empty(slots, rows, rank)
     finished = y.new_empty(slots, down, dtype=torch.int32)
     arguments = (y, b, inner, values, finished, rows, wide, rank, b.stride(0), count)
-    flags = {"ADD": not fresh} | _constants(y, rank) | _most(count)
-    _launch("low_rank_expand", y, down * across, arguments, flags)
+    _launch("low_rank_expand", y, down * across, arguments, _constants(y, rank) | _most(count))
     return Inner(values, finished)
 
 

@@ -4,22 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..language_model.low_rank_products import Inner, Shrunk, expand
-from ..language_model.products import add_product, product
+from ..language_model.products import product
 from .quantized import EIGHT_BITS, FOUR_BITS, check_quantized, product_of, weight_of
 
 _CONV1D = "transformers.pytorch_utils.Conv1D"
 _OF_ADAPTERS = ("base_layer", "lora_A")  # PEFT's names of what its layers consist of
-
-
-class Product(NamedTuple):
-    y: Tensor
-    inner: Inner
 
 
 class Layer:
@@ -48,25 +42,12 @@ class Layer:
         self.readers: tuple[Layer, ...] = (self,)
         self._copy: Tensor | None = None
 
-    def product(self, x: Tensor, shrunk: Shrunk, b: Tensor, backend: str | None) -> Product:
-        """The layer's product with x (..., I), its bias and its slots' part, without autograd.
-
-        A product adds to what it finds while it multiplies. So the slots' part is written first,
-        and no kernel of its own reads what is there. A bias has that place, if there is one.
-        y is no view: models write to it.
-        """
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's own product with x (..., I), its bias added, without autograd."""
+        if self.quantized:
+            return product_of(self.module, x)
         rows = x.reshape(-1, x.shape[-1])
-        first = not self.quantized and self.module.bias is None
-        if first:
-            y = x.new_empty(*x.shape[:-1], self.outputs)
-        elif self.quantized:
-            y = product_of(self.module, x)
-        else:
-            y = product(x, rows, self.weight(x.dtype), self.module.bias)
-        inner = expand(y.view(len(b), -1, self.outputs), shrunk, b, first, backend)
-        if first:
-            add_product(y.view(-1, self.outputs), rows, self.weight(x.dtype), fresh=False)
-        return Product(y, inner)
+        return product(x, rows, self.weight(x.dtype), self.module.bias)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (I, O) in the dtype of products. A copy is kept until `refresh`.

@@ -18,11 +18,12 @@ from ..language_model.low_rank_products import (
     Inner,
     ShrinkGradient,
     Shrunk,
+    expand,
     expand_gradients,
     shrink,
     shrink_gradients,
 )
-from ..language_model.products import SharedInput, SharedInputs, add_product
+from ..language_model.products import SharedInput, SharedInputs
 from .layers import Layer
 
 
@@ -196,7 +197,9 @@ class _Stacked(torch.autograd.Function):
         stacked = x.reshape(call.slots, -1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             shrunk = call.shrunk(layer, stacked, shared, scale, backend)
-            y, inner = layer.product(x, shrunk, layer.b[call.of], backend)
+            y = layer.product(x)
+            wide = y.view(call.slots, -1, layer.outputs)
+            inner = expand(wide, shrunk, layer.b[call.of], backend)
         if anchor is not None:
             ctx.save_for_backward(stacked, *inner)
             ctx.layer, ctx.of, ctx.shared, ctx.scale = layer, call.of, shared, scale
@@ -216,28 +219,20 @@ class _Stacked(torch.autograd.Function):
             d_inner = expand_gradients(d, b, Inner(*inner), ctx.scale, d_b, ctx.backend)
             part = ShrinkGradient(layer.a[of], d_inner, layer.d_a[of])
             if ctx.needs_input_grad[0]:
-                finish = partial(_input_gradients, x, ctx.shared, ctx.backend)
-                ctx.shared.defer((part, layer, d), finish)
+                ctx.shared.add(d.flatten(0, 1), layer.weight(d.dtype).t())
+                ctx.shared.defer(part, partial(_input_gradients, x, ctx.shared, ctx.backend))
             else:
                 shrink_gradients(x, [part], None, True, ctx.backend)
         return (None,) * 7
 
 
 def _input_gradients(
-    x: Tensor,
-    shared: SharedInput,
-    backend: str | None,
-    parts: list[tuple[ShrinkGradient, Layer, Tensor]],
+    x: Tensor, shared: SharedInput, backend: str | None, parts: list[ShrinkGradient]
 ) -> None:
-    """The gradient of x (K, T, I), which several layers have read, and theirs of their a.
-
-    parts: of each layer, with d (K, T, O). As forwards, products add to what kernels wrote.
-    """
+    """Adds what the slots' factors of several layers do to the gradient of x (K, T, I), which these
+    layers have read."""
     with torch.autocast(x.device.type, enabled=False):
         total, fresh = shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)
         for at in range(0, len(parts), MOST_LAYERS):
-            some = [part for part, _, _ in parts[at : at + MOST_LAYERS]]
+            some = parts[at : at + MOST_LAYERS]
             shrink_gradients(x, some, total.view(x.shape), fresh, backend)
-            fresh = False
-        for _, layer, d in parts:
-            add_product(total, d.flatten(0, 1), layer.weight(d.dtype).t(), fresh=False)
