@@ -15,6 +15,8 @@ except ImportError:  # Triton before 3.4
     gdc_launch_dependents = gdc_wait = None
 
 _CAPABILITY = (9, 0)
+# Every program waits for itself, which costs kernels of many short programs more than it saves.
+_MOST_PROGRAMS = 2048
 
 
 @triton.jit
@@ -28,8 +30,11 @@ def after_previous_kernel(EARLY: tl.constexpr):
         gdc_launch_dependents()
 
 
-def starts_early(kernel: object) -> bool:
-    """Whether a kernel may begin early on the current device. One of the interpreter may not."""
-    if gdc_wait is None or not isinstance(kernel, triton.JITFunction):
+def starts_early(kernel: object, programs: int) -> bool:
+    """Whether a kernel of so many programs may begin early on the current device.
+
+    One of Triton's interpreter may not.
+    """
+    if gdc_wait is None or not isinstance(kernel, triton.JITFunction) or torch.version.cuda is None:
         return False
-    return torch.version.cuda is not None and torch.cuda.get_device_capability() >= _CAPABILITY
+    return programs <= _MOST_PROGRAMS and torch.cuda.get_device_capability() >= _CAPABILITY

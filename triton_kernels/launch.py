@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first launch of a kernel, which compiles it."""
 
+import math
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def launch(
     constants: torch dtypes and flags, in the order of the kernel's arguments.
     """
     kernel, sizes = KERNELS[name]
-    early = starts_early(kernel)
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    early = starts_early(kernel, math.prod(grid))
     values = {
         key: getattr(tl, str(value).removeprefix("torch."))
         if isinstance(value, torch.dtype)
@@ -70,6 +72,5 @@ def launch(
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
     if early:
         options["launch_pdl"] = True
-    grid = programs if isinstance(programs, tuple) else (programs,)
     compiled = kernel[grid](*arguments, **values, **options)
     return compiled, tuple(values.values())
