@@ -9,14 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
+from ..optim._triton_launch import MOST_EARLY
+
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # Triton before 3.4
     gdc_launch_dependents = gdc_wait = None
 
 _CAPABILITY = (9, 0)
-# Every program waits for itself, which costs kernels of many short programs more than it saves.
-_MOST_PROGRAMS = 2048
 
 
 @triton.jit
@@ -37,4 +37,4 @@ def starts_early(kernel: object, programs: int) -> bool:
     """
     if gdc_wait is None or not isinstance(kernel, triton.JITFunction) or torch.version.cuda is None:
         return False
-    return programs <= _MOST_PROGRAMS and torch.cuda.get_device_capability() >= _CAPABILITY
+    return programs <= MOST_EARLY and torch.cuda.get_device_capability() >= _CAPABILITY

@@ -114,6 +114,22 @@ def test_the_formula(
         assert float((mine.double() - theirs).abs().max()) <= 8.0 * unit
 
 
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_factors_that_are_transposed_views(backend: str | None) -> None:
+    dtype = torch.float32
+    y, x, a, b = (
+        random(*s, dtype=dtype, seed=1) for s in ((1, 40, 8), (1, 40, 24), (24, 4), (4, 8))
+    )
+    down, up = (t.t().requires_grad_() for t in (a, b))
+    add_low_rank_(y.clone(), *share(x, dtype), down, up, 1.0, backend).sum().backward()
+    exact = [t.double().requires_grad_() for t in (a, b)]
+    (x.double() @ exact[0] @ exact[1]).sum().backward()
+    for ours, theirs in zip((down, up), exact, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad.t().double(), theirs.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_a_second_backward_pass_gives_the_same() -> None:
     """Kernels count finished parts of a sum, and leave the count at 0."""
     y, x, a, b = (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..native import kernels
 from ._tensor_table import TensorTable
-from ._triton_launch import Launcher, launcher
+from ._triton_launch import MOST_EARLY, Launcher, launcher
 
 _ROWS = 128  # of a table, for one program of Adam's coefficients
 
@@ -33,7 +33,7 @@ def _run(name: str, table: TensorTable, programs: int, *arguments: Any, **consta
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _run(name, table, programs, *arguments, **constants)
-    key = (name, device, *constants.values())
+    key = (name, device, programs <= MOST_EARLY, *constants.values())
     known = _compiled.get(key)
     if known is not None:
         known(programs, arguments)

@@ -66,8 +66,9 @@ class PromptBatch:
         target: "all-linear", every `torch.nn.Linear`, `Conv1D` of transformers and quantised layer
             but the output head; or a sequence of names, or ends of names, of layers.
         lr, betas, eps, refresh_interval, seed: as TestTimeFinetuner's; seed is of fresh factors.
-        precision: of the passes, as TestTimeFinetuner's: "float32", "tf32" or "bf16".
-        capture: whether passes with their updates are CUDA graphs, one for each padded length.
+        precision: of the passes, as TestTimeFinetuner's: "float32", "tf32" (on a CPU float32 in
+            shared passes) or "bf16".
+        capture: whether passes are CUDA graphs, one for each padded length.
             None: where possible, else eager with a warning. True: an error. False: never.
         backend: "triton" runs the kernels on CPU tensors too, in Triton's interpreter.
 
