@@ -19,7 +19,8 @@ def _last_runs() -> list[Row]:
 
 
 def _model(row: Row) -> str:
-    return row["shape"].split()[0]
+    name = row["shape"].split()[0]
+    return name if row["dtype"] == "bfloat16" else f"{name}, {row['dtype'].upper()} base"
 
 
 @generated
@@ -29,14 +30,15 @@ def prompts_a_second() -> str:
     baselines: dict[tuple[str, ...], float] = {}
     found = _last_runs()
     for row in found:
-        model, slots = row["shape"].split()[:2]
+        model, slots = _model(row), row["shape"].split()[1]
         device, rate = gpu_name(row).removeprefix("NVIDIA "), float(row["p50"])
         if row["provider"] in ALONE:
             baselines[device, model, row["provider"]] = rate
             name, ratios = row["provider"].partition(", ")[2] + ", one at a time", ["", ""]
         else:
             name = f"PromptBatch, {slots.removeprefix('slots=')} slots"
-            ratios = [times(rate / baselines[device, model, alone]) for alone in ALONE]
+            own = [baselines.get((device, model, alone)) for alone in ALONE]
+            ratios = ["" if base is None else times(rate / base) for base in own]
         cells = [f"{rate:.2f}", *ratios, gib(row["peak_mb"]), row["commit"]]
         lines.append([device, model, name, *cells])
     header = ["device", "model", "how", "prompts a second", "of LoRA alone"]

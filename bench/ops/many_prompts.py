@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts a second, many at once: `python -m bench.ops.many_prompts`.
 
-Models of published shapes with random weights in bfloat16. A prompt: 50 updates with 30 gradients
-on texts of 400 tokens. Beside PromptBatch's slots: TestTimeFinetuner, one prompt after the other,
-with an adapter of the same rank and with all weights. Graphs are recorded before.
+Models of published shapes with random weights in bfloat16, or in 4 bits by bitsandbytes. A prompt:
+50 updates with 30 gradients on texts of 400 tokens. Beside PromptBatch's slots: TestTimeFinetuner,
+one prompt after the other, with an adapter of the same rank and, in bfloat16, with all weights.
+Graphs are recorded before.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--models", default="smollm2,llama-1b,mistral-7b")
+    parser.add_argument("--base", choices=("bfloat16", "nf4"), default="bfloat16")
     parser.add_argument("--slots", default="1,8,32,64")
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=3)
@@ -64,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for name in arguments.models.split(","):
         shape = SHAPES[name].shrunk(arguments.shrink) if arguments.shrink > 1 else SHAPES[name]
         runs: list[tuple[str, str, int]] = [("TestTimeFinetuner, LoRA r=16", "lora-bfloat16", 1)]
-        runs += [("TestTimeFinetuner, all weights", "bfloat16", 1)]
+        four_bits = arguments.base == "nf4"
+        if not four_bits:
+            runs += [("TestTimeFinetuner, all weights", "bfloat16", 1)]
         runs += [("PromptBatch r=16", "bfloat16", int(k)) for k in arguments.slots.split(",")]
         for provider, case, slots in runs:
             if time.perf_counter() - began > arguments.seconds:
@@ -79,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 queries.append((examples, COUNTS))
             times: list[float] = []
             try:
-                model, _ = build(shape, CASES[case], device)
+                model, _ = build(shape, CASES[case], device, four_bits)
                 run = (
                     together(model, queries, slots)
                     if provider.startswith("PromptBatch")
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 op="many prompts", provider=provider,
                 shape=f"{shape.name} slots={slots} tokens={arguments.tokens} "
                 f"updates={sum(COUNTS)} gradients={len(COUNTS)}",
-                dtype="bfloat16", **quantiles, unit="prompts/s", rounds=len(times),
+                dtype=arguments.base, **quantiles, unit="prompts/s", rounds=len(times),
                 peak_mb="" if peak is None else round(peak / 2**20),
                 device=torch.cuda.get_device_name() if cuda else processor(),
                 threads="" if cuda else torch.get_num_threads(), torch=torch.__version__,

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from bench.harness.four_bits import quantize_
 from bench.harness.rows import append, commit, processor
 from bench.ops.finetune import synchronize, timed
 
@@ -117,7 +118,9 @@ class Measured(NamedTuple):
     path: str = ""
 
 
-def build(shape: Shape, case: Case, device: torch.device) -> tuple[nn.Module, int]:
+def build(
+    shape: Shape, case: Case, device: torch.device, four_bits: bool = False
+) -> tuple[nn.Module, int]:
     """The model, made where it runs, and its number of parameters."""
     from transformers import AutoModelForCausalLM
 
@@ -125,6 +128,8 @@ def build(shape: Shape, case: Case, device: torch.device) -> tuple[nn.Module, in
     with device:
         model: Any = AutoModelForCausalLM.from_config(shape.config(), dtype=case.dtype)
     parameters = sum(p.numel() for p in model.parameters())
+    if four_bits:
+        quantize_(model)
     if case.trained != "all":
         import peft
 

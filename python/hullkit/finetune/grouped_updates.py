@@ -106,7 +106,7 @@ class GroupedUpdates(WeightProducts):
         group = self._group_of.get(weight)  # type: ignore[call-overload]
         if group is None or not isinstance(group.part, _ProductPart):
             return False
-        group.held += group.part.note_factors(weight, a, b)
+        group.held += [(t, t._version) for t in group.part.note_factors(weight, a, b)]
         self._note(group)
         return True
 
@@ -126,6 +126,11 @@ class GroupedUpdates(WeightProducts):
     def _finish_first(self) -> None:
         group, done = self._under_way.pop(0)
         torch.cuda.current_stream(self._side.device).wait_event(done)
+        if any(factor._version != version for factor, version in group.held):
+            raise RuntimeError(
+                "expected gradients and activations that nobody writes to in the backward pass, got "
+                "one that was written to before its weight's update"
+            )
         group.held.clear()
         for parameter in group.parameters:
             parameter.grad = None
@@ -282,7 +287,7 @@ class _Group:
     def __init__(self, part: _Part, rows: range) -> None:
         self.part = part
         self.parameters = part.parameters[rows.start : rows.stop]
-        self.held: list[Tensor] = []  # until the update is done
+        self.held: list[tuple[Tensor, int]] = []  # factors and their versions, until the update
         self._chunks = part.chunks_of(rows)
 
     def launch(self) -> None:
