@@ -159,8 +159,7 @@ class PromptBatch:
             make(1)
             text = self._passes.held(min(PLANNED, self._longest or PLANNED))
             text *= self._passes.shares
-            own = self._factors.num_bytes
-            slots = slots_within(limit - text, own, 0) if apart else slots_within(limit, own, text)
+            slots = slots_within(limit, self._factors.num_bytes, text, apart)
         make(slots)
         if limit is not None:
             own = self._factors.num_bytes
