@@ -128,8 +128,8 @@ class GroupedUpdates(WeightProducts):
         torch.cuda.current_stream(self._side.device).wait_event(done)
         if any(factor._version != version for factor, version in group.held):
             raise RuntimeError(
-                "expected gradients and activations that nobody writes to in the backward pass, got "
-                "one that was written to before its weight's update"
+                "expected gradients and activations that nobody writes to in the backward pass, "
+                "got one that was written to before its weight's update"
             )
         group.held.clear()
         for parameter in group.parameters:

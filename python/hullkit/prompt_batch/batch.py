@@ -159,7 +159,11 @@ class PromptBatch:
             make(1)
             text = self._passes.held(min(PLANNED, self._longest or PLANNED))
             text *= self._passes.shares
-            slots = slots_within(limit, self._factors.num_bytes, text, apart)
+            own = self._factors.num_bytes
+            if apart:  # one text at a time; where passes are captured, half as much as a slot more
+                slots = slots_within(limit - text - own // 2 * captures, own)
+            else:
+                slots = slots_within(limit, own + text)
         make(slots)
         if limit is not None:
             own = self._factors.num_bytes

@@ -32,16 +32,9 @@ def budget(memory: int | float | None, device: torch.device) -> int:
     return int(free * (1.0 if memory is None else memory))
 
 
-def slots_within(num_bytes: int, of_slot: int, of_text: int, apart: bool) -> int:
-    """The most slots, a power of 2 up to 64, for whose factors and texts there is memory.
-
-    of_slot: bytes of a slot's factors. of_text: bytes that a pass holds for one text.
-    apart: whether every text has a pass of its own.
-    """
-    if apart:
-        fitting = max(0, num_bytes - of_text) // of_slot
-    else:
-        fitting = num_bytes // (of_slot + of_text)
+def slots_within(num_bytes: int, of_slot: int) -> int:
+    """The most slots, a power of 2 up to 64, for which there is memory; at least 1."""
+    fitting = max(0, num_bytes) // of_slot
     return min(_MOST_SLOTS, 1 << max(0, fitting.bit_length() - 1))
 
 
