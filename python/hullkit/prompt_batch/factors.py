@@ -75,7 +75,8 @@ class SlotFactors:
     def _factor(self, memory: Tensor, place: int, shape: tuple[int, int]) -> Tensor:
         """A factor of all rows of a memory."""
         first, size = self._places[place]
-        return memory[:, first : first + size].unflatten(1, shape)
+        found: Tensor = memory[:, first : first + size].unflatten(1, shape)
+        return found
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
