@@ -90,21 +90,22 @@ def many_prompts_texts() -> str:
     differences = {
         "largest difference from one slot": "a query from one slot, at most",
         "largest difference from PEFT alone": "a query from PEFT, at most",
-        "PEFT's largest difference from itself": "PEFT's from itself",
+        "PEFT's largest difference from itself": "a query of PEFT from itself, at most",
         "mean from PEFT alone": "mean from PEFT",
-        "PEFT's mean from itself": "PEFT's from itself",
+        "PEFT's mean from itself": "PEFT's mean from itself",
     }
     same = "largest difference where PEFT gives the same again"
     lines = []
     for subset, rows in subsets.items():
         met = "met" if abs(float(rows["mean from PEFT alone"]["value"])) <= BOUND else "missed"
         cells = [rows[name]["value"] for name in (*scores, *differences)]
-        lines.append([subset, *cells, met, f"{rows[same]['value']} of {rows[same]['count']}"])
+        repeated = rows.get(same, {"value": "none", "count": "0"})
+        lines.append([subset, *cells, met, repeated["value"], repeated["count"]])
     facts = " ".join(found[-1]["shape"].split()[1:])
-    header = [f"{found[-1]['count']} queries each, {facts}"]
+    header = [f"{found[0]['count']} queries each, {facts}"]
     header += [f"BPB, {name.removeprefix('BPB, ')}" for name in scores]
     header += [*differences.values(), f"bound of {BOUND:.0e} for the mean"]
-    header += ["where PEFT gives a query again within the bound: a query from PEFT, at most"]
+    header += ["a query from PEFT where PEFT repeats itself, at most", "such queries"]
     return table(header, lines) + "\n\n" + source(found[-1])
 
 

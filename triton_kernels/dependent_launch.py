@@ -33,7 +33,7 @@ def after_previous_kernel(EARLY: tl.constexpr):
 def starts_early(kernel: object, programs: int) -> bool:
     """Whether a kernel of so many programs may begin early on the current device.
 
-    One of Triton's interpreter may not.
+    Triton's interpreter knows no such launch.
     """
     if gdc_wait is None or not isinstance(kernel, triton.JITFunction) or torch.version.cuda is None:
         return False

@@ -6,8 +6,8 @@
     shrink's gradients: d_a = d_inner^T x;  d_x += d_inner a
 
 x [K, T, D], y and d [K, T, E], a [K, R, D], b [K, E, R]. Products with the thin side R stay on
-chip. Layers that read the same x are shrunk together, up to MOST_LAYERS: x is read, and d_x
-written, once for all of them.
+chip. Up to three layers that read the same x are shrunk together: x is read, and d_x written, once
+for all of them.
 
 A sum over D or E is split between programs, so that one text keeps a GPU busy; parts
 [K, PARTS, T, R] are in float32 and added up in order. Forwards every program that needs a sum adds
@@ -26,7 +26,6 @@ from .tiles import load_tile, store_tile
 ROWS = 64
 COLUMNS = 128
 MOST_PARTS = 8
-MOST_LAYERS = 3
 
 
 @triton.jit
@@ -49,13 +48,13 @@ def _thin(factor, column, rank_at, columns, rank, column_stride, rank_stride, HA
 
 @triton.jit(do_not_specialize=["scale"])
 def low_rank_shrink_kernel(
-    x, a, second, third, parts, rows, columns, rank, x_slot, x_row, a_slot, count, length, scale,
+    x, a, a2, a3, parts, rows, columns, rank, x_slot, x_row, a_slot, count, length, scale,
     LAYERS: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for a block of rows and `length` columns, which are one of `count` parts.
 
-    a, second, third: of LAYERS layers. parts [LAYERS, K, PARTS, T, R].
+    a, a2, a3: of LAYERS layers. parts [LAYERS, K, PARTS, T, R].
     """
     after_previous_kernel(EARLY)
     slot, slots = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
@@ -73,10 +72,10 @@ def low_rank_shrink_kernel(
         thin = _thin(a + slot * a_slot, column, rank_at, columns, rank, 1, columns, HALF)
         total += tl.dot(values, thin, input_precision="ieee")
         if LAYERS > 1:
-            thin = _thin(second + slot * a_slot, column, rank_at, columns, rank, 1, columns, HALF)
+            thin = _thin(a2 + slot * a_slot, column, rank_at, columns, rank, 1, columns, HALF)
             total2 += tl.dot(values, thin, input_precision="ieee")
         if LAYERS > 2:
-            thin = _thin(third + slot * a_slot, column, rank_at, columns, rank, 1, columns, HALF)
+            thin = _thin(a3 + slot * a_slot, column, rank_at, columns, rank, 1, columns, HALF)
             total3 += tl.dot(values, thin, input_precision="ieee")
     parts += (slot * count + part) * rows * rank
     store_tile(parts, row, rank_at, rank, rows, rank, total * scale)
@@ -184,7 +183,7 @@ def _of_x(d_inner, a, row, column, rank_at, rows, columns, rank, HALF: tl.conste
 
 @triton.jit
 def low_rank_shrink_gradient_kernel(
-    x, a, second, third, d_inner, d_second, d_third, d_a, d_a2, d_a3, d_x, rows, columns, rank,
+    x, a, a2, a3, d_inner, d_inner2, d_inner3, d_a, d_a2, d_a3, d_x, rows, columns, rank,
     x_slot, x_row, a_slot, d_a_slot,
     LAYERS: tl.constexpr, OF_A: tl.constexpr, OF_X: tl.constexpr, ADD: tl.constexpr,
     HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -192,7 +191,7 @@ def low_rank_shrink_gradient_kernel(
 ):  # fmt: skip
     """The first programs write blocks of d_a [K, R, D], the others add to blocks of d_x [K, T, D].
 
-    a, second, third, their d_inner and d_a: of LAYERS layers.
+    a, a2, a3, their d_inner and d_a: of LAYERS layers.
     ADD: d_x has a value already.
     """
     after_previous_kernel(EARLY)
@@ -211,9 +210,9 @@ def low_rank_shrink_gradient_kernel(
                 values = load_tile(x + slot * x_slot, row, column, x_row, rows, columns, HALF)
                 total += _of_a(d_inner + of, values, row, rank_at, rows, rank, HALF)
                 if LAYERS > 1:
-                    total2 += _of_a(d_second + of, values, row, rank_at, rows, rank, HALF)
+                    total2 += _of_a(d_inner2 + of, values, row, rank_at, rows, rank, HALF)
                 if LAYERS > 2:
-                    total3 += _of_a(d_third + of, values, row, rank_at, rows, rank, HALF)
+                    total3 += _of_a(d_inner3 + of, values, row, rank_at, rows, rank, HALF)
             to = slot * d_a_slot
             store_tile(d_a + to, rank_at, column, columns, rank, columns, total)
             if LAYERS > 1:
@@ -227,11 +226,9 @@ def low_rank_shrink_gradient_kernel(
         at = slot * a_slot
         sums = _of_x(d_inner + of, a + at, row, column, rank_at, rows, columns, rank, HALF)
         if LAYERS > 1:
-            sums += _of_x(
-                d_second + of, second + at, row, column, rank_at, rows, columns, rank, HALF
-            )
+            sums += _of_x(d_inner2 + of, a2 + at, row, column, rank_at, rows, columns, rank, HALF)
         if LAYERS > 2:
-            sums += _of_x(d_third + of, third + at, row, column, rank_at, rows, columns, rank, HALF)
+            sums += _of_x(d_inner3 + of, a3 + at, row, column, rank_at, rows, columns, rank, HALF)
         target = d_x + slot * rows * columns
         if ADD:
             sums += load_tile(target, row, column, columns, rows, columns, tl.float32)

@@ -61,8 +61,8 @@ def test_layers_that_read_one_input(
     )
     parts = []
     for i, shrunk in enumerate(shrink(x, a, SCALE, backend)):
-        inner = expand(y[i], shrunk, b[i], backend)
-        d_inner = expand_gradients(d[i], b[i], inner, SCALE, d_b[i], backend)
+        inner = expand(y[i], shrunk, b[i])
+        d_inner = expand_gradients(d[i], b[i], inner, SCALE, d_b[i])
         parts.append(ShrinkGradient(a[i], d_inner, d_a[i]))
     shrink_gradients(x, parts, d_x, fresh, backend)
 

@@ -214,10 +214,13 @@ def test_kernels_compile_for_a_gpu() -> None:
         EARLY = gdc_wait is not None  # whether this Triton can let kernels begin early
 
         def check_order(name, ptx):
-            # A kernel that begins early touches no memory before the one before it has ended.
-            touched = [ptx.find(word) for word in ("ld.global", "st.global", "atom.global")]
-            first = min(at for at in touched if at >= 0)
-            assert not EARLY or 0 <= ptx.find("griddepcontrol.wait") < first, name
+            # A kernel that begins early touches no memory before the one before it has ended, and
+            # lets the next one begin after that, which therefore waits for all kernels before.
+            words = ("ld.global", "st.global", "atom.global", "red.global", "cp.async", "prefetch")
+            first = min(at for at in map(ptx.find, words) if at >= 0)
+            wait = ptx.find("griddepcontrol.wait")
+            then = ptx.find("griddepcontrol.launch_dependents")
+            assert not EARLY or 0 <= wait < min(first, then), name
 
         # Kernels of passes: their own constants, numbers by name, and pointers to float32.
         names = ("RMS", "BIAS", "NARROW", "FIRST", "SECOND", "MORE", "OF_WEIGHT")

@@ -63,6 +63,8 @@ def test_rows_that_change_each_other_are_refused() -> None:
         batch_of(model, 2, target=["inner"]),  # in full float32 no pass has two rows
     ):
         assert [a.error for a in batch.map([query(0)])] == [None]
+    with pytest.raises(ValueError, match="rows of a batch that do not change each other"):
+        batch(torch.ones(2, 5, dtype=torch.int64, device=DEVICE))  # a call has them in one pass
 
 
 def test_a_first_text_of_zeros_hides_nothing() -> None:

@@ -111,7 +111,7 @@ class _AddLowRank(torch.autograd.Function):
         ctx.shared, ctx.scale, ctx.backend = shared, scale, backend
         wide, rows, down, up = _entries(y, x, a, b)
         [shrunk] = shrink(rows, [down], scale, backend)
-        inner = expand(wide, shrunk, up, backend)
+        inner = expand(wide, shrunk, up)
         ctx.save_for_backward(x, *inner, a, b)
         ctx.mark_dirty(y)
         return y
@@ -139,7 +139,7 @@ class _AddLowRank(torch.autograd.Function):
         to_b = None if d_b is None else d_b.view(up.shape)
         with torch.autocast(x.device.type, enabled=False):
             inner = Inner(values, finished)
-            d_inner = expand_gradients(d, up, inner, ctx.scale, to_b, ctx.backend)
+            d_inner = expand_gradients(d, up, inner, ctx.scale, to_b)
             part = ShrinkGradient(down, d_inner, to_a)
             shrink_gradients(rows, [part], d_x, fresh, ctx.backend)
         return gradient, None, d_a, d_b, None, None, None

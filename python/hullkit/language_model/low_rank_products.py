@@ -6,7 +6,8 @@
     shrink's gradients: d_a = d_inner^T x;  d_x += d_inner a
 
 x (K, T, D), y and d (K, T, E), a (K, R, D), b (K, E, R). Slots of x, d, a and b may lie any
-distance apart; a slot's factors, and all of y and d_x, have no gaps. There is no autograd.
+distance apart, and rows of x and d. A row, a slot's factor, and all of y and d_x have no gaps.
+There is no autograd.
 
 backend: "triton" takes CPU tensors too, in Triton's interpreter.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..optim._tensor_table import uses_triton
 
-MOST_LAYERS = 3  # that read the same x, for which a kernel works at once
+MOST_LAYERS = 3  # that read the same x, which a kernel has places for
 _LARGEST_RANK = 64  # of the kernels
 # Kernels were found to be faster than torch's products at this rank, and at lower ones where all
 # slots together have so many columns (bench/ops/lora_products.py).
@@ -30,7 +31,7 @@ _PROGRAMS = 256  # so many keep a GPU busy
 
 
 class Shrunk(NamedTuple):
-    """inner (K, T, R); of kernels the parts (K, PARTS, T, R) in float32 whose sum it is."""
+    """values: inner (K, T, R). With `in_parts` its float32 parts (K, PARTS, T, R), for kernels."""
 
     values: Tensor
     in_parts: bool
@@ -73,7 +74,7 @@ def shrink(
     return [Shrunk(own, in_parts=True) for own in parts]
 
 
-def expand(y: Tensor, shrunk: Shrunk, b: Tensor, backend: str | None = None) -> Inner:
+def expand(y: Tensor, shrunk: Shrunk, b: Tensor) -> Inner:
     """y += inner b^T."""
     inner, in_parts = shrunk
     if not in_parts:
@@ -90,9 +91,8 @@ def expand(y: Tensor, shrunk: Shrunk, b: Tensor, backend: str | None = None) -> 
 
 
 def expand_gradients(
-    d: Tensor, b: Tensor, inner: Inner, scale: float, d_b: Tensor | None,
-    backend: str | None = None,
-) -> Tensor:  # fmt: skip
+    d: Tensor, b: Tensor, inner: Inner, scale: float, d_b: Tensor | None
+) -> Tensor:
     """d_inner (K, T, R), for d: the gradient of y. d_b is overwritten, if there is one.
 
     Calls with the same `inner` must follow one another, as those on one stream do.

@@ -99,13 +99,14 @@ class SharedInput:
         self._dtype = dtype
         self._gradient: Tensor | None = None
         self._deferred: list[Any] = []
-        self._finish: Callable[[list[Any]], None] | None = None
+        self._finish: Finish | None = None
 
-    def defer(self, part: Any, finish: Callable[[list[Any]], None]) -> None:
-        """Before the gradient is taken, `finish` gets all parts and adds what they are to it.
+    def defer(self, part: Any, finish: Finish) -> None:
+        """Before the gradient is taken, `finish` gets this object and all parts, and adds to it.
 
         So layers work at once where each would read and write the gradient for itself.
-        finish: the same one for all parts.
+        finish: the same function for all parts. It holds no reference to this object, which would
+            live on with a pass's tensors if the pass fails.
         """
         self._deferred.append(part)
         self._finish = finish
@@ -131,9 +132,12 @@ class SharedInput:
         finish, self._finish = self._finish, None
         if finish is not None:
             parts, self._deferred = self._deferred, []
-            finish(parts)
+            finish(self, parts)
         gradient, self._gradient = self._gradient, None
         return gradient
+
+
+Finish = Callable[[SharedInput, list[Any]], None]
 
 
 def share(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, SharedInput]:

@@ -27,7 +27,7 @@ from .export import write_adapter
 from .factors import SlotFactors
 from .layers import chosen_layers, device_and_dtype
 from .memory import PLANNED, Room, budget, slots_within
-from .neighbours import check_rows, feels_padding
+from .neighbours import Neighbours
 from .passes import SlotPasses
 from .queries import Answer
 from .slot_forwards import SlotForwards
@@ -37,7 +37,7 @@ _SCALE = 1024.0  # of a float16 model's loss: its gradients would vanish
 
 
 class PromptBatch:
-    """K slots, each with its own low-rank adapters, trained together on one frozen model.
+    """K slots, each with its own low-rank adapters, trained on one frozen model.
 
     A chosen linear layer with weight W computes, for the text of slot k,
 
@@ -60,14 +60,15 @@ class PromptBatch:
         slots: K >= 1, prompts at once. "auto": 64 or the largest power of 2 for which `memory` has
             room, with texts of 512 tokens.
         memory: for slots and passes, a number of bytes or a fraction of what is free now. A pass
-            that would take more has fewer slots at a time. None: for "auto" all that is free, less
-            1/16 of a CUDA device; else no bound, and fewer slots after a pass ran out of memory.
+            that would take more has fewer slots at a time; a text that does not fit alone is an
+            error of its query. None: for "auto" all that is free, less 1/16 of a CUDA device; else
+            no bound, and fewer slots after a pass ran out of memory.
         rank, alpha, rslora: of the adapters.
         target: "all-linear", every `torch.nn.Linear`, `Conv1D` of transformers and quantised layer
             but the output head; or a sequence of names, or ends of names, of layers.
         lr, betas, eps, refresh_interval, seed: as TestTimeFinetuner's; seed is of fresh factors.
-        precision: of the passes, as TestTimeFinetuner's: "float32", "tf32" (on a CPU float32 in
-            shared passes) or "bf16".
+        precision: of the passes, as TestTimeFinetuner's: "float32", "tf32" or "bf16". On a CPU
+            "tf32" computes in float32, and slots share passes.
         capture: whether passes are CUDA graphs, one for each padded length.
             None: where possible, else eager with a warning. True: an error. False: never.
         backend: "triton" runs the kernels on CPU tensors too, in Triton's interpreter.
@@ -87,7 +88,8 @@ class PromptBatch:
     True
 
     Cost: for K slots with the sum N of rank (D_in + D_out): 16 N K bytes of factors, gradients and
-    moments, 2 N K more for copies where products are in half precision, and the pass's activations.
+    moments, 2 N K more for copies where products are in half precision, 8 N more where passes in
+    full float32 are captured, and the pass's activations.
     """
 
     @torch.inference_mode(False)  # tensors of that mode could not be written to outside of it
@@ -140,7 +142,6 @@ class PromptBatch:
         self._forwards = SlotForwards(self._layers, share, backend)
         self._longest = longest_padded(model)
         self._busy = False
-        self._pads: bool | None = None  # not known yet
 
         def make(number: int) -> None:
             self.slots = number
@@ -171,6 +172,7 @@ class PromptBatch:
                 raise ValueError(f"memory: expected more than the {own} bytes of {slots} slots")
             limit = (limit - own) // self._passes.shares
         self._room = Room(slots, limit, self._passes.held)
+        self._neighbours = Neighbours(self._passes.logits, slots, apart, captures)
         for slot in range(slots):
             self._factors.reset_(slot, seed)
 
@@ -232,7 +234,7 @@ class PromptBatch:
 
         Raises:
             RuntimeError: another `map` or `adapt_` of this batch is under way.
-            ValueError: rows of a batch change each other in this model.
+            ValueError: rows of a batch change each other in this model, and slots share passes.
             What the model raises in a pass, but for a lack of memory: it ends the `map`.
         """
         answers = self._answers(queries, keep=False)
@@ -292,17 +294,8 @@ class PromptBatch:
         return self._passes.apart
 
     def pads(self, text: Tensor) -> bool:
-        """Whether texts are padded. The first text shows whether they may be.
-
-        Raises ValueError if rows of a batch change each other.
-        """
-        if self.apart and not self._passes.captures:
-            return False
-        if self._pads is None:
-            if self.slots > 1 and not self.apart:
-                check_rows(self._passes.logits, text)
-            self._pads = not feels_padding(self._passes.logits, text, self.apart)
-        return self._pads
+        """Whether texts are padded. The first text shows whether they may be."""
+        return self._neighbours.pads(text)
 
     def rows(self, length: int) -> int:
         """The slots of a pass of texts that are padded to this length."""
@@ -348,13 +341,20 @@ class PromptBatch:
         return Borrowed(self.model, *blocks)
 
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k."""
+        """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k.
+
+        Raises:
+            TypeError, ValueError: bad ids; rows of a batch change each other in this model.
+        """
         self._check_rows(input_ids)
         with torch.no_grad(), self._using(self._forwards.some(0, self.slots)):
             return logits_of(self.model(input_ids, **inputs), input_ids)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """`model.generate(input_ids, **options)`, where row k (K, T) is continued by slot k."""
+        """`model.generate(input_ids, **options)`, where row k (K, T) is continued by slot k.
+
+        Raises: as a call.
+        """
         self._check_rows(input_ids)
         with self._using(self._forwards.some(0, self.slots)):
             out: Tensor = self.model.generate(input_ids, **options)  # type: ignore[operator]
@@ -375,6 +375,7 @@ class PromptBatch:
         limits = token_limits(self.model)
         for k, ids in enumerate(input_ids if input_ids.is_meta else input_ids.cpu()):
             check_token_ids(f"input_ids[{k}]", ids, limits, fewest=1)
+        self._neighbours.check_rows(input_ids[0])
 
     def export(self, k: int, directory: str | Path) -> None:
         """Writes slot k as an adapter that `peft.PeftModel.from_pretrained` loads.

@@ -20,8 +20,8 @@ RESET = -1  # in the place of a number of updates
 class SlotFactors:
     """The factors of all layers and slots, their gradients and Adam's moments.
 
-    Memory has a row for each slot: of one layer after the other A (R, I), then B (O, R). Fresh
-    factors are as PEFT's: A uniform within 1 / sqrt(I), B 0.
+    Memory has a row for each slot: the first layer's A (R, I), its B (O, R), the second layer's A,
+    and so on. Fresh factors are as PEFT's: A uniform within 1 / sqrt(I), B 0.
 
     half: the dtype of the copies that products read; None if they read the float32 factors.
     betas, eps: Adam's. unscale: what gradients are multiplied with first, a power of 2.

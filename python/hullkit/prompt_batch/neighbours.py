@@ -16,34 +16,60 @@ _BOUND, _BOUND_OF_HALVES = 1e-3, 0.1
 Logits = Callable[[Tensor], Tensor]  # of ids (R, T): (R, T, V), the model's own
 
 
-def check_rows(logits: Logits, text: Tensor) -> None:
-    """Raises ValueError if another row of the batch changes what the model says of a text (T,)."""
-    text = text[:_TOKENS]
-    both = torch.stack([text, _others(text)])
-    apart = _difference(logits(text[None])[0], logits(both)[0])
-    if apart > _BOUND_OF_HALVES:  # in full float32 texts have passes of their own
-        raise ValueError(
-            "model: expected rows of a batch that do not change each other, got logits that differ "
-            f"by {apart:.1e} beside another row"
-        )
+class Neighbours:
+    """What the first text shows of the model.
 
-
-def feels_padding(logits: Logits, text: Tensor, exact: bool) -> bool:
-    """Whether a tail of other tokens changes what the model says of the tokens before it.
-
-    It does in a model that is not causal. A model that takes no longer text counts as one.
-
-    exact: whether products are in full float32.
+    logits: the model's own. slots: of a batch. apart: whether every text has a pass of its own, in
+    full float32. graphs: whether passes are recorded, for padded lengths.
     """
-    own = text[: max(2, min(_TOKENS, len(text)) // 2)]
-    alone = logits(own[None])[0]
-    try:
-        padded = logits(torch.cat([own, _others(own)])[None])[0, : len(own)]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
-        return True
-    return _difference(alone, padded) > (_BOUND if exact else _BOUND_OF_HALVES)
+
+    def __init__(self, logits: Logits, slots: int, apart: bool, graphs: bool) -> None:
+        self._logits = logits
+        self._apart = apart
+        self._bound = _BOUND if apart else _BOUND_OF_HALVES
+        self._checked = slots == 1
+        # A text that is apart needs padding for a graph only. None: not known yet.
+        self._pads: bool | None = False if apart and not graphs else None
+
+    def pads(self, text: Tensor) -> bool:
+        """Whether texts are padded.
+
+        Raises ValueError if rows of a batch change each other, where texts share passes.
+        """
+        if not self._apart:
+            self.check_rows(text)
+        if self._pads is None:
+            self._pads = not self._feels_padding(text)
+        return self._pads
+
+    def check_rows(self, text: Tensor) -> None:
+        """Raises ValueError if another row of a batch changes what the model says of a text."""
+        if self._checked:
+            return
+        text = text[:_TOKENS]
+        both = torch.stack([text, _others(text)])
+        apart = _difference(self._logits(text[None])[0], self._logits(both)[0])
+        if apart > self._bound:
+            raise ValueError(
+                "model: expected rows of a batch that do not change each other, got logits that "
+                f"differ by {apart:.1e} beside another row"
+            )
+        self._checked = True
+
+    def _feels_padding(self, text: Tensor) -> bool:
+        """Whether a tail of other tokens changes what the model says of the tokens before it.
+
+        It does in a model that is not causal. A model that takes no longer text counts as one.
+        """
+        own = text[: max(2, min(_TOKENS, len(text)) // 2)]
+        alone = self._logits(own[None])[0]
+        try:
+            padded = self._logits(torch.cat([own, _others(own)])[None])[0, : len(own)]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return True
+        return _difference(alone, padded) > self._bound
 
 
 def _others(text: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes of all slots at once: eager, or CUDA graphs, one for each length."""
+"""Passes of texts, each with its slot's factors: eager, or CUDA graphs, one for each length."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class _Call:
 class SlotForwards:
     """Runs layers with the factors of slots.
 
-    scale: of the low-rank product. autocast: whether products are in bfloat16.
+    scale: of the low-rank product. backend: "triton" takes CPU tensors too.
     """
 
     def __init__(self, layers: list[Layer], scale: float, backend: str | None) -> None:
@@ -195,11 +195,12 @@ class _Stacked(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         stacked = x.reshape(call.slots, -1, x.shape[-1])
+        stacked = stacked if stacked.stride(-1) == 1 else stacked.contiguous()
         with torch.autocast(x.device.type, enabled=False):
             shrunk = call.shrunk(layer, stacked, shared, scale, backend)
             y = layer.product(x)
             wide = y.view(call.slots, -1, layer.outputs)
-            inner = expand(wide, shrunk, layer.b[call.of], backend)
+            inner = expand(wide, shrunk, layer.b[call.of])
         if anchor is not None:
             ctx.save_for_backward(stacked, *inner)
             ctx.layer, ctx.of, ctx.shared, ctx.scale = layer, call.of, shared, scale
@@ -216,23 +217,29 @@ class _Stacked(torch.autograd.Function):
         with torch.autocast(d.device.type, enabled=False):
             layer.learned = True
             b, d_b = layer.b[of], layer.d_b[of]
-            d_inner = expand_gradients(d, b, Inner(*inner), ctx.scale, d_b, ctx.backend)
+            d_inner = expand_gradients(d, b, Inner(*inner), ctx.scale, d_b)
             part = ShrinkGradient(layer.a[of], d_inner, layer.d_a[of])
             if ctx.needs_input_grad[0]:
                 ctx.shared.add(d.flatten(0, 1), layer.weight(d.dtype).t())
-                ctx.shared.defer(part, partial(_input_gradients, x, ctx.shared, ctx.backend))
+                ctx.shared.defer(_Reader(x, part, ctx.backend), _finish)
             else:
                 shrink_gradients(x, [part], None, True, ctx.backend)
         return (None,) * 7
 
 
-def _input_gradients(
-    x: Tensor, shared: SharedInput, backend: str | None, parts: list[ShrinkGradient]
-) -> None:
-    """Adds what the slots' factors of several layers do to the gradient of x (K, T, I), which these
-    layers have read."""
+class _Reader(NamedTuple):
+    """What a layer leaves until the gradient of its input x (K, T, I) is taken."""
+
+    x: Tensor
+    gradient: ShrinkGradient
+    backend: str | None
+
+
+def _finish(shared: SharedInput, readers: list[_Reader]) -> None:
+    """Adds what the slots' factors of all readers of an input do to its gradient."""
+    x, _, backend = readers[0]
     with torch.autocast(x.device.type, enabled=False):
-        total, fresh = shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)
-        for at in range(0, len(parts), MOST_LAYERS):
-            some = parts[at : at + MOST_LAYERS]
-            shrink_gradients(x, some, total.view(x.shape), fresh, backend)
+        total, _ = shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)
+        for at in range(0, len(readers), MOST_LAYERS):
+            some = [reader.gradient for reader in readers[at : at + MOST_LAYERS]]
+            shrink_gradients(x, some, total.view(x.shape), False, backend)

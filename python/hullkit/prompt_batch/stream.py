@@ -139,9 +139,10 @@ class Stream:
         return run
 
     def _pass(self) -> None:
-        """A burst of every busy slot: in one pass, or in several where one would be too large.
+        """A burst of every busy slot, in as few passes as `rows` allows.
 
-        Where padding would change a text, only those as long as the oldest query's share a pass.
+        Where padding would change a text, only those as long as the oldest query's share a pass,
+        and the others wait.
         """
         busy = [run for run in self._runs if run is not None]
         oldest = min(busy, key=lambda run: run.index)
