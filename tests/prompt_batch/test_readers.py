@@ -140,10 +140,10 @@ class Losing(Readers):
 
 def test_a_pass_that_fails_leaves_no_tensors() -> None:
     """At once: the next pass needs the memory."""
+    target = ["first", "layers.0", "layers.1"]
     batch = hullkit.PromptBatch(
-        Losing(1).to(DEVICE), slots=2, rank=4, capture=False, target=["first", "layers.0", "layers.1"],
-        **TOGETHER,
-    )  # fmt: skip
+        Losing(1).to(DEVICE), slots=2, rank=4, capture=False, target=target, **TOGETHER
+    )
     gc.collect()
     gc.disable()
     try:

@@ -103,7 +103,7 @@ class PromptBatch:
         alpha: float = 16.0,
         rslora: bool = False,
         target: str | Sequence[str] = "all-linear",
-        lr: float = 2e-3,
+        lr: float = 1e-3,
         refresh_interval: int = 2,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
