@@ -25,7 +25,7 @@ examples = [torch.tensor(list(texts[row].encode())) for row in chosen.rows[used]
 ids = torch.tensor(list(prompt.encode()))
 
 before = hullkit.bits_per_byte(model, ids, len(ids) - 1)
-tuner = hullkit.TestTimeFinetuner(model, lr=1e-3)  # trains what requires a gradient
+tuner = hullkit.TestTimeFinetuner(model, lr=2e-3)  # trains what requires a gradient
 with tuner.adapted(examples, chosen.counts[used]) as adapted:
     after = hullkit.bits_per_byte(adapted, ids, len(ids) - 1)
     start = ids[None, :20]

@@ -12,7 +12,7 @@ from hullkit.prompt_batch import Score
 from torch import Tensor, nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RANK, LR = 4, 1e-2
+RANK, LR = 16, 1e-2  # a rank at which a GPU uses the kernels
 # In full float32 every text has a pass of its own. With this, slots share passes, on a CPU in the
 # same arithmetic.
 TOGETHER = {"precision": "tf32"}

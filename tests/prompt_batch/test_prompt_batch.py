@@ -52,7 +52,9 @@ def by_peft(model: nn.Module, of: hullkit.Query, precision: str) -> tuple[float,
 def test_a_slot_learns_what_an_adapter_of_peft_learns(
     precision: str, make: Any, tmp_path: Path
 ) -> None:
-    bound = 1e-5 if precision == "float32" else ROUNDING
+    # Of a score, and of logits.
+    rough = precision == "tf32" and DEVICE.type == "cuda"
+    of_score, of_logits = (2e-2, 5e-2) if rough else (1e-4, 1e-4)
     queries = [query(seed) for seed in range(2)]
     batch = batch_of(make().to(DEVICE), 2, precision=precision)
     answers = batch.adapt_(queries)
@@ -61,13 +63,14 @@ def test_a_slot_learns_what_an_adapter_of_peft_learns(
     for k, (of, answer) in enumerate(zip(queries, answers, strict=True)):
         assert answer.error is None
         wanted, adapted = by_peft(make().to(DEVICE), of, precision)
-        assert answer.value == pytest.approx(wanted, rel=10 * bound)
+        assert answer.value == pytest.approx(wanted, rel=of_score)
         with torch.no_grad():
             torch.testing.assert_close(
-                together[k], adapted(ids[k : k + 1]).logits[0], rtol=100 * bound, atol=10 * bound
+                together[k], adapted(ids[k : k + 1]).logits[0], rtol=of_logits, atol=of_logits
             )
             with batch.slot(k) as model:
                 alone = model(ids[k : k + 1]).logits[0]
+    bound = of_logits if rough else 1e-5
     torch.testing.assert_close(together[1], alone, rtol=bound, atol=bound)
     batch.export(1, tmp_path)
     loaded = peft.PeftModel.from_pretrained(make().to(DEVICE), str(tmp_path)).eval()
