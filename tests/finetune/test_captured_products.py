@@ -61,6 +61,7 @@ def usable() -> None:
         pytest.skip("no GPU that the kernel runs on")
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 def test_a_captured_pass_multiplies_in_its_updates() -> None:
     tuner, _ = adapted(False, True)
     ids = torch.arange(TOKENS) % 32

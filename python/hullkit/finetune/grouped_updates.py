@@ -266,13 +266,13 @@ class _ProductPart(_Part):
         )
 
     def note_factors(self, weight: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
-        """Returns what must live until the update."""
+        """Returns what must live until the update: memory, and no graph of autograd."""
         if weight in self.gradients:
             raise RuntimeError(
                 f"expected a weight of shape {tuple(weight.shape)} in one linear layer, as in the "
                 "warm-up, got it in another one"
             )
-        held = [aligned(a), aligned(b)]
+        held = [aligned(factor.detach()) for factor in (a, b)]
         self.gradients[weight] = factors_of(*held)
         return held
 
