@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 peak_mb="" if peak is None else round(peak / 2**20),
                 device=torch.cuda.get_device_name() if cuda else processor(),
                 threads="" if cuda else torch.get_num_threads(), torch=torch.__version__,
-                commit=commit(), command="python -m bench.ops.many_prompts",
+                commit=commit(),
+                command="python -m bench.ops.many_prompts" + " --base nf4" * four_bits,
             )  # fmt: skip
             print(provider, row["shape"], quantiles.get("p50"), row["peak_mb"], flush=True)
             rows.append(row)
