@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programmatic dependent launch: a kernel is put on the GPU while the one before it still runs.
 
-Passes are long rows of short kernels. Without it each begins about a microsecond after the last
-program of the one before it has ended. GPUs of compute capability 9.0 and later can do it.
+Passes are long rows of short kernels. Without it each is launched only when the last program of the
+one before it has ended. GPUs of compute capability 9.0 and later can do it.
 """
 
 import torch

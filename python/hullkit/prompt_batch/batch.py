@@ -50,8 +50,8 @@ class PromptBatch:
     In half precision and "tf32" a pass has one text of every busy slot, padded to one length, and
     its loss is the sum of the slots' mean next-token cross entropies. A query's results depend on
     its neighbours by rounding alone; with the same neighbours they have the same bits on one
-    device. In full float32 every text has a pass of its own: one keeps a GPU busy, and a query's
-    results have the same bits whatever its neighbours are.
+    device. In full float32 every text has a pass of its own, and a query's results have the same
+    bits whatever its neighbours are.
 
     Args:
         model: a causal language model in memory, float32, bfloat16 or float16, on one device. Its
@@ -151,7 +151,7 @@ class PromptBatch:
             )  # fmt: skip
             self._passes = SlotPasses(
                 model, self._factors, self._forwards, precision=precision, apart=apart,
-                capture=capture, scale=scale, capacity=refresh_interval,
+                capture=capture, scale=scale,
             )  # fmt: skip
 
         limit = None if memory is None and slots != "auto" else budget(memory, device)

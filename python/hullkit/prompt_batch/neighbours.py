@@ -48,11 +48,11 @@ class Neighbours:
             return
         text = text[:_TOKENS]
         both = torch.stack([text, _others(text)])
-        apart = _difference(self._logits(text[None])[0], self._logits(both)[0])
-        if apart > self._bound:
+        moved = _difference(self._logits(text[None])[0], self._logits(both)[0])
+        if moved > self._bound:
             raise ValueError(
                 "model: expected rows of a batch that do not change each other, got logits that "
-                f"differ by {apart:.1e} beside another row"
+                f"differ by {moved:.1e} beside another row"
             )
         self._checked = True
 

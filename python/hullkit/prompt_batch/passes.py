@@ -35,7 +35,6 @@ class SlotPasses:
 
     apart: whether every text has a pass of its own, so that no other changes its rounding.
     capture: as TestTimeFinetuner's. scale: what the loss is multiplied with, for float16 gradients.
-    capacity: the most updates with one gradient.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class SlotPasses:
         apart: bool,
         capture: bool | None,
         scale: float,
-        capacity: int,
     ) -> None:
         self._model = model
         self._factors = factors
@@ -56,7 +54,6 @@ class SlotPasses:
         self._precision = precision
         self.apart = apart
         self._scale = scale
-        self.capacity = capacity
         self._device = factors.params.device
         self._anchor = torch.zeros((), dtype=torch.float32, device=self._device, requires_grad=True)
         self._options = without_cache(model)
