@@ -48,13 +48,16 @@ def _thin(factor, column, rank_at, columns, rank, column_stride, rank_stride, HA
 
 @triton.jit(do_not_specialize=["scale"])
 def low_rank_shrink_kernel(
-    x, a, a2, a3, parts, rows, columns, rank, x_slot, x_row, a_slot, count, length, scale,
-    LAYERS: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    x, a, a2, a3, parts, inner, finished, rows, columns, rank, x_slot, x_row, a_slot, count,
+    length, scale, LAYERS: tl.constexpr, WHOLE: tl.constexpr,
+    HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for a block of rows and `length` columns, which are one of `count` parts.
 
-    a, a2, a3: of LAYERS layers. parts [LAYERS, K, PARTS, T, R].
+    a, a2, a3: of LAYERS layers. parts [LAYERS, K, PARTS, T, R]. With WHOLE the program that finishes
+    a block's last part writes inner [LAYERS, K, T, R].
+    finished [K, BLOCKS] int32: 0 before and after. It counts the finished parts of a block of rows.
     """
     after_previous_kernel(EARLY)
     slot, slots = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
@@ -77,14 +80,28 @@ def low_rank_shrink_kernel(
         if LAYERS > 2:
             thin = _thin(a3 + slot * a_slot, column, rank_at, columns, rank, 1, columns, HALF)
             total3 += tl.dot(values, thin, input_precision="ieee")
-    parts += (slot * count + part) * rows * rank
-    store_tile(parts, row, rank_at, rank, rows, rank, total * scale)
+    if WHOLE and MOST == 1:
+        to = inner + slot * rows * rank
+        next_layer = slots * rows * rank
+    else:
+        to = parts + (slot * count + part) * rows * rank
+        next_layer = slots * count * rows * rank
+    store_tile(to, row, rank_at, rank, rows, rank, total * scale)
     if LAYERS > 1:
-        parts += slots * count * rows * rank
-        store_tile(parts, row, rank_at, rank, rows, rank, total2 * scale)
+        store_tile(to + next_layer, row, rank_at, rank, rows, rank, total2 * scale)
     if LAYERS > 2:
-        parts += slots * count * rows * rank
-        store_tile(parts, row, rank_at, rank, rows, rank, total3 * scale)
+        store_tile(to + 2 * next_layer, row, rank_at, rank, rows, rank, total3 * scale)
+    if WHOLE and MOST > 1:
+        of = finished + slot * tl.cdiv(rows, ROWS) + block
+        tl.debug_barrier()  # the whole part is written before it is counted
+        if tl.atomic_add(of, 1, sem="acq_rel") == count - 1:
+            for layer in tl.static_range(LAYERS):
+                of_slot = (layer * slots + slot) * rows * rank
+                whole = _sum_of_parts(
+                    parts + of_slot * count, row, rank_at, rows, rank, count, MOST
+                )
+                store_tile(inner + of_slot, row, rank_at, rank, rows, rank, whole)
+            tl.store(of, 0)
 
 
 @triton.jit

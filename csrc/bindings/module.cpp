@@ -14,6 +14,7 @@ namespace hullkit {
 void bind_objects(py::module_& module);
 void bind_optim(py::module_& module);
 void bind_operations(py::module_& module);
+void bind_products(py::module_& module);
 void bind_with_block(py::module_& module);
 
 namespace {
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_core, module) {
   });
   hullkit::bind_operations(module);
   hullkit::bind_optim(module);
+  hullkit::bind_products(module);  // adds to what bind_optim makes
   hullkit::bind_objects(module);
   hullkit::bind_with_block(module);
   module.def("build_info", &hullkit::build_info);

@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The optimizers' face to Python: tables and records by address, and their layout by name.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <string>
-#include <vector>
-
+#include "bindings/field_names.h"
 #include "hullkit/accumulate.h"
 #include "hullkit/adam.h"
 #include "hullkit/adam_product.h"
@@ -30,14 +27,6 @@ TensorTable table(int64_t rows, int64_t count, const Record<Options>& record, in
 template <typename Options>
 const Record<Options>& record_at(int64_t address) {
   return *reinterpret_cast<const Record<Options>*>(address);
-}
-
-template <typename Struct>
-py::tuple field_names() {
-  std::vector<std::string> names;
-  const Struct fields{};
-  each_field(fields, [&](const char* name, const auto&) { names.emplace_back(name); });
-  return py::cast(names);
 }
 
 }  // namespace

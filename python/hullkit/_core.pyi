@@ -75,6 +75,18 @@ def squared_norm_cpu(
     *, rows: int, count: int, record: int, grad_dtype: int, num_threads: int
 ) -> float: ...
 
+most_product_results: int
+most_product_terms: int
+product_tile_columns: int
+product_tile_rows: tuple[int, ...]
+
+def product_sums_usable() -> bool: ...  # on the current device
+
+# The other numbers of 64 bits are addresses.
+def product_sums_cuda(
+    *, matrices: int, num_results: int, num_terms: int, transposed: bool, stream: int
+) -> None: ...
+
 adam_product_tile: int
 
 def adam_product_usable() -> bool: ...  # on the current device

@@ -157,6 +157,7 @@ def test_a_loss_without_all_logits(
     """In chunks of one row, of five and a rest of one, and in one of all."""
     row_bytes = -(-vocabulary // 64) * 64 * dtype.itemsize
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * row_bytes)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 1)
     hidden, weight, labels = linear_problem(dtype, 11, vocabulary)
     loss = linear_next_token_loss(hidden, weight, labels)
     wanted = plain(F.linear(hidden, weight), labels)
@@ -184,6 +185,7 @@ def test_what_needs_no_gradient_gets_none() -> None:
 def test_a_linear_loss_in_lower_precision(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products are in autocast's dtype, gradients in the leaves'; in one chunk and in three."""
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 192 * 2)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 1)
     hidden, weight, labels = linear_problem(torch.float32, 9, 130)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         loss = linear_next_token_loss(hidden, weight, labels)

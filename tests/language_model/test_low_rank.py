@@ -239,8 +239,8 @@ def test_calls_that_do_not_fit_take_their_own_way() -> None:
         assert torch.equal(ours, theirs)
     functions = FusedFunctions(backend="triton")
     layer = layers(adapted())[0]
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    assert functions.low_rank(layer.base_layer, x.float(), a, b.double(), 1.0) is NotImplemented
+    layer.lora_B["default"].double()
+    assert functions.low_rank(layer, LowRank("default", 1.0), x.float()) is NotImplemented
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -12,6 +12,7 @@ import torch
 from _models import VOCABULARY
 from _prompts import DEVICE, PRECISIONS, ROUNDING, TOGETHER, text
 from hullkit.language_model.products import SharedInput
+from hullkit.language_model import low_rank_layers
 from hullkit.prompt_batch import slot_forwards
 from torch import Tensor, nn
 
@@ -96,7 +97,8 @@ def test_readers_change_no_bit(modes: int, precision: str, monkeypatch: pytest.M
         shrunk.append(len(factors))
         return own(x, factors, *others)
 
-    monkeypatch.setattr(slot_forwards, "shrink", noted)
+    for module in (slot_forwards, low_rank_layers):
+        monkeypatch.setattr(module, "shrink", noted)
     assert losses(Readers(modes), **options) == known
     assert set(shrunk) == {1, 2, 3}
     monkeypatch.setattr(slot_forwards._Call, "note_readers", lambda call: None)

@@ -56,6 +56,12 @@ class Barrier {
   __device__ void arrive() {
     asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(&word_)) : "memory");
   }
+  // Arrives, and the phase ends only after so many bytes of boxes, too (compute capability 9.0).
+  __device__ void arrive_expecting(int bytes) {
+    asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;}" ::"r"(shared_address(&word_)),
+                 "r"(bytes)
+                 : "memory");
+  }
   // Arrives once this thread's copies so far are there.
   __device__ void arrive_with_copies() {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&word_)) : "memory");

@@ -18,7 +18,9 @@ from ..optim._tensor_table import uses_triton
 from .interface import IGNORED, at_least_float32
 from .products import add_product, widens
 
-CHUNK_BYTES = 80 << 20  # so many logits at a time: 416 tokens of GPT-2 in float32
+# So many logits at a time: 416 tokens of GPT-2 in float32, and at least so many tokens of a batch.
+# Products of fewer rows are slower (H100).
+CHUNK_BYTES, CHUNK_ROWS = 80 << 20, 2048
 _ALIGNED = 64  # a row of logits begins at a multiple of so many elements
 _TENSOR_CORES = 8  # tensor cores are fast where a matrix's sides are multiples of this
 
@@ -232,8 +234,8 @@ def _of_chunks(
     """
     length, columns = len(hidden), len(weight)
     stride = -(-columns // _ALIGNED) * _ALIGNED
-    chunks = -(-length * stride * hidden.itemsize // CHUNK_BYTES)
-    step = -(-length // chunks)
+    rows_at_once = max(CHUNK_ROWS, CHUNK_BYTES // (stride * hidden.itemsize))
+    step = -(-length // -(-length // rows_at_once))
     of_all = _row_results(hidden.dtype, targets)
     losses, normalisers, scale, rows_of = (t.flatten() for t in (*of_all, targets))
     d_hidden = torch.empty_like(hidden) if of_hidden else None

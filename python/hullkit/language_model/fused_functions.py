@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..optim._tensor_table import HALVES, uses_triton
 from . import short_attention
+from .adapted_layers import AdaptedLayers
 from .gates import gated
-from .low_rank import add_low_rank_
+from .low_rank import LowRank, add_low_rank_, factors
 from .norms import WIDEST, Norm, norm
 from .products import (
     NarrowGradient,
@@ -76,6 +77,7 @@ class FusedFunctions(TorchFunctionMode):
         self._backend = backend
         self._inputs = SharedInputs() if inputs is None else inputs
         self._products = products
+        self.adapted = AdaptedLayers(backend)
         # Of an activation: the gate, its version then, and the activation's name.
         self._activated: RecentTensors[tuple[Tensor, int, str]] = RecentTensors()
         self._normed: RecentTensors[tuple[Tensor, SharedInput]] = RecentTensors()
@@ -139,15 +141,20 @@ class FusedFunctions(TorchFunctionMode):
         tensor, shared = self._inputs.of(x, self._dtype(x))
         return linear(tensor, shared, weight, bias, True, self._products)
 
-    def low_rank(self, base: Any, x: Any, a: Any, b: Any, scale: float) -> Any:
-        """base(x) + scale (x a^T) b^T of a linear layer and the factors of an adapter."""
+    def low_rank(self, module: Any, adapter: LowRank, x: Any) -> Any:
+        """base(x) + scale (x a^T) b^T of PEFT's layer, which was found to compute this."""
+        base = module.base_layer
+        a, b = factors(module, adapter)
         if not self._fits(x, base.weight, base.bias):
             return NotImplemented
         if not self._fits(x, a, None) or not self._fits(x, b, None):
             return NotImplemented
-        y = base(x)  # nobody else has seen it
         tensor, shared = self._inputs.of(x, self._dtype(x))
-        return add_low_rank_(y, tensor, shared, a, b, scale, self._backend)
+        y = self.adapted.output(module, tensor, shared)
+        if y is not None:
+            return y
+        y = base(x)  # nobody else has seen it
+        return add_low_rank_(y, tensor, shared, a, b, adapter.scale, self._backend)
 
     # Norms.
 

@@ -99,6 +99,7 @@ def _fused_forward(module: nn.Module, functions: FusedFunctions) -> Forward | No
     elif isinstance(found, GatedLayer):
         fused = partial(_gated_layer, module, functions, found)
     else:
+        functions.adapted.note(module, found)
         fused = partial(_low_rank, module, functions, found)
     return partial(_of_one_input, module, fused)
 
@@ -116,8 +117,7 @@ def _rms_norm(module: Any, functions: FusedFunctions, formula: Norm, x: Tensor) 
 
 
 def _low_rank(module: Any, functions: FusedFunctions, adapter: LowRank, x: Tensor) -> Tensor:
-    a, b = (part[adapter.name].weight for part in (module.lora_A, module.lora_B))
-    y = functions.low_rank(module.base_layer, x, a, b, adapter.scale)
+    y = functions.low_rank(module, adapter, x)
     return type(module).forward(module, x) if y is NotImplemented else y  # type: ignore[no-any-return]
 
 
@@ -188,6 +188,7 @@ def stand_ins(
         with replaced_globals(found), nullcontext() if checkpointed else functions:
             yield names
         names |= functions.names
+        functions.adapted.note_readers()
     finally:
         for module, attribute in replaced:
             module.__dict__.pop(attribute, None)

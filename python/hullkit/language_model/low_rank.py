@@ -42,11 +42,11 @@ def proven_low_rank(module: Any) -> LowRank | None:
     try:
         [name] = [n for n in module.active_adapters if n in module.lora_A]
         adapter = LowRank(name, float(module.scaling[name]))
-        factors = module.lora_A[name], module.lora_B[name]
-        layers = (*factors, module.base_layer)
+        thin = module.lora_A[name], module.lora_B[name]
+        layers = (*thin, module.base_layer)
         if any(type(layer) is not nn.Linear or is_watched(layer) for layer in layers):
             return None
-        if any(layer.bias is not None for layer in factors):
+        if any(layer.bias is not None for layer in thin):
             return None
         random = torch.Generator(device="cpu").manual_seed(0)
         sizes = (_IN, _OUT), (_IN, _RANK), (_RANK, _OUT)
@@ -63,6 +63,11 @@ def proven_low_rank(module: Any) -> LowRank | None:
     # Sums of a few products of numbers of size 1; orders may differ.
     bound = 64.0 * torch.finfo(x.dtype).eps * (1.0 + abs(adapter.scale))
     return adapter if float((got - wanted).abs().max()) <= bound else None
+
+
+def factors(module: Any, adapter: LowRank) -> tuple[Tensor, Tensor]:
+    """A (R, D) and B (E, R) of the adapter."""
+    return module.lora_A[adapter.name].weight, module.lora_B[adapter.name].weight
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -31,16 +31,20 @@ _PROGRAMS = 256  # so many keep a GPU busy
 
 
 class Shrunk(NamedTuple):
-    """values: inner (K, T, R). With `in_parts` its float32 parts (K, PARTS, T, R), for kernels."""
+    """values: inner (K, T, R). With `in_parts` its float32 parts (K, PARTS, T, R), for kernels.
+
+    finished: the caller's counters, if inner came of kernels that used them.
+    """
 
     values: Tensor
     in_parts: bool
+    finished: Tensor | None = None
 
 
 class Inner(NamedTuple):
     """What `expand_gradients` needs of the forward half.
 
-    values (K, T, R): scale x a^T. finished (K, blocks of rows): zeros in which kernels count, None
+    values (K, T, R): scale x a^T. finished (K, >= blocks of rows): zeros in which kernels count, None
     without kernels.
     """
 
@@ -57,9 +61,16 @@ class ShrinkGradient(NamedTuple):
 
 
 def shrink(
-    x: Tensor, factors: Sequence[Tensor], scale: float, backend: str | None = None
+    x: Tensor,
+    factors: Sequence[Tensor],
+    scale: float,
+    backend: str | None = None,
+    counters: Tensor | None = None,
 ) -> list[Shrunk]:
-    """inner of each factor a, at most MOST_LAYERS of one shape and distance between slots."""
+    """inner of each factor a, at most MOST_LAYERS of one shape and distance between slots.
+
+    counters: (K, >= blocks of rows) int32 zeros. With them no result is in parts.
+    """
     if not _uses_kernels(x, factors[0], backend):
         return [Shrunk(_product(x, a.to(x.dtype).mT, scale), in_parts=False) for a in factors]
     slots, rows, columns = x.shape
@@ -69,14 +80,17 @@ def shrink(
     count, length = _split(slots * down, columns)
     parts = x.new_empty(len(factors), slots, count, rows, rank, dtype=torch.float32)
     sizes = (rows, columns, rank, x.stride(0), x.stride(1), first.stride(0), count, length, scale)
-    flags = {"LAYERS": len(factors)} | _constants(x, rank)
-    _launch("low_rank_shrink", x, down * count, (x, *_padded(factors), parts, *sizes), flags)
-    return [Shrunk(own, in_parts=True) for own in parts]
+    whole = counters is not None
+    inner = x.new_empty(len(factors), slots, rows, rank) if whole else parts
+    arguments = (x, *_padded(factors), parts, inner, x if counters is None else counters, *sizes)
+    flags = {"LAYERS": len(factors), "WHOLE": whole} | _constants(x, rank) | _most(count)
+    _launch("low_rank_shrink", x, down * count, arguments, flags)
+    return [Shrunk(own, in_parts=not whole, finished=counters) for own in inner]
 
 
 def expand(y: Tensor, shrunk: Shrunk, b: Tensor) -> Inner:
     """y += inner b^T."""
-    inner, in_parts = shrunk
+    inner, in_parts, _ = shrunk
     if not in_parts:
         y.baddbmm_(inner, b.to(y.dtype).mT)
         return Inner(inner, None)

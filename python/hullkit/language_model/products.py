@@ -96,7 +96,7 @@ class SharedInput:
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self._gradient: Tensor | None = None
         self._deferred: list[Any] = []
         self._finish: Finish | None = None
@@ -120,7 +120,7 @@ class SharedInput:
         """The gradient so far, for a caller who adds to it, and whether it has no value yet."""
         fresh = self._gradient is None
         if self._gradient is None:
-            self._gradient = torch.empty(rows, columns, dtype=self._dtype, device=device)
+            self._gradient = torch.empty(rows, columns, dtype=self.dtype, device=device)
         return self._gradient, fresh
 
     def put(self, gradient: Tensor) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ WithBlock = _core.WithBlock
 # Numbers that cross for names, as the core declares them.
 STATUSES = _core.statuses
 VARIANTS = _core.variants
-LAYOUTS = _core.layouts  # fields of what optimizer kernels read, in order
+LAYOUTS = _core.layouts  # fields of what kernels read, in order
 _DTYPE_CODES = {getattr(torch, name): code for name, code in _core.dtypes.items()}
 _core.name_dtypes(_DTYPE_CODES)
 
@@ -182,6 +183,38 @@ def adam_product_cuda(
             param_dtype=_DTYPE_CODES[param_dtype],
             stochastic_rounding=stochastic_rounding,
             stream=raw_stream(table.device),
+        )
+
+
+MOST_PRODUCT_RESULTS: int = _core.most_product_results
+MOST_PRODUCT_TERMS: int = _core.most_product_terms
+PRODUCT_TILE_COLUMNS: int = _core.product_tile_columns
+PRODUCT_TILE_ROWS: tuple[int, ...] = _core.product_tile_rows  # of a slot: one of these
+
+
+@cache
+def product_sums_usable(device: torch.device) -> bool:
+    """Whether this build's `product_sums_cuda` runs on the device."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return _core.product_sums_usable()
+
+
+def product_sums_cuda(
+    matrices: Tensor, num_results: int, num_terms: int, transposed: bool, device: torch.device
+) -> None:
+    """Runs on the current stream of the device.
+
+    matrices: as csrc/include/hullkit/product_sums.h has them, int64 on the host.
+    """
+    with torch.cuda.device(device):
+        _core.product_sums_cuda(
+            matrices=matrices.data_ptr(),
+            num_results=num_results,
+            num_terms=num_terms,
+            transposed=transposed,
+            stream=raw_stream(device),
         )
 
 

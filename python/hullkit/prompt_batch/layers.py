@@ -35,6 +35,8 @@ class Layer:
         self.learned = False
         self.transposed = isinstance(module, nn.Linear)  # weight (O, I), else (I, O)
         self.quantized = _kind(module) in (EIGHT_BITS, FOUR_BITS)
+        # Whether the layer's product is one with `weight`. With 8 bits it is of integers.
+        self.multiplies = _kind(module) != EIGHT_BITS
         if self.transposed:
             self.outputs, self.inputs = module.out_features, module.in_features
         else:
@@ -42,12 +44,17 @@ class Layer:
         self.readers: tuple[Layer, ...] = (self,)
         self._copy: Tensor | None = None
 
+    @property
+    def bias(self) -> Tensor | None:
+        found: Tensor | None = self.module.bias
+        return found
+
     def product(self, x: Tensor) -> Tensor:
         """The layer's own product with x (..., I), its bias added, without autograd."""
         if self.quantized:
             return product_of(self.module, x)
         rows = x.reshape(-1, x.shape[-1])
-        return product(x, rows, self.weight(x.dtype), self.module.bias)
+        return product(x, rows, self.weight(x.dtype), self.bias)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (I, O) in the dtype of products. A copy is kept until `refresh`.
@@ -63,6 +70,10 @@ class Layer:
                     self._copy = own.to(dtype)
             own = self._copy
         return own.t() if self.transposed else own
+
+    def rows_of_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight (O, I) in the dtype of products."""
+        return self.weight(dtype).t()
 
     def refresh(self) -> None:
         """Gives the copy the weight's present values, in place: graphs read its memory.

@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..language_model.low_rank_layers import Adapted, Part, Readers, leave, outputs
 from ..language_model.low_rank_products import (
-    MOST_LAYERS,
     Inner,
     ShrinkGradient,
-    Shrunk,
     expand,
     expand_gradients,
     shrink,
@@ -31,42 +30,66 @@ class _Call:
     """How layers run: with the factors of which slots, on how many rows of tokens.
 
     of: the slots. tokens: of a pass with a backward half. anchor: as `SlotForwards.learning`'s.
+    scale: of the low-rank product.
     """
 
     def __init__(
-        self, of: slice, tokens: int | None, anchor: Tensor | None, inputs: SharedInputs
+        self,
+        of: slice,
+        tokens: int | None,
+        anchor: Tensor | None,
+        inputs: SharedInputs,
+        scale: float,
+        backend: str | None,
     ) -> None:
         self.of = of
         self.slots: int = of.stop - of.start
         self.tokens = tokens
         self.anchor = anchor
         self.inputs = inputs
-        self._readers: dict[SharedInput, list[Layer]] = {}
-        self._shrunk: dict[str, tuple[SharedInput, Shrunk]] = {}
+        self.scale, self.backend = scale, backend
+        self._readers: Readers[Layer, tuple[Tensor, Inner]] = Readers()
 
-    def shrunk(
-        self, layer: Layer, x: Tensor, shared: SharedInput, scale: float, backend: str | None
-    ) -> Shrunk:
-        """x (K, T, I) with the layer's factors, and for later with those of other readers of x."""
+    def output(self, layer: Layer, x: Tensor, shared: SharedInput) -> tuple[Tensor, Inner]:
+        """The layer's y of x (..., I), and for later those of the other readers of x."""
         if self.anchor is None:
-            return shrink(x, [layer.a[self.of]], scale, backend)[0]
-        self._readers.setdefault(shared, []).append(layer)
-        known = self._shrunk.pop(layer.name, None)
-        if known is None or known[0] is not shared:
-            together = shrink(x, [other.a[self.of] for other in layer.readers], scale, backend)
-            for other, one in zip(layer.readers, together, strict=True):
-                self._shrunk[other.name] = (shared, one)
-            known = self._shrunk.pop(layer.name)
-        return known[1]
+            return self._outputs(x, [layer])[0]
+        make = partial(self._outputs, x)
+        return self._readers.made(layer, shared, layer.readers, make)
+
+    def _outputs(self, x: Tensor, layers: Sequence[Layer]) -> list[tuple[Tensor, Inner]]:
+        stacked = self.stacked(x)
+        found = None
+        if self.anchor is not None and all(layer.multiplies for layer in layers):
+            adapted = [
+                Adapted(layer.rows_of_weight(x.dtype), layer.bias, layer.a[self.of], layer.b[self.of])
+                for layer in layers
+            ]
+            counters = self._readers.counters(stacked)
+            found = outputs(stacked, adapted, self.scale, counters, self.backend)
+        if found is not None:
+            return [(y.view(*x.shape[:-1], -1), inner) for y, inner in found]
+        factors = [layer.a[self.of] for layer in layers]
+        made = []
+        for layer, own in zip(
+            layers, shrink(stacked, factors, self.scale, self.backend), strict=True
+        ):
+            y = layer.product(x)
+            wide = y.view(self.slots, -1, layer.outputs)
+            made.append((y, expand(wide, own, layer.b[self.of])))
+        return made
+
+    def stacked(self, x: Tensor) -> Tensor:
+        """x (..., I) as (K, T, I)."""
+        rows = x.reshape(self.slots, -1, x.shape[-1])
+        return rows if rows.stride(-1) == 1 else rows.contiguous()
 
     def note_readers(self) -> None:
         """Tells the layers who read their inputs. The next pass is mostly as this one was."""
-        for layers in self._readers.values():
-            for at in range(0, len(layers), MOST_LAYERS):
-                first, *others = layers[at : at + MOST_LAYERS]
-                first.readers = (first, *others)
-                for other in others:
-                    other.readers = (other,)
+        for first, *others in self._readers.groups():
+            first.readers = (first, *others)
+            for other in others:
+                other.readers = (other,)
 
 
 class SlotForwards:
@@ -107,7 +130,10 @@ class SlotForwards:
 
         slots: the number of rows.
         """
-        with self._replaced(_Call(slice(first, first + slots), None, None, SharedInputs())):
+        call = _Call(
+            slice(first, first + slots), None, None, SharedInputs(), self._scale, self._backend
+        )
+        with self._replaced(call):
             yield
 
     @contextmanager
@@ -125,7 +151,8 @@ class SlotForwards:
         for layer in self._layers:
             layer.learned = False
         rows, length = shape
-        call = _Call(slice(first, first + rows), rows * length, anchor, inputs)
+        of = slice(first, first + rows)
+        call = _Call(of, rows * length, anchor, inputs, self._scale, self._backend)
         with self._replaced(call):
             yield
         call.note_readers()
@@ -172,7 +199,7 @@ class SlotForwards:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         tensor, shared = call.inputs.of(x, dtype)
         y: Tensor = _Stacked.apply(  # type: ignore[no-untyped-call]
-            tensor, call.anchor, layer, call, shared, self._scale, self._backend
+            tensor, call.anchor, layer, call, shared
         )
         return y
 
@@ -191,20 +218,13 @@ class _Stacked(torch.autograd.Function):
         layer: Layer,
         call: _Call,
         shared: SharedInput,
-        scale: float,
-        backend: str | None,
     ) -> Tensor:
-        stacked = x.reshape(call.slots, -1, x.shape[-1])
-        stacked = stacked if stacked.stride(-1) == 1 else stacked.contiguous()
         with torch.autocast(x.device.type, enabled=False):
-            shrunk = call.shrunk(layer, stacked, shared, scale, backend)
-            y = layer.product(x)
-            wide = y.view(call.slots, -1, layer.outputs)
-            inner = expand(wide, shrunk, layer.b[call.of])
+            y, inner = call.output(layer, x, shared)
         if anchor is not None:
-            ctx.save_for_backward(stacked, *inner)
-            ctx.layer, ctx.of, ctx.shared, ctx.scale = layer, call.of, shared, scale
-            ctx.backend = backend
+            ctx.save_for_backward(call.stacked(x), *inner)
+            ctx.layer, ctx.of, ctx.shared = layer, call.of, shared
+            ctx.scale, ctx.backend = call.scale, call.backend
         return y
 
     @staticmethod
@@ -218,28 +238,9 @@ class _Stacked(torch.autograd.Function):
             layer.learned = True
             b, d_b = layer.b[of], layer.d_b[of]
             d_inner = expand_gradients(d, b, Inner(*inner), ctx.scale, d_b)
-            part = ShrinkGradient(layer.a[of], d_inner, layer.d_a[of])
+            of_a = ShrinkGradient(layer.a[of], d_inner, layer.d_a[of])
             if ctx.needs_input_grad[0]:
-                ctx.shared.add(d.flatten(0, 1), layer.weight(d.dtype).t())
-                ctx.shared.defer(_Reader(x, part, ctx.backend), _finish)
+                leave(ctx.shared, Part(x, d, layer.rows_of_weight, of_a, ctx.backend))
             else:
-                shrink_gradients(x, [part], None, True, ctx.backend)
-        return (None,) * 7
-
-
-class _Reader(NamedTuple):
-    """What a layer leaves until the gradient of its input x (K, T, I) is taken."""
-
-    x: Tensor
-    gradient: ShrinkGradient
-    backend: str | None
-
-
-def _finish(shared: SharedInput, readers: list[_Reader]) -> None:
-    """Adds what the slots' factors of all readers of an input do to its gradient."""
-    x, _, backend = readers[0]
-    with torch.autocast(x.device.type, enabled=False):
-        total, _ = shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)
-        for at in range(0, len(readers), MOST_LAYERS):
-            some = [reader.gradient for reader in readers[at : at + MOST_LAYERS]]
-            shrink_gradients(x, some, total.view(x.shape), False, backend)
+                shrink_gradients(x, [of_a], None, True, ctx.backend)
+        return (None,) * 5

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's layers in a pass: a frozen linear layer and its adapter as one product."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .low_rank import LowRank, factors
+from .low_rank_layers import Adapted, Part, Readers, leave, outputs
+from .low_rank_products import Inner, ShrinkGradient, expand_gradients, shrink_gradients
+from .products import SharedInput
+
+# Who read the same input as a layer in the latest pass. No pass relies on it.
+_TOGETHER: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class _Made(NamedTuple):
+    """A layer's y (1, T, O) and inner, of tensors as they were; None if no kernel made them."""
+
+    adapted: Adapted
+    versions: list[int]
+    output: tuple[Tensor, Inner] | None
+
+
+class AdaptedLayers:
+    """The layers of one pass whose frozen base and adapter were found to be a known formula.
+
+    backend: "triton" takes CPU tensors too.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        self._backend = backend
+        self._known: dict[nn.Module, LowRank] = {}
+        self._readers: Readers[nn.Module, _Made] = Readers()
+
+    def note(self, module: nn.Module, adapter: LowRank) -> None:
+        """This module computes the formula of this adapter."""
+        self._known[module] = adapter
+
+    def output(self, module: nn.Module, x: Tensor, shared: SharedInput) -> Tensor | None:
+        """The module's output; None if no kernel does it.
+
+        x (..., I): the tensor that `share` returned with `shared`.
+        """
+        adapted = self._adapted(module, x)
+        if adapted is None:
+            return None
+        make = partial(self._make, x)
+        made = self._readers.made(module, shared, self._expected(module, x), make)
+        if made.versions != _versions(adapted) or made.adapted.a.data_ptr() != adapted.a.data_ptr():
+            [made] = make([module])
+        if made.output is None:
+            return None
+        scale = self._known[module].scale
+        a, b = factors(module, self._known[module])
+        y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
+            x, a, b, made, shared, scale, self._backend
+        )
+        return y
+
+    def note_readers(self) -> None:
+        """Keeps for the next pass who read one input."""
+        for layers in self._readers.groups():
+            for layer in layers:
+                _TOGETHER.pop(layer, None)
+            if len(layers) > 1:
+                _TOGETHER[layers[0]] = [weakref.ref(layer) for layer in layers[1:]]
+
+    def _expected(self, module: nn.Module, x: Tensor) -> list[nn.Module]:
+        """The module, and others of its kind that read x in the latest pass."""
+        found = [module]
+        first = self._adapted(module, x)
+        for reference in _TOGETHER.get(module, []):
+            other = reference()
+            adapted = None if other is None else self._adapted(other, x)
+            if other is None or adapted is None or first is None:
+                continue
+            same = self._known[other].scale == self._known[module].scale
+            if same and adapted.a.shape == first.a.shape and adapted.a.dtype is first.a.dtype:
+                found.append(other)
+        return found
+
+    def _make(self, x: Tensor, modules: Sequence[nn.Module]) -> list[_Made]:
+        rows = x.reshape(1, -1, x.shape[-1])
+        layers = [self._adapted(module, x) for module in modules]
+        known = [layer for layer in layers if layer is not None]
+        assert len(known) == len(layers)
+        scale = self._known[modules[0]].scale
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            counters = self._readers.counters(rows)
+            found = outputs(rows, known, scale, counters, self._backend)
+        made = [None] * len(known) if found is None else found
+        return [
+            _Made(layer, _versions(layer), one) for layer, one in zip(known, made, strict=True)
+        ]
+
+    def _adapted(self, module: nn.Module, x: Tensor) -> Adapted | None:
+        """The layer's tensors; None if they are not all of x's dtype, or the base is trained."""
+        if module not in self._known:
+            return None
+        base: Any = module.base_layer
+        a, b = factors(module, self._known[module])
+        weight, bias = base.weight, base.bias
+        frozen = [weight] if bias is None else [weight, bias]
+        if any(t.requires_grad for t in frozen) or any(
+            t.dtype is not x.dtype or t.device != x.device for t in (*frozen, a, b)
+        ):
+            return None
+        if not (a.is_contiguous() and b.is_contiguous()):
+            return None
+        if weight.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
+            return None
+        return Adapted(weight.detach(), bias, a.detach()[None], b.detach()[None])
+
+
+def _versions(adapted: Adapted) -> list[int]:
+    return [t._version for t in adapted if t is not None]
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """The made output of a frozen layer and its factors, with gradients for x, a and b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        made: _Made,
+        shared: SharedInput,
+        scale: float,
+        backend: str | None,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        assert made.output is not None
+        y, inner = made.output
+        ctx.save_for_backward(x, *inner, a, b)
+        ctx.weight, ctx.shared, ctx.scale, ctx.backend = made.adapted.weight, shared, scale, backend
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d: Tensor | None
+    ) -> tuple[None, Tensor | None, Tensor | None, None, None, None, None]:
+        if d is None:
+            return None, None, None, None, None, None, None
+        x, values, finished, a, b = ctx.saved_tensors
+        of_x, of_a, of_b, *_ = ctx.needs_input_grad
+        x = x.reshape(1, -1, x.shape[-1])
+        d = d.reshape(1, x.shape[1], -1).contiguous()
+        d_a, d_b = (torch.empty_like(t) if of else None for t, of in ((a, of_a), (b, of_b)))
+        with torch.autocast(x.device.type, enabled=False):
+            to_b = None if d_b is None else d_b[None]
+            d_inner = expand_gradients(d, b[None], Inner(values, finished), ctx.scale, to_b)
+            if d_a is not None:
+                own = ShrinkGradient(a[None], d_inner, d_a[None])
+                shrink_gradients(x, [own], None, True, ctx.backend)
+        if of_x:
+            weight = ctx.weight
+            part = Part(x, d, weight.to, ShrinkGradient(a[None], d_inner, None), ctx.backend)
+            leave(ctx.shared, part)
+        return None, d_a, d_b, None, None, None, None

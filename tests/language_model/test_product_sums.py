@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of products of all slots at once: the formula, its edges, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hullkit.language_model.product_sums import (
+    ProductSum,
+    Term,
+    product_sums,
+    product_sums_take,
+)
+from hullkit.native import kernels
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+on_hopper = pytest.mark.skipif(
+    not kernels.product_sums_usable(torch.device("cuda", 0) if DEVICE.type == "cuda" else DEVICE),
+    reason="no code for this device",
+)
+if DEVICE.type == "cuda":
+    pytestmark = [pytest.mark.gpu]
+BACKEND = "triton" if DEVICE.type == "cpu" else None
+BFLOAT16 = torch.bfloat16
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, BFLOAT16)
+
+
+def layers(
+    slots: int, rows: int, inputs: int, outputs: list[int], rank: int, transposed: bool
+) -> list[ProductSum]:
+    """Forwards a sum of two terms for each layer; with `transposed` all terms in one sum."""
+    x = random(slots, rows, inputs, seed=0)
+    sums: list[ProductSum] = []
+    terms: list[Term] = []
+    for seed, wide in enumerate(outputs, 1):
+        weight = random(1, wide, inputs, seed=10 * seed)
+        if transposed:
+            d = random(slots, rows, wide, seed=10 * seed + 1)
+            terms += [Term(d, weight)]
+            terms += [
+                Term(
+                    random(slots, rows, rank, seed=10 * seed + 2),
+                    random(slots, rank, inputs, seed=10 * seed + 3),
+                )
+            ]
+        else:
+            thin = Term(
+                random(slots, rows, rank, seed=10 * seed + 2),
+                random(slots, wide, rank, seed=10 * seed + 3),
+            )
+            bias = random(wide, seed=10 * seed + 4) if seed % 2 else None
+            sums.append(ProductSum([Term(x, weight), thin], bias))
+    return [ProductSum(terms)] if transposed else sums
+
+
+def exact(own: ProductSum, transposed: bool) -> Tensor:
+    total = sum(
+        rows.double() @ (factor if transposed else factor.mT).double()
+        for rows, factor in own.terms
+    )
+    assert isinstance(total, Tensor)
+    return total if own.bias is None else total + own.bias.double()
+
+
+# Rows around the tiles' 96, 128, 160 and 208; columns around their 128; sums around stages of 64.
+CASES = [
+    (1, 416, 576, [576], 16),
+    (3, 77, 576, [192, 576, 200], 16),
+    (2, 401, 1000, [1536, 328], 8),
+    (1, 130, 96, [64, 8, 136], 64),
+    (40, 416, 576, [576, 192], 16),
+    (16, 207, 200, [1536], 24),
+    (9, 160, 320, [1024], 16),
+    (5, 129, 64, [128], 16),
+    (2, 97, 72, [120], 40),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_formula(case: tuple[int, int, int, list[int], int], transposed: bool) -> None:
+    sums = layers(*case, transposed)
+    assert DEVICE.type == "cpu" or product_sums_take(sums, transposed, BACKEND)
+    for own, found in zip(sums, product_sums(sums, transposed), strict=True):
+        wanted = exact(own, transposed)
+        # Products of halves are exact in float32. Sums of N terms err by less than N units of the
+        # float32 sums on their way, here well below a rounding to bfloat16: half a unit of 2^-7.
+        unit = 2.0**-8 * wanted.abs() + 2.0**-17 * wanted.abs().max()
+        assert found.dtype is BFLOAT16
+        assert found.is_contiguous()
+        assert bool(((found.double() - wanted).abs() <= 1.01 * unit).all())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_slot_has_the_bits_of_the_slot_alone(transposed: bool) -> None:
+    sums = layers(7, 150, 320, [264, 264], 16, transposed)
+    together = product_sums(sums, transposed)
+    for slot in (0, 3, 6):
+        alone = [
+            ProductSum(
+                [
+                    Term(rows[slot : slot + 1], factor if len(factor) == 1 else factor[slot, None])
+                    for rows, factor in own.terms
+                ],
+                own.bias,
+            )
+            for own in sums
+        ]
+        for ours, theirs in zip(together, product_sums(alone, transposed), strict=True):
+            assert torch.equal(ours[slot], theirs[0])
+
+
+def test_results_of_one_launch_have_the_bits_of_several() -> None:
+    sums = layers(2, 220, 512, [384, 128, 72], 16, False)
+    for own, together in zip(sums, product_sums(sums, False), strict=True):
+        assert torch.equal(together, product_sums([own], False)[0])
+
+
+def test_rows_and_slots_that_lie_apart() -> None:
+    whole = random(4, 150, 640, seed=1)
+    x, weight = whole[1:4, :, 64:384], random(1, 256, 320, seed=2)
+    own = ProductSum([Term(x, weight)])
+    [found] = product_sums([own], False)
+    assert torch.equal(found, product_sums([ProductSum([Term(x.contiguous(), weight)])], False)[0])
+
+
+def test_numbers_that_are_not_finite_stay_in_their_slot() -> None:
+    sums = layers(3, 110, 192, [136], 16, False)
+    wanted = product_sums(sums, False)[0].clone()
+    sums[0].terms[1].rows[1, 5] = float("nan")
+    found = product_sums(sums, False)[0]
+    assert bool(found[1, 5].isnan().all())
+    keep = torch.ones(3, 110, dtype=torch.bool, device=DEVICE)
+    keep[1, 5] = False
+    assert torch.equal(found[keep], wanted[keep])
+
+
+@on_hopper
+def test_what_the_kernel_does_not_take() -> None:
+    """Other dtypes, rows that do not begin at 16 bytes, tiles that would be mostly empty."""
+
+    def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+        return product_sums_take([ProductSum([Term(x, weight[None])], bias)], False)
+
+    x, weight = random(8, 128, 256, seed=0), random(512, 256, seed=1)
+    assert takes(x, weight)
+    assert not takes(x.half(), weight.half())
+    assert not takes(x.float(), weight.float())
+    assert not takes(x[..., :252], weight[:, 4:])
+    assert not takes(x, weight[:500])
+    assert not takes(x, weight.t().contiguous().t())
+    assert not takes(x, weight, random(512, seed=2).float())
+    assert not takes(random(8, 60, 256, seed=0), weight)
+    assert not takes(random(1, 400, 4096, seed=0), random(1024, 4096, seed=1))
+    x = random(1, 400, 256, seed=0)
+    assert takes(x, weight)
+    four = [ProductSum([Term(x, weight[None])])] * 4
+    assert product_sums_take(four[:3], False)
+    assert not product_sums_take(four, False)
+    assert not product_sums_take([four[0], ProductSum([Term(x, weight[None])] * 2)], False)
+
+
+@on_hopper
+def test_a_matrix_that_the_driver_refuses() -> None:
+    x, weight = random(1, 128, 256, seed=0), random(1, 512, 252, seed=1)[..., :248]
+    with pytest.raises(ValueError, match="product_sums: expected matrices that the device's"):
+        product_sums([ProductSum([Term(x[..., :248], weight)])], False)
