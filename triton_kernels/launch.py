@@ -38,6 +38,10 @@ KERNELS = {
     "low_rank_expand": (low_rank.low_rank_expand_kernel, _TILES),
     "low_rank_expand_gradient": (low_rank.low_rank_expand_gradient_kernel, _TILES),
     "low_rank_shrink_gradient": (low_rank.low_rank_shrink_gradient_kernel, _TILES),
+    "low_rank_shrink_gradient_few": (
+        low_rank.low_rank_shrink_gradient_kernel,
+        {"ROWS": low_rank.FEW_ROWS, "COLUMNS": low_rank.FEW_COLUMNS},
+    ),
     "attention": (attention.attention_kernel, {}),
     "attention_gradient": (attention.attention_gradient_kernel, {}),
     "stacked_adam": (

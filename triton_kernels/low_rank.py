@@ -26,6 +26,8 @@ from .tiles import load_tile, store_tile
 ROWS = 64
 COLUMNS = 128
 MOST_PARTS = 8
+# Of d_a alone, where larger blocks would be too few for a GPU.
+FEW_ROWS, FEW_COLUMNS = 128, 32
 
 
 @triton.jit
@@ -55,8 +57,8 @@ def low_rank_shrink_kernel(
 ):  # fmt: skip
     """A program for a block of rows and `length` columns, which are one of `count` parts.
 
-    a, a2, a3: of LAYERS layers. parts [LAYERS, K, PARTS, T, R]. With WHOLE the program that finishes
-    a block's last part writes inner [LAYERS, K, T, R].
+    a, a2, a3: of LAYERS layers. parts [LAYERS, K, PARTS, T, R]. With WHOLE the program that
+    finishes a block's last part writes inner [LAYERS, K, T, R].
     finished [K, BLOCKS] int32: 0 before and after. It counts the finished parts of a block of rows.
     """
     after_previous_kernel(EARLY)

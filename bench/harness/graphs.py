@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times of CUDA graphs: of two ways to compute the same, so that launches cost both the same."""
+"""Times of CUDA graphs: of several ways to compute, so that launches cost all the same."""
 
 from __future__ import annotations
 
@@ -50,13 +50,16 @@ def compare(
     out: Path | None,
     parts: int = 1,
 ) -> None:
-    """Prints two ways' times, each a share of one of `parts`; appends their rows to `out`."""
+    """Prints all ways' times, each a share of one of `parts`; appends their rows to `out`."""
     times = {}
     for provider, run in ways.items():
         graph = graph_of(run)
         times[op, provider, dtype, shape] = [ms / parts for ms in milliseconds(graph, rounds)]
-    own, other = (sorted(values)[len(values) // 2] for values in times.values())
-    ratio = f"{[*ways][1]} {other:.4f} ms, {other / own:.2f}x"
-    print(f"{shape}: {own:.4f} ms, {ratio}", flush=True)
+    medians = [sorted(values)[len(values) // 2] for values in times.values()]
+    said = (
+        f"{name} {ms:.4f} ms, {ms / medians[0]:.2f}x"
+        for name, ms in zip(ways, medians, strict=True)
+    )
+    print(f"{shape}: {'; '.join(said)}", flush=True)
     if out is not None:
         append(out, timings(times, torch.cuda.get_device_name(), command))

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank products of K slots, fused and by baddbmm: `python -m bench.ops.lora_products`.
 
-y + s (x A^T) B^T and all its gradients at 400 rows a slot in bfloat16, each provider as a CUDA
-graph, so that launches cost both the same. No time without a green check of results.
+y + s (x A^T) B^T and all its gradients at 400 rows a slot in bfloat16, alone, and as part of a
+linear layer. Each provider is a CUDA graph, so that launches cost all the same. No time without a
+green check of results.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from hullkit.language_model.low_rank_layers import Adapted, Part, leave, outputs
 from hullkit.language_model.low_rank_products import (
     ShrinkGradient,
     expand,
@@ -21,6 +23,7 @@ from hullkit.language_model.low_rank_products import (
     shrink,
     shrink_gradients,
 )
+from hullkit.language_model.products import SharedInput
 from torch import Tensor
 
 from bench.harness.graphs import compare
@@ -57,12 +60,64 @@ def by_baddbmm(tensors: list[Tensor]) -> list[Tensor]:
     return [out, d_a, d_b]
 
 
-def check(tensors: list[Tensor]) -> None:
-    results = [run([t.clone() for t in tensors]) for run in (fused, by_baddbmm)]
+def fused_layer(tensors: list[Tensor], weight: Tensor, counters: Tensor) -> list[Tensor]:
+    """As a pass computes it; where no kernel does, by products one after the other."""
+    _, x, d, _, a, b = tensors
+    made = outputs(x, [Adapted(weight, None, a, b)], SCALE, counters, None)
+    if made is None:
+        [shrunk] = shrink(x, [a], SCALE)
+        y = x @ weight.t()
+        inner = expand(y, shrunk, b)
+    else:
+        [(y, inner)] = made
+    d_a, d_b = torch.empty_like(a), torch.empty_like(b)
+    d_inner = expand_gradients(d, b, inner, SCALE, d_b)
+    shared = SharedInput(x.dtype)
+    leave(shared, Part(x, d, weight.to, ShrinkGradient(a, d_inner, d_a), None))
+    d_x = shared.take()
+    assert d_x is not None
+    return [y, d_a, d_b, d_x.view(x.shape)]
+
+
+def layer_alone(tensors: list[Tensor], weight: Tensor) -> list[Tensor]:
+    _, x, d, *_ = tensors
+    return [x @ weight.t(), d @ weight]
+
+
+def layer_by_baddbmm(tensors: list[Tensor], weight: Tensor) -> list[Tensor]:
+    _, x, d, _, a, b = tensors
+    y, d_x = layer_alone(tensors, weight)
+    return [*by_baddbmm([y, x, d, d_x, a, b]), d_x]
+
+
+def check(tensors: list[Tensor], *runs: Callable[[list[Tensor]], list[Tensor]]) -> None:
+    results = [run([t.clone() for t in tensors]) for run in runs]
     for one, other in zip(*results, strict=True):
         error = (one.float() - other.float()).abs().max() / other.float().abs().max()
         if not error <= 2**-5:
             raise AssertionError(f"results differ by {float(error):.3g}, relative")
+
+
+def run_case(slots: int, width: int, rank: int, rounds: int, out: Path | None) -> None:
+    tensors = problem(slots, width, rank)
+    check(tensors, fused, by_baddbmm)
+    shape = f"K={slots} T={ROWS} d={width} r={rank} forward and backward"
+    settings = {"rounds": rounds, "command": "python -m bench.ops.lora_products", "out": out}
+    ways = {
+        "fused": partial(fused, [t.clone() for t in tensors]),
+        "baddbmm": partial(by_baddbmm, [t.clone() for t in tensors]),
+    }
+    compare("low-rank products", "bfloat16", shape, ways, **settings)  # type: ignore[arg-type]
+    weight = torch.randn(width, width, device="cuda", dtype=torch.bfloat16) / width**0.5
+    counters = torch.zeros(slots, ROWS, dtype=torch.int32, device="cuda")
+    whole = partial(fused_layer, weight=weight, counters=counters)
+    check(tensors, whole, partial(layer_by_baddbmm, weight=weight))
+    ways = {
+        "fused layer": partial(whole, tensors),
+        "baddbmm layer": partial(layer_by_baddbmm, tensors, weight),
+        "layer alone": partial(layer_alone, tensors, weight),
+    }
+    compare("low-rank layers", "bfloat16", shape, ways, **settings)  # type: ignore[arg-type]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,16 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if time.perf_counter() - began > arguments.seconds:
             print(f"K={slots} d={width} r={rank}: left out")
             continue
-        tensors = problem(slots, width, rank)
-        check(tensors)
-        shape = f"K={slots} T={ROWS} d={width} r={rank} forward and backward"
-        compare(
-            "low-rank products", "bfloat16", shape,
-            {"fused": partial(fused, [t.clone() for t in tensors]),
-             "baddbmm": partial(by_baddbmm, [t.clone() for t in tensors])},
-            rounds=arguments.rounds, command="python -m bench.ops.lora_products",
-            out=arguments.out,
-        )  # fmt: skip
+        run_case(slots, width, rank, arguments.rounds, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block computes tiles of kTileColumns columns by kRows rows of one slot's result, one after the other. One thread copies
-// both sides of a product to shared memory, a stage of 64 of the sum's elements at a time, as far ahead as there is room;
-// two groups of four warps multiply, each half of the tile's columns. The columns take the part of the matrix
+// A block computes tiles of kTileColumns columns by kRows rows of one slot's result, one after the other. One thread
+// copies both sides of a product to shared memory, a stage of 64 of the sum's elements at a time, as far ahead as there
+// is room; two groups of four warps multiply, each half of the tile's columns. The columns take the part of the matrix
 // instruction's rows: a slot's rows are met with little waste by several widths.
 #include <cuda.h>
 
@@ -17,15 +17,15 @@
 namespace hullkit {
 namespace {
 
-constexpr int kGroup = 128;               // threads that multiply together
-constexpr int kGroups = 2;                // of them, beside one that copies
+constexpr int kGroup = 128;  // threads that multiply together
+constexpr int kGroups = 2;   // of them, beside one that copies
 constexpr int kThreads = kGroup * (1 + kGroups);
 constexpr int kGroupColumns = kTileColumns / kGroups;
-constexpr int kDepth = 64, kStep = 16;    // of the sums: a stage's, and a matrix instruction's
-constexpr int kBoxRow = 128;              // bytes of a row of a box: kDepth or kGroupColumns halves
-constexpr int kAligned = 1024;            // bytes: where a box begins
+constexpr int kDepth = 64, kStep = 16;            // of the sums: a stage's, and a matrix instruction's
+constexpr int kBoxRow = 128;                      // bytes of a row of a box: kDepth or kGroupColumns halves
+constexpr int kAligned = 1024;                    // bytes: where a box begins
 constexpr int kCopying = 40, kMultiplying = 232;  // registers of a thread
-constexpr int kPanel = 4;                 // tiles side by side along rows: what runs together reads much the same
+constexpr int kPanel = 4;  // tiles side by side along rows: what runs together reads much the same
 
 struct Term {
   int steps;
@@ -41,7 +41,7 @@ struct Problem {
   CUtensorMap factors[kMostTerms], rows[kMostTerms], results[kMostResults];
   Term terms[kMostTerms];
   Result result[kMostResults];
-  int num_results, num_terms;  // terms of each result
+  int num_results, num_terms;   // terms of each result
   int across, down, down_slot;  // tiles along columns, along the rows of all slots, and of one
 };
 
@@ -51,7 +51,8 @@ struct Memory {
   static constexpr int kResult = kRows * kTileColumns * 2;
   static constexpr int kMost = 227 * 1024 - kAligned - 256;  // that a block may have, without the barriers
   static constexpr int kStages = (kMost - kResult) / kStage;
-  static constexpr int kBytes = kAligned + kStages * kStage + kResult + 2 * kStages * static_cast<int>(sizeof(ptx::Barrier));
+  static constexpr int kBytes =
+      kAligned + kStages * kStage + kResult + 2 * kStages * static_cast<int>(sizeof(ptx::Barrier));
 };
 
 struct Tile {
@@ -124,8 +125,8 @@ __device__ void put(const float (&sums)[kRows / 2], uint32_t to, const Result& r
 #pragma unroll
   for (int j = 0; j + 1 < kRows / 8; j += 2) {
     const int row = (j + lane / 16) * 8 + within;
-    ptx::store_transposed(to + row * kBoxRow + vector * 16, pair(4 * j, low), pair(4 * j + 2, high), pair(4 * j + 4, low),
-                          pair(4 * j + 6, high));
+    ptx::store_transposed(to + row * kBoxRow + vector * 16, pair(4 * j, low), pair(4 * j + 2, high),
+                          pair(4 * j + 4, low), pair(4 * j + 6, high));
   }
   if constexpr (kRows / 8 % 2 == 1) {
     constexpr int kLast = kRows / 8 - 1;
@@ -232,7 +233,7 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
 Encode encode_function() {
   static const Encode found = []() {
     void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
 #else
@@ -251,10 +252,10 @@ CUtensorMap encode(const ProductMatrix& matrix, int box_columns, int box_rows) {
   const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1};
   const cuuint32_t every[3] = {1, 1, 1};
   CUtensorMap map;
-  const CUresult error = encode_function()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, reinterpret_cast<void*>(matrix.address), sizes, strides, box, every,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult error =
+      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, reinterpret_cast<void*>(matrix.address), sizes,
+                        strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) {
     throw std::invalid_argument("product_sums: expected matrices that the device's copies take, got one of " +
                                 std::to_string(matrix.slots) + " x " + std::to_string(matrix.rows) + " x " +
@@ -279,7 +280,8 @@ Launch prepare(const ProductSums& sums, int rows, int processors) {
   for (int r = 0; r < problem.num_results; ++r) {
     const ProductMatrix& result = *next++;
     problem.results[r] = encode(result, kGroupColumns, rows);
-    problem.result[r] = {problem.across, static_cast<int>(result.columns), reinterpret_cast<const uint16_t*>(result.bias)};
+    problem.result[r] = {problem.across, static_cast<int>(result.columns),
+                         reinterpret_cast<const uint16_t*>(result.bias)};
     problem.across += static_cast<int>(divided_up(result.columns, kTileColumns));
     problem.down_slot = static_cast<int>(divided_up(result.rows, rows));
     problem.down = problem.down_slot * static_cast<int>(result.slots);
@@ -315,12 +317,11 @@ void start(const ProductSums& sums, int processors, void* stream) {
 
 template <int kRows>
 void start(const ProductSums& sums, int processors, void* stream) {
-  return sums.transposed ? start<kRows, true>(sums, processors, stream)
-                         : start<kRows, false>(sums, processors, stream);
+  return sums.transposed ? start<kRows, true>(sums, processors, stream) : start<kRows, false>(sums, processors, stream);
 }
 
-// The time of tiles with so many rows, in units of its own: rounds of tiles, each as long as its products, or the copies
-// of what does not grow with the rows, take (H100).
+// The time that tiles of so many rows take, in units of its own: for each round of tiles its rows, and 42 for what does
+// not grow with them (H100).
 int64_t cost(const ProductSums& sums, int rows, int processors) {
   int64_t across = 0;
   for (int r = 0; r < sums.num_results; ++r) {

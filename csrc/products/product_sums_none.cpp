@@ -8,6 +8,8 @@ namespace hullkit {
 
 bool product_sums_usable() { return false; }
 
-void product_sums_cuda(const ProductSums&, void*) { throw std::logic_error("product_sums: built without code for sm_90"); }
+void product_sums_cuda(const ProductSums&, void*) {
+  throw std::logic_error("product_sums: built without code for sm_90");
+}
 
 }  // namespace hullkit

@@ -60,8 +60,7 @@ def layers(
 
 def exact(own: ProductSum, transposed: bool) -> Tensor:
     total = sum(
-        rows.double() @ (factor if transposed else factor.mT).double()
-        for rows, factor in own.terms
+        rows.double() @ (factor if transposed else factor.mT).double() for rows, factor in own.terms
     )
     assert isinstance(total, Tensor)
     return total if own.bias is None else total + own.bias.double()

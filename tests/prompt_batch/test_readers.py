@@ -11,8 +11,8 @@ import pytest
 import torch
 from _models import VOCABULARY
 from _prompts import DEVICE, PRECISIONS, ROUNDING, TOGETHER, text
-from hullkit.language_model.products import SharedInput
 from hullkit.language_model import low_rank_layers
+from hullkit.language_model.products import SharedInput
 from hullkit.prompt_batch import slot_forwards
 from torch import Tensor, nn
 

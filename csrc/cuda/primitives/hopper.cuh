@@ -10,11 +10,12 @@
 
 namespace hullkit::ptx {
 
-// One box of a three-dimensional matrix into shared memory; zeros where the box lies outside. `full` learns of its bytes.
+// One box of a three-dimensional matrix into shared memory; zeros where the box lies outside. `full` learns of its
+// bytes.
 __device__ inline void load_box(void* shared, const CUtensorMap& map, Barrier& full, int x, int y, int z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(&full)), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
@@ -60,7 +61,8 @@ __device__ inline void store_transposed(uint32_t shared, uint32_t a, uint32_t b,
 }
 
 __device__ inline void store_transposed(uint32_t shared, uint32_t a, uint32_t b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared), "r"(a), "r"(b) : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared), "r"(a), "r"(b)
+               : "memory");
 }
 
 // Products of a group of four warps. They run on while the warps go on; between `products_begin` and a wait nobody may
@@ -73,8 +75,8 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// What a product reads from shared memory, at an address that is a multiple of 16: rows of 128 bytes, as a copy with the
-// swizzle of 128 bytes left them, in blocks of eight.
+// What a product reads from shared memory, at an address that is a multiple of 16: rows of 128 bytes, as a copy with
+// the swizzle of 128 bytes left them, in blocks of eight.
 __device__ inline uint64_t product_operand(uint32_t shared) {
   constexpr uint64_t kSwizzled = uint64_t{1} << 62, kBlock = uint64_t{1024 >> 4} << 32, kUnused = uint64_t{1} << 16;
   return kSwizzled | kBlock | kUnused | (shared >> 4);
@@ -88,53 +90,77 @@ __device__ inline uint64_t product_operand(uint32_t shared) {
 #define HULLKIT_SUMS4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define HULLKIT_SUMS20(i) \
   HULLKIT_SUMS4(i), HULLKIT_SUMS4(i + 4), HULLKIT_SUMS4(i + 8), HULLKIT_SUMS4(i + 12), HULLKIT_SUMS4(i + 16)
-#define HULLKIT_PRODUCT(shape, registers, add, transposed, a, b)                                            \
-  "{.reg .pred p; setp.ne.b32 p, " add "; wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 {" registers \
-  "}, " a ", " b ", p, 1, 1, " transposed ", 0;}"
+#define HULLKIT_PRODUCT(shape, registers, add, transposed, a, b)                                                    \
+  "{.reg .pred p; setp.ne.b32 p, " add "; wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 {" registers "}, " a \
+  ", " b ", p, 1, 1, " transposed ", 0;}"
 
 // sums [64, N] += a [64, 16] b [N, 16]^T for N = 96, 104, 112, 128, 160 and 208; without `add` there is no sum before.
 // kTransposed: a lies as [16, 64]. In warp w of the group, with g = lane / 4 and t = lane % 4:
 //   sums[4 j], sums[4 j + 1]: row 16 w + g, columns 8 j + 2 t and the next;  sums[4 j + 2], sums[4 j + 3]: row + 8
 template <bool kTransposed>
 __device__ inline void multiply_add(float (&sums)[48], uint64_t a, uint64_t b, int add) {
-  asm volatile(HULLKIT_PRODUCT("m64n96k16", HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_EIGHT(4), "%50, 0", "%51", "%48", "%49")
-               : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44)
-               : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
+  asm volatile(
+      HULLKIT_PRODUCT("m64n96k16",
+                      HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_EIGHT(4),
+                      "%50, 0", "%51", "%48", "%49")
+      : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44)
+      : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
 }
 
 template <bool kTransposed>
 __device__ inline void multiply_add(float (&sums)[52], uint64_t a, uint64_t b, int add) {
-  asm volatile(HULLKIT_PRODUCT("m64n104k16", HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_TWO(5), "%54, 0", "%55", "%52", "%53")
+  asm volatile(HULLKIT_PRODUCT("m64n104k16",
+                               HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(
+                                   3) ", " HULLKIT_TEN(4) ", " HULLKIT_TWO(5),
+                               "%54, 0", "%55", "%52", "%53")
                : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44), HULLKIT_SUMS4(48)
                : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
 }
 
 template <bool kTransposed>
 __device__ inline void multiply_add(float (&sums)[56], uint64_t a, uint64_t b, int add) {
-  asm volatile(HULLKIT_PRODUCT("m64n112k16", HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_SIX(5), "%58, 0", "%59", "%56", "%57")
-               : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44), HULLKIT_SUMS4(48), HULLKIT_SUMS4(52)
+  asm volatile(HULLKIT_PRODUCT("m64n112k16",
+                               HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(
+                                   3) ", " HULLKIT_TEN(4) ", " HULLKIT_SIX(5),
+                               "%58, 0", "%59", "%56", "%57")
+               : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44), HULLKIT_SUMS4(48),
+                 HULLKIT_SUMS4(52)
                : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
 }
 
 template <bool kTransposed>
 __device__ inline void multiply_add(float (&sums)[64], uint64_t a, uint64_t b, int add) {
-  asm volatile(HULLKIT_PRODUCT("m64n128k16", HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_TEN(5) ", " HULLKIT_FOUR(6), "%66, 0", "%67", "%64", "%65")
+  asm volatile(HULLKIT_PRODUCT("m64n128k16",
+                               HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(
+                                   3) ", " HULLKIT_TEN(4) ", " HULLKIT_TEN(5) ", " HULLKIT_FOUR(6),
+                               "%66, 0", "%67", "%64", "%65")
                : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS4(60)
                : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
 }
 
 template <bool kTransposed>
 __device__ inline void multiply_add(float (&sums)[80], uint64_t a, uint64_t b, int add) {
-  asm volatile(HULLKIT_PRODUCT("m64n160k16", HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_TEN(5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7), "%82, 0", "%83", "%80", "%81")
+  asm volatile(HULLKIT_PRODUCT("m64n160k16",
+                               HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(
+                                   3) ", " HULLKIT_TEN(4) ", " HULLKIT_TEN(5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7),
+                               "%82, 0", "%83", "%80", "%81")
                : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS20(60)
                : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
 }
 
 template <bool kTransposed>
 __device__ inline void multiply_add(float (&sums)[104], uint64_t a, uint64_t b, int add) {
-  asm volatile(HULLKIT_PRODUCT("m64n208k16", HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_TEN(5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7) ", " HULLKIT_TEN(8) ", " HULLKIT_TEN(9) ", " HULLKIT_FOUR(10), "%106, 0", "%107", "%104", "%105")
-               : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS20(60), HULLKIT_SUMS20(80), HULLKIT_SUMS4(100)
-               : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
+  asm volatile(
+      HULLKIT_PRODUCT(
+          "m64n208k16",
+          HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(
+              4) ", " HULLKIT_TEN(5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7) ", " HULLKIT_TEN(8) ", " HULLKIT_TEN(9) ","
+                                                                                                                     " " HULLKIT_FOUR(
+                                                                                                                         10),
+          "%106, 0", "%107", "%104", "%105")
+      : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS20(60), HULLKIT_SUMS20(80),
+        HULLKIT_SUMS4(100)
+      : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
 }
 
 #undef HULLKIT_TWO

@@ -58,9 +58,10 @@ class Barrier {
   }
   // Arrives, and the phase ends only after so many bytes of boxes, too (compute capability 9.0).
   __device__ void arrive_expecting(int bytes) {
-    asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;}" ::"r"(shared_address(&word_)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "{.reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;}" ::"r"(shared_address(&word_)),
+        "r"(bytes)
+        : "memory");
   }
   // Arrives once this thread's copies so far are there.
   __device__ void arrive_with_copies() {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Linear layers with low-rank parts, all at once (CUDA, Hopper's tensor cores). For each slot k and each result:
 //   result[k] = sum over terms of rows[k] factor[k]^T, + bias        or, with `transposed`, of rows[k] factor[k]
-// A layer's output has two terms, x W^T and (s x A^T) B^T; the gradient of an input that several layers read has two for
-// each of them. So a thin product costs one more step of a sum that is computed anyway, and nothing is read twice.
+// A layer's output has two terms, x W^T and (s x A^T) B^T; the gradient of an input that several layers read has two
+// for each of them. So a thin product costs one more step of a sum that is computed anyway, and nothing is read twice.
 // Everything is bfloat16; sums are in float32, rounded once.
 #pragma once
 
@@ -24,14 +24,14 @@ HULLKIT_FIELDS(const ProductMatrix, address, slots, rows, columns, slot_stride, 
 constexpr int kMostResults = 3;
 constexpr int kMostTerms = 6;  // of all results together
 
-// A tile of the kernel: columns of a result, and the least of these numbers of rows of one slot that cost least together.
-// Texts are padded to multiples of 32.
+// A tile of the kernel: columns of a result, and the least of these numbers of rows of one slot that cost least
+// together. Texts are padded to multiples of 32.
 constexpr int kTileColumns = 128;
 constexpr int kTileRows[] = {96, 104, 112, 128, 160, 208};
 
 struct ProductSums {
-  // Host memory: each result, then the pairs (factor, rows) of its terms. A factor is [columns of the result, depth], or
-  // [depth, columns] with `transposed`. Terms with one place in their results have one depth.
+  // Host memory: each result, then the pairs (factor, rows) of its terms. A factor is [columns of the result, depth],
+  // or [depth, columns] with `transposed`. Terms with one place in their results have one depth.
   const ProductMatrix* matrices;
   int64_t num_results, num_terms;  // terms of each result
   bool transposed;

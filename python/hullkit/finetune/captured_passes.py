@@ -29,6 +29,7 @@ from .schedule import Reuse
 from .snapshot import Attributes
 
 Shape = tuple[tuple[str, torch.Size, torch.dtype], ...]
+_SMALL_PART = 16  # one in so many elements of a model: their gradients may all exist together
 
 
 class CapturedPasses:
@@ -168,7 +169,9 @@ class _Pass:
         self.recomputes = owner.plan.recomputes(self._inputs)
         # A model may replace a tensor that it keeps as an attribute; the graph reads the old one.
         self._tables = Attributes(list(owner._model.modules())).tensors
-        self.updates = GroupedUpdates(owner.weights, order, owner._capacity)
+        trained = sum(parameter.numel() for parameter in order)
+        together = _SMALL_PART * trained <= sum(p.numel() for p in owner._model.parameters())
+        self.updates = GroupedUpdates(owner.weights, order, owner._capacity, together)
 
         def recorded() -> None:
             try:

@@ -46,10 +46,16 @@ class GroupedUpdates(WeightProducts):
 
     order: the parameters that get a gradient, in that order, and their gradients.
     capacity: the most updates with one gradient.
+    together: whether all gradients that are no products may exist together. Updates beside the
+        backward pass take processors from its kernels, which pays only where it saves memory.
     """
 
     def __init__(
-        self, weights: Weights, order: dict[nn.Parameter, Gradient], capacity: int
+        self,
+        weights: Weights,
+        order: dict[nn.Parameter, Gradient],
+        capacity: int,
+        together: bool,
     ) -> None:
         self._side = update_stream(weights.device)
         self._parts: list[_Part] = []
@@ -61,7 +67,7 @@ class GroupedUpdates(WeightProducts):
             kind = (data.dtype, gradient.dtype, copy is not None, fuses)
             kinds.setdefault(kind, []).append(parameter)
         for (_, dtype, _, fuses), own in kinds.items():
-            part = (_ProductPart if fuses else _Part)(weights, own, dtype, capacity)
+            part = (_ProductPart if fuses else _Part)(weights, own, dtype, capacity, together)
             self._parts.append(part)
             for group in part.groups:
                 self._group_of |= dict.fromkeys(group.parameters, group)
@@ -161,6 +167,7 @@ class _Part:
     """Parameters with one dtype, gradients with one dtype, and copies for all of them or none."""
 
     elements = GROUP_ELEMENTS  # of a group
+    splits_always = False
 
     def __init__(
         self,
@@ -168,6 +175,7 @@ class _Part:
         parameters: list[nn.Parameter],
         grad_dtype: torch.dtype,
         capacity: int,
+        together: bool,
     ) -> None:
         self.parameters = parameters
         self.table = weights.table(parameters)
@@ -192,7 +200,8 @@ class _Part:
         first = elements = 0
         for row, parameter in enumerate(parameters):
             elements += parameter.numel()
-            if elements >= self.elements or row == len(parameters) - 1:
+            full = elements >= self.elements and (self.splits_always or not together)
+            if full or row == len(parameters) - 1:
                 self.groups.append(_Group(self, range(first, row + 1)))
                 first, elements = row + 1, 0
 
@@ -240,6 +249,7 @@ class _ProductPart(_Part):
     """Parameters whose gradients are products that their updates compute."""
 
     elements = PRODUCT_ELEMENTS
+    splits_always = True
 
     def __init__(self, weights: Weights, *others: Any) -> None:
         super().__init__(weights, *others)

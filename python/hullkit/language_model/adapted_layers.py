@@ -99,9 +99,7 @@ class AdaptedLayers:
             counters = self._readers.counters(rows)
             found = outputs(rows, known, scale, counters, self._backend)
         made = [None] * len(known) if found is None else found
-        return [
-            _Made(layer, _versions(layer), one) for layer, one in zip(known, made, strict=True)
-        ]
+        return [_Made(layer, _versions(layer), one) for layer, one in zip(known, made, strict=True)]
 
     def _adapted(self, module: nn.Module, x: Tensor) -> Adapted | None:
         """The layer's tensors; None if they are not all of x's dtype, or the base is trained."""

@@ -44,8 +44,8 @@ class Shrunk(NamedTuple):
 class Inner(NamedTuple):
     """What `expand_gradients` needs of the forward half.
 
-    values (K, T, R): scale x a^T. finished (K, >= blocks of rows): zeros in which kernels count, None
-    without kernels.
+    values (K, T, R): scale x a^T. finished (K, >= blocks of rows): zeros in which kernels count,
+    None without kernels.
     """
 
     values: Tensor
@@ -152,9 +152,14 @@ def shrink_gradients(
                 _put(d_x, d_inner, a.to(x.dtype), fresh)
                 fresh = False
         return
-    rows, columns = x.shape[1:]
+    slots, rows, columns = x.shape
     rank = first.a.shape[1]
     down, across = _blocks(rows, columns)
+    name, programs = "low_rank_shrink_gradient", across + down * across * (d_x is not None)
+    if d_x is None and slots * across < _PROGRAMS:
+        from ..triton_kernels.low_rank import FEW_COLUMNS
+
+        name, programs = f"{name}_few", -(-columns // FEW_COLUMNS)
     to = [a if d_a is None else d_a for a, _, d_a in layers]
     targets = (*_padded(to), x if d_x is None else d_x)
     read = (x, *_padded([a for a, _, _ in layers]), *_padded([d for _, d, _ in layers]))
@@ -163,8 +168,7 @@ def shrink_gradients(
         "LAYERS": len(layers), "OF_A": first.d_a is not None, "OF_X": d_x is not None,
         "ADD": not fresh,
     } | _constants(x, rank)  # fmt: skip
-    programs = across + down * across * (d_x is not None)
-    _launch("low_rank_shrink_gradient", x, programs, (*read, *targets, *sizes), flags)
+    _launch(name, x, programs, (*read, *targets, *sizes), flags)
 
 
 def _uses_kernels(x: Tensor, a: Tensor, backend: str | None) -> bool:

@@ -21,12 +21,15 @@ from torch import Tensor
 from ..native import kernels
 
 _MOST_WASTE = 1.5  # rows of tiles for each row of a slot
-# A long sum for each element of few tiles leaves processors without work: cuBLAS splits it (H100).
+# A long sum for each element of few tiles leaves processors without work; cuBLAS splits it (H100).
 _FEW_TILES, _LONG = 88, 1600
 
 
 class Term(NamedTuple):
-    """rows (K, T, D). factor (K, E, D), or (K, D, E) with `transposed`; (1, ...) serves all slots."""
+    """rows (K, T, D). factor (K, E, D), or (K, D, E) with `transposed`.
+
+    A factor (1, ...) serves all slots.
+    """
 
     rows: Tensor
     factor: Tensor
@@ -124,10 +127,11 @@ def product_sums(
 
 
 def _plain(own: ProductSum, transposed: bool) -> Tensor:
-    total = 0 if own.bias is None else own.bias.float()
-    for rows, factor in own.terms:
-        total = total + rows.float() @ (factor if transposed else factor.mT).float()
-    return total
+    products = (
+        rows.float() @ (factor if transposed else factor.mT).float() for rows, factor in own.terms
+    )
+    total = torch.stack(list(products)).sum(0)
+    return total if own.bias is None else total + own.bias.float()
 
 
 def _width(own: ProductSum, transposed: bool) -> int:

@@ -62,7 +62,9 @@ class _Call:
         found = None
         if self.anchor is not None and all(layer.multiplies for layer in layers):
             adapted = [
-                Adapted(layer.rows_of_weight(x.dtype), layer.bias, layer.a[self.of], layer.b[self.of])
+                Adapted(
+                    layer.rows_of_weight(x.dtype), layer.bias, layer.a[self.of], layer.b[self.of]
+                )
                 for layer in layers
             ]
             counters = self._readers.counters(stacked)
