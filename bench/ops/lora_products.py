@@ -63,7 +63,7 @@ def by_baddbmm(tensors: list[Tensor]) -> list[Tensor]:
 def fused_layer(tensors: list[Tensor], weight: Tensor, counters: Tensor) -> list[Tensor]:
     """As a pass computes it; where no kernel does, by products one after the other."""
     _, x, d, _, a, b = tensors
-    made = outputs(x, [Adapted(weight, None, a, b)], SCALE, counters, None)
+    made = outputs(x, x.shape[:-1], [Adapted(weight, None, a, b)], SCALE, counters, None)
     if made is None:
         [shrunk] = shrink(x, [a], SCALE)
         y = x @ weight.t()

@@ -24,7 +24,7 @@ _TOGETHER: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = 
 
 
 class _Made(NamedTuple):
-    """A layer's y (1, T, O) and inner, of tensors as they were; None if no kernel made them."""
+    """A layer's y (..., O) and inner (1, T, R), of tensors as they were; None if no kernel made them."""
 
     adapted: Adapted
     versions: list[int]
@@ -97,7 +97,7 @@ class AdaptedLayers:
         scale = self._known[modules[0]].scale
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             counters = self._readers.counters(rows)
-            found = outputs(rows, known, scale, counters, self._backend)
+            found = outputs(rows, x.shape[:-1], known, scale, counters, self._backend)
         made = [None] * len(known) if found is None else found
         return [_Made(layer, _versions(layer), one) for layer, one in zip(known, made, strict=True)]
 
@@ -143,7 +143,7 @@ class _LowRankLinear(torch.autograd.Function):
         y, inner = made.output
         ctx.save_for_backward(x, *inner, a, b)
         ctx.weight, ctx.shared, ctx.scale, ctx.backend = made.adapted.weight, shared, scale, backend
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -75,11 +75,17 @@ class Adapted(NamedTuple):
 
 
 def outputs(
-    x: Tensor, layers: Sequence[Adapted], scale: float, counters: Tensor, backend: str | None
+    x: Tensor,
+    shape: torch.Size,
+    layers: Sequence[Adapted],
+    scale: float,
+    counters: Tensor,
+    backend: str | None,
 ) -> list[tuple[Tensor, Inner]] | None:
-    """Each layer's y (K, T, O), and what its backward half needs; None if no kernel does it.
+    """Each layer's y, and what its backward half needs; None if no kernel does it.
 
-    x (K, T, I).
+    x (K, T, I). shape: of a y without its last dimension, K T elements. A y is no view, since
+        models write to it.
     layers: at most MOST_LAYERS, whose factors have one shape and distance between slots.
     counters: as `shrink`'s.
     """
@@ -94,7 +100,9 @@ def outputs(
     if not product_sums_take(sums([unwritten] * len(layers)), False, backend):
         return None
     shrunk = shrink(x, [layer.a for layer in layers], scale, backend, counters)
-    made = product_sums(sums([own.values for own in shrunk]), False)
+    made = [x.new_empty(*shape, len(layer.weight)) for layer in layers]
+    out = [y.view(*x.shape[:2], -1) for y in made]
+    product_sums(sums([own.values for own in shrunk]), False, out)
     return [(y, Inner(own.values, own.finished)) for y, own in zip(made, shrunk, strict=True)]
 
 

@@ -68,9 +68,10 @@ class _Call:
                 for layer in layers
             ]
             counters = self._readers.counters(stacked)
-            found = outputs(stacked, adapted, self.scale, counters, self.backend)
+            shape = x.shape[:-1]
+            found = outputs(stacked, shape, adapted, self.scale, counters, self.backend)
         if found is not None:
-            return [(y.view(*x.shape[:-1], -1), inner) for y, inner in found]
+            return found
         factors = [layer.a[self.of] for layer in layers]
         made = []
         for layer, own in zip(

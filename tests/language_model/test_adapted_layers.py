@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's layers that read one input, as one product: numbers, and whom a pass may not believe."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hullkit.language_model import adapted_layers, low_rank_layers
+from hullkit.language_model.fused_modules import stand_ins
+from torch import Tensor, nn
+
+peft = pytest.importorskip("peft", reason="an extra is not installed")
+
+# On a GPU of compute capability 9.0 the kernel takes bfloat16; elsewhere torch multiplies.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+BACKEND = None if DEVICE.type == "cuda" else "triton"
+BOUND = 2e-2 if DEVICE.type == "cuda" else 1e-5  # of the largest number
+TOKENS, WIDTH, WIDE = 130, 64, 72
+
+
+class Block(nn.Module):
+    """Three layers that read one input, and one that reads theirs. `between` is called in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k = nn.Linear(WIDTH, WIDE), nn.Linear(WIDTH, WIDE, bias=False)
+        self.v, self.o = nn.Linear(WIDTH, WIDE), nn.Linear(WIDE, WIDTH)
+        self.between: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x)
+        q = self.q(x)
+        if self.between is not None:
+            self.between()
+        k, v = self.k(x), self.v(x)
+        k += 1.0  # as models do that scale queries in place
+        y: Tensor = self.o(torch.sin(q) * k + v)
+        return y
+
+
+def adapted(**options: Any) -> Any:
+    settings: dict[str, Any] = {"r": 8, "lora_alpha": 12, "target_modules": ["q", "k", "v", "o"]}
+    model = peft.get_peft_model(Block(), peft.LoraConfig(**settings | options)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model.to(DEVICE, DTYPE)
+
+
+def block_of(model: Any) -> Block:
+    [block] = [module for module in model.modules() if isinstance(module, Block)]
+    return block
+
+
+def inputs() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(1, TOKENS, WIDTH, generator=generator).to(DEVICE, DTYPE).requires_grad_()
+
+
+def run(model: Any, fused: bool) -> list[Tensor]:
+    """The output and all gradients."""
+    x = inputs()
+    if fused:
+        with stand_ins(model, backend=BACKEND):
+            y = model(x)
+            y.float().square().sum().backward()
+    else:
+        y = model(x)
+        y.float().square().sum().backward()
+    found = [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+    model.zero_grad()
+    return [g for g in found if g is not None]
+
+
+def assert_near(found: list[Tensor], wanted: list[Tensor]) -> None:
+    assert len(found) == len(wanted)
+    for ours, theirs in zip(found, wanted, strict=True):
+        error = float((ours.float() - theirs.float()).abs().max())
+        assert error <= BOUND * float(theirs.float().abs().max())
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of `outputs` computes."""
+    calls: list[int] = []
+    own = low_rank_layers.outputs
+
+    def noted(x: Tensor, shape: Any, layers: Any, *others: Any) -> Any:
+        calls.append(len(layers))
+        return own(x, shape, layers, *others)
+
+    monkeypatch.setattr(adapted_layers, "outputs", noted)
+    return calls
+
+
+def test_readers_of_one_input_are_computed_at_once_from_the_second_pass_on(made: list[int]) -> None:
+    model = adapted()
+    wanted = run(model, fused=False)
+    first = run(model, fused=True)
+    assert made == [1, 1, 1, 1]
+    made.clear()
+    second = run(model, fused=True)
+    assert made == [3, 1]
+    assert_near(first, wanted)
+    for ours, theirs in zip(second, first, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_layers_of_several_scales_and_ranks_are_computed_apart(made: list[int]) -> None:
+    for options in ({"alpha_pattern": {"k": 24}}, {"rank_pattern": {"k": 16}, "lora_alpha": 8}):
+        model = adapted(**options)
+        wanted = run(model, fused=False)
+        run(model, fused=True)
+        made.clear()
+        assert_near(run(model, fused=True), wanted)
+        assert sorted(made) == [1, 1, 2]
+
+
+def test_a_factor_that_changes_after_the_first_reader(made: list[int]) -> None:
+    """What was computed ahead is of the old factor. It is computed again."""
+    model = adapted()
+    block = block_of(model)
+    run(model, fused=True)
+    weight = block.k.lora_B["default"].weight  # type: ignore[union-attr, index]
+    was = weight.detach().clone()
+
+    def change() -> None:
+        with torch.no_grad():
+            weight.copy_(was * 2)
+
+    block.between = change
+    wanted = run(model, fused=False)
+    with torch.no_grad():
+        weight.copy_(was)
+    made.clear()
+    assert_near(run(model, fused=True), wanted)
+    assert made == [3, 1, 1]
+
+
+def test_a_factor_that_is_replaced_after_the_first_reader() -> None:
+    model = adapted()
+    block = block_of(model)
+    run(model, fused=True)
+    part = block.k.lora_A["default"]  # type: ignore[union-attr, index]
+    own = part.weight
+    other = nn.Parameter(own.detach() * 2)
+    wanted: list[Tensor] = []
+    for fused in (False, True):
+        part.weight = own
+        block.between = lambda: setattr(part, "weight", other)
+        found = run(model, fused)
+        if fused:
+            assert_near(found, wanted)
+        wanted = found
+
+
+def test_a_trained_base_takes_its_own_way(made: list[int]) -> None:
+    model = adapted(bias="lora_only")
+    wanted = run(model, fused=False)
+    assert_near(run(model, fused=True), wanted)
+    assert made == [1]  # the one layer without a bias
+
+
+def test_an_input_without_a_gradient() -> None:
+    model = adapted()
+    block = block_of(model)
+    block.forward = lambda x: Block.forward(block, x.detach())  # type: ignore[method-assign]
+    wanted = run(model, fused=False)
+    run(model, fused=True)
+    assert_near(run(model, fused=True), wanted)
+
+
+def test_a_frozen_factor() -> None:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "q.lora_A" in name or "v.lora_B" in name:
+            parameter.requires_grad_(False)
+    wanted = run(model, fused=False)
+    assert_near(run(model, fused=True), wanted)
+
+
+def test_a_layer_that_runs_twice() -> None:
+    model = adapted()
+    block = block_of(model)
+
+    def twice(x: Tensor) -> Tensor:
+        y = torch.sin(block.q(x)) + block.q(x) + block.k(torch.cos(x))
+        z: Tensor = block.o(y + block.v(x))
+        return z
+
+    block.forward = twice  # type: ignore[method-assign]
+    wanted = run(model, fused=False)
+    for _ in range(3):
+        assert_near(run(model, fused=True), wanted)
+
+
+def test_no_model_lives_on_in_what_is_known_of_its_layers() -> None:
+    model = adapted()
+    run(model, fused=True)
+    run(model, fused=True)
+    reference = weakref.ref(block_of(model).k)
+    del model
+    gc.collect()
+    assert reference() is None
