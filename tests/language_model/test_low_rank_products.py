@@ -7,6 +7,7 @@ import pytest
 import torch
 from hullkit.language_model.low_rank_products import (
     MOST_LAYERS,
+    Inner,
     ShrinkGradient,
     expand,
     expand_gradients,
@@ -80,3 +81,43 @@ def test_layers_that_read_one_input(
         close(d_a[i], d_own.mT @ x.double())
         wanted[-1] = wanted[-1] + d_own @ wide_a
     close(d_x, wanted[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [None, "triton"])
+@pytest.mark.parametrize("layers", range(1, MOST_LAYERS + 1))
+@pytest.mark.parametrize(
+    ("slots", "rows", "columns", "rank"), [(1, 140, 700, 16), (3, 70, 300, 16), (2, 1, 9, 16)]
+)
+def test_inner_without_expand(
+    slots: int, rows: int, columns: int, rank: int, layers: int, backend: str | None,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Sums in several parts and in one. Then d_a alone: whoever multiplies a makes d_x as well."""
+    torch.manual_seed(0)
+    x = random(slots, rows, columns, dtype=dtype)
+    a = [rows_of_memory(slots, rank, columns, dtype=dtype) for _ in range(layers)]
+    b = [rows_of_memory(slots, 20, rank, dtype=dtype) for _ in range(layers)]
+    d = random(slots, rows, 20, dtype=dtype)
+    counters = torch.zeros(slots, rows, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):  # counters are as they were
+        for factor, shrunk in zip(a, shrink(x, a, SCALE, backend, counters), strict=True):
+            assert not shrunk.in_parts
+            assert shrunk.values.dtype is dtype
+            wanted = SCALE * x.double() @ factor.double().mT
+            unit = torch.finfo(dtype).eps * float(wanted.abs().max())
+            assert float((shrunk.values.double() - wanted).abs().max()) <= 16.0 * unit
+        assert not counters.any()
+    shrunk = shrink(x, a, SCALE, backend, counters)
+    d_inner = [
+        expand_gradients(d, up, Inner(own.values, own.finished), SCALE, None)
+        for up, own in zip(b, shrunk, strict=True)
+    ]
+    assert not counters.any()
+    d_a = [torch.full_like(factor, torch.nan, dtype=torch.float32) for factor in a]
+    parts = [ShrinkGradient(*part) for part in zip(a, d_inner, d_a, strict=True)]
+    shrink_gradients(x, parts, None, True, backend)
+    for found, own in zip(d_a, d_inner, strict=True):
+        wanted = own.double().mT @ x.double()
+        unit = torch.finfo(dtype).eps * float(wanted.abs().max())
+        assert float((found.double() - wanted).abs().max()) <= 16.0 * unit
