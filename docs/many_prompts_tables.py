@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from rows import H100, Row, find, generated, gib, gpu_name, one, source, table, times
 
+Times = dict[tuple[str, str], float]
 ALONE = ("TestTimeFinetuner, LoRA r=16", "TestTimeFinetuner, all weights")
 
 
@@ -109,14 +110,44 @@ def many_prompts_texts() -> str:
     return table(header, lines) + "\n\n" + source(found[-1])
 
 
+def _shapes(op: str, first: str) -> tuple[list[Row], dict[str, dict[str, str]], Times]:
+    """Rows of the last build, the facts in their shapes, and times by shape and provider."""
+    found = find("gpu", op=op)
+    found = [row for row in found if row["commit"] == found[-1]["commit"]]
+    shapes = [row["shape"] for row in found if row["provider"] == first]
+    facts = {s: dict(part.split("=") for part in s.split() if "=" in part) for s in shapes}
+    return found, facts, {(row["shape"], row["provider"]): float(row["p50"]) for row in found}
+
+
+@generated
+def low_rank_layers() -> str:
+    """What a low-rank part adds to the time of a linear layer, forward and backward."""
+    found, facts, times = _shapes("low-rank layers", "fused layer")
+    lines = []
+    for shape, fact in facts.items():
+        alone, own, torch = (
+            1e3 * times[shape, provider]
+            for provider in ("layer alone", "fused layer", "baddbmm layer")
+        )
+        ratio = f"{(torch - alone) / (own - alone):.1f}x" if own > alone else "free"
+        added = [f"{own - alone:.0f}", f"{torch - alone:.0f}"]
+        lines.append([fact["K"], fact["d"], fact["r"], f"{alone:.0f}", *added, ratio])
+    header = [
+        "slots",
+        "width",
+        "rank",
+        "layer alone: us",
+        "hullkit adds",
+        "`baddbmm` adds",
+        "ratio",
+    ]
+    return table(header, lines) + "\n\n" + source(found[0])
+
+
 @generated
 def low_rank_products() -> str:
     """hullkit's products and torch's `baddbmm`, forward and backward, as CUDA graphs."""
-    found = find("gpu", op="low-rank products")
-    found = [row for row in found if row["commit"] == found[-1]["commit"]]
-    times = {(row["shape"], row["provider"]): float(row["p50"]) for row in found}
-    shapes = [row["shape"] for row in found if row["provider"] == "fused"]
-    facts = {s: dict(part.split("=") for part in s.split() if "=" in part) for s in shapes}
+    found, facts, times = _shapes("low-rank products", "fused")
     ranks = list(dict.fromkeys(f["r"] for f in facts.values()))
     lines: dict[tuple[str, str], list[str]] = {}
     for shape, fact in facts.items():

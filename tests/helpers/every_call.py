@@ -18,6 +18,7 @@ import torch
 from _gpu import DTYPES, problem
 from _products import Matrices
 from hullkit.language_model import low_rank_products as products
+from hullkit.language_model import product_sums as sums
 from hullkit.native import kernels
 from torch import Tensor
 
@@ -56,6 +57,18 @@ def low_rank(slots: int, device: str) -> None:
     products.shrink_gradients(x, parts, torch.empty_like(x), fresh=True)
 
 
+def product_sums(transposed: bool, device: str) -> None:
+    """Several tiles a block, at the edges of their matrices and slots."""
+    x, d = torch.randn(90, 97, 200, device=device), torch.randn(90, 97, 264, device=device)
+    weight, inner = torch.randn(1, 264, 200, device=device), torch.randn(90, 97, 8, device=device)
+    a, b = torch.randn(90, 8, 200, device=device), torch.randn(90, 264, 8, device=device)
+    terms = [(d, weight), (inner, a)] if transposed else [(x, weight), (inner, b)]
+    halves = [sums.Term(*(t.bfloat16() for t in term)) for term in terms]
+    problem = [sums.ProductSum(halves)]
+    if sums.product_sums_take(problem, transposed):
+        sums.product_sums(problem, transposed)
+
+
 def adam_products(dtype: torch.dtype, device: str) -> None:
     """Several tiles a program, at the edges of their matrices."""
     if kernels.adam_product_usable(torch.device(device)):
@@ -91,6 +104,8 @@ def run(device: str, part: int = 0, of: int = 1) -> int:
         call(function, pool[0], query, 5)
     for slots in itertools.islice((1, 3), part, None, of):
         call(low_rank, slots, device)
+    for transposed in itertools.islice((False, True), part, None, of):
+        call(product_sums, transposed, device)
     for dtype in itertools.islice((torch.bfloat16, torch.float32), part, None, of):
         call(adam_products, dtype, device)
     if device == "cuda":

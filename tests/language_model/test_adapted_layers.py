@@ -25,7 +25,10 @@ TOKENS, WIDTH, WIDE = 130, 64, 72
 
 
 class Block(nn.Module):
-    """Three layers that read one input, and one that reads theirs. `between` is called in between."""
+    """Three layers that read one input, and one that reads theirs.
+
+    between: called after the first.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,11 +147,12 @@ def test_a_factor_that_changes_after_the_first_reader(made: list[int]) -> None:
     assert made == [3, 1, 1]
 
 
-def test_a_factor_that_is_replaced_after_the_first_reader() -> None:
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_a_factor_that_is_replaced_after_the_first_reader(name: str) -> None:
     model = adapted()
     block = block_of(model)
     run(model, fused=True)
-    part = block.k.lora_A["default"]  # type: ignore[union-attr, index]
+    part = getattr(block.k, name)["default"]
     own = part.weight
     other = nn.Parameter(own.detach() * 2)
     wanted: list[Tensor] = []

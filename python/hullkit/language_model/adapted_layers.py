@@ -24,10 +24,13 @@ _TOGETHER: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = 
 
 
 class _Made(NamedTuple):
-    """A layer's y (..., O) and inner (1, T, R), of tensors as they were; None if no kernel made them."""
+    """A layer's y (..., O) and inner (1, T, R), None if no kernel made them.
+
+    state: of the tensors of which they were made.
+    """
 
     adapted: Adapted
-    versions: list[int]
+    state: list[tuple[int, int]]
     output: tuple[Tensor, Inner] | None
 
 
@@ -55,8 +58,8 @@ class AdaptedLayers:
         if adapted is None:
             return None
         make = partial(self._make, x)
-        made = self._readers.made(module, shared, self._expected(module, x), make)
-        if made.versions != _versions(adapted) or made.adapted.a.data_ptr() != adapted.a.data_ptr():
+        made = self._readers.made(module, shared, self._expected(module, adapted, x), make)
+        if made.state != _state(adapted):  # somebody has changed a factor since it was made
             [made] = make([module])
         if made.output is None:
             return None
@@ -75,17 +78,15 @@ class AdaptedLayers:
             if len(layers) > 1:
                 _TOGETHER[layers[0]] = [weakref.ref(layer) for layer in layers[1:]]
 
-    def _expected(self, module: nn.Module, x: Tensor) -> list[nn.Module]:
-        """The module, and others of its kind that read x in the latest pass."""
+    def _expected(self, module: nn.Module, own: Adapted, x: Tensor) -> list[nn.Module]:
+        """The module, and others of its rank and scale that read the same in the latest pass."""
         found = [module]
-        first = self._adapted(module, x)
         for reference in _TOGETHER.get(module, []):
             other = reference()
             adapted = None if other is None else self._adapted(other, x)
-            if other is None or adapted is None or first is None:
+            if other is None or adapted is None or adapted.a.shape != own.a.shape:
                 continue
-            same = self._known[other].scale == self._known[module].scale
-            if same and adapted.a.shape == first.a.shape and adapted.a.dtype is first.a.dtype:
+            if self._known[other].scale == self._known[module].scale:
                 found.append(other)
         return found
 
@@ -99,7 +100,7 @@ class AdaptedLayers:
             counters = self._readers.counters(rows)
             found = outputs(rows, x.shape[:-1], known, scale, counters, self._backend)
         made = [None] * len(known) if found is None else found
-        return [_Made(layer, _versions(layer), one) for layer, one in zip(known, made, strict=True)]
+        return [_Made(layer, _state(layer), one) for layer, one in zip(known, made, strict=True)]
 
     def _adapted(self, module: nn.Module, x: Tensor) -> Adapted | None:
         """The layer's tensors; None if they are not all of x's dtype, or the base is trained."""
@@ -120,8 +121,8 @@ class AdaptedLayers:
         return Adapted(weight.detach(), bias, a.detach()[None], b.detach()[None])
 
 
-def _versions(adapted: Adapted) -> list[int]:
-    return [t._version for t in adapted if t is not None]
+def _state(adapted: Adapted) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), t._version) for t in adapted if t is not None]
 
 
 class _LowRankLinear(torch.autograd.Function):
