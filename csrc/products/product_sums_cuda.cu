@@ -257,9 +257,12 @@ CUtensorMap encode(const ProductMatrix& matrix, int box_columns, int box_rows) {
                         strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) {
-    throw std::invalid_argument("product_sums: expected matrices that the device's copies take, got one of " +
-                                std::to_string(matrix.slots) + " x " + std::to_string(matrix.rows) + " x " +
-                                std::to_string(matrix.columns) + " (driver's error " + std::to_string(error) + ")");
+    throw std::invalid_argument(
+        "product_sums: expected addresses and distances that are multiples of 16 bytes, got a matrix of " +
+        std::to_string(matrix.slots) + " x " + std::to_string(matrix.rows) + " x " + std::to_string(matrix.columns) +
+        " at " + std::to_string(matrix.address) + ", " + std::to_string(matrix.slot_stride) + " and " +
+        std::to_string(matrix.row_stride) + " elements from slot to slot and row to row (the driver's error is " +
+        std::to_string(error) + ")");
   }
   return map;
 }
@@ -344,6 +347,12 @@ bool product_sums_usable() {
 }
 
 void product_sums_cuda(const ProductSums& sums, void* stream) {
+  if (sums.num_results < 1 || sums.num_results > kMostResults || sums.num_terms < 1 ||
+      sums.num_results * sums.num_terms > kMostTerms) {
+    throw std::invalid_argument("product_sums: expected at most " + std::to_string(kMostResults) + " results and " +
+                                std::to_string(kMostTerms) + " terms, got " + std::to_string(sums.num_results) +
+                                " results of " + std::to_string(sums.num_terms) + " terms");
+  }
   int device = 0, processors = 0;
   check_cuda(cudaGetDevice(&device), "CUDA device");
   check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "CUDA device");

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hullkit.language_model import adapted_layers, low_rank_layers
 from hullkit.language_model.fused_modules import stand_ins
+from hullkit.language_model.products import SharedInput
 from torch import Tensor, nn
 
 peft = pytest.importorskip("peft", reason="an extra is not installed")
@@ -165,6 +166,71 @@ def test_a_factor_that_is_replaced_after_the_first_reader(name: str) -> None:
         wanted = found
 
 
+def test_hooks_that_update_factors_in_the_backward_pass() -> None:
+    """A factor's gradient is there before its input's, which reads the factor."""
+    model = adapted()
+    wanted = run(model, fused=False)
+    values = [p.detach().clone() for p in model.parameters()]
+
+    def update(parameter: Tensor) -> None:
+        parameter.data.add_(1.0)
+
+    handles = [
+        p.register_post_accumulate_grad_hook(update) for p in model.parameters() if p.requires_grad
+    ]
+    assert_near(run(model, fused=True), wanted)
+    for handle in handles:
+        handle.remove()
+    assert any(not torch.equal(p, was) for p, was in zip(model.parameters(), values, strict=True))
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, refused: Any) -> None:
+    own = low_rank_layers.product_sums_take
+
+    def takes(sums: Any, transposed: bool, backend: str | None = None) -> bool:
+        return not refused(sums, transposed) and own(sums, transposed, backend)
+
+    monkeypatch.setattr(low_rank_layers, "product_sums_take", takes)
+
+
+@pytest.mark.parametrize("of", ["q", "k", "v"])
+def test_several_ranks_where_no_kernel_makes_the_inputs_gradient(
+    of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, lambda _, transposed: transposed)
+    model = adapted(rank_pattern={of: 16})
+    wanted = run(model, fused=False)
+    for _ in range(2):
+        assert_near(run(model, fused=True), wanted)
+
+
+def test_a_layer_that_no_kernel_computes_leaves_its_siblings_their_own(
+    made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether one is computed so does not depend on what is known of the others."""
+    refuse(monkeypatch, lambda sums, transposed: not transposed and sums[0].bias is None)
+    model = adapted()  # k has no bias
+    wanted = run(model, fused=False)
+    first = run(model, fused=True)
+    made.clear()
+    second = run(model, fused=True)
+    assert made == [3, 1]
+    assert_near(first, wanted)
+    for ours, theirs in zip(second, first, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_gradient_that_is_written_to_before_its_input_has_one() -> None:
+    x, d = torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)
+    shared = SharedInput(x.dtype)
+    of_a = low_rank_layers.ShrinkGradient(torch.zeros(1, 2, 8), torch.zeros(1, 4, 2), None)
+    part = low_rank_layers.Part(x, d, d._version, torch.zeros(8, 8).to, of_a, None)
+    low_rank_layers.leave(shared, part)
+    d.add_(1.0)
+    with pytest.raises(RuntimeError, match="expected gradients that nobody writes to"):
+        shared.take()
+
+
 def test_a_trained_base_takes_its_own_way(made: list[int]) -> None:
     model = adapted(bias="lora_only")
     wanted = run(model, fused=False)
@@ -190,7 +256,7 @@ def test_a_frozen_factor() -> None:
     assert_near(run(model, fused=True), wanted)
 
 
-def test_a_layer_that_runs_twice() -> None:
+def test_a_layer_that_runs_twice(made: list[int]) -> None:
     model = adapted()
     block = block_of(model)
 
@@ -202,7 +268,9 @@ def test_a_layer_that_runs_twice() -> None:
     block.forward = twice  # type: ignore[method-assign]
     wanted = run(model, fused=False)
     for _ in range(3):
+        made.clear()
         assert_near(run(model, fused=True), wanted)
+        assert sum(made) == 5
 
 
 def test_no_model_lives_on_in_what_is_known_of_its_layers() -> None:

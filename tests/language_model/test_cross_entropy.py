@@ -218,3 +218,13 @@ def test_a_matrix_that_is_embedding_and_last_layer(lookups: int, linear: bool) -
         gradients.append(torch.autograd.grad(2.0 * loss, (weight,))[0])
         assert tied is None or tied.taken is None
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_logits_at_a_time() -> None:
+    """Many for a batch of texts, fewer where a row of them is long."""
+    rows = cross_entropy._rows_at_once
+    assert rows(1 << 10) == 80 << 10
+    assert rows(100 << 10) == 2048
+    assert rows(200 << 10) == 1310
+    assert rows(1 << 20) == 256
+    assert rows(1 << 40) == 1

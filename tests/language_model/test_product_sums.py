@@ -167,5 +167,5 @@ def test_what_the_kernel_does_not_take() -> None:
 @on_hopper
 def test_a_matrix_that_the_driver_refuses() -> None:
     x, weight = random(1, 128, 256, seed=0), random(1, 512, 252, seed=1)[..., :248]
-    with pytest.raises(ValueError, match="product_sums: expected matrices that the device's"):
+    with pytest.raises(ValueError, match="product_sums: expected addresses and distances"):
         product_sums([ProductSum([Term(x[..., :248], weight)])], False)

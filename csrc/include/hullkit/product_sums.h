@@ -24,14 +24,14 @@ HULLKIT_FIELDS(const ProductMatrix, address, slots, rows, columns, slot_stride, 
 constexpr int kMostResults = 3;
 constexpr int kMostTerms = 6;  // of all results together
 
-// A tile of the kernel: columns of a result, and the least of these numbers of rows of one slot that cost least
-// together. Texts are padded to multiples of 32.
+// A tile of the kernel has kTileColumns columns of a result and one of kTileRows rows of a slot: those with which a
+// launch is expected to be fastest. Texts are padded to multiples of 32.
 constexpr int kTileColumns = 128;
 constexpr int kTileRows[] = {96, 104, 112, 128, 160, 208};
 
 struct ProductSums {
   // Host memory: each result, then the pairs (factor, rows) of its terms. A factor is [columns of the result, depth],
-  // or [depth, columns] with `transposed`. Terms with one place in their results have one depth.
+  // or [depth, columns] with `transposed`. All results have equally many terms; the i-th terms of all have one depth.
   const ProductMatrix* matrices;
   int64_t num_results, num_terms;  // terms of each result
   bool transposed;

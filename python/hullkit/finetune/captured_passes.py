@@ -29,7 +29,8 @@ from .schedule import Reuse
 from .snapshot import Attributes
 
 Shape = tuple[tuple[str, torch.Size, torch.dtype], ...]
-_SMALL_PART = 16  # one in so many elements of a model: their gradients may all exist together
+# Where at most one in so many elements of a model is trained, all gradients may exist together.
+_SMALL_PART = 16
 
 
 class CapturedPasses:

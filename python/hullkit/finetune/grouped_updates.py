@@ -41,13 +41,14 @@ class GroupedUpdates(WeightProducts):
 
     They run on a stream of their own. The gaps of the backward pass hide about a tenth of them;
     not more, since both want the memory. A gradient lives until its update. The backward pass waits
-    for the group before last, so that all gradients never exist together. A gradient that is one
-    linear layer's product never exists: its two factors live until its update.
+    for the group before last, so that all gradients never exist together, unless `together`. A
+    gradient that is one linear layer's product never exists: its two factors live until its update.
+    Groups with a factor of an adapter that the backward pass still reads start at its end.
 
     order: the parameters that get a gradient, in that order, and their gradients.
     capacity: the most updates with one gradient.
     together: whether all gradients that are no products may exist together. Updates beside the
-        backward pass take processors from its kernels, which pays only where it saves memory.
+        backward pass take multiprocessors from its kernels, which pays only where it saves memory.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class GroupedUpdates(WeightProducts):
     def begin(self) -> None:
         self._waiting = {id(g): len(g.parameters) for g in self._group_of.values()}
         self._under_way: list[tuple[_Group, torch.cuda.Event]] = []
+        self._read_later: set[int] = set()  # groups, by id
+        self._late: list[_Group] = []
         for part in self._parts:
             part.record[BROKEN].zero_()
             part.move_on()
@@ -116,10 +119,23 @@ class GroupedUpdates(WeightProducts):
         self._note(group)
         return True
 
+    def reads_later(self, factor: Tensor) -> bool:
+        group = self._group_of.get(factor)  # type: ignore[call-overload]
+        if group is None:
+            return False
+        self._read_later.add(id(group))
+        return True
+
     def _note(self, group: _Group) -> None:
         self._waiting[id(group)] -= 1
         if self._waiting[id(group)] > 0:
             return
+        if id(group) in self._read_later:
+            self._late.append(group)
+        else:
+            self._start(group)
+
+    def _start(self, group: _Group) -> None:
         self._side.wait_stream(torch.cuda.current_stream(self._side.device))
         with torch.cuda.stream(self._side):
             group.launch()
@@ -142,6 +158,9 @@ class GroupedUpdates(WeightProducts):
             parameter.grad = None
 
     def join(self) -> None:
+        for group in self._late:
+            self._start(group)
+        self._late.clear()
         while self._under_way:
             self._finish_first()
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from .low_rank import LowRank, factors
 from .low_rank_layers import Adapted, Part, Readers, leave, outputs
 from .low_rank_products import Inner, ShrinkGradient, expand_gradients, shrink_gradients
-from .products import SharedInput
+from .products import SharedInput, WeightProducts
 
 # Who read the same input as a layer in the latest pass. No pass relies on it.
 _TOGETHER: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = (
@@ -37,11 +37,12 @@ class _Made(NamedTuple):
 class AdaptedLayers:
     """The layers of one pass whose frozen base and adapter were found to be a known formula.
 
-    backend: "triton" takes CPU tensors too.
+    backend: "triton" takes CPU tensors too. products: is told of factors that are read late.
     """
 
-    def __init__(self, backend: str | None) -> None:
+    def __init__(self, backend: str | None, products: WeightProducts | None) -> None:
         self._backend = backend
+        self._products = WeightProducts() if products is None else products
         self._known: dict[nn.Module, LowRank] = {}
         self._readers: Readers[nn.Module, _Made] = Readers()
 
@@ -66,7 +67,7 @@ class AdaptedLayers:
         scale = self._known[module].scale
         a, b = factors(module, self._known[module])
         y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
-            x, a, b, made, shared, scale, self._backend
+            x, a, b, made, shared, self._products, scale, self._backend
         )
         return y
 
@@ -97,9 +98,8 @@ class AdaptedLayers:
         assert len(known) == len(layers)
         scale = self._known[modules[0]].scale
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            counters = self._readers.counters(rows)
-            found = outputs(rows, x.shape[:-1], known, scale, counters, self._backend)
-        made = [None] * len(known) if found is None else found
+            counters, shape = self._readers.counters, x.shape[:-1]
+            made = outputs(rows, shape, known, scale, counters, self._backend)
         return [_Made(layer, _state(layer), one) for layer, one in zip(known, made, strict=True)]
 
     def _adapted(self, module: nn.Module, x: Tensor) -> Adapted | None:
@@ -122,7 +122,8 @@ class AdaptedLayers:
 
 
 def _state(adapted: Adapted) -> list[tuple[int, int]]:
-    return [(t.data_ptr(), t._version) for t in adapted if t is not None]
+    read = (adapted.weight, adapted.bias, adapted.a, adapted.b)
+    return [(t.data_ptr(), t._version) for t in read if t is not None]
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -136,24 +137,26 @@ class _LowRankLinear(torch.autograd.Function):
         b: Tensor,
         made: _Made,
         shared: SharedInput,
+        products: WeightProducts,
         scale: float,
         backend: str | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         assert made.output is not None
         y, inner = made.output
-        ctx.save_for_backward(x, *inner, a, b)
-        ctx.weight, ctx.shared, ctx.scale, ctx.backend = made.adapted.weight, shared, scale, backend
+        ctx.save_for_backward(x, *inner, a, b, made.adapted.weight)
+        ctx.known, ctx.shared, ctx.products = a, shared, products
+        ctx.scale, ctx.backend = scale, backend
         return y
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, d: Tensor | None
-    ) -> tuple[None, Tensor | None, Tensor | None, None, None, None, None]:
+    ) -> tuple[None, Tensor | None, Tensor | None, None, None, None, None, None]:
         if d is None:
-            return None, None, None, None, None, None, None
-        x, values, finished, a, b = ctx.saved_tensors
+            return None, None, None, None, None, None, None, None
+        x, values, finished, a, b, weight = ctx.saved_tensors
         of_x, of_a, of_b, *_ = ctx.needs_input_grad
         x = x.reshape(1, -1, x.shape[-1])
         d = d.reshape(1, x.shape[1], -1).contiguous()
@@ -165,7 +168,14 @@ class _LowRankLinear(torch.autograd.Function):
                 own = ShrinkGradient(a[None], d_inner, d_a[None])
                 shrink_gradients(x, [own], None, True, ctx.backend)
         if of_x:
-            weight = ctx.weight
-            part = Part(x, d, weight.to, ShrinkGradient(a[None], d_inner, None), ctx.backend)
-            leave(ctx.shared, part)
-        return None, d_a, d_b, None, None, None, None
+            kept = a.detach().clone() if of_a and _may_change(ctx.known, ctx.products) else a
+            own = ShrinkGradient(kept[None], d_inner, None)
+            leave(ctx.shared, Part(x, d, d._version, weight.to, own, ctx.backend))
+        return None, d_a, d_b, None, None, None, None, None
+
+
+def _may_change(factor: Tensor, products: WeightProducts) -> bool:
+    """Whether somebody may update a factor once its gradient is there, in the backward pass."""
+    hooks = len(factor._backward_hooks or ())
+    hooks += len(getattr(factor, "_post_accumulate_grad_hooks", None) or ())
+    return hooks > products.reads_later(factor)  # whoever says so has one hook

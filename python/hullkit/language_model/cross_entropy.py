@@ -18,9 +18,9 @@ from ..optim._tensor_table import uses_triton
 from .interface import IGNORED, at_least_float32
 from .products import add_product, widens
 
-# So many logits at a time: 416 tokens of GPT-2 in float32, and at least so many tokens of a batch.
-# Products of fewer rows are slower (H100).
-CHUNK_BYTES, CHUNK_ROWS = 80 << 20, 2048
+# Logits at a time: as many as the first, which are 416 tokens of GPT-2 in float32. Products of few
+# rows are slower (H100), so a batch takes up to so many rows, and up to the last.
+CHUNK_BYTES, CHUNK_ROWS, MOST_CHUNK_BYTES = 80 << 20, 2048, 256 << 20
 _ALIGNED = 64  # a row of logits begins at a multiple of so many elements
 _TENSOR_CORES = 8  # tensor cores are fast where a matrix's sides are multiples of this
 
@@ -234,8 +234,7 @@ def _of_chunks(
     """
     length, columns = len(hidden), len(weight)
     stride = -(-columns // _ALIGNED) * _ALIGNED
-    rows_at_once = max(CHUNK_ROWS, CHUNK_BYTES // (stride * hidden.itemsize))
-    step = -(-length // -(-length // rows_at_once))
+    step = -(-length // -(-length // _rows_at_once(stride * hidden.itemsize)))
     of_all = _row_results(hidden.dtype, targets)
     losses, normalisers, scale, rows_of = (t.flatten() for t in (*of_all, targets))
     d_hidden = torch.empty_like(hidden) if of_hidden else None
@@ -260,6 +259,11 @@ def _of_chunks(
             if d_weight is not None:
                 add_product(d_weight[part], logits[:, part].t(), x, fresh=first == 0)
     return of_all[0], of_all[2], d_hidden, d_weight
+
+
+def _rows_at_once(row_bytes: int) -> int:
+    few, most = CHUNK_BYTES // row_bytes, MOST_CHUNK_BYTES // row_bytes
+    return max(1, few, min(most, CHUNK_ROWS))
 
 
 def _parts(columns: int) -> list[slice]:

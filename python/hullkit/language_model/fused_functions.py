@@ -77,7 +77,7 @@ class FusedFunctions(TorchFunctionMode):
         self._backend = backend
         self._inputs = SharedInputs() if inputs is None else inputs
         self._products = products
-        self.adapted = AdaptedLayers(backend)
+        self.adapted = AdaptedLayers(backend, products)
         # Of an activation: the gate, its version then, and the activation's name.
         self._activated: RecentTensors[tuple[Tensor, int, str]] = RecentTensors()
         self._normed: RecentTensors[tuple[Tensor, SharedInput]] = RecentTensors()

@@ -11,6 +11,7 @@ the first reader needs together with what the others will ask for.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import groupby
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -43,35 +44,46 @@ class Readers(Generic[Layer, Made]):
 
         expected: the layers that will read the input, this one first.
         """
-        self._readers.setdefault(shared, []).append(layer)
+        before = self._readers.setdefault(shared, [])
         known = self._made.pop(layer, None)
         if known is None or known[0] is not shared:
-            for other, one in zip(expected, make(expected), strict=True):
+            waiting = {other for other, made in self._made.items() if made[0] is shared}
+            done = waiting.union(before) - {layer}
+            wanted = [other for other in expected if other not in done]
+            for other, one in zip(wanted, make(wanted), strict=True):
                 self._made[other] = (shared, one)
             known = self._made.pop(layer)
+        before.append(layer)
         return known[1]
 
     def groups(self) -> Iterator[list[Layer]]:
         """Layers that read one input, at most MOST_LAYERS, in the order of their calls."""
-        for layers in self._readers.values():
+        for readers in self._readers.values():
+            layers = list(dict.fromkeys(readers))  # one may run twice
             for at in range(0, len(layers), MOST_LAYERS):
                 yield layers[at : at + MOST_LAYERS]
 
     def counters(self, x: Tensor) -> Tensor:
         """Zeros for `shrink` and later kernels, which leave zeros. x (K, T, D)."""
         slots, rows = x.shape[:2]
-        if self._counters is None or self._counters.shape != (slots, rows):
-            self._counters = x.new_zeros(slots, rows, dtype=torch.int32)
-        return self._counters
+        kept = self._counters
+        if kept is None or kept.shape != (slots, rows) or kept.device != x.device:
+            kept = self._counters = x.new_zeros(slots, rows, dtype=torch.int32)
+        return kept
 
 
 class Adapted(NamedTuple):
-    """A frozen linear layer and its factors: weight (O, I), bias (O,), a (K, R, I), b (K, O, R)."""
+    """A frozen linear layer and its factors: weight (O, I), bias (O,), a (K, R, I), b (K, O, R).
+
+    of_weight: makes the weight, where `weight` is a tensor without memory in its place. Such a
+        weight lives for one product.
+    """
 
     weight: Tensor
     bias: Tensor | None
     a: Tensor
     b: Tensor
+    of_weight: Callable[[], Tensor] | None = None
 
 
 def outputs(
@@ -79,59 +91,82 @@ def outputs(
     shape: torch.Size,
     layers: Sequence[Adapted],
     scale: float,
-    counters: Tensor,
+    counters: Callable[[Tensor], Tensor],
     backend: str | None,
-) -> list[tuple[Tensor, Inner]] | None:
-    """Each layer's y, and what its backward half needs; None if no kernel does it.
+) -> list[tuple[Tensor, Inner] | None]:
+    """Each layer's y, and what its backward half needs; None for one that no kernel computes.
+
+    Whether a kernel does depends on the layer alone, so that its bits do not depend on who else is
+    known to read x.
 
     x (K, T, I). shape: of a y without its last dimension, K T elements. A y is no view, since
         models write to it.
     layers: at most MOST_LAYERS, whose factors have one shape and distance between slots.
-    counters: as `shrink`'s.
+    counters: makes `shrink`'s.
     """
-
-    def sums(inners: Sequence[Tensor]) -> list[ProductSum]:
-        return [
-            ProductSum([Term(x, layer.weight[None]), Term(inner, layer.b)], layer.bias)
-            for layer, inner in zip(layers, inners, strict=True)
-        ]
-
     unwritten = x.new_empty(*x.shape[:2], layers[0].b.shape[2])
-    if not product_sums_take(sums([unwritten] * len(layers)), False, backend):
-        return None
-    shrunk = shrink(x, [layer.a for layer in layers], scale, backend, counters)
-    made = [x.new_empty(*shape, len(layer.weight)) for layer in layers]
+    takes = [product_sums_take([_sum(x, own, unwritten)], False, backend) for own in layers]
+    chosen = [own for own, taken in zip(layers, takes, strict=True) if taken]
+    if not chosen:
+        return [None] * len(layers)
+    shrunk = shrink(x, [own.a for own in chosen], scale, backend, counters(x))
+    made = [x.new_empty(*shape, len(own.weight)) for own in chosen]
     out = [y.view(*x.shape[:2], -1) for y in made]
-    product_sums(sums([own.values for own in shrunk]), False, out)
-    return [(y, Inner(own.values, own.finished)) for y, own in zip(made, shrunk, strict=True)]
+    sums = [_sum(x, own, thin.values) for own, thin in zip(chosen, shrunk, strict=True)]
+    if all(own.of_weight is None for own in chosen):
+        product_sums(sums, False, out)
+    else:
+        for own, total, y in zip(chosen, sums, out, strict=True):
+            if own.of_weight is not None:
+                total = _sum(x, own._replace(weight=own.of_weight()), total.terms[1].rows)
+            product_sums([total], False, [y])
+    found = iter(zip(made, shrunk, strict=True))
+    results: list[tuple[Tensor, Inner] | None] = []
+    for taken in takes:
+        if taken:
+            y, thin = next(found)
+            results.append((y, Inner(thin.values, thin.finished)))
+        else:
+            results.append(None)
+    return results
+
+
+def _sum(x: Tensor, layer: Adapted, inner: Tensor) -> ProductSum:
+    return ProductSum([Term(x, layer.weight[None]), Term(inner, layer.b)], layer.bias)
 
 
 class Part(NamedTuple):
     """What a layer leaves for its input's gradient, d W + d_inner a, until all readers have.
 
-    x (K, T, I): the input. d (K, T, O): the gradient of y. weight: gives (O, I) in a dtype.
+    x (K, T, I): the input. d (K, T, O): the gradient of y, `version` its version then.
+    weight: gives (O, I) in a dtype.
     of_a: the factor a (K, R, I), d_inner (K, T, R), and where d_a goes, unless it is made already.
     """
 
     x: Tensor
     d: Tensor
+    version: int
     weight: Callable[[torch.dtype], Tensor]
     of_a: ShrinkGradient
     backend: str | None
 
 
 def leave(shared: SharedInput, part: Part) -> None:
-    """Adds the part to the input's gradient when that is taken."""
-    shared.defer(part, _finish)
+    """Adds the part to the input's gradient when that is taken, or with others before."""
+    shared.defer(part, _finish, MOST_LAYERS)
 
 
 def _finish(shared: SharedInput, parts: list[Part]) -> None:
+    if any(part.d._version != part.version for part in parts):
+        raise RuntimeError(
+            "expected gradients that nobody writes to in the backward pass, got one that was "
+            "written to before the gradient of its layer's input was made"
+        )
     with torch.autocast(parts[0].x.device.type, enabled=False):
-        for at in range(0, len(parts), MOST_LAYERS):
-            _finish_some(shared, parts[at : at + MOST_LAYERS])
+        _add(shared, parts)
 
 
-def _finish_some(shared: SharedInput, parts: list[Part]) -> None:
+def _add(shared: SharedInput, parts: list[Part]) -> None:
     x, d, *_, backend = parts[0]
     weights = [part.weight(d.dtype) for part in parts]
     of_a = [part.of_a for part in parts]
@@ -139,11 +174,14 @@ def _finish_some(shared: SharedInput, parts: list[Part]) -> None:
     for part, weight in zip(parts, weights, strict=True):
         terms += [Term(part.d, weight[None]), Term(part.of_a.d_inner, part.of_a.a)]
     sums = [ProductSum(terms)]
-    if shared.dtype is d.dtype and product_sums_take(sums, True, backend):
-        shrink_gradients(x, of_a, None, True, backend)
+    at_once = shared.dtype is d.dtype and product_sums_take(sums, True, backend)
+    d_x = None
+    if at_once:
         shared.put(product_sums(sums, True)[0].flatten(0, 1))
-        return
-    for part, weight in zip(parts, weights, strict=True):
-        shared.add(part.d.flatten(0, 1), weight)
-    total, _ = shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)
-    shrink_gradients(x, of_a, total.view(x.shape), False, backend)
+    else:
+        for part, weight in zip(parts, weights, strict=True):
+            shared.add(part.d.flatten(0, 1), weight)
+        d_x = shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)[0].view(x.shape)
+    # Each d_a, and with d_x what products one by one have left out of it.
+    for _, alike in groupby(of_a, key=lambda own: own.a.shape):
+        shrink_gradients(x, list(alike), d_x, at_once, backend)

@@ -78,11 +78,17 @@ def shrink(
     rank = first.shape[1]
     down, _ = _blocks(rows, columns)
     count, length = _split(slots * down, columns)
-    parts = x.new_empty(len(factors), slots, count, rows, rank, dtype=torch.float32)
+    made = []
+    if counters is not None:
+        made.append(x.new_empty(len(factors), slots, rows, rank))
+    if counters is None or count > 1:
+        of_parts = (len(factors), slots, count, rows, rank)
+        made.append(x.new_empty(of_parts, dtype=torch.float32))
+    inner, parts = made[0], made[-1]
+    finished = x if counters is None else counters
     sizes = (rows, columns, rank, x.stride(0), x.stride(1), first.stride(0), count, length, scale)
+    arguments = (x, *_padded(factors), parts, inner, finished, *sizes)
     whole = counters is not None
-    inner = x.new_empty(len(factors), slots, rows, rank) if whole else parts
-    arguments = (x, *_padded(factors), parts, inner, x if counters is None else counters, *sizes)
     flags = {"LAYERS": len(factors), "WHOLE": whole} | _constants(x, rank) | _most(count)
     _launch("low_rank_shrink", x, down * count, arguments, flags)
     return [Shrunk(own, in_parts=not whole, finished=counters) for own in inner]

@@ -21,8 +21,8 @@ from torch import Tensor
 from ..native import kernels
 
 _MOST_WASTE = 1.5  # rows of tiles for each row of a slot
-# A long sum for each element of few tiles leaves processors without work; cuBLAS splits it (H100).
-_FEW_TILES, _LONG = 88, 1600
+# A long sum for each element of few tiles leaves multiprocessors idle; cuBLAS splits it (H100).
+_FEW_TILES, _LONG = 88, 6000
 
 
 class Term(NamedTuple):
@@ -66,7 +66,7 @@ def product_sums_take(
 ) -> bool:
     """Whether `product_sums` computes these, and as fast as products one by one.
 
-    Sums with one place have one number of terms, and terms with one place one depth D.
+    All sums have equally many terms; the i-th terms of all have one depth D.
 
     backend: "triton" takes CPU tensors too, which torch multiplies.
     """
@@ -106,7 +106,7 @@ def product_sums(
     Sums are in float32 and rounded once. A slot's bits depend on no other slot.
 
     Cost: the multiply-adds of all terms. Each factor and all rows are read once, and once more for
-    each 208 rows and each 128 columns of a result, mostly from the GPU's cache.
+    each 96 to 208 rows and each 128 columns of a result, mostly from the GPU's cache.
     """
     first = sums[0].terms[0].rows
     shape = first.shape[:2]

@@ -101,15 +101,18 @@ class SharedInput:
         self._deferred: list[Any] = []
         self._finish: Finish | None = None
 
-    def defer(self, part: Any, finish: Finish) -> None:
+    def defer(self, part: Any, finish: Finish, most: int) -> None:
         """Before the gradient is taken, `finish` gets this object and all parts, and adds to it.
 
-        So layers work at once where each would read and write the gradient for itself.
+        So layers work at once where each would read and write the gradient for itself. It gets
+        `most` of them as soon as there are so many.
         finish: the same function for all parts. It holds no reference to this object, which would
             live on with a pass's tensors if the pass fails.
         """
         self._deferred.append(part)
         self._finish = finish
+        if len(self._deferred) == most:
+            self._finish_deferred()
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Adds a @ b to the gradient."""
@@ -124,15 +127,18 @@ class SharedInput:
         return self._gradient, fresh
 
     def put(self, gradient: Tensor) -> None:
-        """Adds a whole gradient, which is not written to. So `add` must not follow."""
+        """Adds a whole gradient. `add`, which writes to it, may follow where nobody else has it."""
         left = self.take()
         self._gradient = gradient if left is None else left + gradient
 
-    def take(self) -> Tensor | None:
+    def _finish_deferred(self) -> None:
         finish, self._finish = self._finish, None
         if finish is not None:
             parts, self._deferred = self._deferred, []
             finish(self, parts)
+
+    def take(self) -> Tensor | None:
+        self._finish_deferred()
         gradient, self._gradient = self._gradient, None
         return gradient
 
@@ -259,6 +265,11 @@ class WeightProducts:
     def take(self, weight: Tensor, a: Tensor, b: Tensor) -> bool:
         """Whether somebody else will use a^T b; then there is no gradient. Nobody may write to a
         and b until the pass ends."""
+        return False
+
+    def reads_later(self, factor: Tensor) -> bool:
+        """Whether a factor of an adapter stays as it is until the pass ends, though its gradient is
+        there before its input's, which reads the factor."""
         return False
 
     def made(self, weight: Tensor, a: Tensor, b: Tensor, gradient: Tensor) -> None:

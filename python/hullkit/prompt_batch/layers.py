@@ -35,8 +35,6 @@ class Layer:
         self.learned = False
         self.transposed = isinstance(module, nn.Linear)  # weight (O, I), else (I, O)
         self.quantized = _kind(module) in (EIGHT_BITS, FOUR_BITS)
-        # Whether the layer's product is one with `weight`. With 8 bits it is of integers.
-        self.multiplies = _kind(module) != EIGHT_BITS
         if self.transposed:
             self.outputs, self.inputs = module.out_features, module.in_features
         else:
@@ -70,6 +68,18 @@ class Layer:
                     self._copy = own.to(dtype)
             own = self._copy
         return own.t() if self.transposed else own
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether the layer's product with x is one with `weight` in x's dtype."""
+        if _kind(self.module) == EIGHT_BITS:
+            return False  # of integers
+        return not self.quantized or self.module.compute_dtype in (None, x.dtype)
+
+    def weight_or_shape(self, dtype: torch.dtype) -> Tensor:
+        """The weight (O, I); without memory where each call of `rows_of_weight` makes it anew."""
+        if self.quantized:
+            return torch.empty(self.outputs, self.inputs, dtype=dtype, device="meta")
+        return self.rows_of_weight(dtype)
 
     def rows_of_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) in the dtype of products."""

@@ -59,28 +59,29 @@ class _Call:
 
     def _outputs(self, x: Tensor, layers: Sequence[Layer]) -> list[tuple[Tensor, Inner]]:
         stacked = self.stacked(x)
-        found = None
-        if self.anchor is not None and all(layer.multiplies for layer in layers):
+        made: dict[Layer, tuple[Tensor, Inner]] = {}
+        chosen = [layer for layer in layers if self.anchor is not None and layer.multiplies(x)]
+        if chosen:
             adapted = [
                 Adapted(
-                    layer.rows_of_weight(x.dtype), layer.bias, layer.a[self.of], layer.b[self.of]
+                    layer.weight_or_shape(x.dtype), layer.bias, layer.a[self.of], layer.b[self.of],
+                    partial(layer.rows_of_weight, x.dtype) if layer.quantized else None,
                 )
-                for layer in layers
-            ]
-            counters = self._readers.counters(stacked)
-            shape = x.shape[:-1]
+                for layer in chosen
+            ]  # fmt: skip
+            counters, shape = self._readers.counters, x.shape[:-1]
             found = outputs(stacked, shape, adapted, self.scale, counters, self.backend)
-        if found is not None:
-            return found
-        factors = [layer.a[self.of] for layer in layers]
-        made = []
-        for layer, own in zip(
-            layers, shrink(stacked, factors, self.scale, self.backend), strict=True
-        ):
-            y = layer.product(x)
-            wide = y.view(self.slots, -1, layer.outputs)
-            made.append((y, expand(wide, own, layer.b[self.of])))
-        return made
+            pairs = zip(chosen, found, strict=True)
+            made = {layer: one for layer, one in pairs if one is not None}
+        left = [layer for layer in layers if layer not in made]
+        if left:
+            factors = [layer.a[self.of] for layer in left]
+            shrunk = shrink(stacked, factors, self.scale, self.backend)
+            for layer, own in zip(left, shrunk, strict=True):
+                y = layer.product(x)
+                wide = y.view(self.slots, -1, layer.outputs)
+                made[layer] = (y, expand(wide, own, layer.b[self.of]))
+        return [made[layer] for layer in layers]
 
     def stacked(self, x: Tensor) -> Tensor:
         """x (..., I) as (K, T, I)."""
@@ -243,7 +244,7 @@ class _Stacked(torch.autograd.Function):
             d_inner = expand_gradients(d, b, Inner(*inner), ctx.scale, d_b)
             of_a = ShrinkGradient(layer.a[of], d_inner, layer.d_a[of])
             if ctx.needs_input_grad[0]:
-                leave(ctx.shared, Part(x, d, layer.rows_of_weight, of_a, ctx.backend))
+                leave(ctx.shared, Part(x, d, d._version, layer.rows_of_weight, of_a, ctx.backend))
             else:
                 shrink_gradients(x, [of_a], None, True, ctx.backend)
         return (None,) * 5
