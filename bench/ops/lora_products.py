@@ -63,17 +63,18 @@ def by_baddbmm(tensors: list[Tensor]) -> list[Tensor]:
 def fused_layer(tensors: list[Tensor], weight: Tensor, counters: Tensor) -> list[Tensor]:
     """As a pass computes it; where no kernel does, by products one after the other."""
     _, x, d, _, a, b = tensors
-    made = outputs(x, x.shape[:-1], [Adapted(weight, None, a, b)], SCALE, counters, None)
+    layer = Adapted(weight, None, a, b)
+    [made] = outputs(x, x.shape[:-1], [layer], SCALE, lambda _: counters, None)
     if made is None:
         [shrunk] = shrink(x, [a], SCALE)
         y = x @ weight.t()
         inner = expand(y, shrunk, b)
     else:
-        [(y, inner)] = made
+        y, inner = made
     d_a, d_b = torch.empty_like(a), torch.empty_like(b)
     d_inner = expand_gradients(d, b, inner, SCALE, d_b)
     shared = SharedInput(x.dtype)
-    leave(shared, Part(x, d, weight.to, ShrinkGradient(a, d_inner, d_a), None))
+    leave(shared, Part(x, d, d._version, weight.to, ShrinkGradient(a, d_inner, d_a), None))
     d_x = shared.take()
     assert d_x is not None
     return [y, d_a, d_b, d_x.view(x.shape)]

@@ -155,7 +155,8 @@ def test_what_the_kernel_does_not_take() -> None:
     assert not takes(x, weight.t().contiguous().t())
     assert not takes(x, weight, random(512, seed=2).float())
     assert not takes(random(8, 60, 256, seed=0), weight)
-    assert not takes(random(1, 400, 4096, seed=0), random(1024, 4096, seed=1))
+    assert takes(random(1, 400, 4096, seed=0), random(1024, 4096, seed=1))
+    assert not takes(random(1, 400, 8192, seed=0), random(1024, 8192, seed=1))
     x = random(1, 400, 256, seed=0)
     assert takes(x, weight)
     four = [ProductSum([Term(x, weight[None])])] * 4

@@ -228,8 +228,8 @@ def test_kernels_compile_for_a_gpu() -> None:
         flags |= {"OFFSET": 0.0, "ROUND": False, "KIND": "silu", "BACKWARD": True}
         attention = {"HALF": tl.bfloat16, "BLOCK": 64, "D": 64}
         thin = {"HALF": tl.bfloat16, "R": 16, "OF_A": True, "OF_B": True, "OF_X": True, "MOST": 8}
-        thin |= {"LAYERS": 3}
-        parts = ("shrink", "expand", "expand_gradient", "shrink_gradient")
+        thin |= {"LAYERS": 3, "WHOLE": True}
+        parts = ("shrink", "expand", "expand_gradient", "shrink_gradient", "shrink_gradient_few")
         names = ["low_rank_" + part for part in parts]
         of_passes = dict.fromkeys(names, thin | {"ADD": True}) | {
             "stacked_adam": {"COPY": True},
@@ -307,4 +307,4 @@ def test_kernels_compile_for_a_gpu() -> None:
         env=environment,
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 23
+    assert len(result.stdout.split()) == 24

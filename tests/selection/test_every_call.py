@@ -11,4 +11,4 @@ import torch
 @pytest.mark.usefixtures("one_thread")
 def test_every_call() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert every_call.run(device) == 4 * 3 * 3 * 17 + 2 + 2 + 2
+    assert every_call.run(device) == 4 * 3 * 3 * 17 + 2 + 2 + 2 + 2
