@@ -123,40 +123,43 @@ def _shapes(op: str, first: str) -> tuple[list[Row], dict[str, dict[str, str]], 
 def low_rank_layers() -> str:
     """What a low-rank part adds to the time of a linear layer, forward and backward."""
     found, facts, times = _shapes("low-rank layers", "fused layer")
-    lines = []
+    lines: dict[tuple[str, str], list[str]] = {}
     for shape, fact in facts.items():
         alone, own, torch = (
             1e3 * times[shape, provider]
             for provider in ("layer alone", "fused layer", "baddbmm layer")
         )
-        ratio = f"{(torch - alone) / (own - alone):.1f}x" if own > alone else "free"
-        added = [f"{own - alone:.0f}", f"{torch - alone:.0f}"]
-        lines.append([fact["K"], fact["d"], fact["r"], f"{alone:.0f}", *added, ratio])
-    header = [
-        "slots",
-        "width",
-        "rank",
-        "layer alone: us",
-        "hullkit adds",
-        "`baddbmm` adds",
-        "ratio",
-    ]
-    return table(header, lines) + "\n\n" + source(found[0])
+        cells = [f"{own - alone:.0f}", f"{torch - alone:.0f}"]
+        cells.append(f"{(torch - alone) / (own - alone):.1f}x")
+        lines.setdefault((fact["K"], fact["d"]), [f"{alone:.0f}"]).extend(cells)
+    header = ["slots", "width", "layer alone: us", *_headers(facts, "adds")]
+    return (
+        table(header, [[*key, *cells] for key, cells in lines.items()]) + "\n\n" + source(found[0])
+    )
+
+
+def _headers(facts: dict[str, dict[str, str]], unit: str) -> list[str]:
+    """Three for each rank."""
+    header = []
+    for rank in dict.fromkeys(fact["r"] for fact in facts.values()):
+        header += [
+            f"rank {rank}: {unit}",
+            f"`baddbmm`{'' if unit == 'us' else ' ' + unit}",
+            "ratio",
+        ]
+    return header
 
 
 @generated
 def low_rank_products() -> str:
     """hullkit's products and torch's `baddbmm`, forward and backward, as CUDA graphs."""
     found, facts, times = _shapes("low-rank products", "fused")
-    ranks = list(dict.fromkeys(f["r"] for f in facts.values()))
     lines: dict[tuple[str, str], list[str]] = {}
     for shape, fact in facts.items():
         own, torch = times[shape, "fused"], times[shape, "baddbmm"]
         cells = [f"{1e3 * own:.0f}", f"{1e3 * torch:.0f}", f"{torch / own:.2f}x"]
         lines.setdefault((fact["K"], fact["d"]), []).extend(cells)
-    header = ["slots", "width"]
-    for rank in ranks:
-        header += [f"rank {rank}: us", "`baddbmm`", "ratio"]
+    header = ["slots", "width", *_headers(facts, "us")]
     return (
         table(header, [[*key, *cells] for key, cells in lines.items()]) + "\n\n" + source(found[0])
     )

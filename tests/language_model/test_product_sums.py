@@ -157,6 +157,10 @@ def test_what_the_kernel_does_not_take() -> None:
     assert not takes(random(8, 60, 256, seed=0), weight)
     assert takes(random(1, 400, 4096, seed=0), random(1024, 4096, seed=1))
     assert not takes(random(1, 400, 8192, seed=0), random(1024, 8192, seed=1))
+    wide, thin = Term(random(32, 400, 4096, seed=0), random(1, 4096, 4096, seed=1)), 8
+    for rank, taken in ((thin, False), (2 * thin, True)):
+        low_rank = Term(random(32, 400, rank, seed=2), random(32, 4096, rank, seed=3))
+        assert product_sums_take([ProductSum([wide, low_rank])], False) is taken
     x = random(1, 400, 256, seed=0)
     assert takes(x, weight)
     four = [ProductSum([Term(x, weight[None])])] * 4

@@ -23,6 +23,8 @@ from ..native import kernels
 _MOST_WASTE = 1.5  # rows of tiles for each row of a slot
 # A long sum for each element of few tiles leaves multiprocessors idle; cuBLAS splits it (H100).
 _FEW_TILES, _LONG = 88, 6000
+# So many multiply-adds cuBLAS makes faster, more than a product thinner than this costs (H100).
+_LARGE, _THINNEST = 150e9, 16
 
 
 class Term(NamedTuple):
@@ -92,6 +94,9 @@ def product_sums_take(
     if min(-(-length // n) * n for n in kernels.PRODUCT_TILE_ROWS) > _MOST_WASTE * length:
         return False
     across = sum(-(-width // kernels.PRODUCT_TILE_COLUMNS) for width in widths)
+    work = slots * length * sum(widths) * sum(depths[0])
+    if work > _LARGE and min(depths[0]) < _THINNEST:
+        return False
     tiles = across * -(-length // kernels.PRODUCT_TILE_ROWS[0]) * slots
     return tiles >= _FEW_TILES or sum(depths[0]) <= _LONG
 
