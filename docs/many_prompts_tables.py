@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from rows import H100, Row, find, generated, gib, gpu_name, one, source, table, times
 
 Times = dict[tuple[str, str], float]
@@ -116,7 +118,12 @@ def _shapes(op: str, first: str) -> tuple[list[Row], dict[str, dict[str, str]], 
     found = [row for row in found if row["commit"] == found[-1]["commit"]]
     shapes = [row["shape"] for row in found if row["provider"] == first]
     facts = {s: dict(part.split("=") for part in s.split() if "=" in part) for s in shapes}
+    facts = dict(sorted(facts.items(), key=lambda item: _numbers(item[1])))
     return found, facts, {(row["shape"], row["provider"]): float(row["p50"]) for row in found}
+
+
+def _numbers(fact: dict[str, str]) -> tuple[int, ...]:
+    return tuple(int(fact[name]) for name in ("K", "d", "r"))
 
 
 @generated
@@ -124,18 +131,19 @@ def low_rank_layers() -> str:
     """What a low-rank part adds to the time of a linear layer, forward and backward."""
     found, facts, times = _shapes("low-rank layers", "fused layer")
     lines: dict[tuple[str, str], list[str]] = {}
+    layers: dict[tuple[str, str], list[float]] = {}
     for shape, fact in facts.items():
         alone, own, torch = (
             1e3 * times[shape, provider]
             for provider in ("layer alone", "fused layer", "baddbmm layer")
         )
-        cells = [f"{own - alone:.0f}", f"{torch - alone:.0f}"]
-        cells.append(f"{(torch - alone) / (own - alone):.1f}x")
-        lines.setdefault((fact["K"], fact["d"]), [f"{alone:.0f}"]).extend(cells)
+        ratio = f"{(torch - alone) / (own - alone):.1f}x" if own > alone else "free"
+        place = fact["K"], fact["d"]
+        layers.setdefault(place, []).append(alone)
+        lines.setdefault(place, []).extend([f"{own - alone:.0f}", f"{torch - alone:.0f}", ratio])
     header = ["slots", "width", "layer alone: us", *_headers(facts, "adds")]
-    return (
-        table(header, [[*key, *cells] for key, cells in lines.items()]) + "\n\n" + source(found[0])
-    )
+    rows = [[*key, f"{median(layers[key]):.0f}", *cells] for key, cells in lines.items()]
+    return table(header, rows) + "\n\n" + source(found[0])
 
 
 def _headers(facts: dict[str, dict[str, str]], unit: str) -> list[str]:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hullkit.language_model.low_rank_layers import Adapted, Part, leave, outputs
+from hullkit.language_model.low_rank_layers import Adapted, leave, outputs
 from hullkit.language_model.low_rank_products import (
     ShrinkGradient,
     expand,
@@ -74,7 +74,7 @@ def fused_layer(tensors: list[Tensor], weight: Tensor, counters: Tensor) -> list
     d_a, d_b = torch.empty_like(a), torch.empty_like(b)
     d_inner = expand_gradients(d, b, inner, SCALE, d_b)
     shared = SharedInput(x.dtype)
-    leave(shared, Part(x, d, d._version, weight.to, ShrinkGradient(a, d_inner, d_a), None))
+    leave(shared, x, d, weight, None, ShrinkGradient(a, d_inner, d_a), None)
     d_x = shared.take()
     assert d_x is not None
     return [y, d_a, d_b, d_x.view(x.shape)]
@@ -99,11 +99,13 @@ def check(tensors: list[Tensor], *runs: Callable[[list[Tensor]], list[Tensor]]) 
             raise AssertionError(f"results differ by {float(error):.3g}, relative")
 
 
-def run_case(slots: int, width: int, rank: int, rounds: int, out: Path | None) -> None:
+def run_case(
+    slots: int, width: int, rank: int, rounds: int, command: str, out: Path | None
+) -> None:
     tensors = problem(slots, width, rank)
     check(tensors, fused, by_baddbmm)
     shape = f"K={slots} T={ROWS} d={width} r={rank} forward and backward"
-    settings = {"rounds": rounds, "command": "python -m bench.ops.lora_products", "out": out}
+    settings = {"rounds": rounds, "command": command, "out": out}
     ways = {
         "fused": partial(fused, [t.clone() for t in tensors]),
         "baddbmm": partial(by_baddbmm, [t.clone() for t in tensors]),
@@ -130,6 +132,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=80.0, help="no case begins after so many")
     parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
     arguments = parser.parse_args(argv)
+    command = "python -m bench.ops.lora_products"
+    for name in ("slots", "widths", "ranks", "rounds", "seconds"):
+        if getattr(arguments, name) != parser.get_default(name):
+            command += f" --{name} {getattr(arguments, name)}"
     torch.manual_seed(0)
     began = time.perf_counter()
     numbers = [
@@ -142,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if time.perf_counter() - began > arguments.seconds:
             print(f"K={slots} d={width} r={rank}: left out")
             continue
-        run_case(slots, width, rank, arguments.rounds, arguments.out)
+        run_case(slots, width, rank, arguments.rounds, command, arguments.out)
 
 
 if __name__ == "__main__":

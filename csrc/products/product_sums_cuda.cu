@@ -349,7 +349,7 @@ bool product_sums_usable() {
 void product_sums_cuda(const ProductSums& sums, void* stream) {
   if (sums.num_results < 1 || sums.num_results > kMostResults || sums.num_terms < 1 ||
       sums.num_results * sums.num_terms > kMostTerms) {
-    throw std::invalid_argument("product_sums: expected at most " + std::to_string(kMostResults) + " results and " +
+    throw std::invalid_argument("product_sums: expected 1 to " + std::to_string(kMostResults) + " results and 1 to " +
                                 std::to_string(kMostTerms) + " terms, got " + std::to_string(sums.num_results) +
                                 " results of " + std::to_string(sums.num_terms) + " terms");
   }

@@ -166,18 +166,27 @@ def test_a_factor_that_is_replaced_after_the_first_reader(name: str) -> None:
         wanted = found
 
 
-def test_hooks_that_update_factors_in_the_backward_pass() -> None:
+@pytest.mark.parametrize("node_hook", [False, True])
+def test_hooks_that_update_factors_in_the_backward_pass(node_hook: bool) -> None:
     """A factor's gradient is there before its input's, which reads the factor."""
     model = adapted()
     wanted = run(model, fused=False)
     values = [p.detach().clone() for p in model.parameters()]
+    nodes = []
+    trained = [p for p in model.parameters() if p.requires_grad]
+    handles = []
+    for a, b in zip(trained[::2], trained[1::2], strict=True):  # a layer's
 
-    def update(parameter: Tensor) -> None:
-        parameter.data.add_(1.0)
+        def update(*_: Any, both: Any = (a, b)) -> None:
+            for parameter in both:
+                parameter.data.add_(1.0)
 
-    handles = [
-        p.register_post_accumulate_grad_hook(update) for p in model.parameters() if p.requires_grad
-    ]
+        if node_hook:  # where autograd accumulates the gradient: the older way
+            function: Any = b.expand_as(b).grad_fn
+            handles.append(function.next_functions[0][0].register_hook(update))
+            nodes.append(function)
+        else:
+            handles.append(b.register_post_accumulate_grad_hook(update))
     assert_near(run(model, fused=True), wanted)
     for handle in handles:
         handle.remove()
@@ -224,11 +233,11 @@ def test_a_gradient_that_is_written_to_before_its_input_has_one() -> None:
     x, d = torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)
     shared = SharedInput(x.dtype)
     of_a = low_rank_layers.ShrinkGradient(torch.zeros(1, 2, 8), torch.zeros(1, 4, 2), None)
-    part = low_rank_layers.Part(x, d, d._version, torch.zeros(8, 8).to, of_a, None)
-    low_rank_layers.leave(shared, part)
-    d.add_(1.0)
-    with pytest.raises(RuntimeError, match="expected gradients that nobody writes to"):
-        shared.take()
+    for written in (d, of_a.a):
+        low_rank_layers.leave(shared, x, d, torch.zeros(8, 8), None, of_a, None)
+        written.add_(1.0)
+        with pytest.raises(RuntimeError, match="expected gradients and factors that nobody"):
+            shared.take()
 
 
 def test_a_trained_base_takes_its_own_way(made: list[int]) -> None:

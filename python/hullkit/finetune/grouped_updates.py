@@ -41,9 +41,10 @@ class GroupedUpdates(WeightProducts):
 
     They run on a stream of their own. The gaps of the backward pass hide about a tenth of them;
     not more, since both want the memory. A gradient lives until its update. The backward pass waits
-    for the group before last, so that all gradients never exist together, unless `together`. A
-    gradient that is one linear layer's product never exists: its two factors live until its update.
-    Groups with a factor of an adapter that the backward pass still reads start at its end.
+    for the group before last, so that few gradients exist together. A gradient that is one linear
+    layer's product never exists: its two factors live until its update. Two kinds start when the
+    backward pass has ended: all gradients with `together`, and groups with factors of adapters that
+    were promised to stay until then.
 
     order: the parameters that get a gradient, in that order, and their gradients.
     capacity: the most updates with one gradient.
@@ -96,7 +97,7 @@ class GroupedUpdates(WeightProducts):
     def begin(self) -> None:
         self._waiting = {id(g): len(g.parameters) for g in self._group_of.values()}
         self._under_way: list[tuple[_Group, torch.cuda.Event]] = []
-        self._read_later: set[int] = set()  # groups, by id
+        self._promised: set[int] = set()  # groups that start at the end, by id
         self._late: list[_Group] = []
         for part in self._parts:
             part.record[BROKEN].zero_()
@@ -119,18 +120,19 @@ class GroupedUpdates(WeightProducts):
         self._note(group)
         return True
 
-    def reads_later(self, factor: Tensor) -> bool:
+    def promises(self, factor: Tensor) -> bool:
+        """The factor's group starts at the end of the pass."""
         group = self._group_of.get(factor)  # type: ignore[call-overload]
         if group is None:
             return False
-        self._read_later.add(id(group))
+        self._promised.add(id(group))
         return True
 
     def _note(self, group: _Group) -> None:
         self._waiting[id(group)] -= 1
         if self._waiting[id(group)] > 0:
             return
-        if id(group) in self._read_later:
+        if id(group) in self._promised:
             self._late.append(group)
         else:
             self._start(group)
@@ -158,9 +160,8 @@ class GroupedUpdates(WeightProducts):
             parameter.grad = None
 
     def join(self) -> None:
-        for group in self._late:
-            self._start(group)
-        self._late.clear()
+        while self._late:
+            self._start(self._late.pop(0))
         while self._under_way:
             self._finish_first()
 

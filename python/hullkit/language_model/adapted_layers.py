@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .low_rank import LowRank, factors
-from .low_rank_layers import Adapted, Part, Readers, leave, outputs
+from .low_rank_layers import Adapted, Readers, leave, outputs
 from .low_rank_products import Inner, ShrinkGradient, expand_gradients, shrink_gradients
 from .products import SharedInput, WeightProducts
 
@@ -37,7 +37,7 @@ class _Made(NamedTuple):
 class AdaptedLayers:
     """The layers of one pass whose frozen base and adapter were found to be a known formula.
 
-    backend: "triton" takes CPU tensors too. products: is told of factors that are read late.
+    backend: "triton" takes CPU tensors too. products: may promise that factors stay.
     """
 
     def __init__(self, backend: str | None, products: WeightProducts | None) -> None:
@@ -170,12 +170,14 @@ class _LowRankLinear(torch.autograd.Function):
         if of_x:
             kept = a.detach().clone() if of_a and _may_change(ctx.known, ctx.products) else a
             own = ShrinkGradient(kept[None], d_inner, None)
-            leave(ctx.shared, Part(x, d, d._version, weight.to, own, ctx.backend))
+            leave(ctx.shared, x, d, weight.to(d.dtype), None, own, ctx.backend)
         return None, d_a, d_b, None, None, None, None, None
 
 
 def _may_change(factor: Tensor, products: WeightProducts) -> bool:
     """Whether somebody may update a factor once its gradient is there, in the backward pass."""
+    if not products.promises(factor):
+        return True
     hooks = len(factor._backward_hooks or ())
     hooks += len(getattr(factor, "_post_accumulate_grad_hooks", None) or ())
-    return hooks > products.reads_later(factor)  # whoever says so has one hook
+    return hooks > 1  # one is of whoever promised

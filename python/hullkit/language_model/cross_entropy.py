@@ -18,8 +18,8 @@ from ..optim._tensor_table import uses_triton
 from .interface import IGNORED, at_least_float32
 from .products import add_product, widens
 
-# Logits at a time: as many as the first, which are 416 tokens of GPT-2 in float32. Products of few
-# rows are slower (H100), so a batch takes up to so many rows, and up to the last.
+# Logits of so many bytes at a time (416 tokens of GPT-2 in float32), or CHUNK_ROWS tokens if they
+# are more and take no more than MOST_CHUNK_BYTES: products of few rows are slower (H100).
 CHUNK_BYTES, CHUNK_ROWS, MOST_CHUNK_BYTES = 80 << 20, 2048, 256 << 20
 _ALIGNED = 64  # a row of logits begins at a multiple of so many elements
 _TENSOR_CORES = 8  # tensor cores are fast where a matrix's sides are multiples of this

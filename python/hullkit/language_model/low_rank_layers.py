@@ -117,9 +117,8 @@ def outputs(
         product_sums(sums, False, out)
     else:
         for own, total, y in zip(chosen, sums, out, strict=True):
-            if own.of_weight is not None:
-                total = _sum(x, own._replace(weight=own.of_weight()), total.terms[1].rows)
-            product_sums([total], False, [y])
+            whole = own._replace(weight=_weight(own))
+            product_sums([_sum(x, whole, total.terms[1].rows)], False, [y])
     found = iter(zip(made, shrunk, strict=True))
     results: list[tuple[Tensor, Inner] | None] = []
     for taken in takes:
@@ -138,50 +137,70 @@ def _sum(x: Tensor, layer: Adapted, inner: Tensor) -> ProductSum:
 class Part(NamedTuple):
     """What a layer leaves for its input's gradient, d W + d_inner a, until all readers have.
 
-    x (K, T, I): the input. d (K, T, O): the gradient of y, `version` its version then.
-    weight: gives (O, I) in a dtype.
+    x (K, T, I): the input. d (K, T, O): the gradient of y. weight, of_weight: as `Adapted`'s.
     of_a: the factor a (K, R, I), d_inner (K, T, R), and where d_a goes, unless it is made already.
+    versions: those of d and a as they are now.
     """
 
     x: Tensor
     d: Tensor
-    version: int
-    weight: Callable[[torch.dtype], Tensor]
+    weight: Tensor
+    of_weight: Callable[[], Tensor] | None
     of_a: ShrinkGradient
     backend: str | None
+    versions: tuple[int, int]
 
 
-def leave(shared: SharedInput, part: Part) -> None:
-    """Adds the part to the input's gradient when that is taken, or with others before."""
+def leave(
+    shared: SharedInput,
+    x: Tensor,
+    d: Tensor,
+    weight: Tensor,
+    of_weight: Callable[[], Tensor] | None,
+    of_a: ShrinkGradient,
+    backend: str | None,
+) -> None:
+    """Adds a `Part` to the input's gradient when that is taken, or with others before."""
+    versions = d._version, of_a.a._version
+    part = Part(x, d, weight, of_weight, of_a, backend, versions)
     shared.defer(part, _finish, MOST_LAYERS)
 
 
 def _finish(shared: SharedInput, parts: list[Part]) -> None:
-    if any(part.d._version != part.version for part in parts):
+    if any((part.d._version, part.of_a.a._version) != part.versions for part in parts):
         raise RuntimeError(
-            "expected gradients that nobody writes to in the backward pass, got one that was "
-            "written to before the gradient of its layer's input was made"
+            "expected gradients and factors that nobody writes to in the backward pass, got one "
+            "that was written to before the gradient of its layer's input was made"
         )
     with torch.autocast(parts[0].x.device.type, enabled=False):
         _add(shared, parts)
 
 
 def _add(shared: SharedInput, parts: list[Part]) -> None:
-    x, d, *_, backend = parts[0]
-    weights = [part.weight(d.dtype) for part in parts]
+    x, d = parts[0].x, parts[0].d
+    backend = parts[0].backend
     of_a = [part.of_a for part in parts]
-    terms = []
-    for part, weight in zip(parts, weights, strict=True):
-        terms += [Term(part.d, weight[None]), Term(part.of_a.d_inner, part.of_a.a)]
-    sums = [ProductSum(terms)]
-    at_once = shared.dtype is d.dtype and product_sums_take(sums, True, backend)
     d_x = None
+    at_once = shared.dtype is d.dtype and product_sums_take([_gradient(parts)], True, backend)
     if at_once:
-        shared.put(product_sums(sums, True)[0].flatten(0, 1))
+        with_weights = [part._replace(weight=_weight(part)) for part in parts]
+        shared.put(product_sums([_gradient(with_weights)], True)[0].flatten(0, 1))
     else:
-        for part, weight in zip(parts, weights, strict=True):
-            shared.add(part.d.flatten(0, 1), weight)
+        for part in parts:
+            shared.add(part.d.flatten(0, 1), _weight(part))
         d_x = shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)[0].view(x.shape)
     # Each d_a, and with d_x what products one by one have left out of it.
     for _, alike in groupby(of_a, key=lambda own: own.a.shape):
         shrink_gradients(x, list(alike), d_x, at_once, backend)
+
+
+def _gradient(parts: Sequence[Part]) -> ProductSum:
+    terms = []
+    for part in parts:
+        terms += [Term(part.d, part.weight[None]), Term(part.of_a.d_inner, part.of_a.a)]
+    return ProductSum(terms)
+
+
+def _weight(of: Adapted | Part) -> Tensor:
+    """The weight (O, I), made if it has to be."""
+    return of.weight if of.of_weight is None else of.of_weight().contiguous()

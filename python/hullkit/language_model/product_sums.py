@@ -23,7 +23,8 @@ from ..native import kernels
 _MOST_WASTE = 1.5  # rows of tiles for each row of a slot
 # A long sum for each element of few tiles leaves multiprocessors idle; cuBLAS splits it (H100).
 _FEW_TILES, _LONG = 88, 6000
-# So many multiply-adds cuBLAS makes faster, more than a product thinner than this costs (H100).
+# From so many multiply-adds on, cuBLAS's large product saves more time than a product of its own
+# costs whose rank is below this (H100).
 _LARGE, _THINNEST = 150e9, 16
 
 
@@ -154,6 +155,7 @@ def _fits(matrix: Tensor) -> bool:
         and of.row_stride % 8 == 0
         and of.slot_stride % 8 == 0
         and of.row_stride >= of.columns
+        and of.slot_stride >= of.rows * of.row_stride
     )
 
 

@@ -127,7 +127,7 @@ class SharedInput:
         return self._gradient, fresh
 
     def put(self, gradient: Tensor) -> None:
-        """Adds a whole gradient. `add`, which writes to it, may follow where nobody else has it."""
+        """Adds a whole gradient. `add` writes to it, so it must not follow where others have it."""
         left = self.take()
         self._gradient = gradient if left is None else left + gradient
 
@@ -260,16 +260,18 @@ class SharedInputs:
 
 
 class WeightProducts:
-    """Told of the products that weights' gradients are, in a backward pass."""
+    """Told of the products that weights' gradients are, in a backward pass; asked for promises."""
 
     def take(self, weight: Tensor, a: Tensor, b: Tensor) -> bool:
         """Whether somebody else will use a^T b; then there is no gradient. Nobody may write to a
         and b until the pass ends."""
         return False
 
-    def reads_later(self, factor: Tensor) -> bool:
-        """Whether a factor of an adapter stays as it is until the pass ends, though its gradient is
-        there before its input's, which reads the factor."""
+    def promises(self, factor: Tensor) -> bool:
+        """Asks that nobody updates an adapter's factor before the pass ends; whether that is so.
+
+        Its gradient is there before that of its layer's input, for which the factor is read.
+        """
         return False
 
     def made(self, weight: Tensor, a: Tensor, b: Tensor, gradient: Tensor) -> None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,10 +77,13 @@ class Layer:
         return not self.quantized or self.module.compute_dtype in (None, x.dtype)
 
     def weight_or_shape(self, dtype: torch.dtype) -> Tensor:
-        """The weight (O, I); without memory where each call of `rows_of_weight` makes it anew."""
+        """The weight (O, I); without memory where `of_weight` makes it anew each time."""
         if self.quantized:
             return torch.empty(self.outputs, self.inputs, dtype=dtype, device="meta")
         return self.rows_of_weight(dtype)
+
+    def of_weight(self, dtype: torch.dtype) -> Callable[[], Tensor] | None:
+        return partial(self.rows_of_weight, dtype) if self.quantized else None
 
     def rows_of_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) in the dtype of products."""

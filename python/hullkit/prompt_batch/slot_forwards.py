@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..language_model.low_rank_layers import Adapted, Part, Readers, leave, outputs
+from ..language_model.low_rank_layers import Adapted, Readers, leave, outputs
 from ..language_model.low_rank_products import (
     Inner,
     ShrinkGradient,
@@ -65,7 +65,7 @@ class _Call:
             adapted = [
                 Adapted(
                     layer.weight_or_shape(x.dtype), layer.bias, layer.a[self.of], layer.b[self.of],
-                    partial(layer.rows_of_weight, x.dtype) if layer.quantized else None,
+                    layer.of_weight(x.dtype),
                 )
                 for layer in chosen
             ]  # fmt: skip
@@ -244,7 +244,8 @@ class _Stacked(torch.autograd.Function):
             d_inner = expand_gradients(d, b, Inner(*inner), ctx.scale, d_b)
             of_a = ShrinkGradient(layer.a[of], d_inner, layer.d_a[of])
             if ctx.needs_input_grad[0]:
-                leave(ctx.shared, Part(x, d, d._version, layer.rows_of_weight, of_a, ctx.backend))
+                weight, of_weight = layer.weight_or_shape(d.dtype), layer.of_weight(d.dtype)
+                leave(ctx.shared, x, d, weight, of_weight, of_a, ctx.backend)
             else:
                 shrink_gradients(x, [of_a], None, True, ctx.backend)
         return (None,) * 5
