@@ -312,15 +312,7 @@ void start(const AdamProducts& products, void* stream) {
 
 }  // namespace
 
-bool adam_product_usable() {
-  int device = 0, shared = 0;
-  cudaFuncAttributes attributes;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
-                     cudaFuncGetAttributes(&attributes, adam_product_kernel<Kind::kFloat32, false>) == cudaSuccess;
-  cudaGetLastError();  // the next launch would report it
-  return known && shared >= static_cast<int>(sizeof(Shared));
-}
+bool adam_product_usable() { return runs_here(adam_product_kernel<Kind::kFloat32, false>, sizeof(Shared)); }
 
 void adam_product_cuda(const AdamProducts& products, void* stream) {
   switch (products.param_dtype) {

@@ -337,13 +337,7 @@ int64_t cost(const ProductSums& sums, int rows, int processors) {
 }  // namespace
 
 bool product_sums_usable() {
-  int device = 0, shared = 0;
-  cudaFuncAttributes attributes;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
-                     cudaFuncGetAttributes(&attributes, product_sums_kernel<208, false>) == cudaSuccess;
-  cudaGetLastError();  // the next launch would report it
-  return known && shared >= Memory<208>::kBytes && encode_function() != nullptr;
+  return runs_here(product_sums_kernel<208, false>, Memory<208>::kBytes) && encode_function() != nullptr;
 }
 
 void product_sums_cuda(const ProductSums& sums, void* stream) {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every selection kernel once, on small problems: `make sanitize` runs it under compute-sanitizer.
-Low-rank products too, whose programs wait for one another's parts, and updates that multiply.
+Low-rank products too, whose programs wait for one another's parts, sums of products, and updates
+that multiply.
 
 All dtypes; pools of a prompt's own, shared ones with candidates, ragged ones whose rows are not
 aligned to 16 bytes; and the few sizes that take another way. `2/8` takes part 2 of 8 (0 to 7).

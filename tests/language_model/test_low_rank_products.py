@@ -100,6 +100,7 @@ def test_inner_without_expand(
     b = [rows_of_memory(slots, 20, rank, dtype=dtype) for _ in range(layers)]
     d = random(slots, rows, 20, dtype=dtype)
     counters = torch.zeros(slots, rows, dtype=torch.int32, device=DEVICE)
+    # A sum of up to 700 terms rounds as often, by half a unit either way: 13 units, and a last one.
     for _ in range(2):  # counters are as they were
         for factor, shrunk in zip(a, shrink(x, a, SCALE, backend, counters), strict=True):
             assert not shrunk.in_parts

@@ -90,78 +90,44 @@ __device__ inline uint64_t product_operand(uint32_t shared) {
 #define HULLKIT_SUMS4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define HULLKIT_SUMS20(i) \
   HULLKIT_SUMS4(i), HULLKIT_SUMS4(i + 4), HULLKIT_SUMS4(i + 8), HULLKIT_SUMS4(i + 12), HULLKIT_SUMS4(i + 16)
-#define HULLKIT_PRODUCT(shape, registers, add, transposed, a, b)                                                    \
-  "{.reg .pred p; setp.ne.b32 p, " add "; wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 {" registers "}, " a \
-  ", " b ", p, 1, 1, " transposed ", 0;}"
+// The instruction's operands are a_at sums, then a, b, whether to add and whether a is transposed, with these numbers.
+#define HULLKIT_MULTIPLY_ADD(columns, a_at, b_at, add_at, transposed_at, registers, ...)                        \
+  template <bool kTransposed>                                                                                   \
+  __device__ inline void multiply_add(float(&sums)[a_at], uint64_t a, uint64_t b, int add) {                    \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #add_at ", 0; wgmma.mma_async.sync.aligned.m64n" #columns    \
+                 "k16.f32.bf16.bf16 {" registers "}, %" #a_at ", %" #b_at ", p, 1, 1, %" #transposed_at ", 0;}" \
+                 : __VA_ARGS__                                                                                  \
+                 : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));                               \
+  }
 
 // sums [64, N] += a [64, 16] b [N, 16]^T for N = 96, 104, 112, 128, 160 and 208; without `add` there is no sum before.
 // kTransposed: a lies as [16, 64]. In warp w of the group, with g = lane / 4 and t = lane % 4:
 //   sums[4 j], sums[4 j + 1]: row 16 w + g, columns 8 j + 2 t and the next;  sums[4 j + 2], sums[4 j + 3]: row + 8
-template <bool kTransposed>
-__device__ inline void multiply_add(float (&sums)[48], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      HULLKIT_PRODUCT("m64n96k16",
-                      HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_EIGHT(4),
-                      "%50, 0", "%51", "%48", "%49")
-      : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44)
-      : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
-}
-
-template <bool kTransposed>
-__device__ inline void multiply_add(float (&sums)[52], uint64_t a, uint64_t b, int add) {
-  asm volatile(HULLKIT_PRODUCT("m64n104k16",
-                               HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(
-                                   3) ", " HULLKIT_TEN(4) ", " HULLKIT_TWO(5),
-                               "%54, 0", "%55", "%52", "%53")
-               : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44), HULLKIT_SUMS4(48)
-               : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
-}
-
-template <bool kTransposed>
-__device__ inline void multiply_add(float (&sums)[56], uint64_t a, uint64_t b, int add) {
-  asm volatile(HULLKIT_PRODUCT("m64n112k16",
-                               HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(
-                                   3) ", " HULLKIT_TEN(4) ", " HULLKIT_SIX(5),
-                               "%58, 0", "%59", "%56", "%57")
-               : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44), HULLKIT_SUMS4(48),
-                 HULLKIT_SUMS4(52)
-               : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
-}
-
-template <bool kTransposed>
-__device__ inline void multiply_add(float (&sums)[64], uint64_t a, uint64_t b, int add) {
-  asm volatile(HULLKIT_PRODUCT("m64n128k16",
-                               HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(
-                                   3) ", " HULLKIT_TEN(4) ", " HULLKIT_TEN(5) ", " HULLKIT_FOUR(6),
-                               "%66, 0", "%67", "%64", "%65")
-               : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS4(60)
-               : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
-}
-
-template <bool kTransposed>
-__device__ inline void multiply_add(float (&sums)[80], uint64_t a, uint64_t b, int add) {
-  asm volatile(HULLKIT_PRODUCT("m64n160k16",
-                               HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(
-                                   3) ", " HULLKIT_TEN(4) ", " HULLKIT_TEN(5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7),
-                               "%82, 0", "%83", "%80", "%81")
-               : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS20(60)
-               : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
-}
-
-template <bool kTransposed>
-__device__ inline void multiply_add(float (&sums)[104], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      HULLKIT_PRODUCT(
-          "m64n208k16",
-          HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(
-              4) ", " HULLKIT_TEN(5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7) ", " HULLKIT_TEN(8) ", " HULLKIT_TEN(9) ","
-                                                                                                                     " " HULLKIT_FOUR(
-                                                                                                                         10),
-          "%106, 0", "%107", "%104", "%105")
-      : HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS20(60), HULLKIT_SUMS20(80),
-        HULLKIT_SUMS4(100)
-      : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));
-}
+HULLKIT_MULTIPLY_ADD(96, 48, 49, 50, 51,
+                     HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_EIGHT(4),
+                     HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44))
+HULLKIT_MULTIPLY_ADD(
+    104, 52, 53, 54, 55,
+    HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_TWO(5),
+    HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44), HULLKIT_SUMS4(48))
+HULLKIT_MULTIPLY_ADD(
+    112, 56, 57, 58, 59,
+    HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_SIX(5),
+    HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44), HULLKIT_SUMS4(48), HULLKIT_SUMS4(52))
+HULLKIT_MULTIPLY_ADD(128, 64, 65, 66, 67,
+                     HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(
+                         4) ", " HULLKIT_TEN(5) ", " HULLKIT_FOUR(6),
+                     HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS4(60))
+HULLKIT_MULTIPLY_ADD(160, 80, 81, 82, 83,
+                     HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(
+                         4) ", " HULLKIT_TEN(5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7),
+                     HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS20(60))
+HULLKIT_MULTIPLY_ADD(
+    208, 104, 105, 106, 107,
+    HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_TEN(
+        5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7) ", " HULLKIT_TEN(8) ", " HULLKIT_TEN(9) ", " HULLKIT_FOUR(10),
+    HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS20(60), HULLKIT_SUMS20(80),
+    HULLKIT_SUMS4(100))
 
 #undef HULLKIT_TWO
 #undef HULLKIT_FOUR
@@ -170,6 +136,6 @@ __device__ inline void multiply_add(float (&sums)[104], uint64_t a, uint64_t b, 
 #undef HULLKIT_TEN
 #undef HULLKIT_SUMS4
 #undef HULLKIT_SUMS20
-#undef HULLKIT_PRODUCT
+#undef HULLKIT_MULTIPLY_ADD
 
 }  // namespace hullkit::ptx

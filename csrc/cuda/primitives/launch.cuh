@@ -23,6 +23,18 @@ void allow_shared(void (*kernel)(Parameters...), size_t shared) {
              "CUDA shared memory");
 }
 
+// Whether this build has the kernel for the current device, and a block there may have so much shared memory.
+template <typename... Parameters>
+bool runs_here(void (*kernel)(Parameters...), size_t shared) {
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+                     cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess;
+  cudaGetLastError();  // the next launch would report it
+  return known && static_cast<size_t>(most) >= shared;
+}
+
 // kernel<<<blocks, threads, shared, stream>>>(arguments...), nothing if there are no blocks.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, void* stream,

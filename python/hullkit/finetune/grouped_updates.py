@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ class GroupedUpdates(WeightProducts):
             kind = (data.dtype, gradient.dtype, copy is not None, fuses)
             kinds.setdefault(kind, []).append(parameter)
         for (_, dtype, _, fuses), own in kinds.items():
-            part = (_ProductPart if fuses else _Part)(weights, own, dtype, capacity, together)
+            least = PRODUCT_ELEMENTS if fuses else math.inf if together else GROUP_ELEMENTS
+            part = (_ProductPart if fuses else _Part)(weights, own, dtype, capacity, least)
             self._parts.append(part)
             for group in part.groups:
                 self._group_of |= dict.fromkeys(group.parameters, group)
@@ -184,10 +186,10 @@ class GroupedUpdates(WeightProducts):
 
 
 class _Part:
-    """Parameters with one dtype, gradients with one dtype, and copies for all of them or none."""
+    """Parameters with one dtype, gradients with one dtype, and copies for all of them or none.
 
-    elements = GROUP_ELEMENTS  # of a group
-    splits_always = False
+    least: a group is as small as it can be with so many elements.
+    """
 
     def __init__(
         self,
@@ -195,7 +197,7 @@ class _Part:
         parameters: list[nn.Parameter],
         grad_dtype: torch.dtype,
         capacity: int,
-        together: bool,
+        least: float,
     ) -> None:
         self.parameters = parameters
         self.table = weights.table(parameters)
@@ -220,8 +222,7 @@ class _Part:
         first = elements = 0
         for row, parameter in enumerate(parameters):
             elements += parameter.numel()
-            full = elements >= self.elements and (self.splits_always or not together)
-            if full or row == len(parameters) - 1:
+            if elements >= least or row == len(parameters) - 1:
                 self.groups.append(_Group(self, range(first, row + 1)))
                 first, elements = row + 1, 0
 
@@ -267,9 +268,6 @@ class _Part:
 
 class _ProductPart(_Part):
     """Parameters whose gradients are products that their updates compute."""
-
-    elements = PRODUCT_ELEMENTS
-    splits_always = True
 
     def __init__(self, weights: Weights, *others: Any) -> None:
         super().__init__(weights, *others)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,13 +57,16 @@ class AdaptedLayers:
         adapted = self._adapted(module, x)
         if adapted is None:
             return None
-        make = partial(self._make, x)
-        made = self._readers.made(module, shared, self._expected(module, adapted, x), make)
+        scale = self._known[module].scale
+        expected = self._expected(module, adapted, x)
+        made = self._readers.made(
+            module, shared, list(expected),
+            lambda chosen: self._make(x, [expected[one] for one in chosen], scale),
+        )  # fmt: skip
         if made.state != _state(adapted):  # somebody has changed a factor since it was made
-            [made] = make([module])
+            [made] = self._make(x, [adapted], scale)
         if made.output is None:
             return None
-        scale = self._known[module].scale
         a, b = factors(module, self._known[module])
         y: Tensor = _LowRankLinear.apply(  # type: ignore[no-untyped-call]
             x, a, b, made, shared, self._products, scale, self._backend
@@ -79,28 +81,24 @@ class AdaptedLayers:
             if len(layers) > 1:
                 _TOGETHER[layers[0]] = [weakref.ref(layer) for layer in layers[1:]]
 
-    def _expected(self, module: nn.Module, own: Adapted, x: Tensor) -> list[nn.Module]:
+    def _expected(self, module: nn.Module, own: Adapted, x: Tensor) -> dict[nn.Module, Adapted]:
         """The module, and others of its rank and scale that read the same in the latest pass."""
-        found = [module]
+        found = {module: own}
         for reference in _TOGETHER.get(module, []):
             other = reference()
             adapted = None if other is None else self._adapted(other, x)
             if other is None or adapted is None or adapted.a.shape != own.a.shape:
                 continue
             if self._known[other].scale == self._known[module].scale:
-                found.append(other)
+                found[other] = adapted
         return found
 
-    def _make(self, x: Tensor, modules: Sequence[nn.Module]) -> list[_Made]:
+    def _make(self, x: Tensor, layers: Sequence[Adapted], scale: float) -> list[_Made]:
         rows = x.reshape(1, -1, x.shape[-1])
-        layers = [self._adapted(module, x) for module in modules]
-        known = [layer for layer in layers if layer is not None]
-        assert len(known) == len(layers)
-        scale = self._known[modules[0]].scale
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             counters, shape = self._readers.counters, x.shape[:-1]
-            made = outputs(rows, shape, known, scale, counters, self._backend)
-        return [_Made(layer, _state(layer), one) for layer, one in zip(known, made, strict=True)]
+            made = outputs(rows, shape, layers, scale, counters, self._backend)
+        return [_Made(layer, _state(layer), one) for layer, one in zip(layers, made, strict=True)]
 
     def _adapted(self, module: nn.Module, x: Tensor) -> Adapted | None:
         """The layer's tensors; None if they are not all of x's dtype, or the base is trained."""

@@ -105,28 +105,27 @@ def outputs(
     counters: makes `shrink`'s.
     """
     unwritten = x.new_empty(*x.shape[:2], layers[0].b.shape[2])
-    takes = [product_sums_take([_sum(x, own, unwritten)], False, backend) for own in layers]
-    chosen = [own for own, taken in zip(layers, takes, strict=True) if taken]
-    if not chosen:
-        return [None] * len(layers)
+    places = [
+        place
+        for place, own in enumerate(layers)
+        if product_sums_take([_sum(x, own, unwritten)], False, backend)
+    ]
+    results: list[tuple[Tensor, Inner] | None] = [None] * len(layers)
+    if not places:
+        return results
+    chosen = [layers[place] for place in places]
     shrunk = shrink(x, [own.a for own in chosen], scale, backend, counters(x))
     made = [x.new_empty(*shape, len(own.weight)) for own in chosen]
     out = [y.view(*x.shape[:2], -1) for y in made]
-    sums = [_sum(x, own, thin.values) for own, thin in zip(chosen, shrunk, strict=True)]
     if all(own.of_weight is None for own in chosen):
+        sums = [_sum(x, own, thin.values) for own, thin in zip(chosen, shrunk, strict=True)]
         product_sums(sums, False, out)
     else:
-        for own, total, y in zip(chosen, sums, out, strict=True):
+        for own, thin, y in zip(chosen, shrunk, out, strict=True):
             whole = own._replace(weight=_weight(own))
-            product_sums([_sum(x, whole, total.terms[1].rows)], False, [y])
-    found = iter(zip(made, shrunk, strict=True))
-    results: list[tuple[Tensor, Inner] | None] = []
-    for taken in takes:
-        if taken:
-            y, thin = next(found)
-            results.append((y, Inner(thin.values, thin.finished)))
-        else:
-            results.append(None)
+            product_sums([_sum(x, whole, thin.values)], False, [y])
+    for place, y, thin in zip(places, made, shrunk, strict=True):
+        results[place] = (y, Inner(thin.values, thin.finished))
     return results
 
 

@@ -148,15 +148,21 @@ def _sum_of_squares(
     return torch.tensor([square], dtype=torch.float64, device="cpu")
 
 
+@cache
+def _usable(native: Callable[[], bool], device: torch.device) -> bool:
+    """What a question about the current device answers of this one."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return native()
+
+
 PRODUCT_TILE: int = _core.adam_product_tile  # elements on both sides of a tile of adam_product
 
 
 def adam_product_usable(device: torch.device) -> bool:
     """Whether this build's `adam_product_cuda` runs on the device."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return _core.adam_product_usable()
+    return _usable(_core.adam_product_usable, device)
 
 
 def adam_product_cuda(
@@ -192,13 +198,9 @@ PRODUCT_TILE_COLUMNS: int = _core.product_tile_columns
 PRODUCT_TILE_ROWS: tuple[int, ...] = _core.product_tile_rows  # of a slot: one of these
 
 
-@cache
 def product_sums_usable(device: torch.device) -> bool:
     """Whether this build's `product_sums_cuda` runs on the device."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return _core.product_sums_usable()
+    return _usable(_core.product_sums_usable, device)
 
 
 def product_sums_cuda(
