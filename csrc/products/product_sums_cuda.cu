@@ -23,6 +23,7 @@ constexpr int kThreads = kGroup * (1 + kGroups);
 constexpr int kGroupColumns = kTileColumns / kGroups;
 constexpr int kDepth = 64, kStep = 16;            // of the sums: a stage's, and a matrix instruction's
 constexpr int kBoxRow = 128;                      // bytes of a row of a box: kDepth or kGroupColumns halves
+constexpr int kThinRow = 32;                      // of one of kStep halves
 constexpr int kAligned = 1024;                    // bytes: where a box begins
 constexpr int kCopying = 40, kMultiplying = 232;  // registers of a thread
 constexpr int kPanel = 4;  // tiles side by side along rows: what runs together reads much the same
@@ -37,8 +38,15 @@ struct Result {
   const uint16_t* bias;
 };
 
+// A side of a product: in boxes of kDepth of the sum's elements, and what is left of it in boxes of kStep. Elements
+// that a box has outside of its matrix cost more time than those that it has inside.
+struct Side {
+  CUtensorMap boxes, thin_boxes;
+};
+
 struct Problem {
-  CUtensorMap factors[kMostTerms], rows[kMostTerms], results[kMostResults];
+  Side factors[kMostTerms], rows[kMostTerms];
+  CUtensorMap results[kMostResults];
   Term terms[kMostTerms];
   Result result[kMostResults];
   int num_results, num_terms;   // terms of each result
@@ -48,6 +56,7 @@ struct Problem {
 template <int kRows>
 struct Memory {
   static constexpr int kFactor = kTileColumns * kBoxRow, kStage = kFactor + kRows * kBoxRow;
+  static constexpr int kThinFactor = kTileColumns * kThinRow, kThinRows = kRows * kThinRow;  // of one step
   static constexpr int kResult = kRows * kTileColumns * 2;
   static constexpr int kMost = 227 * 1024 - kAligned - 256;  // that a block may have, without the barriers
   static constexpr int kStages = (kMost - kResult) / kStage;
@@ -89,20 +98,36 @@ __device__ void copy(const Problem& problem, unsigned char* stages, ptx::Barrier
     for (int i = 0; i < problem.num_terms; ++i) {
       const int term = tile.result * problem.num_terms + i;
       const int slot = problem.terms[term].of_slot ? tile.slot : 0, depth = problem.terms[term].steps * kStep;
+      const Side &factor = problem.factors[term], &rows = problem.rows[term];
+      const auto load_factor = [&](unsigned char* to, const CUtensorMap& boxes, ptx::Barrier& arrived, int k) {
+        if constexpr (kTransposed) {
+          for (int group = 0; group < kGroups; ++group) {
+            ptx::load_box(to + group * (kDepth * kBoxRow), boxes, arrived, tile.column + group * kGroupColumns, k,
+                          slot);
+          }
+        } else {
+          ptx::load_box(to, boxes, arrived, k, tile.column, slot);
+        }
+      };
       for (int k = 0; k < depth; k += kDepth) {
         empty[ring.stage].wait(ring.turn ^ 1);  // the first time nobody has used it
         ptx::Barrier& arrived = full[ring.stage];
-        arrived.arrive_expecting(Sizes::kStage);
         unsigned char* const to = stages + ring.stage * Sizes::kStage;
-        if constexpr (kTransposed) {
-          for (int group = 0; group < kGroups; ++group) {
-            ptx::load_box(to + group * (kDepth * kBoxRow), problem.factors[term], arrived,
-                          tile.column + group * kGroupColumns, k, slot);
-          }
+        if (depth - k >= kDepth) {
+          arrived.arrive_expecting(Sizes::kStage);
+          load_factor(to, factor.boxes, arrived, k);
+          ptx::load_box(to + Sizes::kFactor, rows.boxes, arrived, k, tile.row, tile.slot);
         } else {
-          ptx::load_box(to, problem.factors[term], arrived, k, tile.column, slot);
+          const int steps = (depth - k) / kStep;
+          arrived.arrive_expecting(steps * (Sizes::kThinFactor + Sizes::kThinRows));
+          for (int step = 0; step < steps; ++step) {
+            const int at = k + step * kStep;
+            load_factor(to + step * (kTransposed ? kStep * kBoxRow : Sizes::kThinFactor), factor.thin_boxes, arrived,
+                        at);
+            ptx::load_box(to + Sizes::kFactor + step * Sizes::kThinRows, rows.thin_boxes, arrived, at, tile.row,
+                          tile.slot);
+          }
         }
-        ptx::load_box(to + Sizes::kFactor, problem.rows[term], arrived, k, tile.row, tile.slot);
         ring.advance();
       }
     }
@@ -139,12 +164,17 @@ template <int kRows, bool kTransposed>
 __device__ void multiply(const Problem& problem, int group, unsigned char* stages, unsigned char* result,
                          ptx::Barrier* full, ptx::Barrier* empty) {
   using Sizes = Memory<kRows>;
-  constexpr int kNext = (kTransposed ? kStep * kBoxRow : kStep * 2) >> 4;  // from step to step of a factor
+  // From step to step of a factor, in units of 16 bytes.
+  constexpr int kNext = (kTransposed ? kStep * kBoxRow : kStep * 2) >> 4;
+  constexpr int kNextThin = (kTransposed ? kStep * kBoxRow : Sizes::kThinFactor) >> 4;
   const int thread = threadIdx.x % kGroup;
   const bool first_lane = thread % 32 == 0;
   const uint32_t base = ptx::shared_address(stages);
-  const uint64_t factor = ptx::product_operand(base + group * (kGroupColumns * kBoxRow));
-  const uint64_t row = ptx::product_operand(base + Sizes::kFactor);
+  const uint64_t factor = ptx::product_operand<kBoxRow>(base + group * (kGroupColumns * kBoxRow));
+  const uint64_t row = ptx::product_operand<kBoxRow>(base + Sizes::kFactor);
+  const uint64_t thin_factor =
+      kTransposed ? factor : ptx::product_operand<kThinRow>(base + group * (kGroupColumns * kThinRow));
+  const uint64_t thin_row = ptx::product_operand<kThinRow>(base + Sizes::kFactor);
   unsigned char* const own = result + group * (kRows * kBoxRow);
   const auto meet = [&]() { asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kGroup) : "memory"); };
   Ring<Sizes::kStages> ring;
@@ -168,7 +198,8 @@ __device__ void multiply(const Problem& problem, int group, unsigned char* stage
 #pragma unroll 1
           for (int step = 0; step < steps; ++step) {
             ptx::products_begin();
-            ptx::multiply_add<kTransposed>(sums, factor + at + step * kNext, row + at + step * 2, add);
+            ptx::multiply_add<kTransposed>(sums, thin_factor + at + step * kNextThin,
+                                           thin_row + at + step * (Sizes::kThinRows >> 4), add);
             ptx::products_commit();
             add = 1;
           }
@@ -246,16 +277,17 @@ Encode encode_function() {
 }
 
 CUtensorMap encode(const ProductMatrix& matrix, int box_columns, int box_rows) {
+  const bool thin = 2 * box_columns == kThinRow;
   const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
   const cuuint64_t sizes[3] = {size(matrix.columns), size(matrix.rows), size(matrix.slots)};
   const cuuint64_t strides[2] = {size(2 * matrix.row_stride), size(2 * matrix.slot_stride)};
   const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1};
   const cuuint32_t every[3] = {1, 1, 1};
   CUtensorMap map;
-  const CUresult error =
-      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, reinterpret_cast<void*>(matrix.address), sizes,
-                        strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult error = encode_function()(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, reinterpret_cast<void*>(matrix.address), sizes, strides, box, every,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, thin ? CU_TENSOR_MAP_SWIZZLE_32B : CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (error != CUDA_SUCCESS) {
     throw std::invalid_argument(
         "product_sums: expected addresses and distances that are multiples of 16 bytes, got a matrix of " +
@@ -291,9 +323,11 @@ Launch prepare(const ProductSums& sums, int rows, int processors) {
     for (int i = 0; i < problem.num_terms; ++i, next += 2) {
       const int term = r * problem.num_terms + i;
       problem.terms[term] = {static_cast<int>(divided_up(next[1].columns, kStep)), next[0].slots > 1};
-      problem.factors[term] =
-          sums.transposed ? encode(next[0], kGroupColumns, kDepth) : encode(next[0], kDepth, kTileColumns);
-      problem.rows[term] = encode(next[1], kDepth, rows);
+      const auto factor = [&](int depth) {
+        return sums.transposed ? encode(next[0], kGroupColumns, depth) : encode(next[0], depth, kTileColumns);
+      };
+      problem.factors[term] = {factor(kDepth), factor(kStep)};
+      problem.rows[term] = {encode(next[1], kDepth, rows), encode(next[1], kStep, rows)};
     }
   }
   launch.blocks = std::min(processors, problem.across * problem.down);

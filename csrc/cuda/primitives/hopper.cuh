@@ -75,10 +75,13 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// What a product reads from shared memory, at an address that is a multiple of 16: rows of 128 bytes, as a copy with
-// the swizzle of 128 bytes left them, in blocks of eight.
+// What a product reads from shared memory, at an address that is a multiple of 16: rows of kRow bytes (128 or 32), as a
+// copy with a swizzle of as many bytes left them, in blocks of eight.
+template <int kRow>
 __device__ inline uint64_t product_operand(uint32_t shared) {
-  constexpr uint64_t kSwizzled = uint64_t{1} << 62, kBlock = uint64_t{1024 >> 4} << 32, kUnused = uint64_t{1} << 16;
+  static_assert(kRow == 128 || kRow == 32);
+  constexpr uint64_t kSwizzled = uint64_t{kRow == 128 ? 1 : 3} << 62, kBlock = uint64_t{8 * kRow >> 4} << 32;
+  constexpr uint64_t kUnused = uint64_t{1} << 16;
   return kSwizzled | kBlock | kUnused | (shared >> 4);
 }
 
