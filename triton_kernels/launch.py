@@ -33,7 +33,7 @@ KERNELS = {
     "add": (add.add_kernel, {"BLOCK": add.BLOCK_SIZE}),
     "gate": (gate.gate_kernel, {"BLOCK": gate.BLOCK_SIZE}),
     "gate_gradient": (gate.gate_gradient_kernel, {"BLOCK": gate.BLOCK_SIZE}),
-    "rotary": (rotary.rotary_kernel, {}),
+    "rotary": (rotary.rotary_kernel, {"ROWS": rotary.ROWS}),
     "low_rank_shrink": (low_rank.low_rank_shrink_kernel, _TILES),
     "low_rank_expand": (low_rank.low_rank_expand_kernel, _TILES),
     "low_rank_expand_gradient": (low_rank.low_rank_expand_gradient_kernel, _TILES),
@@ -44,6 +44,8 @@ KERNELS = {
     ),
     "attention": (attention.attention_kernel, {}),
     "attention_gradient": (attention.attention_gradient_kernel, {}),
+    "attention_q_gradient": (attention.attention_q_gradient_kernel, {}),
+    "attention_kv_gradient": (attention.attention_kv_gradient_kernel, {}),
     "stacked_adam": (
         stacked_adam.stacked_adam_kernel,
         {"BLOCK": BLOCK_SIZE, "BLOCKS": stacked_adam.BLOCKS},

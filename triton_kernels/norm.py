@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .dependent_launch import after_previous_kernel
+from .tiles import load_tile, store_tile
 
 # A block of column_sums_kernel: narrow, so that even few columns keep a GPU busy.
 SUM_ROWS = 256
@@ -18,34 +19,35 @@ SUM_COLUMNS = 16
 
 @triton.jit(do_not_specialize=["eps"])
 def norm_kernel(
-    x, weight, bias, y, narrow, means, factors, stride, columns, eps,
+    x, weight, bias, y, narrow, means, factors, stride, rows, columns, eps,
     RMS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr,
-    NARROW: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    NARROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program for a row. narrow: y in bfloat16 too. means, factors [T]: for the gradient.
+    """A program for ROWS rows. narrow: y in bfloat16 too. means, factors [T]: for the gradient.
 
     ROUND: the normalised row is rounded to x's dtype before the weight, as some models do.
     """
     after_previous_kernel(EARLY)
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK)
     inside = at < columns
-    value = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    value = load_tile(x, row, at, stride, rows, columns, tl.float32)
     if not RMS:
-        mean = tl.sum(value) / columns
-        tl.store(means + row, mean)
-        value = tl.where(inside, value - mean, 0.0)
-    factor = tl.rsqrt(tl.sum(value * value) / columns + eps)
-    tl.store(factors + row, factor)
-    value *= factor
+        mean = tl.sum(value, 1) / columns
+        tl.store(means + row, mean, mask=row < rows)
+        value = tl.where(inside[None, :], value - mean[:, None], 0.0)
+    factor = tl.rsqrt(tl.sum(value * value, 1) / columns + eps)
+    tl.store(factors + row, factor, mask=row < rows)
+    value *= factor[:, None]
     if ROUND:
         value = value.to(x.dtype.element_ty).to(tl.float32)
-    value *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    value *= scale[None, :]
     if BIAS:
-        value += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row * columns + at, value.to(y.dtype.element_ty), mask=inside)
+        value += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    store_tile(y, row, at, columns, rows, columns, value)
     if NARROW:
-        tl.store(narrow + row * columns + at, value.to(tl.bfloat16), mask=inside)
+        store_tile(narrow, row, at, columns, rows, columns, value)
 
 
 @triton.jit
@@ -53,9 +55,9 @@ def norm_gradient_kernel(
     x, weight, gradient, other, more, means, factors, x_gradient, narrow, partial, stride, rows,
     columns, RMS: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     MORE: tl.constexpr, NARROW: tl.constexpr, OF_WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Programs take rows in turn.
+    """Programs take ROWS rows in turn.
 
     gradient, other [T, D]: their sum is y's gradient; FIRST, SECOND: which of them there are.
     more [T, D]: with MORE added to x's gradient, for x goes elsewhere too.
@@ -64,44 +66,45 @@ def norm_gradient_kernel(
     gradient, and of the bias's.
     """
     after_previous_kernel(EARLY)
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    program, programs = tl.program_id(0), tl.num_programs(0)
     at = tl.arange(0, BLOCK)
     inside = at < columns
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32) + OFFSET
     of_weight = tl.zeros((BLOCK,), tl.float32)
     of_bias = tl.zeros((BLOCK,), tl.float32)
-    for turn in range(0, tl.cdiv(rows - program, programs)):
-        row = program + turn * programs
-        begin = row * columns
-        value = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
-        factor = tl.load(factors + row)
+    for start in range(program * ROWS, rows, programs * ROWS):
+        row = start + tl.arange(0, ROWS)
+        value = load_tile(x, row, at, stride, rows, columns, tl.float32)
+        factor = tl.load(factors + row, mask=row < rows, other=0.0)[:, None]
         if not RMS:
-            value = tl.where(inside, value - tl.load(means + row), 0.0)
+            mean = tl.load(means + row, mask=row < rows, other=0.0)
+            value = tl.where(inside[None, :], value - mean[:, None], 0.0)
         value *= factor
-        g = tl.zeros((BLOCK,), tl.float32)
+        g = tl.zeros((ROWS, BLOCK), tl.float32)
         if FIRST:
-            g += tl.load(gradient + begin + at, mask=inside, other=0.0).to(tl.float32)
+            g += load_tile(gradient, row, at, columns, rows, columns, tl.float32)
         if SECOND:
-            g += tl.load(other + begin + at, mask=inside, other=0.0).to(tl.float32)
+            g += load_tile(other, row, at, columns, rows, columns, tl.float32)
         if OF_WEIGHT:
-            of_weight += g * value
+            of_weight += tl.sum(g * value, 0)
             if BIAS:
-                of_bias += g
-        g *= scale
-        along = tl.sum(g * value) / columns
+                of_bias += tl.sum(g, 0)
+        g *= scale[None, :]
+        along = tl.sum(g * value, 1)[:, None] / columns
         if RMS:
             moved = (g - value * along) * factor
         else:
-            moved = (g - tl.sum(g) / columns - value * along) * factor
+            moved = (g - tl.sum(g, 1)[:, None] / columns - value * along) * factor
         if MORE:
-            moved += tl.load(more + begin + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(x_gradient + begin + at, moved.to(x_gradient.dtype.element_ty), mask=inside)
+            moved += load_tile(more, row, at, columns, rows, columns, tl.float32)
+        store_tile(x_gradient, row, at, columns, rows, columns, moved)
         if NARROW:
-            tl.store(narrow + begin + at, moved.to(narrow.dtype.element_ty), mask=inside)
+            store_tile(narrow, row, at, columns, rows, columns, moved)
     if OF_WEIGHT:
-        tl.store(partial + program * columns + at, of_weight, mask=inside)
+        to = partial + program.to(tl.int64) * columns + at
+        tl.store(to, of_weight, mask=inside)
         if BIAS:
-            tl.store(partial + (programs + program) * columns + at, of_bias, mask=inside)
+            tl.store(to + programs.to(tl.int64) * columns, of_bias, mask=inside)
 
 
 @triton.jit

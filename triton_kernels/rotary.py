@@ -6,14 +6,17 @@ import triton.language as tl
 
 from .dependent_launch import after_previous_kernel
 
+# Heads of rows that a program takes. Those of a row are neighbours, as are their results.
+ROWS = 32
+
 
 @triton.jit
 def rotary_kernel(
-    x, cos, sin, out, heads, half, stride_text, stride_head, stride_row, out_text, out_head,
-    out_row, table_text, table_row,
-    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
+    x, cos, sin, out, heads, length, half, stride_text, stride_head, stride_row, out_text,
+    out_head, out_row, table_text, table_row,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program for all heads of a row of a text, axis 1 of the grid.
+    """A program for ROWS heads of rows of a text, axis 1 of the grid.
 
     x [texts, heads, T, 2 * half] by strides; cos, sin [texts, T, 2 * half], or one for all texts.
 
@@ -21,24 +24,23 @@ def rotary_kernel(
     the model rounds it.
     """
     after_previous_kernel(EARLY)
-    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, head = (place // heads).to(tl.int64), (place % heads).to(tl.int64)
     text = tl.program_id(1).to(tl.int64)
     x += text * stride_text
     out += text * out_text
     cos += text * table_text
     sin += text * table_text
-    head = tl.arange(0, HEADS)[:, None]
     at = tl.arange(0, HALF)[None, :]
-    inside = (head < heads) & (at < half)
-    lane = at < half
-    of = x + head.to(tl.int64) * stride_head + row * stride_row + at
+    inside = (row < length)[:, None] & (at < half)
+    of = x + (head * stride_head + row * stride_row)[:, None] + at
     first = tl.load(of, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(of + half, mask=inside, other=0.0).to(tl.float32)
-    table = row * table_row + at
-    cos1 = tl.load(cos + table, mask=lane, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos + table + half, mask=lane, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin + table, mask=lane, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin + table + half, mask=lane, other=0.0).to(tl.float32)
+    table = (row * table_row)[:, None] + at
+    cos1 = tl.load(cos + table, mask=inside, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + table + half, mask=inside, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin + table, mask=inside, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + table + half, mask=inside, other=0.0).to(tl.float32)
     kind = out.dtype.element_ty
     if BACKWARD:
         a = (first * cos1).to(kind).to(tl.float32) + (second * sin2).to(kind).to(tl.float32)
@@ -46,6 +48,6 @@ def rotary_kernel(
     else:
         a = (first * cos1).to(kind).to(tl.float32) - (second * sin1).to(kind).to(tl.float32)
         b = (second * cos2).to(kind).to(tl.float32) + (first * sin2).to(kind).to(tl.float32)
-    to = out + head.to(tl.int64) * out_head + row * out_row + at
+    to = out + (head * out_head + row * out_row)[:, None] + at
     tl.store(to, a.to(kind), mask=inside)
     tl.store(to + half, b.to(kind), mask=inside)

@@ -60,7 +60,12 @@ def in_float64(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]
 @pytest.mark.parametrize(("rows", "columns"), [(1, 5), (3, 17), (130, 64), (5, 1000)])
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_norms(rows: int, columns: int, rms: bool, offset: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("together", [False, True], ids=["a row each", "rows together"])
+def test_norms(
+    rows: int, columns: int, rms: bool, offset: float, together: bool, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(norms, "_MANY_ROWS", 0 if together else 1 << 30)
     x = random(1, rows, columns, dtype=dtype) + 0.5
     weight, bias = random(columns, dtype=dtype, seed=1), random(columns, dtype=dtype, seed=2)
     formula = Norm(1e-3, rms=rms, offset=offset)
@@ -136,13 +141,19 @@ def test_rotary_is_proven_on_any_default_device() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("many", [False, True], ids=["few heads", "many heads"])
 @pytest.mark.parametrize(
-    ("length", "heads", "shared", "width"), [(1, 1, 1, 8), (63, 2, 2, 32), (130, 6, 2, 24)]
+    ("texts", "length", "heads", "shared", "width"),
+    [(1, 1, 1, 1, 8), (1, 63, 2, 2, 32), (1, 130, 6, 2, 24), (3, 70, 3, 1, 16), (2, 128, 4, 2, 64)],
 )
-def test_attention(length: int, heads: int, shared: int, width: int, dtype: torch.dtype) -> None:
-    q = random(1, length, heads, width, dtype=dtype).transpose(1, 2)
-    k = random(1, length, shared, width, dtype=dtype, seed=1).transpose(1, 2)
-    v = random(1, shared, length, width, dtype=dtype, seed=2)
+def test_attention(
+    texts: int, length: int, heads: int, shared: int, width: int, many: bool, dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(short_attention, "_MANY_PROGRAMS", 0 if many else 1 << 30)
+    q = random(texts, length, heads, width, dtype=dtype).transpose(1, 2)
+    k = random(texts, length, shared, width, dtype=dtype, seed=1).transpose(1, 2)
+    v = random(texts, shared, length, width, dtype=dtype, seed=2)
     assert short_attention.takes(q, k, v)
 
     def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -226,17 +226,19 @@ def test_kernels_compile_for_a_gpu() -> None:
         names = ("RMS", "BIAS", "NARROW", "FIRST", "SECOND", "MORE", "OF_WEIGHT")
         flags = dict.fromkeys(names, True)
         flags |= {"OFFSET": 0.0, "ROUND": False, "KIND": "silu", "BACKWARD": True}
-        attention = {"HALF": tl.bfloat16, "BLOCK": 64, "D": 64}
+        attention = {"HALF": tl.bfloat16, "BLOCK": 64, "WIDTH": 64, "D": 64}
         thin = {"HALF": tl.bfloat16, "R": 16, "OF_A": True, "OF_B": True, "OF_X": True, "MOST": 8}
         thin |= {"LAYERS": 3, "WHOLE": True}
         parts = ("shrink", "expand", "expand_gradient", "shrink_gradient", "shrink_gradient_few")
         names = ["low_rank_" + part for part in parts]
         of_passes = dict.fromkeys(names, thin | {"ADD": True}) | {
             "stacked_adam": {"COPY": True},
-            "norm": flags | {"BLOCK": 1024}, "norm_gradient": flags | {"BLOCK": 1024},
+            "norm": flags | {"ROWS": 4, "BLOCK": 1024},
+            "norm_gradient": flags | {"ROWS": 4, "BLOCK": 1024},
             "column_sums": flags, "add": flags, "gate": flags, "gate_gradient": flags,
-            "rotary": flags | {"HEADS": 16, "HALF": 32},
+            "rotary": flags | {"HALF": 32},
             "attention": attention, "attention_gradient": attention,
+            "attention_q_gradient": attention, "attention_kv_gradient": attention,
         }
         numbers = ("rows", "columns", "stride", "size", "heads", "half", "length", "width", "group")
         numbers += ("rank", "count")
@@ -307,4 +309,4 @@ def test_kernels_compile_for_a_gpu() -> None:
         env=environment,
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 24
+    assert len(result.stdout.split()) == 26

@@ -282,6 +282,8 @@ class FusedFunctions(TorchFunctionMode):
         if q.shape[1] != k.shape[1] and not enable_gqa:
             return NotImplemented
         scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+        if not scale > 0.0:
+            return NotImplemented
         return short_attention.causal_attention(q, k, v, scale, half)
 
 

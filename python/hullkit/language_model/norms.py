@@ -16,6 +16,9 @@ from .trials import column, random_tensor, trial
 WIDEST = 16384  # columns that a program holds
 _MOST_PROGRAMS = 256  # of the gradient: each has a part of the weight's
 _FREE_PROGRAMS = 2048  # if the weight has none
+# From so many rows on a program takes some together, a row for each of its warps: then no warp
+# waits for another. Fewer rows keep a GPU busy only if each has a program.
+_MANY_ROWS, _TOGETHER = 4096, 4096  # elements
 
 
 class Norm(NamedTuple):
@@ -78,14 +81,14 @@ class _Norm(torch.autograd.Function):
         means, factors = x.new_empty(2, len(rows), dtype=torch.float32)
         arguments = (
             rows, weight, weight if bias is None else bias, y, y if narrow is None else narrow,
-            means, factors, rows.stride(0), columns, formula.eps,
+            means, factors, rows.stride(0), len(rows), columns, formula.eps,
         )  # fmt: skip
         constants = {
             "RMS": formula.rms, "OFFSET": formula.offset, "ROUND": formula.rounded,
-            "BIAS": bias is not None, "NARROW": narrow is not None, "BLOCK": _block(columns),
-        }  # fmt: skip
+            "BIAS": bias is not None, "NARROW": narrow is not None,
+        } | _blocks(rows)  # fmt: skip
         with torch.cuda.device_of(x):
-            launch("norm", len(rows), arguments, constants)
+            launch("norm", -(-len(rows) // constants["ROWS"]), arguments, constants)
         ctx.save_for_backward(x, weight, means, factors)
         ctx.formula, ctx.shared, ctx.around, ctx.narrowed = formula, shared, around, narrowed
         ctx.bias = None if bias is None else bias.dtype
@@ -109,8 +112,9 @@ class _Norm(torch.autograd.Function):
         given = [None if g is None else _rows(g).contiguous() for g in (first, second, left)]
         of_weight, of_bias = ctx.needs_input_grad[1:3]
         of_either = of_weight or of_bias
+        blocks = _blocks(rows)
         most = _MOST_PROGRAMS if of_either or len(rows) < _FREE_PROGRAMS else _FREE_PROGRAMS
-        programs = min(len(rows), most)
+        programs = min(-(-len(rows) // blocks["ROWS"]), most)
         x_gradient = x.new_empty(x.shape)
         halved = None if ctx.narrowed is None else x.new_empty(x.shape, dtype=ctx.narrowed.dtype)
         partial = (
@@ -127,8 +131,7 @@ class _Norm(torch.autograd.Function):
             "RMS": ctx.formula.rms, "OFFSET": ctx.formula.offset, "FIRST": given[0] is not None,
             "SECOND": given[1] is not None, "MORE": given[2] is not None,
             "NARROW": halved is not None, "OF_WEIGHT": of_either, "BIAS": of_bias,
-            "BLOCK": _block(columns),
-        }  # fmt: skip
+        } | blocks  # fmt: skip
         with torch.cuda.device_of(x):
             launch("norm_gradient", programs, arguments, constants)
         if halved is not None:
@@ -150,8 +153,11 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _block(columns: int) -> int:
-    return max(16, 1 << (columns - 1).bit_length())
+def _blocks(rows: Tensor) -> dict[str, int]:
+    """The rows that a program takes together, and the columns that it has room for."""
+    block = max(16, 1 << (rows.shape[1] - 1).bit_length())
+    together = min(8, max(1, _TOGETHER // block))
+    return {"ROWS": together if len(rows) >= _MANY_ROWS else 1, "BLOCK": block}
 
 
 def proven_rms_norm(module: nn.Module, dtype: torch.dtype) -> Norm | None:

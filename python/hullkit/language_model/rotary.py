@@ -36,19 +36,17 @@ class _Rotary(torch.autograd.Function):
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, backward: bool) -> Tensor:
     from ..triton_kernels.launch import launch
+    from ..triton_kernels.rotary import ROWS
 
     texts, heads, length, width = x.shape
     out = x.new_empty(texts, length, heads, width, dtype=dtype).transpose(1, 2)
     table = cos.stride(0) if len(cos) > 1 else 0
     strides = (*x.stride()[:3], *out.stride()[:3], table, cos.stride(1))
     half = width // 2
-    constants = {
-        "BACKWARD": backward,
-        "HEADS": 1 << (heads - 1).bit_length(),
-        "HALF": max(8, 1 << (half - 1).bit_length()),
-    }
+    constants = {"BACKWARD": backward, "HALF": max(8, 1 << (half - 1).bit_length())}
+    arguments = (x, cos, sin, out, heads, length, half, *strides)
     with torch.cuda.device_of(x):
-        launch("rotary", (length, texts), (x, cos, sin, out, heads, half, *strides), constants)
+        launch("rotary", (-(-heads * length // ROWS), texts), arguments, constants)
     return out
 
 
@@ -66,7 +64,6 @@ def takes(x: Tensor, cos: Any, sin: Any) -> bool:
         isinstance(cos, Tensor)
         and isinstance(sin, Tensor)
         and x.ndim == 4
-        and x.shape[1] <= 128
         and x.shape[3] % 2 == 0
         and x.shape[3] <= _WIDEST
         and x.stride(3) == 1

@@ -9,47 +9,60 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_MOST_PROGRAMS = 128  # with as many as a GPU runs at once; with more torch's kernels are faster
-_WIDEST = 64  # columns of a head; likewise
 _BLOCK = 64  # rows of a program
+_WIDEST = 64  # columns of a head
+# Kernels were found to be faster than torch's where a GPU runs all their programs for rows of q at
+# once, and where those for rows of k and v are so many, of texts that are no longer (H100).
+_FEW_PROGRAMS, _MANY_PROGRAMS, _LONGEST = 128, 160, 512
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernels take these: q (1, H, T, D), k and v (1, K, T, D), H a multiple of K."""
+    """Whether the kernels take these: q (K, H, T, D), k and v (K, G, T, D), H a multiple of G."""
     return (
         q.ndim == 4
-        and len(q) == len(k) == len(v) == 1
+        and len(q) == len(k) == len(v)
         and q.shape[2:] == k.shape[2:] == v.shape[2:]
         and k.shape[1] == v.shape[1]
         and q.shape[1] % k.shape[1] == 0
-        and q.shape[1] * -(-q.shape[2] // _BLOCK) <= _MOST_PROGRAMS
+        and (_programs(q) <= _FEW_PROGRAMS or (_has_many(k) and q.shape[2] <= _LONGEST))
         and q.shape[3] <= _WIDEST
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
     )
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, half: torch.dtype) -> Tensor:
-    """softmax(scale * q k^T) v under a causal mask, (1, H, T, D) in `half`.
+    """softmax(scale * q k^T) v under a causal mask, (K, H, T, D) in `half`.
 
     Products take their inputs rounded to `half`; sums and the softmax are in float32.
+
+    scale: above 0, so that the highest of scaled scores is that of scores.
     """
     result: Tensor = _Attention.apply(q, k, v, scale, half)  # type: ignore[no-untyped-call]
     return result
 
 
-def _by_rows(q: Tensor, dtype: torch.dtype, *heads: int) -> Tensor:
-    """Memory for (T, *heads, D), in which a row of all heads lies together."""
-    return q.new_empty(q.shape[2], *heads, q.shape[3], dtype=dtype)
+def _programs(heads: Tensor) -> int:
+    """A program for each block of rows of each head."""
+    return len(heads) * heads.shape[1] * -(-heads.shape[2] // _BLOCK)
+
+
+def _has_many(k: Tensor) -> bool:
+    return _programs(k) >= _MANY_PROGRAMS
+
+
+def _by_rows(q: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
+    """(K, heads, T, D), in whose memory a row of all heads lies together."""
+    return q.new_empty(len(q), q.shape[2], heads, q.shape[3], dtype=dtype).transpose(1, 2)
 
 
 def _constants(q: Tensor, half: torch.dtype) -> dict[str, Any]:
     wide = max(16, 1 << (q.shape[3] - 1).bit_length())
     kind = half if q.is_cuda else torch.float32  # the interpreter multiplies no bfloat16
-    return {"HALF": kind, "BLOCK": _BLOCK, "D": wide}
+    return {"HALF": kind, "BLOCK": _BLOCK, "WIDTH": q.shape[3], "D": wide}
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for t in tensors for stride in (t.stride(1), t.stride(2)))
+    return tuple(stride for t in tensors for stride in t.stride()[:3])
 
 
 class _Attention(torch.autograd.Function):
@@ -59,13 +72,12 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         from ..triton_kernels.launch import launch
 
-        _, heads, length, width = q.shape
-        out = _by_rows(q, half, heads).transpose(0, 1)[None]
-        normalisers = q.new_empty(heads, length, dtype=torch.float32)
-        group = heads // k.shape[1]
-        sizes = (length, width, scale, group, *_strides(q, k, v, out))
+        texts, heads, length, _ = q.shape
+        out = _by_rows(q, half, heads)
+        normalisers = q.new_empty(texts, heads, length, dtype=torch.float32)
+        sizes = (heads, length, scale, heads // k.shape[1], *_strides(q, k, v, out))
         with torch.cuda.device_of(q):
-            grid = (-(-length // _BLOCK), heads)
+            grid = (-(-length // _BLOCK), texts * heads)
             launch("attention", grid, (q, k, v, out, normalisers, *sizes), _constants(q, half))
         ctx.save_for_backward(q, k, v, out, normalisers)
         ctx.scale, ctx.half = scale, half
@@ -74,29 +86,56 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        from ..triton_kernels.launch import launch
-
-        q, k, v, out, normalisers = ctx.saved_tensors
         d = d if d.stride(3) == 1 else d.contiguous()
-        _, heads, length, width = q.shape
-        shared = k.shape[1]
-        group = heads // shared
-        dq = _by_rows(q, q.dtype, heads).transpose(0, 1)[None]
-        # With groups every head of q has its own part, in float32.
-        together = q.new_empty(2 * (group > 1), length, shared, group, width, dtype=torch.float32)
-        parts = together.unbind() or [_by_rows(q, t.dtype, shared, group) for t in (k, v)]
-        sizes = (length, width, ctx.scale, group, *_strides(q, k, v, out, d, dq))
-        with torch.cuda.device_of(q):
-            grid = (2 * -(-length // _BLOCK), heads)
-            launch(
-                "attention_gradient",
-                grid,
-                (q, k, v, out, d, normalisers, dq, *parts, *sizes),
-                _constants(q, ctx.half),
-            )
-        sums = together.sum(3).unbind() if group > 1 else [part[:, :, 0] for part in parts]
-        dk, dv = (
-            part.to(like.dtype).transpose(0, 1)[None]
-            for part, like in zip(sums, (k, v), strict=True)
-        )
-        return dq, dk, dv, None, None
+        tensors = (*ctx.saved_tensors, d)
+        gradients = _of_many_heads if _has_many(tensors[1]) else _of_few_heads
+        with torch.cuda.device_of(d):
+            return *gradients(*tensors, ctx.scale, _constants(d, ctx.half)), None, None
+
+
+def _of_few_heads(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, normalisers: Tensor, d: Tensor, scale: float,
+    constants: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from ..triton_kernels.launch import launch
+
+    texts, heads, length, width = q.shape
+    shared = k.shape[1]
+    group = heads // shared
+    dq = _by_rows(q, q.dtype, heads)
+    # With groups every head of q has its own part, in float32.
+    if group == 1:
+        parts = [_by_rows(q, t.dtype, heads) for t in (k, v)]
+    else:
+        together = q.new_empty(2, texts, length, heads, width, dtype=torch.float32)
+        parts = list(together.unbind())
+    sizes = (heads, length, scale, group, *_strides(q, k, v, out, d, dq))
+    grid = (2 * -(-length // _BLOCK), texts * heads)
+    arguments = (q, k, v, out, d, normalisers, dq, *parts, *sizes)
+    launch("attention_gradient", grid, arguments, constants)
+    if group > 1:
+        sums = together.unflatten(3, (shared, group)).sum(4).transpose(2, 3)
+        parts = [part.to(like.dtype) for part, like in zip(sums, (k, v), strict=True)]
+    return dq, parts[0], parts[1]
+
+
+def _of_many_heads(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, normalisers: Tensor, d: Tensor, scale: float,
+    constants: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from ..triton_kernels.launch import launch
+
+    texts, heads, length, _ = q.shape
+    shared = k.shape[1]
+    blocks = -(-length // _BLOCK)
+    dq, dk, dv = (_by_rows(t, t.dtype, t.shape[1]) for t in (q, k, v))
+    along = torch.empty_like(normalisers)
+    sizes = (heads, length, scale, heads // shared)
+    arguments = (q, k, v, out, d, normalisers, along, dq, *sizes)
+    strides = _strides(q, k, v, out, d, dq)
+    launch("attention_q_gradient", (blocks, texts * heads), (*arguments, *strides), constants)
+    sizes = (shared, length, scale, heads // shared)
+    arguments = (q, k, v, d, normalisers, along, dk, dv, *sizes)
+    strides = _strides(q, k, v, d, dk, dv)
+    launch("attention_kv_gradient", (blocks, texts * shared), (*arguments, *strides), constants)
+    return dq, dk, dv

@@ -21,8 +21,9 @@ from ..native.torch_private import raw_stream
 Launcher = Callable[[int, tuple[Any, ...]], None]
 _OLDEST = (3, 3)  # older launchers take no constants among their arguments
 # Kernels of more programs are not launched so that they begin early (`dependent_launch.py`): every
-# program waits for itself, which costs kernels of many short ones more than it saves.
-MOST_EARLY = 2048
+# program waits for itself, which costs kernels of many short ones more than it saves. One text's
+# rows may have a program each.
+MOST_EARLY = 512
 
 
 def launcher(compiled: Any, constants: tuple[Any, ...], device: torch.device) -> Launcher | None:
