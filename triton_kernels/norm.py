@@ -19,11 +19,14 @@ SUM_COLUMNS = 16
 
 @triton.jit(do_not_specialize=["eps"])
 def norm_kernel(
-    x, weight, bias, y, narrow, means, factors, stride, rows, columns, eps,
+    x, other, total, weight, bias, y, narrow, means, factors, stride, rows, columns, eps,
     RMS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr,
-    NARROW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    NARROW: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for ROWS rows. narrow: y in bfloat16 too. means, factors [T]: for the gradient.
+
+    ADD: the norm is of total [T, D] = x + other, which is written, rounded to x's dtype.
 
     ROUND: the normalised row is rounded to x's dtype before the weight, as some models do.
     """
@@ -32,6 +35,10 @@ def norm_kernel(
     at = tl.arange(0, BLOCK)
     inside = at < columns
     value = load_tile(x, row, at, stride, rows, columns, tl.float32)
+    if ADD:
+        value += load_tile(other, row, at, columns, rows, columns, tl.float32)
+        value = value.to(x.dtype.element_ty).to(tl.float32)
+        store_tile(total, row, at, columns, rows, columns, value)
     if not RMS:
         mean = tl.sum(value, 1) / columns
         tl.store(means + row, mean, mask=row < rows)

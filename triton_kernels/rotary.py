@@ -11,29 +11,21 @@ ROWS = 32
 
 
 @triton.jit
-def rotary_kernel(
-    x, cos, sin, out, heads, length, half, stride_text, stride_head, stride_row, out_text,
-    out_head, out_row, table_text, table_row,
-    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
+def _rotate(
+    x, cos, sin, out, block, heads, length, half, x_text, x_head, x_row, out_text, out_head,
+    out_row, table_text, table_row,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """A program for ROWS heads of rows of a text, axis 1 of the grid.
-
-    x [texts, heads, T, 2 * half] by strides; cos, sin [texts, T, 2 * half], or one for all texts.
-
-    BACKWARD: the gradient of x from that of the result. Each product is rounded to out's dtype, as
-    the model rounds it.
-    """
-    after_previous_kernel(EARLY)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = block * ROWS + tl.arange(0, ROWS)
     row, head = (place // heads).to(tl.int64), (place % heads).to(tl.int64)
     text = tl.program_id(1).to(tl.int64)
-    x += text * stride_text
+    x += text * x_text
     out += text * out_text
     cos += text * table_text
     sin += text * table_text
     at = tl.arange(0, HALF)[None, :]
     inside = (row < length)[:, None] & (at < half)
-    of = x + (head * stride_head + row * stride_row)[:, None] + at
+    of = x + (head * x_head + row * x_row)[:, None] + at
     first = tl.load(of, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(of + half, mask=inside, other=0.0).to(tl.float32)
     table = (row * table_row)[:, None] + at
@@ -51,3 +43,32 @@ def rotary_kernel(
     to = out + (head * out_head + row * out_row)[:, None] + at
     tl.store(to, a.to(kind), mask=inside)
     tl.store(to + half, b.to(kind), mask=inside)
+
+
+@triton.jit
+def rotary_kernel(
+    q, k, cos, sin, q_out, k_out, heads, k_heads, length, half,
+    q_text, q_head, q_row, q_out_text, q_out_head, q_out_row,
+    k_text, k_head, k_row, k_out_text, k_out_head, k_out_row, table_text, table_row,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """A program for ROWS heads of rows of a text, axis 1 of the grid: first those of q, then k's.
+
+    q [texts, heads, T, 2 * half], k [texts, k_heads, T, 2 * half] by strides; cos, sin
+    [texts, T, 2 * half], or one for all texts.
+
+    BACKWARD: the gradients of q and k from those of the results. Each product is rounded to the
+    result's dtype, as the model rounds it.
+    """
+    after_previous_kernel(EARLY)
+    block, of_q = tl.program_id(0), tl.cdiv(heads * length, ROWS)
+    if block < of_q:
+        _rotate(
+            q, cos, sin, q_out, block, heads, length, half, q_text, q_head, q_row, q_out_text,
+            q_out_head, q_out_row, table_text, table_row, BACKWARD, ROWS, HALF,
+        )  # fmt: skip
+    else:
+        _rotate(
+            k, cos, sin, k_out, block - of_q, k_heads, length, half, k_text, k_head, k_row,
+            k_out_text, k_out_head, k_out_row, table_text, table_row, BACKWARD, ROWS, HALF,
+        )  # fmt: skip

@@ -118,17 +118,19 @@ def rotate_half(x: Tensor) -> Tensor:
 def test_rotary(
     texts: int, tables: int, heads: int, width: int, dtype: torch.dtype, table: torch.dtype
 ) -> None:
-    x = random(texts, 11, heads, width, dtype=dtype).transpose(1, 2)
+    q = random(texts, 11, heads, width, dtype=dtype).transpose(1, 2)
+    k = random(texts, 11, 2, width, dtype=dtype, seed=1).transpose(1, 2)
     cos, sin = random(2, tables, 11, width, dtype=table, seed=3)
 
-    def exact(x: Tensor) -> Tensor:
-        wide = [t.to(x.dtype)[:, None] for t in (cos, sin)]
-        return x * wide[0] + rotate_half(x) * wide[1]
+    def exact(q: Tensor, k: Tensor) -> Tensor:
+        wide = [t.to(q.dtype)[:, None] for t in (cos, sin)]
+        return torch.cat([x * wide[0] + rotate_half(x) * wide[1] for x in (q, k)], 1)
 
-    assert rotary.takes(x, cos, sin)
-    found = gradients(lambda x: rotary.rotary(x, cos, sin), x)
+    assert rotary.takes(q, cos, sin)
+    assert rotary.takes(k, cos, sin)
+    found = gradients(lambda q, k: torch.cat(rotary.rotary(q, k, cos, sin), 1), q, k)
     assert found[0].dtype is torch.promote_types(dtype, table)
-    assert_close(found, in_float64(exact, x), 4.0)
+    assert_close(found, in_float64(exact, q, k), 4.0)
 
 
 def test_rotary_is_proven_on_any_default_device() -> None:
@@ -240,6 +242,51 @@ def test_a_block(dtype: torch.dtype, cast: bool) -> None:
         # No further from the exact ones than torch's own, but for what chance makes of few numbers.
         # The interpreter cuts bfloat16, and a cut is twice as far off as a rounding.
         assert error <= (1.5 if DEVICE.type == "cuda" else 3.0) * theirs + 1e-6
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    "changed",
+    ["nothing", "the weight", "its memory", "the formula", "the sum", "the reader", "the result"],
+)
+def test_a_norm_that_is_made_with_its_sum(changed: str, wide: bool) -> None:
+    """A second pass knows who reads a sum; whatever has changed then, results are the same."""
+    dtype = torch.float32 if wide else torch.bfloat16
+    first, second, other, third = (nn.LayerNorm(24).to(DEVICE, dtype) for _ in range(4))
+    nn.init.constant_(third.weight, 0.5)
+    x, branch = random(3, 24, dtype=dtype), random(3, 24, dtype=torch.bfloat16, seed=1)
+
+    def block(x: Tensor, branch: Tensor, change: bool) -> Tensor:
+        h = first(x)
+        x = x + branch
+        if change and changed == "the weight":
+            with torch.no_grad():
+                second.weight.mul_(1.5)
+        if change and changed == "its memory":
+            second.weight.data = torch.linspace(0.5, 1.5, 24).to(DEVICE, dtype)
+        if change and changed == "the formula":
+            second.eps = 2.0
+        if change and changed == "the sum":
+            x.mul_(2.0)
+        readers = [other, second]  # the latter is expected in the next pass
+        if change and changed == "the reader":
+            readers = [other, third]
+        y, z = (layer(x) for layer in readers)
+        if change and changed == "the result":  # a second one is another tensor
+            return (h + y + z.mul_(2.0) * second(x) + x).float()
+        return (h + y * z + x).float()
+
+    def run(mode: FusedFunctions | None, change: bool) -> list[Tensor]:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=wide), mode or nullcontext():
+            return gradients(lambda *inputs: block(*inputs, change), x, branch)
+
+    run(FusedFunctions(backend="triton"), False)
+    mode = FusedFunctions(backend="triton")
+    found = run(mode, True)
+    assert "torch.add" in mode.names
+    alone = run(None, changed not in ("the weight",))
+    for a, b in zip(found, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.06)
 
 
 @pytest.mark.parametrize("used", ["norm first", "residual first", "residual alone", "twice"])

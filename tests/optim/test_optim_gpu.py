@@ -223,7 +223,7 @@ def test_kernels_compile_for_a_gpu() -> None:
             assert not EARLY or 0 <= wait < min(first, then), name
 
         # Kernels of passes: their own constants, numbers by name, and pointers to float32.
-        names = ("RMS", "BIAS", "NARROW", "FIRST", "SECOND", "MORE", "OF_WEIGHT")
+        names = ("RMS", "BIAS", "NARROW", "FIRST", "SECOND", "MORE", "OF_WEIGHT", "ADD")
         flags = dict.fromkeys(names, True)
         flags |= {"OFFSET": 0.0, "ROUND": False, "KIND": "silu", "BACKWARD": True}
         attention = {"HALF": tl.bfloat16, "BLOCK": 64, "WIDTH": 64, "D": 64}
@@ -240,8 +240,8 @@ def test_kernels_compile_for_a_gpu() -> None:
             "attention": attention, "attention_gradient": attention,
             "attention_q_gradient": attention, "attention_kv_gradient": attention,
         }
-        numbers = ("rows", "columns", "stride", "size", "heads", "half", "length", "width", "group")
-        numbers += ("rank", "count")
+        numbers = ("rows", "columns", "stride", "size", "heads", "k_heads", "half", "length")
+        numbers += ("group", "rank", "count")
         scalars = ("eps", "unscale", "beta1", "rest1", "beta2", "rest2")
         whole = {"broken": "*i32", "finished": "*i32"}
         for name, (kernel, _) in KERNELS.items():  # these are locals of Triton's launcher

@@ -35,6 +35,7 @@ from .products import (
     share,
 )
 from .recent_tensors import RecentTensors, has_hooks
+from .residual_norms import NormCall, ResidualNorms
 from .saved_tensors import Saved
 from .trials import trial
 
@@ -80,7 +81,9 @@ class FusedFunctions(TorchFunctionMode):
         self.adapted = AdaptedLayers(backend, products)
         # Of an activation: the gate, its version then, and the activation's name.
         self._activated: RecentTensors[tuple[Tensor, int, str]] = RecentTensors()
-        self._normed: RecentTensors[tuple[Tensor, SharedInput]] = RecentTensors()
+        # Of a norm's input: what `share` made of it, and the norm's weight.
+        self._normed: RecentTensors[tuple[Tensor, SharedInput, Tensor]] = RecentTensors()
+        self._residuals = ResidualNorms()
         self._sums: RecentTensors[NarrowGradient] = RecentTensors()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -195,15 +198,17 @@ class FusedFunctions(TorchFunctionMode):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, formula: Norm, wide: bool
     ) -> Tensor:
         dtype = torch.float32 if wide else x.dtype
-        entered, around = self._normed.get(x) or share(x, x.dtype)
-        self._normed.note(x, (entered, around))
-        narrowed = self._sums.get(x)
-        if self._dtype(x) is not torch.bfloat16 or dtype is torch.bfloat16:
-            return norm(entered, weight, bias, formula, dtype, None, around, narrowed)[0]
-        shared = SharedInput(dtype)
-        y, narrow = norm(entered, weight, bias, formula, dtype, shared, around, narrowed)
-        assert narrow is not None
-        self._inputs.note(y, narrow, shared)
+        known = self._normed.get(x)
+        entered, around = share(x, x.dtype) if known is None else known[:2]
+        self._normed.note(x, (entered, around, weight))
+        narrow = self._dtype(x) is torch.bfloat16 and dtype is not torch.bfloat16
+        made = self._residuals.take(x, NormCall(weight, bias, formula, dtype, narrow))
+        shared = SharedInput(dtype) if narrow else None
+        y, halved = norm(
+            entered, weight, bias, formula, dtype, shared, around, self._sums.get(x), made
+        )
+        if shared is not None and halved is not None:
+            self._inputs.note(y, halved, shared)
         return y
 
     def add(self, input: Any, other: Any) -> Any:
@@ -216,7 +221,11 @@ class FusedFunctions(TorchFunctionMode):
             if known is not None and x.shape == branch.shape and x.dtype is dtype:
                 narrows = branch.dtype is not dtype and branch.requires_grad
                 narrowed = NarrowGradient(branch.dtype) if narrows else None
-                result = add_residual(*known, branch, narrowed)
+                entered, around, before = known
+                made = self._residuals.add(entered, branch, before)
+                total, ahead = (None, None) if made is None else made
+                result = add_residual(entered, around, branch, narrowed, total)
+                self._residuals.note(result, before, ahead)
                 if narrowed is not None:
                     self._sums.note(result, narrowed)
                 return result

@@ -34,6 +34,15 @@ class Norm(NamedTuple):
     rounded: bool = False
 
 
+class Normed(NamedTuple):
+    """y and, if wanted, y in bfloat16, both in x's shape; what their gradient needs of rows."""
+
+    y: Tensor
+    narrow: Tensor | None
+    means: Tensor
+    factors: Tensor
+
+
 def norm(
     x: Tensor,
     weight: Tensor,
@@ -43,6 +52,7 @@ def norm(
     shared: SharedInput | None = None,
     around: SharedInput | None = None,
     narrowed: NarrowGradient | None = None,
+    made: Normed | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The norm of x's last dimension in `dtype`; statistics in float32.
 
@@ -51,11 +61,48 @@ def norm(
     around: x is the tensor that `share` returned with it. A residual leaves x's gradient there,
         and the norm adds its own.
     narrowed: gets x's gradient in a half too.
+    made: the results, if `normed` was called before. They become this norm's.
     """
     results: tuple[Tensor, Tensor | None] = _Norm.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, formula, dtype, shared, around, narrowed
+        x, weight, bias, formula, dtype, shared, around, narrowed, made
     )
     return results
+
+
+def normed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    formula: Norm,
+    dtype: torch.dtype,
+    narrow: bool,
+    residual: tuple[Tensor, Tensor] | None = None,
+) -> Normed:
+    """The norm of x, without autograd.
+
+    residual: a tensor, and memory for x + tensor in x's dtype, whose norm it then is. All three are
+        contiguous.
+    """
+    from ..triton_kernels.launch import launch
+
+    columns = x.shape[-1]
+    rows = _rows(x)
+    y = x.new_empty(x.shape, dtype=dtype)
+    halved = x.new_empty(x.shape, dtype=torch.bfloat16) if narrow else None
+    means, factors = x.new_empty(2, len(rows), dtype=torch.float32)
+    arguments = (
+        rows, *(residual or (rows, rows)), weight, weight if bias is None else bias, y,
+        y if halved is None else halved, means, factors, rows.stride(0), len(rows), columns,
+        formula.eps,
+    )  # fmt: skip
+    constants = {
+        "RMS": formula.rms, "OFFSET": formula.offset, "ROUND": formula.rounded,
+        "BIAS": bias is not None, "NARROW": narrow, "ADD": residual is not None,
+    }  # fmt: skip
+    blocks = _blocks(rows)
+    with torch.cuda.device_of(x):
+        launch("norm", -(-len(rows) // blocks["ROWS"]), arguments, constants | blocks)
+    return Normed(y, halved, means, factors)
 
 
 class _Norm(torch.autograd.Function):
@@ -70,25 +117,12 @@ class _Norm(torch.autograd.Function):
         shared: SharedInput | None,
         around: SharedInput | None,
         narrowed: NarrowGradient | None,
+        made: Normed | None,
     ) -> tuple[Tensor, Tensor | None]:
-        from ..triton_kernels.launch import launch
-
         ctx.set_materialize_grads(False)
-        columns = x.shape[-1]
-        rows = _rows(x)
-        y = x.new_empty(x.shape, dtype=dtype)
-        narrow = None if shared is None else x.new_empty(x.shape, dtype=torch.bfloat16)
-        means, factors = x.new_empty(2, len(rows), dtype=torch.float32)
-        arguments = (
-            rows, weight, weight if bias is None else bias, y, y if narrow is None else narrow,
-            means, factors, rows.stride(0), len(rows), columns, formula.eps,
-        )  # fmt: skip
-        constants = {
-            "RMS": formula.rms, "OFFSET": formula.offset, "ROUND": formula.rounded,
-            "BIAS": bias is not None, "NARROW": narrow is not None,
-        } | _blocks(rows)  # fmt: skip
-        with torch.cuda.device_of(x):
-            launch("norm", -(-len(rows) // constants["ROWS"]), arguments, constants)
+        if made is None:
+            made = normed(x, weight, bias, formula, dtype, shared is not None)
+        y, narrow, means, factors = made
         ctx.save_for_backward(x, weight, means, factors)
         ctx.formula, ctx.shared, ctx.around, ctx.narrowed = formula, shared, around, narrowed
         ctx.bias = None if bias is None else bias.dtype
@@ -103,7 +137,7 @@ class _Norm(torch.autograd.Function):
         second = None if ctx.shared is None else ctx.shared.take()
         if narrow is not None:
             first = narrow if first is None else first + narrow
-        nothing = (None,) * 8
+        nothing = (None,) * 9
         if first is None and second is None:
             return nothing
         columns = x.shape[-1]

@@ -194,23 +194,37 @@ class NarrowGradient:
 
 
 def add_residual(
-    x: Tensor, around: SharedInput, other: Tensor, narrowed: NarrowGradient | None
+    x: Tensor,
+    around: SharedInput,
+    other: Tensor,
+    narrowed: NarrowGradient | None,
+    made: Tensor | None = None,
 ) -> Tensor:
     """x + other in x's dtype. The gradient of x is left in `around`, of which x came by `share`.
 
-    narrowed: of other's dtype, if that is not x's.
+    narrowed: of other's dtype, if that is not x's. made: the sum, if somebody has it; it becomes
+    the result.
     """
-    result: Tensor = _AddResidual.apply(x, other, around, narrowed)  # type: ignore[no-untyped-call]
+    result: Tensor = _AddResidual.apply(  # type: ignore[no-untyped-call]
+        x, other, around, narrowed, None if made is None else [made]
+    )  # in a list, as no input: what a function returns of those is a view
     return result
 
 
 class _AddResidual(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, other: Tensor, around: SharedInput, narrowed: NarrowGradient | None
+        ctx: Any,
+        x: Tensor,
+        other: Tensor,
+        around: SharedInput,
+        narrowed: NarrowGradient | None,
+        made: list[Tensor] | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.around, ctx.narrowed = around, narrowed
+        if made is not None:
+            return made[0]
         if narrowed is None or not (x.is_cuda and x.is_contiguous() and other.is_contiguous()):
             return x + other
         result = torch.empty_like(x)
@@ -219,15 +233,15 @@ class _AddResidual(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, Tensor | None, None, None, None]:
         if gradient is None:
-            return None, None, None, None
+            return None, None, None, None, None
         if ctx.needs_input_grad[0]:
             ctx.around.put(gradient)
         to_other = None
         if ctx.needs_input_grad[1]:
             to_other = gradient if ctx.narrowed is None else ctx.narrowed.take(gradient)
-        return None, to_other, None, None
+        return None, to_other, None, None, None
 
 
 class SharedInputs:

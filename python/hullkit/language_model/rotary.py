@@ -21,42 +21,48 @@ _WIDEST = 256  # columns of a head
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.dtype = x.dtype
-        return _launch(x, cos, sin, torch.promote_types(x.dtype, cos.dtype), backward=False)
+        ctx.dtype = q.dtype
+        return _launch(q, k, cos, sin, torch.promote_types(q.dtype, cos.dtype), backward=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        gradient = gradient if gradient.stride(3) == 1 else gradient.contiguous()
-        return _launch(gradient, cos, sin, ctx.dtype, backward=True), None, None
+        d_q, d_k = (d if d.stride(3) == 1 else d.contiguous() for d in gradients)
+        return *_launch(d_q, d_k, cos, sin, ctx.dtype, backward=True), None, None
 
 
-def _launch(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, backward: bool) -> Tensor:
+def _launch(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, backward: bool
+) -> tuple[Tensor, Tensor]:
     from ..triton_kernels.launch import launch
     from ..triton_kernels.rotary import ROWS
 
-    texts, heads, length, width = x.shape
-    out = x.new_empty(texts, length, heads, width, dtype=dtype).transpose(1, 2)
+    texts, heads, length, width = q.shape
+    programs, strides, results = 0, [], []
+    for x in (q, k):
+        out = x.new_empty(texts, length, x.shape[1], width, dtype=dtype).transpose(1, 2)
+        results.append(out)
+        strides += [*x.stride()[:3], *out.stride()[:3]]
+        programs += -(-x.shape[1] * length // ROWS)
     table = cos.stride(0) if len(cos) > 1 else 0
-    strides = (*x.stride()[:3], *out.stride()[:3], table, cos.stride(1))
     half = width // 2
     constants = {"BACKWARD": backward, "HALF": max(8, 1 << (half - 1).bit_length())}
-    arguments = (x, cos, sin, out, heads, length, half, *strides)
-    with torch.cuda.device_of(x):
-        launch("rotary", (-(-heads * length // ROWS), texts), arguments, constants)
-    return out
+    sizes = (heads, k.shape[1], length, half, *strides, table, cos.stride(1))
+    with torch.cuda.device_of(q):
+        launch("rotary", (programs, texts), (q, k, cos, sin, *results, *sizes), constants)
+    return results[0], results[1]
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin. x (K, H, T, D).
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """x * cos + rotate_half(x) * sin of q (K, H, T, D) and of k (K, G, T, D), of one dtype.
 
     cos and sin: (K, T, D), or (1, T, D) for all texts, without gradients.
     """
-    result: Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return result
+    results: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+    return results
 
 
 def takes(x: Tensor, cos: Any, sin: Any) -> bool:
@@ -95,7 +101,7 @@ def _is_rotary(own: Callable[..., Any], q: Tensor, cos: Tensor) -> bool:
         with torch.no_grad():
             try:
                 wanted = own(queries, keys, *tables)
-                found = tuple(rotary(x, *tables) for x in (queries, keys))
+                found = rotary(queries, keys, *tables)
                 known[key] = len(wanted) == 2 and all(
                     a.dtype is b.dtype and a.shape == b.shape and _close(a, b)
                     for a, b in zip(wanted, found, strict=True)
@@ -122,9 +128,9 @@ def replacements(
         if len(args) == 4 and not options and all(map(ready, args[:2])):
             q, k, cos, sin = args
             known = takes(q, cos, sin) and takes(k, cos, sin) and q.dtype is k.dtype
-            if known and _is_rotary(own, q, cos):
+            if known and q.device == k.device and _is_rotary(own, q, cos):
                 names.add(f"{getattr(own, '__module__', '')}.{NAME}")
-                return rotary(q, cos, sin), rotary(k, cos, sin)
+                return rotary(q, k, cos, sin)
         return own(*args, **options)
 
     spaces: dict[int, dict[str, Any]] = {}

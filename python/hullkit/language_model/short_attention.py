@@ -86,11 +86,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, normalisers = ctx.saved_tensors
         d = d if d.stride(3) == 1 else d.contiguous()
-        tensors = (*ctx.saved_tensors, d)
-        gradients = _of_many_heads if _has_many(tensors[1]) else _of_few_heads
-        with torch.cuda.device_of(d):
-            return *gradients(*tensors, ctx.scale, _constants(d, ctx.half)), None, None
+        gradients = _of_many_heads if _has_many(k) else _of_few_heads
+        constants = _constants(q, ctx.half)
+        with torch.cuda.device_of(q):
+            found = gradients(q, k, v, out, normalisers, d, ctx.scale, constants)
+        return *found, None, None
 
 
 def _of_few_heads(
