@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .dependent_launch import after_previous_kernel
-from .tiles import load_tile, store_tile
+from .tiles import store_tile
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -29,11 +29,16 @@ def _rows(
     base, row, stride, length, INSIDE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a head, in DTYPE; 0 outside. INSIDE: no row lies beyond the last one."""
+    """Rows of a head, in DTYPE; 0 outside. INSIDE: no row lies beyond the last one.
+
+    Numbers of 64 bits would take so many registers that fewer programs run at once.
+    """
     at = tl.arange(0, D)
+    of = base + row[:, None] * stride + at[None, :]
     if INSIDE and WIDTH == D:
-        return tl.load(base + row[:, None].to(tl.int64) * stride + at[None, :]).to(DTYPE)
-    return load_tile(base, row, at, stride, length, WIDTH, DTYPE)
+        return tl.load(of).to(DTYPE)
+    mask = (row < length)[:, None] & (at < WIDTH)[None, :]
+    return tl.load(of, mask=mask, other=0.0).to(DTYPE)
 
 
 @triton.jit
@@ -281,7 +286,7 @@ def attention_kv_gradient_kernel(
             queries, keys, values, d, normaliser, sums, of_keys, of_values, column, column,
             factor, True, HALF,
         )  # fmt: skip
-        for start in range(block * BLOCK + BLOCK, length, BLOCK):
+        for start in tl.range(block * BLOCK + BLOCK, length, BLOCK, num_stages=2):
             row = start + tl.arange(0, BLOCK)
             queries = _rows(rows, row, q_row, length, False, WIDTH, D, HALF)
             d = _rows(moved, row, d_row, length, False, WIDTH, D, HALF)

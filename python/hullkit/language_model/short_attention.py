@@ -26,7 +26,9 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[1] % k.shape[1] == 0
         and (_programs(q) <= _FEW_PROGRAMS or (_has_many(k) and q.shape[2] <= _LONGEST))
         and q.shape[3] <= _WIDEST
-        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and _has_rows(q)
+        and _has_rows(k)
+        and _has_rows(v)
     )
 
 
@@ -39,6 +41,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, half: torch.
     """
     result: Tensor = _Attention.apply(q, k, v, scale, half)  # type: ignore[no-untyped-call]
     return result
+
+
+def _has_rows(heads: Tensor) -> bool:
+    """Whether elements of a row are neighbours, and a head's rows at most 2^31 elements apart."""
+    return heads.stride(3) == 1 and heads.shape[2] * heads.stride(2) < 1 << 31
 
 
 def _programs(heads: Tensor) -> int:
@@ -87,7 +94,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, normalisers = ctx.saved_tensors
-        d = d if d.stride(3) == 1 else d.contiguous()
+        d = d if _has_rows(d) else d.contiguous()
         gradients = _of_many_heads if _has_many(k) else _of_few_heads
         constants = _constants(q, ctx.half)
         with torch.cuda.device_of(q):
