@@ -33,7 +33,7 @@ KERNELS = {
     "add": (add.add_kernel, {"BLOCK": add.BLOCK_SIZE}),
     "gate": (gate.gate_kernel, {"BLOCK": gate.BLOCK_SIZE}),
     "gate_gradient": (gate.gate_gradient_kernel, {"BLOCK": gate.BLOCK_SIZE}),
-    "rotary": (rotary.rotary_kernel, {"ROWS": rotary.ROWS}),
+    "rotary": (rotary.rotary_kernel, {"PAIRS": rotary.PAIRS}),
     "low_rank_shrink": (low_rank.low_rank_shrink_kernel, _TILES),
     "low_rank_expand": (low_rank.low_rank_expand_kernel, _TILES),
     "low_rank_expand_gradient": (low_rank.low_rank_expand_gradient_kernel, _TILES),

@@ -17,7 +17,7 @@ SUM_ROWS = 256
 SUM_COLUMNS = 16
 
 
-@triton.jit(do_not_specialize=["eps"])
+@triton.jit(do_not_specialize=["eps", "rows"])
 def norm_kernel(
     x, other, total, weight, bias, y, narrow, means, factors, stride, rows, columns, eps,
     RMS: tl.constexpr, OFFSET: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr,
@@ -57,7 +57,7 @@ def norm_kernel(
         store_tile(narrow, row, at, columns, rows, columns, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_gradient_kernel(
     x, weight, gradient, other, more, means, factors, x_gradient, narrow, partial, stride, rows,
     columns, RMS: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,

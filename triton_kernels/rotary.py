@@ -6,17 +6,18 @@ import triton.language as tl
 
 from .dependent_launch import after_previous_kernel
 
-# Heads of rows that a program takes. Those of a row are neighbours, as are their results.
-ROWS = 32
+# Pairs of a row and a head that a program takes. A row's heads are neighbours.
+PAIRS = 32
 
 
 @triton.jit
 def _rotate(
     x, cos, sin, out, block, heads, length, half, x_text, x_head, x_row, out_text, out_head,
     out_row, table_text, table_row,
-    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    BACKWARD: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    place = block * ROWS + tl.arange(0, ROWS)
+    """A block of pairs of q, or of k."""
+    place = block * PAIRS + tl.arange(0, PAIRS)
     row, head = (place // heads).to(tl.int64), (place % heads).to(tl.int64)
     text = tl.program_id(1).to(tl.int64)
     x += text * x_text
@@ -45,14 +46,15 @@ def _rotate(
     tl.store(to + half, b.to(kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def rotary_kernel(
     q, k, cos, sin, q_out, k_out, heads, k_heads, length, half,
     q_text, q_head, q_row, q_out_text, q_out_head, q_out_row,
     k_text, k_head, k_row, k_out_text, k_out_head, k_out_row, table_text, table_row,
-    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
+    BACKWARD: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program for ROWS heads of rows of a text, axis 1 of the grid: first those of q, then k's.
+    """A program takes PAIRS pairs of a row and a head. The first ones are for q, the others for k.
+    Axis 1 of the grid is the text.
 
     q [texts, heads, T, 2 * half], k [texts, k_heads, T, 2 * half] by strides; cos, sin
     [texts, T, 2 * half], or one for all texts.
@@ -61,14 +63,14 @@ def rotary_kernel(
     result's dtype, as the model rounds it.
     """
     after_previous_kernel(EARLY)
-    block, of_q = tl.program_id(0), tl.cdiv(heads * length, ROWS)
+    block, of_q = tl.program_id(0), tl.cdiv(heads * length, PAIRS)
     if block < of_q:
         _rotate(
             q, cos, sin, q_out, block, heads, length, half, q_text, q_head, q_row, q_out_text,
-            q_out_head, q_out_row, table_text, table_row, BACKWARD, ROWS, HALF,
+            q_out_head, q_out_row, table_text, table_row, BACKWARD, PAIRS, HALF,
         )  # fmt: skip
     else:
         _rotate(
             k, cos, sin, k_out, block - of_q, k_heads, length, half, k_text, k_head, k_row,
-            k_out_text, k_out_head, k_out_row, table_text, table_row, BACKWARD, ROWS, HALF,
+            k_out_text, k_out_head, k_out_row, table_text, table_row, BACKWARD, PAIRS, HALF,
         )  # fmt: skip

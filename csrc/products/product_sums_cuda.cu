@@ -3,8 +3,6 @@
 // copies both sides of a product to shared memory, a stage of 64 of the sum's elements at a time, as far ahead as there
 // is room; two groups of four warps multiply, each half of the tile's columns. The columns take the part of the matrix
 // instruction's rows: a slot's rows are met with little waste by several widths.
-#include <cuda.h>
-
 #include <algorithm>
 #include <iterator>
 #include <stdexcept>
@@ -13,6 +11,7 @@
 #include "cuda/primitives/hopper.cuh"
 #include "cuda/primitives/launch.cuh"
 #include "hullkit/product_sums.h"
+#include "products/product_boxes.cuh"
 
 namespace hullkit {
 namespace {
@@ -23,7 +22,7 @@ constexpr int kThreads = kGroup * (1 + kGroups);
 constexpr int kGroupColumns = kTileColumns / kGroups;
 constexpr int kDepth = 64, kStep = 16;            // of the sums: a stage's, and a matrix instruction's
 constexpr int kBoxRow = 128;                      // bytes of a row of a box: kDepth or kGroupColumns halves
-constexpr int kThinRow = 32;                      // of one of kStep halves
+constexpr int kThinRow = 32;                      // of a thin box: kStep halves
 constexpr int kAligned = 1024;                    // bytes: where a box begins
 constexpr int kCopying = 40, kMultiplying = 232;  // registers of a thread
 constexpr int kPanel = 4;  // tiles side by side along rows: what runs together reads much the same
@@ -52,6 +51,7 @@ struct Problem {
   int num_results, num_terms;   // terms of each result
   int across, down, down_slot;  // tiles along columns, along the rows of all slots, and of one
 };
+static_assert(sizeof(Problem) <= 4096, "what a kernel's arguments may take before CUDA 12.1");
 
 template <int kRows>
 struct Memory {
@@ -256,49 +256,6 @@ __global__ void __launch_bounds__(kThreads, 1) product_sums_kernel(const __grid_
   }
 }
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's function; null without one. The driver is not linked: builds run on machines that have none.
-Encode encode_function() {
-  static const Encode found = []() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-    cudaGetLastError();  // the next launch would report it
-    return result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-  }();
-  return found;
-}
-
-CUtensorMap encode(const ProductMatrix& matrix, int box_columns, int box_rows) {
-  const bool thin = 2 * box_columns == kThinRow;
-  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
-  const cuuint64_t sizes[3] = {size(matrix.columns), size(matrix.rows), size(matrix.slots)};
-  const cuuint64_t strides[2] = {size(2 * matrix.row_stride), size(2 * matrix.slot_stride)};
-  const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1};
-  const cuuint32_t every[3] = {1, 1, 1};
-  CUtensorMap map;
-  const CUresult error = encode_function()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, reinterpret_cast<void*>(matrix.address), sizes, strides, box, every,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, thin ? CU_TENSOR_MAP_SWIZZLE_32B : CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (error != CUDA_SUCCESS) {
-    throw std::invalid_argument(
-        "product_sums: expected addresses and distances that are multiples of 16 bytes, got a matrix of " +
-        std::to_string(matrix.slots) + " x " + std::to_string(matrix.rows) + " x " + std::to_string(matrix.columns) +
-        " at " + std::to_string(matrix.address) + ", " + std::to_string(matrix.slot_stride) + " and " +
-        std::to_string(matrix.row_stride) + " elements from slot to slot and row to row (the driver's error is " +
-        std::to_string(error) + ")");
-  }
-  return map;
-}
-
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Launch {
@@ -323,11 +280,17 @@ Launch prepare(const ProductSums& sums, int rows, int processors) {
     for (int i = 0; i < problem.num_terms; ++i, next += 2) {
       const int term = r * problem.num_terms + i;
       problem.terms[term] = {static_cast<int>(divided_up(next[1].columns, kStep)), next[0].slots > 1};
-      const auto factor = [&](int depth) {
-        return sums.transposed ? encode(next[0], kGroupColumns, depth) : encode(next[0], depth, kTileColumns);
+      const int steps = problem.terms[term].steps;
+      const auto side = [steps](const auto& boxes) {
+        Side made = {};
+        if (steps >= kDepth / kStep) made.boxes = boxes(kDepth);
+        if (steps % (kDepth / kStep) != 0) made.thin_boxes = boxes(kStep);
+        return made;
       };
-      problem.factors[term] = {factor(kDepth), factor(kStep)};
-      problem.rows[term] = {encode(next[1], kDepth, rows), encode(next[1], kStep, rows)};
+      problem.factors[term] = side([&](int depth) {
+        return sums.transposed ? encode(next[0], kGroupColumns, depth) : encode(next[0], depth, kTileColumns);
+      });
+      problem.rows[term] = side([&](int depth) { return encode(next[1], depth, rows); });
     }
   }
   launch.blocks = std::min(processors, problem.across * problem.down);

@@ -15,6 +15,7 @@ from .low_rank import LowRank, factors
 from .low_rank_layers import Adapted, Readers, leave, outputs
 from .low_rank_products import Inner, ShrinkGradient, expand_gradients, shrink_gradients
 from .products import SharedInput, WeightProducts
+from .recent_tensors import states
 
 # Who read the same input as a layer in the latest pass. No pass relies on it.
 _TOGETHER: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = (
@@ -120,8 +121,7 @@ class AdaptedLayers:
 
 
 def _state(adapted: Adapted) -> list[tuple[int, int]]:
-    read = (adapted.weight, adapted.bias, adapted.a, adapted.b)
-    return [(t.data_ptr(), t._version) for t in read if t is not None]
+    return states(adapted.weight, adapted.bias, adapted.a, adapted.b)
 
 
 class _LowRankLinear(torch.autograd.Function):

@@ -225,7 +225,7 @@ class FusedFunctions(TorchFunctionMode):
                 made = self._residuals.add(entered, branch, before)
                 total, ahead = (None, None) if made is None else made
                 result = add_residual(entered, around, branch, narrowed, total)
-                self._residuals.note(result, before, ahead)
+                self._residuals.note(result, before, branch.dtype, ahead)
                 if narrowed is not None:
                     self._sums.note(result, narrowed)
                 return result

@@ -16,9 +16,10 @@ from .trials import column, random_tensor, trial
 WIDEST = 16384  # columns that a program holds
 _MOST_PROGRAMS = 256  # of the gradient: each has a part of the weight's
 _FREE_PROGRAMS = 2048  # if the weight has none
-# From so many rows on a program takes some together, a row for each of its warps: then no warp
-# waits for another. Fewer rows keep a GPU busy only if each has a program.
-_MANY_ROWS, _TOGETHER = 4096, 4096  # elements
+# From so many rows on a program takes some together, of so many elements: 26,624 rows of 576 take
+# 0.84 of the time, and their gradients 0.91 (H100). Fewer rows keep a GPU busy only if each has a
+# program. A row's bits may depend on that.
+_MANY_ROWS, _TOGETHER = 4096, 4096
 
 
 class Norm(NamedTuple):

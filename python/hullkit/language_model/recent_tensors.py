@@ -34,6 +34,11 @@ class RecentTensors(Generic[Fact]):
             self._known.popitem(last=False)
 
 
+def states(*tensors: Tensor | None) -> list[tuple[int, int]]:
+    """Other numbers once one of them has other memory, or somebody has written to it."""
+    return [(t.data_ptr(), t._version) for t in tensors if t is not None]
+
+
 def has_hooks(tensor: Tensor) -> bool:
     """Whether somebody waits for the tensor's gradient. A fused function would not compute it."""
     return bool(tensor._backward_hooks) or tensor.retains_grad

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of a residual, and the norms that read them, by one kernel.
 
-Which norm reads a sum shows when it does. So a pass notes it, and the next one computes it together
-with the sum. A sum is known by the norm that read its first part: a model's layers alternate.
+Which norm reads a sum shows when it does. So a pass notes it under the norm that read the residual
+last, and the next pass makes both at once. What follows a norm is mostly the same in every pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .norms import Norm, Normed, normed
-from .recent_tensors import RecentTensors
+from .recent_tensors import RecentTensors, states
 
 
 class NormCall(NamedTuple):
@@ -26,11 +26,6 @@ class NormCall(NamedTuple):
     formula: Norm
     dtype: torch.dtype
     narrow: bool
-
-    def state(self) -> list[tuple[int, int]]:
-        """Other numbers once somebody has changed the weight or the bias."""
-        tensors = (self.weight, self.bias)
-        return [(t.data_ptr(), t._version) for t in tensors if t is not None]
 
 
 class _Follower(NamedTuple):
@@ -47,53 +42,72 @@ class _Follower(NamedTuple):
 _FOLLOWERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-class _Ahead(NamedTuple):
+class Ahead(NamedTuple):
+    """A norm that was made with its input. normed is empty once somebody has taken it."""
+
+    before: Tensor
     call: NormCall
-    state: list[tuple[int, int]]
-    normed: list[Normed]  # empty once a norm has got it
+    states: list[tuple[int, int]]
+    normed: list[Normed]
+
+
+class _Sum(NamedTuple):
+    """before: the weight of the norm before. dtype: of what was added to its input."""
+
+    before: Tensor
+    dtype: torch.dtype
 
 
 class ResidualNorms:
     """The sums of one pass."""
 
     def __init__(self) -> None:
-        self._sums: RecentTensors[Tensor] = RecentTensors()  # the weight of the norm before
-        self._ahead: RecentTensors[_Ahead] = RecentTensors()
+        self._sums: RecentTensors[_Sum] = RecentTensors()
+        self._ahead: RecentTensors[Ahead] = RecentTensors()
+        self._latest: Ahead | None = None
 
-    def add(self, x: Tensor, other: Tensor, before: Tensor) -> tuple[Tensor, _Ahead] | None:
-        """x + other with what the norm needs that is expected to read it; None if none is known.
+    def add(self, x: Tensor, other: Tensor, before: Tensor) -> tuple[Tensor, Ahead] | None:
+        """x + other with the norm that is expected to read it; None if none is known.
 
         before: the weight of the norm that read x.
         """
+        unread, self._latest = self._latest, None
+        if unread is not None and unread.normed:
+            _FOLLOWERS.pop(unread.before, None)
         call = _follower(before)
-        if call is None or x.shape[-1:] != call.weight.shape or call.weight.device != x.device:
+        if call is None or not _takes(x, other, call):
             return None
-        if not (x.is_contiguous() and other.is_contiguous()):
-            return None
-        with torch.no_grad():
-            total = torch.empty_like(x)
-            made = normed(x, *call, residual=(other, total))
-        return total, _Ahead(call, call.state(), [made])
+        total, made = _add(x, other, call)
+        self._latest = Ahead(before, call, states(call.weight, call.bias), [made])
+        return total, self._latest
 
-    def note(self, total: Tensor, before: Tensor, ahead: _Ahead | None) -> None:
-        """`total` is a residual's sum."""
-        self._sums.note(total, before)
+    def note(self, total: Tensor, before: Tensor, dtype: torch.dtype, ahead: Ahead | None) -> None:
+        """`total` is the sum of the input of the norm `before` and a tensor of this dtype."""
+        self._sums.note(total, _Sum(before, dtype))
         if ahead is not None:
             self._ahead.note(total, ahead)
 
     def take(self, x: Tensor, call: NormCall) -> Normed | None:
-        """The norm of x, if it was made with the sum; it is given away once."""
-        before = self._sums.get(x)
-        if before is None:
+        """The norm of x, if it was made with the sum. It is given away once.
+
+        Writes through `.data` are not seen, which change no version: none may come in between.
+        """
+        of = self._sums.get(x)
+        if of is None:
             return None
-        _FOLLOWERS[before] = _Follower(
-            weakref.ref(call.weight), None if call.bias is None else weakref.ref(call.bias),
-            call.formula, call.dtype, call.narrow,
-        )  # fmt: skip
+        known = _follower(of.before)
+        if known is None or known.weight is not call.weight or known[2:] != call[2:]:
+            _FOLLOWERS[of.before] = _Follower(
+                weakref.ref(call.weight), None if call.bias is None else weakref.ref(call.bias),
+                call.formula, call.dtype, call.narrow,
+            )  # fmt: skip
+            other = torch.empty_like(x, dtype=of.dtype)
+            if _takes(x, other, call):
+                _add(x, other, call)  # the kernel is compiled now, and not in a capture
         ahead = self._ahead.get(x)
-        if ahead is None or not ahead.normed or ahead.state != call.state():
+        if ahead is None or not ahead.normed or ahead.call[2:] != call[2:]:
             return None
-        return ahead.normed.pop() if ahead.call[2:] == call[2:] else None
+        return ahead.normed.pop() if ahead.states == states(call.weight, call.bias) else None
 
 
 def _follower(before: Tensor) -> NormCall | None:
@@ -105,3 +119,24 @@ def _follower(before: Tensor) -> NormCall | None:
     if weight is None or (found.bias is not None and bias is None):
         return None
     return NormCall(weight, bias, found.formula, found.dtype, found.narrow)
+
+
+def _takes(x: Tensor, other: Tensor, call: NormCall) -> bool:
+    """Whether one kernel makes both, with the bits that it has for a norm alone."""
+    rows = [call.weight] if call.bias is None else [call.weight, call.bias]
+    return (
+        (x.dtype is other.dtype or call.narrow)
+        and x.device == other.device
+        and x.is_contiguous()
+        and other.is_contiguous()
+        and all(
+            row.is_contiguous() and row.shape == x.shape[-1:] and row.device == x.device
+            for row in rows
+        )
+    )
+
+
+def _add(x: Tensor, other: Tensor, call: NormCall) -> tuple[Tensor, Normed]:
+    with torch.no_grad():
+        total = torch.empty_like(x)
+        return total, normed(x, *call, residual=(other, total))

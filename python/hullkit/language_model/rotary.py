@@ -38,7 +38,7 @@ def _launch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, backward: bool
 ) -> tuple[Tensor, Tensor]:
     from ..triton_kernels.launch import launch
-    from ..triton_kernels.rotary import ROWS
+    from ..triton_kernels.rotary import PAIRS
 
     texts, heads, length, width = q.shape
     programs, strides, results = 0, [], []
@@ -46,7 +46,7 @@ def _launch(
         out = x.new_empty(texts, length, x.shape[1], width, dtype=dtype).transpose(1, 2)
         results.append(out)
         strides += [*x.stride()[:3], *out.stride()[:3]]
-        programs += -(-x.shape[1] * length // ROWS)
+        programs += -(-x.shape[1] * length // PAIRS)
     table = cos.stride(0) if len(cos) > 1 else 0
     half = width // 2
     constants = {"BACKWARD": backward, "HALF": max(8, 1 << (half - 1).bit_length())}
@@ -127,8 +127,9 @@ def replacements(
     def stand_in(own: Any, *args: Any, **options: Any) -> Any:
         if len(args) == 4 and not options and all(map(ready, args[:2])):
             q, k, cos, sin = args
-            known = takes(q, cos, sin) and takes(k, cos, sin) and q.dtype is k.dtype
-            if known and q.device == k.device and _is_rotary(own, q, cos):
+            known = takes(q, cos, sin) and takes(k, cos, sin) and len(q) == len(k)
+            alike = q.dtype is k.dtype and q.device == k.device
+            if known and alike and _is_rotary(own, q, cos):
                 names.add(f"{getattr(own, '__module__', '')}.{NAME}")
                 return rotary(q, k, cos, sin)
         return own(*args, **options)

@@ -11,9 +11,12 @@ from torch.autograd.function import once_differentiable
 
 _BLOCK = 64  # rows of a program
 _WIDEST = 64  # columns of a head
-# Kernels were found to be faster than torch's where a GPU runs all their programs for rows of q at
-# once, and where those for rows of k and v are so many, of texts that are no longer (H100).
+# Kernels were found to be faster than torch's in two cases (H100). Few heads: a GPU runs all
+# programs for rows of q at once, at most _FEW_PROGRAMS. Many heads: there are at least
+# _MANY_PROGRAMS programs for rows of k, and a text has at most _LONGEST tokens. So the bits of a
+# text may depend on how many share its pass.
 _FEW_PROGRAMS, _MANY_PROGRAMS, _LONGEST = 128, 160, 512
+_MOST_HEADS = 65535  # of all texts: they are the second axis of a grid
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -26,6 +29,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[1] % k.shape[1] == 0
         and (_programs(q) <= _FEW_PROGRAMS or (_has_many(k) and q.shape[2] <= _LONGEST))
         and q.shape[3] <= _WIDEST
+        and len(q) * q.shape[1] <= _MOST_HEADS
         and _has_rows(q)
         and _has_rows(k)
         and _has_rows(v)
