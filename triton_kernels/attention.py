@@ -249,6 +249,26 @@ def attention_q_gradient_kernel(
 
 
 @triton.jit
+def _add_rows(
+    q, gradient, normalisers, along, of, keys, values, of_keys, of_values, row, column, length,
+    factor, q_row, d_row,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """What a block of rows of a head adds to the gradients of keys and values.
+
+    of: where the head begins in normalisers and along.
+    """
+    queries = _rows(q, row, q_row, length, False, WIDTH, D, HALF)
+    d = _rows(gradient, row, d_row, length, False, WIDTH, D, HALF)
+    normaliser = tl.load(normalisers + of + row, mask=row < length, other=0.0)
+    sums = tl.load(along + of + row, mask=row < length, other=0.0)
+    return _of_keys_and_values(
+        queries, keys, values, d, normaliser, sums, of_keys, of_values, row, column, factor,
+        MASKED, HALF,
+    )  # fmt: skip
+
+
+@triton.jit
 def attention_kv_gradient_kernel(
     q, k, v, gradient, normalisers, along, k_gradient, v_gradient,
     heads, length, scale, group,
@@ -278,23 +298,15 @@ def attention_kv_gradient_kernel(
         rows = q + _of_head(text, own, q_text, q_head)
         moved = gradient + _of_head(text, own, d_text, d_head)
         of = (tl.program_id(1).to(tl.int64) * group + member) * length
-        queries = _rows(rows, column, q_row, length, False, WIDTH, D, HALF)
-        d = _rows(moved, column, d_row, length, False, WIDTH, D, HALF)
-        normaliser = tl.load(normalisers + of + column, mask=column < length, other=0.0)
-        sums = tl.load(along + of + column, mask=column < length, other=0.0)
-        of_keys, of_values = _of_keys_and_values(
-            queries, keys, values, d, normaliser, sums, of_keys, of_values, column, column,
-            factor, True, HALF,
+        of_keys, of_values = _add_rows(
+            rows, moved, normalisers, along, of, keys, values, of_keys, of_values, column,
+            column, length, factor, q_row, d_row, True, WIDTH, D, HALF,
         )  # fmt: skip
         for start in tl.range(block * BLOCK + BLOCK, length, BLOCK, num_stages=2):
             row = start + tl.arange(0, BLOCK)
-            queries = _rows(rows, row, q_row, length, False, WIDTH, D, HALF)
-            d = _rows(moved, row, d_row, length, False, WIDTH, D, HALF)
-            normaliser = tl.load(normalisers + of + row, mask=row < length, other=0.0)
-            sums = tl.load(along + of + row, mask=row < length, other=0.0)
-            of_keys, of_values = _of_keys_and_values(
-                queries, keys, values, d, normaliser, sums, of_keys, of_values, row, column,
-                factor, False, HALF,
+            of_keys, of_values = _add_rows(
+                rows, moved, normalisers, along, of, keys, values, of_keys, of_values, row,
+                column, length, factor, q_row, d_row, False, WIDTH, D, HALF,
             )  # fmt: skip
     k_gradient += _of_head(text, head, dk_text, dk_head)
     v_gradient += _of_head(text, head, dv_text, dv_head)

@@ -139,8 +139,11 @@ def test_a_norm_that_is_made_with_its_sum(
     found = run(FusedFunctions(backend="triton"), True)
     assert any(given) == (changed in ("nothing", "the result"))
     alone = run(None, changed not in ("the weight",))
+    # Seven roundings of bfloat16, of the number or of terms up to 2 that cancel in it. What is
+    # changed changes norms by a factor of 1.5 and more.
+    unit = torch.finfo(torch.bfloat16).eps
     for a, b in zip(found, alone, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.03, atol=0.06)
+        torch.testing.assert_close(a, b, rtol=7.0 * unit / 2.0, atol=14.0 * unit / 2.0)
 
 
 def test_a_norm_that_nobody_reads_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
