@@ -108,16 +108,17 @@ def low_rank_shrink_kernel(
 
 @triton.jit
 def low_rank_expand_kernel(
-    y, b, parts, inner, finished, rows, columns, rank, b_slot, count,
+    y, b, parts, inner, finished, rows, columns, rank, b_slot, count, LAYERS: tl.constexpr,
     HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program for a block of y [K, T, E].
 
-    The first of a row writes inner [K, T, R], and 0 to the row's place of finished [K, BLOCKS].
+    The first of a row writes inner [K, T, R], and 0 to the row's places of finished
+    [LAYERS, K, BLOCKS].
     """
     after_previous_kernel(EARLY)
-    slot = tl.program_id(1).to(tl.int64)
+    slot, slots = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
     across = tl.cdiv(columns, COLUMNS)
     block, place = tl.program_id(0) // across, tl.program_id(0) % across
     row = block * ROWS + tl.arange(0, ROWS)
@@ -127,7 +128,8 @@ def low_rank_expand_kernel(
     total = _sum_of_parts(parts, row, rank_at, rows, rank, count, MOST)
     if place == 0:
         store_tile(inner + slot * rows * rank, row, rank_at, rank, rows, rank, total)
-        tl.store(finished + slot * tl.cdiv(rows, ROWS) + block, 0)
+        for layer in tl.static_range(LAYERS):
+            tl.store(finished + (layer * slots + slot) * tl.cdiv(rows, ROWS) + block, 0)
     thin = load_tile(b + slot * b_slot, column, rank_at, rank, columns, rank, HALF)
     sums = tl.dot(total.to(HALF), tl.trans(thin), input_precision="ieee")
     y += slot * rows * columns
@@ -137,28 +139,48 @@ def low_rank_expand_kernel(
 
 @triton.jit(do_not_specialize=["scale"])
 def low_rank_expand_gradient_kernel(
-    d, b, inner, parts, d_inner, finished, d_b, rows, columns, rank, d_slot, d_row, b_slot,
-    d_b_slot, count, length, scale, OF_B: tl.constexpr,
+    d, d2, d3, b, b2, b3, inner, inner2, inner3, d_b, d_b2, d_b3, parts, d_inner, finished, rows,
+    rank, columns, columns2, columns3, b_slot, d_b_slot, length, scale,
+    LAYERS: tl.constexpr, OF_B: tl.constexpr,
     HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The first programs write d_inner [K, T, R], the others blocks of d_b [K, E, R].
+    """A layer's first programs write d_inner, its others blocks of d_b [K, E, R]; then the next's.
 
-    finished [K, BLOCKS] int32: 0 before and after. It counts the finished parts of a block of rows.
+    d, d2, d3 and what else has numbers: of LAYERS layers. d_inner [LAYERS, K, T, R].
+    length: columns of a part of a sum.
+    finished [LAYERS, K, BLOCKS] int32: 0 before and after. It counts a block's finished parts.
     """
     after_previous_kernel(EARLY)
-    slot = tl.program_id(1).to(tl.int64)
+    slot, slots = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
+    at = tl.program_id(0)
     blocks = tl.cdiv(rows, ROWS)
+    columns = tl.cast(columns, tl.int32)  # a 1 is a constant otherwise, which no branch replaces
+    columns2 = tl.cast(columns2, tl.int32)
+    count = tl.cdiv(columns, length)
+    for _ in tl.static_range(LAYERS - 1):
+        programs = blocks * count + tl.cdiv(columns, COLUMNS) * OF_B
+        if at >= programs:  # of a later layer
+            at -= programs
+            parts += slots * count * rows * rank
+            d_inner += slots * rows * rank
+            d, d2 = d2, d3
+            b, b2 = b2, b3
+            inner, inner2 = inner2, inner3
+            d_b, d_b2 = d_b2, d_b3
+            finished += slots * blocks
+            columns, columns2 = columns2, tl.cast(columns3, tl.int32)
+            count = tl.cdiv(columns, length)
     rank_at = tl.arange(0, R)
-    d += slot * d_slot
-    if tl.program_id(0) < blocks * count:
-        block, part = tl.program_id(0) // count, tl.program_id(0) % count
+    d += slot * rows * columns
+    if at < blocks * count:
+        block, part = at // count, at % count
         row = block * ROWS + tl.arange(0, ROWS)
         own = tl.zeros((ROWS, R), tl.float32)
         end = tl.minimum(part * length + length, columns)
         for start in range(part * length, end, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
-            values = load_tile(d, row, column, d_row, rows, columns, HALF)
+            values = load_tile(d, row, column, columns, rows, columns, HALF)
             thin = _thin(b + slot * b_slot, column, rank_at, columns, rank, rank, 1, HALF)
             own += tl.dot(values, thin, input_precision="ieee")
         own = own * scale
@@ -175,11 +197,11 @@ def low_rank_expand_gradient_kernel(
                 store_tile(d_inner, row, rank_at, rank, rows, rank, whole)
                 tl.store(of, 0)
     elif OF_B:
-        column = (tl.program_id(0) - blocks * count) * COLUMNS + tl.arange(0, COLUMNS)
+        column = (at - blocks * count) * COLUMNS + tl.arange(0, COLUMNS)
         total = tl.zeros((COLUMNS, R), tl.float32)
         for start in range(0, rows, ROWS):
             row = start + tl.arange(0, ROWS)
-            values = load_tile(d, row, column, d_row, rows, columns, HALF)
+            values = load_tile(d, row, column, columns, rows, columns, HALF)
             thin = load_tile(inner + slot * rows * rank, row, rank_at, rank, rows, rank, HALF)
             total += tl.dot(tl.trans(values), thin, input_precision="ieee")
         store_tile(d_b + slot * d_b_slot, column, rank_at, rank, columns, rank, total)

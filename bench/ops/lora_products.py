@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hullkit.language_model.low_rank_layers import Adapted, leave, outputs
+from hullkit.language_model.low_rank_layers import Adapted, Part, leave, outputs
 from hullkit.language_model.low_rank_products import (
+    MOST_LAYERS,
+    ExpandGradient,
     ShrinkGradient,
     expand,
     expand_gradients,
@@ -44,7 +46,7 @@ def fused(tensors: list[Tensor]) -> list[Tensor]:
     [shrunk] = shrink(x, [a], SCALE)
     inner = expand(y, shrunk, b)
     d_a, d_b = torch.empty_like(a), torch.empty_like(b)
-    d_inner = expand_gradients(d, b, inner, SCALE, d_b)
+    [d_inner] = expand_gradients([ExpandGradient(d, b, inner, d_b)], SCALE)
     shrink_gradients(x, [ShrinkGradient(a, d_inner, d_a)], d_x, fresh=False)
     return [y, d_a, d_b]
 
@@ -72,9 +74,8 @@ def fused_layer(tensors: list[Tensor], weight: Tensor, counters: Tensor) -> list
     else:
         y, inner = made
     d_a, d_b = torch.empty_like(a), torch.empty_like(b)
-    d_inner = expand_gradients(d, b, inner, SCALE, d_b)
     shared = SharedInput(x.dtype)
-    leave(shared, x, d, weight, None, ShrinkGradient(a, d_inner, d_a), None)
+    leave(shared, Part(x, d, layer, inner, SCALE, None, d_a, d_b, None))
     d_x = shared.take()
     assert d_x is not None
     return [y, d_a, d_b, d_x.view(x.shape)]
@@ -112,7 +113,7 @@ def run_case(
     }
     compare("low-rank products", "bfloat16", shape, ways, **settings)  # type: ignore[arg-type]
     weight = torch.randn(width, width, device="cuda", dtype=torch.bfloat16) / width**0.5
-    counters = torch.zeros(slots, ROWS, dtype=torch.int32, device="cuda")
+    counters = torch.zeros(MOST_LAYERS, slots, ROWS, dtype=torch.int32, device="cuda")
     whole = partial(fused_layer, weight=weight, counters=counters)
     check(tensors, whole, partial(layer_by_baddbmm, weight=weight))
     ways = {

@@ -11,125 +11,58 @@
 #include "cuda/primitives/hopper.cuh"
 #include "cuda/primitives/launch.cuh"
 #include "hullkit/product_sums.h"
+#include "products/factor_gradients.cuh"
 #include "products/product_boxes.cuh"
+#include "products/product_memory.cuh"
+#include "products/product_tiles.cuh"
 
 namespace hullkit {
 namespace {
 
-constexpr int kGroup = 128;  // threads that multiply together
-constexpr int kGroups = 2;   // of them, beside one that copies
-constexpr int kThreads = kGroup * (1 + kGroups);
-constexpr int kGroupColumns = kTileColumns / kGroups;
-constexpr int kDepth = 64, kStep = 16;            // of the sums: a stage's, and a matrix instruction's
-constexpr int kBoxRow = 128;                      // bytes of a row of a box: kDepth or kGroupColumns halves
-constexpr int kThinRow = 32;                      // of a thin box: kStep halves
-constexpr int kAligned = 1024;                    // bytes: where a box begins
-constexpr int kCopying = 40, kMultiplying = 232;  // registers of a thread
-constexpr int kPanel = 4;  // tiles side by side along rows: what runs together reads much the same
-
-struct Term {
-  int steps;
-  bool of_slot;  // whether each slot has its own factor
-};
-
-struct Result {
-  int first_tile, columns;  // along the columns of all results
-  const uint16_t* bias;
-};
-
-// A side of a product: in boxes of kDepth of the sum's elements, and what is left of it in boxes of kStep. Elements
-// that a box has outside of its matrix cost more time than those that it has inside.
-struct Side {
-  CUtensorMap boxes, thin_boxes;
-};
-
-struct Problem {
-  Side factors[kMostTerms], rows[kMostTerms];
-  CUtensorMap results[kMostResults];
-  Term terms[kMostTerms];
-  Result result[kMostResults];
-  int num_results, num_terms;   // terms of each result
-  int across, down, down_slot;  // tiles along columns, along the rows of all slots, and of one
-};
-static_assert(sizeof(Problem) <= 4096, "what a kernel's arguments may take before CUDA 12.1");
-
-template <int kRows>
-struct Memory {
-  static constexpr int kFactor = kTileColumns * kBoxRow, kStage = kFactor + kRows * kBoxRow;
-  static constexpr int kThinFactor = kTileColumns * kThinRow, kThinRows = kRows * kThinRow;  // of one step
-  static constexpr int kResult = kRows * kTileColumns * 2;
-  static constexpr int kMost = 227 * 1024 - kAligned - 256;  // that a block may have, without the barriers
-  static constexpr int kStages = (kMost - kResult) / kStage;
-  static constexpr int kBytes =
-      kAligned + kStages * kStage + kResult + 2 * kStages * static_cast<int>(sizeof(ptx::Barrier));
-};
-
-struct Tile {
-  int result, column, row, slot;
-};
-
-__device__ inline Tile tile_at(const Problem& problem, int place, int rows) {
-  const int panel = place / (kPanel * problem.across), first = panel * kPanel;
-  const int wide = min(kPanel, problem.down - first), within = place - first * problem.across;
-  const int across = within / wide, down = first + within % wide;
-  int result = 0;
-  while (result + 1 < problem.num_results && across >= problem.result[result + 1].first_tile) ++result;
-  return {result, (across - problem.result[result].first_tile) * kTileColumns, down % problem.down_slot * rows,
-          down / problem.down_slot};
-}
-
-// A place in the ring of stages; `turn` is the parity of how often the ring was gone through.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t turn = 0;
-
-  __device__ void advance() {
-    if (++stage == kStages) stage = 0, turn ^= 1;
-  }
-};
-
-template <int kRows, bool kTransposed>
-__device__ void copy(const Problem& problem, unsigned char* stages, ptx::Barrier* full, ptx::Barrier* empty) {
+// kHeight: rows of this tile, all of kRows or those of one box.
+template <int kRows, bool kTransposed, int kHeight>
+__device__ void copy(const Problem& problem, const Tile& tile, Stages<kRows>& stages) {
   using Sizes = Memory<kRows>;
-  Ring<Sizes::kStages> ring;
-  for (int place = blockIdx.x; place < problem.across * problem.down; place += gridDim.x) {
-    const Tile tile = tile_at(problem, place, kRows);
-    for (int i = 0; i < problem.num_terms; ++i) {
-      const int term = tile.result * problem.num_terms + i;
-      const int slot = problem.terms[term].of_slot ? tile.slot : 0, depth = problem.terms[term].steps * kStep;
-      const Side &factor = problem.factors[term], &rows = problem.rows[term];
-      const auto load_factor = [&](unsigned char* to, const CUtensorMap& boxes, ptx::Barrier& arrived, int k) {
-        if constexpr (kTransposed) {
-          for (int group = 0; group < kGroups; ++group) {
-            ptx::load_box(to + group * (kDepth * kBoxRow), boxes, arrived, tile.column + group * kGroupColumns, k,
-                          slot);
+  constexpr int kBoxes = kHeight / Sizes::kBoxRows;
+  const auto load_factor = [&](unsigned char* to, const CUtensorMap& boxes, ptx::Barrier& arrived, int k, int slot,
+                               int bytes) {
+    for (int group = 0; group < tile.groups; ++group) {
+      const int column = tile.column + group * kGroupColumns;
+      ptx::load_box(to + group * bytes, boxes, arrived, kTransposed ? column : k, kTransposed ? k : column, slot);
+    }
+  };
+  const auto load_rows = [&](unsigned char* to, const CUtensorMap& boxes, ptx::Barrier& arrived, int k, int bytes) {
+    for (int box = 0; box < kBoxes; ++box) {
+      ptx::load_box(to + box * bytes, boxes, arrived, k, tile.row + box * Sizes::kBoxRows, tile.slot);
+    }
+  };
+  for (int i = 0; i < problem.num_terms; ++i) {
+    const int term = tile.result * problem.num_terms + i;
+    const int slot = problem.terms[term].of_slot ? tile.slot : 0, depth = problem.terms[term].steps * kStep;
+    const Side &factor = problem.factors[term], &rows = problem.rows[term];
+    for (int k = 0; k < depth; k += kDepth) {
+      stages.wait_empty();
+      ptx::Barrier& arrived = stages.full[stages.stage];
+      unsigned char* const to = stages.now();
+      if (depth - k >= kDepth) {
+        arrived.arrive_expecting(tile.groups * Sizes::kGroupFactor + kHeight * kBoxRow);
+        load_factor(to, factor.boxes, arrived, k, slot, Sizes::kGroupFactor);
+        load_rows(to + Sizes::kFactor, rows.boxes, arrived, k, Sizes::kBoxRows * kBoxRow);
+      } else {
+        const int steps = (depth - k) / kStep;
+        arrived.arrive_expecting(steps * (tile.groups * Sizes::kThinGroupFactor + kHeight * kThinRow));
+        for (int step = 0; step < steps; ++step) {
+          const int at = k + step * kStep;
+          if constexpr (kTransposed) {
+            load_factor(to + step * (kStep * kBoxRow), factor.thin_boxes, arrived, at, slot, Sizes::kGroupFactor);
+          } else {
+            load_factor(to + step * Sizes::kThinFactor, factor.thin_boxes, arrived, at, slot, Sizes::kThinGroupFactor);
           }
-        } else {
-          ptx::load_box(to, boxes, arrived, k, tile.column, slot);
+          load_rows(to + Sizes::kFactor + step * Sizes::kThinRows, rows.thin_boxes, arrived, at,
+                    Sizes::kBoxRows * kThinRow);
         }
-      };
-      for (int k = 0; k < depth; k += kDepth) {
-        empty[ring.stage].wait(ring.turn ^ 1);  // the first time nobody has used it
-        ptx::Barrier& arrived = full[ring.stage];
-        unsigned char* const to = stages + ring.stage * Sizes::kStage;
-        if (depth - k >= kDepth) {
-          arrived.arrive_expecting(Sizes::kStage);
-          load_factor(to, factor.boxes, arrived, k);
-          ptx::load_box(to + Sizes::kFactor, rows.boxes, arrived, k, tile.row, tile.slot);
-        } else {
-          const int steps = (depth - k) / kStep;
-          arrived.arrive_expecting(steps * (Sizes::kThinFactor + Sizes::kThinRows));
-          for (int step = 0; step < steps; ++step) {
-            const int at = k + step * kStep;
-            load_factor(to + step * (kTransposed ? kStep * kBoxRow : Sizes::kThinFactor), factor.thin_boxes, arrived,
-                        at);
-            ptx::load_box(to + Sizes::kFactor + step * Sizes::kThinRows, rows.thin_boxes, arrived, at, tile.row,
-                          tile.slot);
-          }
-        }
-        ring.advance();
       }
+      stages.advance();
     }
   }
 }
@@ -160,70 +93,71 @@ __device__ void put(const float (&sums)[kRows / 2], uint32_t to, const Result& r
   }
 }
 
-template <int kRows, bool kTransposed>
-__device__ void multiply(const Problem& problem, int group, unsigned char* stages, unsigned char* result,
-                         ptx::Barrier* full, ptx::Barrier* empty) {
+// A group's half of a tile. A group whose columns lie outside of the result gives its stages back.
+template <int kRows, bool kTransposed, int kHeight>
+__device__ void multiply(const Problem& problem, const Tile& tile, int group, Stages<kRows>& stages,
+                         unsigned char* result) {
   using Sizes = Memory<kRows>;
   // From step to step of a factor, in units of 16 bytes.
   constexpr int kNext = (kTransposed ? kStep * kBoxRow : kStep * 2) >> 4;
   constexpr int kNextThin = (kTransposed ? kStep * kBoxRow : Sizes::kThinFactor) >> 4;
   const int thread = threadIdx.x % kGroup;
-  const bool first_lane = thread % 32 == 0;
-  const uint32_t base = ptx::shared_address(stages);
-  const uint64_t factor = ptx::product_operand<kBoxRow>(base + group * (kGroupColumns * kBoxRow));
+  const uint32_t base = ptx::shared_address(stages.memory);
+  const uint64_t factor = ptx::product_operand<kBoxRow>(base + group * Sizes::kGroupFactor);
   const uint64_t row = ptx::product_operand<kBoxRow>(base + Sizes::kFactor);
   const uint64_t thin_factor =
-      kTransposed ? factor : ptx::product_operand<kThinRow>(base + group * (kGroupColumns * kThinRow));
+      kTransposed ? factor : ptx::product_operand<kThinRow>(base + group * Sizes::kThinGroupFactor);
   const uint64_t thin_row = ptx::product_operand<kThinRow>(base + Sizes::kFactor);
-  unsigned char* const own = result + group * (kRows * kBoxRow);
   const auto meet = [&]() { asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kGroup) : "memory"); };
-  Ring<Sizes::kStages> ring;
-  for (int place = blockIdx.x; place < problem.across * problem.down; place += gridDim.x) {
-    const Tile tile = tile_at(problem, place, kRows);
-    float sums[kRows / 2];
-    int add = 0, before = -1;
+  if (group >= tile.groups) {
     for (int i = 0; i < problem.num_terms; ++i) {
-      for (int steps = problem.terms[tile.result * problem.num_terms + i].steps; steps > 0; steps -= kDepth / kStep) {
-        full[ring.stage].wait(ring.turn);
-        const int at = ring.stage * (Sizes::kStage >> 4);
-        if (steps >= kDepth / kStep) {
-          ptx::products_begin();
-#pragma unroll
-          for (int step = 0; step < kDepth / kStep; ++step) {
-            ptx::multiply_add<kTransposed>(sums, factor + at + step * kNext, row + at + step * 2, add);
-            add = 1;
-          }
-          ptx::products_commit();
-        } else {  // a thin product. Its commits stay beside it, else the compiler adds empty ones that are waited for.
-#pragma unroll 1
-          for (int step = 0; step < steps; ++step) {
-            ptx::products_begin();
-            ptx::multiply_add<kTransposed>(sums, thin_factor + at + step * kNextThin,
-                                           thin_row + at + step * (Sizes::kThinRows >> 4), add);
-            ptx::products_commit();
-            add = 1;
-          }
-        }
-        ptx::products_wait<1>();
-        if (before >= 0 && first_lane) empty[before].arrive();
-        before = ring.stage;
-        ring.advance();
-      }
+      stages.pass((problem.terms[tile.result * problem.num_terms + i].steps * kStep + kDepth - 1) / kDepth);
     }
-    ptx::products_wait<0>();
-    if (first_lane) empty[before].arrive();
-    if (thread == 0) ptx::wait_boxes_read();  // the tile before has left
-    meet();
-    put<kRows>(sums, ptx::shared_address(own), problem.result[tile.result], tile.column + group * kGroupColumns);
-    ptx::show_to_copies();
-    meet();
-    if (thread == 0) {
-      const int column = tile.column + group * kGroupColumns;
-      ptx::store_box(problem.results[tile.result], own, column, tile.row, tile.slot);
-      ptx::commit_boxes();
+    return;
+  }
+  float sums[kHeight / 2];
+  int add = 0;
+  for (int i = 0; i < problem.num_terms; ++i) {
+    for (int steps = problem.terms[tile.result * problem.num_terms + i].steps; steps > 0; steps -= kDepth / kStep) {
+      stages.wait_full();
+      const int at = stages.stage * (Sizes::kStage >> 4);
+      if (steps >= kDepth / kStep) {
+        ptx::products_begin();
+#pragma unroll
+        for (int step = 0; step < kDepth / kStep; ++step) {
+          ptx::multiply_add<kTransposed>(sums, factor + at + step * kNext, row + at + step * 2, add);
+          add = 1;
+        }
+        ptx::products_commit();
+      } else {  // a thin product. Its commits stay beside it, else the compiler adds empty ones that are waited for.
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+          ptx::products_begin();
+          ptx::multiply_add<kTransposed>(sums, thin_factor + at + step * kNextThin,
+                                         thin_row + at + step * (Sizes::kThinRows >> 4), add);
+          ptx::products_commit();
+          add = 1;
+        }
+      }
+      ptx::products_wait<1>();
+      stages.go_on();
     }
   }
-  if (thread == 0) ptx::wait_boxes_read();  // a block's shared memory ends with it
+  ptx::products_wait<0>();
+  stages.end_products();
+  if (thread == 0) ptx::wait_boxes_read();  // the tile before has left
+  meet();
+  const int column = tile.column + group * kGroupColumns;
+  put<kHeight>(sums, ptx::shared_address(result), problem.result[tile.result], column);
+  ptx::show_to_copies();
+  meet();
+  if (thread == 0) {
+    for (int box = 0; box < kHeight / Sizes::kBoxRows; ++box) {
+      ptx::store_box(problem.results[tile.result], result + box * (Sizes::kBoxRows * kBoxRow), column,
+                     tile.row + box * Sizes::kBoxRows, tile.slot);
+    }
+    ptx::commit_boxes();
+  }
 }
 
 template <int kRows, bool kTransposed>
@@ -231,14 +165,13 @@ __global__ void __launch_bounds__(kThreads, 1) product_sums_kernel(const __grid_
   using Sizes = Memory<kRows>;
   extern __shared__ unsigned char shared[];
   const uint32_t skipped = -ptx::shared_address(shared) % kAligned;
-  unsigned char* const stages = shared + skipped;
-  unsigned char* const result = stages + Sizes::kStages * Sizes::kStage;
-  ptx::Barrier* const full = reinterpret_cast<ptx::Barrier*>(result + Sizes::kResult);
-  ptx::Barrier* const empty = full + Sizes::kStages;
+  unsigned char* const memory = shared + skipped;
+  unsigned char* const result = memory + Sizes::kStages * Sizes::kStage;
+  Stages<kRows> stages(memory, reinterpret_cast<ptx::Barrier*>(result + Sizes::kResult));
   if (threadIdx.x == 0) {
     for (int i = 0; i < Sizes::kStages; ++i) {
-      full[i].init(1);
-      empty[i].init(kGroups * kGroup / 32);
+      stages.full[i].init(1);
+      stages.empty[i].init(kGroups * kGroup / 32);
     }
     ptx::show_barriers();
   }
@@ -249,14 +182,53 @@ __global__ void __launch_bounds__(kThreads, 1) product_sums_kernel(const __grid_
   const int group = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / kGroup, 0);
   if (group == 0) {
     ptx::give_registers_back<kCopying>();
-    if (threadIdx.x == 0) copy<kRows, kTransposed>(problem, stages, full, empty);
+    if (threadIdx.x == 0) {
+      for_each_tile<kRows, kTransposed>(
+          problem, [&](const Tile& tile) { copy<kRows, kTransposed, kRows>(problem, tile, stages); },
+          [&](const Tile& tile) { copy<kRows, kTransposed, Memory<kRows>::kBoxRows>(problem, tile, stages); },
+          [&](int place) { copy_for_gradients<kRows>(problem.gradients, place, stages); });
+    }
   } else {
     ptx::take_registers<kMultiplying>();
-    multiply<kRows, kTransposed>(problem, group - 1, stages, result, full, empty);
+    unsigned char* const own = result + (group - 1) * (kRows * kBoxRow);
+    for_each_tile<kRows, kTransposed>(
+        problem, [&](const Tile& tile) { multiply<kRows, kTransposed, kRows>(problem, tile, group - 1, stages, own); },
+        [&](const Tile& tile) {
+          multiply<kRows, kTransposed, Memory<kRows>::kBoxRows>(problem, tile, group - 1, stages, own);
+        },
+        [&](int place) { multiply_for_gradients<kRows>(problem.gradients, place, group - 1, stages); });
+    if (threadIdx.x % kGroup == 0) ptx::wait_boxes_read();  // a block's shared memory ends with it
   }
 }
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// x, then d_inner and d_a of each factor.
+FactorGradients prepare_gradients(const ProductSums& sums, const ProductMatrix* next) {
+  const ProductMatrix &x = next[0], &d_a = next[2];
+  FactorGradients made = {};
+  made.x = encode(x, kGroupColumns, kDepth);
+  for (int i = 0; i < sums.num_gradients; ++i) {
+    made.d_inner[i] = encode(next[1 + 2 * i], kStep, kDepth);
+    made.d_a[i] = reinterpret_cast<void*>(next[2 + 2 * i].address);
+  }
+  made.slot_stride = d_a.slot_stride, made.row_stride = d_a.row_stride;
+  made.columns = static_cast<int>(d_a.columns), made.rank = static_cast<int>(d_a.rows);
+  made.rows = static_cast<int>(x.rows);
+  made.factor_steps = static_cast<int>(divided_up(made.rank, kStep));
+  made.steps = made.factor_steps * static_cast<int>(sums.num_gradients);
+  made.across = static_cast<int>(divided_up(made.columns, kTileColumns));
+  made.down = static_cast<int>(divided_up(made.steps, kTileSteps));
+  made.tiles = made.across * made.down * static_cast<int>(x.slots);
+  made.wide = sums.wide_gradients;
+  return made;
+}
+
+// Tiles of the last round, if they are so few that each can be two.
+int64_t split_tiles(int64_t tiles, int processors) {
+  const int64_t left = tiles % processors;
+  return 2 * left <= processors ? left : 0;
+}
 
 struct Launch {
   Problem problem;
@@ -266,12 +238,13 @@ struct Launch {
 Launch prepare(const ProductSums& sums, int rows, int processors) {
   Launch launch = {};
   Problem& problem = launch.problem;
+  const int box_rows = box_rows_of(rows);
   problem.num_results = static_cast<int>(sums.num_results);
   problem.num_terms = static_cast<int>(sums.num_terms);
   const ProductMatrix* next = sums.matrices;
   for (int r = 0; r < problem.num_results; ++r) {
     const ProductMatrix& result = *next++;
-    problem.results[r] = encode(result, kGroupColumns, rows);
+    problem.results[r] = encode(result, kGroupColumns, box_rows);
     problem.result[r] = {problem.across, static_cast<int>(result.columns),
                          reinterpret_cast<const uint16_t*>(result.bias)};
     problem.across += static_cast<int>(divided_up(result.columns, kTileColumns));
@@ -288,12 +261,15 @@ Launch prepare(const ProductSums& sums, int rows, int processors) {
         return made;
       };
       problem.factors[term] = side([&](int depth) {
-        return sums.transposed ? encode(next[0], kGroupColumns, depth) : encode(next[0], depth, kTileColumns);
+        return sums.transposed ? encode(next[0], kGroupColumns, depth) : encode(next[0], depth, kGroupColumns);
       });
-      problem.rows[term] = side([&](int depth) { return encode(next[1], depth, rows); });
+      problem.rows[term] = side([&](int depth) { return encode(next[1], depth, box_rows); });
     }
   }
-  launch.blocks = std::min(processors, problem.across * problem.down);
+  const int tiles = problem.across * problem.down;
+  problem.split = box_rows < rows ? static_cast<int>(split_tiles(tiles, processors)) : 0;
+  if (sums.num_gradients > 0) problem.gradients = prepare_gradients(sums, next);
+  launch.blocks = std::min(processors, tiles + problem.split + problem.gradients.tiles);
   return launch;
 }
 
@@ -321,13 +297,16 @@ void start(const ProductSums& sums, int processors, void* stream) {
 }
 
 // The time that tiles of so many rows take, in units of its own: for each round of tiles its rows, and 42 for what does
-// not grow with them (H100).
+// not grow with them (H100). A last round of tiles that are split has a box of rows.
 int64_t cost(const ProductSums& sums, int rows, int processors) {
   int64_t across = 0;
   for (int r = 0; r < sums.num_results; ++r) {
     across += divided_up(sums.matrices[r * (1 + 2 * sums.num_terms)].columns, kTileColumns);
   }
   const int64_t tiles = across * divided_up(sums.matrices->rows, rows) * sums.matrices->slots;
+  if (box_rows_of(rows) < rows && split_tiles(tiles, processors) > 0) {
+    return tiles / processors * (rows + 42) + box_rows_of(rows) + 42;
+  }
   return divided_up(tiles, processors) * (rows + 42);
 }
 
@@ -343,6 +322,11 @@ void product_sums_cuda(const ProductSums& sums, void* stream) {
     throw std::invalid_argument("product_sums: expected 1 to " + std::to_string(kMostResults) + " results and 1 to " +
                                 std::to_string(kMostTerms) + " terms, got " + std::to_string(sums.num_results) +
                                 " results of " + std::to_string(sums.num_terms) + " terms");
+  }
+  if (sums.num_gradients < 0 || sums.num_gradients > kMostFactors || (sums.num_gradients > 0 && !sums.transposed)) {
+    throw std::invalid_argument("product_sums: expected gradients of 0 to " + std::to_string(kMostFactors) +
+                                " factors, and of some with `transposed` alone, got " +
+                                std::to_string(sums.num_gradients));
   }
   int device = 0, processors = 0;
   check_cuda(cudaGetDevice(&device), "CUDA device");

@@ -76,6 +76,7 @@ def squared_norm_cpu(
 ) -> float: ...
 
 most_product_results: int
+most_product_gradients: int
 most_product_terms: int
 product_tile_columns: int
 product_tile_rows: tuple[int, ...]
@@ -84,7 +85,14 @@ def product_sums_usable() -> bool: ...  # on the current device
 
 # The other numbers of 64 bits are addresses.
 def product_sums_cuda(
-    *, matrices: int, num_results: int, num_terms: int, transposed: bool, stream: int
+    *,
+    matrices: int,
+    num_results: int,
+    num_terms: int,
+    transposed: bool,
+    num_gradients: int,
+    wide_gradients: bool,
+    stream: int,
 ) -> None: ...
 
 adam_product_tile: int

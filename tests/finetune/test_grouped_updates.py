@@ -6,17 +6,23 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hullkit.finetune.grouped_updates import GroupedUpdates
-from torch import nn
+from torch import Tensor, nn
 
 
 class Noted(GroupedUpdates):
     """Groups of parameters, which are only told of."""
 
-    def __init__(self, groups: list[list[nn.Parameter]]) -> None:
+    def __init__(self, groups: list[list[nn.Parameter]], alone: set[nn.Parameter]) -> None:
         self.started: list[int] = []
-        self.groups: list[Any] = [SimpleNamespace(parameters=own) for own in groups]
+        self.noted: list[tuple[Tensor, Tensor]] = []
+        part = SimpleNamespace(gradients={}, note=self._write)
+        self.groups: list[Any] = [
+            SimpleNamespace(parameters=own, part=part, left=[]) for own in groups
+        ]
+        self._alone = alone
         self._group_of = {p: g for g in self.groups for p in g.parameters}
         self._parts = []
         self.begin()
@@ -24,25 +30,40 @@ class Noted(GroupedUpdates):
     def _start(self, group: Any) -> None:
         self.started.append([id(own) for own in self.groups].index(id(group)))
 
+    def _write(self, parameter: Tensor, gradient: Tensor) -> None:
+        self.groups[0].part.gradients[parameter] = gradient
+        self.noted.append((parameter, gradient))
+
     def complete(self, parameter: nn.Parameter) -> None:
         self._note(self._group_of[parameter])
 
 
-def test_groups_with_promised_factors_start_when_the_backward_pass_has_ended() -> None:
+def test_groups_with_gradients_that_are_written_late_start_when_the_pass_has_ended() -> None:
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(6)]
-    updates = Noted([parameters[:2], parameters[2:4], parameters[4:]])
+    updates = Noted([parameters[:2], parameters[2:4], parameters[4:]], {*parameters[3:]})
+    gradient = torch.zeros(2)
     updates.complete(parameters[0])
-    assert updates.promises(parameters[3])
-    for parameter in parameters[1:4]:
+    assert updates.leaves(parameters[3], gradient)
+    assert updates.noted == [(parameters[3], gradient)]
+    for parameter in parameters[1:3]:
         updates.complete(parameter)
     assert updates.started == [0]
-    assert not updates.promises(nn.Parameter(torch.zeros(2)))  # of somebody else
+    assert not updates.leaves(parameters[2], gradient)  # of several layers
+    assert not updates.leaves(nn.Parameter(torch.zeros(2)), gradient)  # of somebody else
     for parameter in parameters[4:]:
         updates.complete(parameter)
     assert updates.started == [0, 2]
     updates.join()
     assert updates.started == [0, 2, 1]
-    updates.begin()  # the next pass has made no promise
+    updates.begin()  # in the next pass all are made at once
     for parameter in parameters:
         updates.complete(parameter)
     assert updates.started == [0, 2, 1, 0, 1, 2]
+
+
+def test_a_factor_that_another_layer_has_too() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    updates = Noted([[parameter, nn.Parameter(torch.zeros(2))]], {parameter})
+    assert updates.leaves(parameter, torch.zeros(2))
+    with pytest.raises(RuntimeError, match="expected a factor of shape"):
+        updates.leaves(parameter, torch.zeros(2))

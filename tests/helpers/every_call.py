@@ -53,7 +53,8 @@ def low_rank(slots: int, device: str) -> None:
     parts = []
     for shrunk in products.shrink(x, [a] * products.MOST_LAYERS, 1.0):
         inner = products.expand(y, shrunk, b)
-        d_inner = products.expand_gradients(y, b, inner, 1.0, torch.empty_like(b))
+        of_b = products.ExpandGradient(y, b, inner, torch.empty_like(b))
+        [d_inner] = products.expand_gradients([of_b], 1.0)
         parts.append(products.ShrinkGradient(a, d_inner, torch.empty_like(a)))
     products.shrink_gradients(x, parts, torch.empty_like(x), fresh=True)
 

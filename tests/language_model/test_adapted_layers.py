@@ -11,7 +11,7 @@ import pytest
 import torch
 from hullkit.language_model import adapted_layers, low_rank_layers
 from hullkit.language_model.fused_modules import stand_ins
-from hullkit.language_model.products import SharedInput
+from hullkit.language_model.products import SharedInput, WeightProducts
 from torch import Tensor, nn
 
 peft = pytest.importorskip("peft", reason="an extra is not installed")
@@ -233,15 +233,73 @@ def test_a_layer_that_no_kernel_computes_leaves_its_siblings_their_own(
     assert_near(run(model, fused=True), wanted)
 
 
-def test_a_gradient_that_is_written_to_before_its_input_has_one() -> None:
-    x, d = torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)
+@pytest.mark.parametrize("pending", [True, False])
+def test_a_gradient_that_is_written_to_before_its_input_has_one(pending: bool) -> None:
+    """Whoever made d_inner already reads b no more."""
+    x, d, thin = torch.zeros(1, 4, 8), torch.zeros(1, 4, 8), torch.zeros(1, 4, 2)
+    a, b = torch.zeros(1, 2, 8), torch.zeros(1, 8, 2)
     shared = SharedInput(x.dtype)
-    of_a = low_rank_layers.ShrinkGradient(torch.zeros(1, 2, 8), torch.zeros(1, 4, 2), None)
-    for written in (d, of_a.a):
-        low_rank_layers.leave(shared, x, d, torch.zeros(8, 8), None, of_a, None)
+    layer = low_rank_layers.Adapted(torch.zeros(8, 8), None, a, b)
+    d_inner = None if pending else thin
+    part = low_rank_layers.Part(
+        x, d, layer, low_rank_layers.Inner(thin, None), 1.0, d_inner, None, None, None
+    )
+    for written in (d, a, b):
+        low_rank_layers.leave(shared, part)
         written.add_(1.0)
+        if written is b and not pending:
+            assert shared.take() is not None
+            continue
         with pytest.raises(RuntimeError, match="expected gradients and factors that nobody"):
             shared.take()
+
+
+class Taken(WeightProducts):
+    """Takes the gradients of adapters that it was told to."""
+
+    def __init__(self, model: nn.Module, ends: tuple[str, ...]) -> None:
+        self.wanted = {p for name, p in model.named_parameters() if name.endswith(ends)}
+        self.gradients: dict[Tensor, Tensor] = {}
+        self.told: set[Tensor] = set()
+
+    def leaves(self, factor: Tensor, gradient: Tensor) -> bool:
+        if factor in self.wanted:
+            self.gradients[factor] = gradient.fill_(torch.nan)
+        return factor in self.wanted
+
+    def made(self, weight: Tensor, a: Tensor, b: Tensor, gradient: Tensor) -> None:
+        assert_near([gradient], [a.float().mT @ b.float()])
+        self.told.add(weight)
+
+
+A, B = "lora_A.default.weight", "lora_B.default.weight"
+
+
+@pytest.mark.parametrize("ends", [(A, B), (A,), (B,), ("q." + A, "o." + B), ()])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_gradients_that_somebody_takes_are_there_when_the_pass_has_ended(
+    ends: tuple[str, ...], kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        refuse(monkeypatch, lambda _, transposed: transposed)
+    model = adapted()
+    wanted = run(model, fused=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for _ in range(2):  # readers of an input one by one, and at once
+        products = Taken(model, ends)
+        x = inputs()
+        with stand_ins(model, backend=BACKEND, products=products):
+            y = model(x)
+            y.float().square().sum().backward()
+        taken = products.gradients
+        assert len(taken) == len(products.wanted)
+        assert not products.told & taken.keys()
+        assert products.told | taken.keys() == {*trained}
+        for parameter in trained:
+            assert (parameter.grad is None) == (parameter in taken)
+        found = [taken.get(p, p.grad) for p in trained]
+        assert_near([y.detach(), x.grad, *found], wanted)
+        model.zero_grad()
 
 
 def test_a_trained_base_takes_its_own_way(made: list[int]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hullkit.language_model.low_rank_products import (
     MOST_LAYERS,
+    ExpandGradient,
     Inner,
     ShrinkGradient,
     expand,
@@ -63,7 +64,7 @@ def test_layers_that_read_one_input(
     parts = []
     for i, shrunk in enumerate(shrink(x, a, SCALE, backend)):
         inner = expand(y[i], shrunk, b[i])
-        d_inner = expand_gradients(d[i], b[i], inner, SCALE, d_b[i])
+        [d_inner] = expand_gradients([ExpandGradient(d[i], b[i], inner, d_b[i])], SCALE)
         parts.append(ShrinkGradient(a[i], d_inner, d_a[i]))
     shrink_gradients(x, parts, d_x, fresh, backend)
 
@@ -99,7 +100,7 @@ def test_inner_without_expand(
     a = [rows_of_memory(slots, rank, columns, dtype=dtype) for _ in range(layers)]
     b = [rows_of_memory(slots, 20, rank, dtype=dtype) for _ in range(layers)]
     d = random(slots, rows, 20, dtype=dtype)
-    counters = torch.zeros(slots, rows, dtype=torch.int32, device=DEVICE)
+    counters = torch.zeros(MOST_LAYERS, slots, rows, dtype=torch.int32, device=DEVICE)
     # A sum of up to 700 terms rounds as often, by half a unit either way: 13 units, and a last one.
     for _ in range(2):  # counters are as they were
         for factor, shrunk in zip(a, shrink(x, a, SCALE, backend, counters), strict=True):
@@ -110,10 +111,11 @@ def test_inner_without_expand(
             assert float((shrunk.values.double() - wanted).abs().max()) <= 16.0 * unit
         assert not counters.any()
     shrunk = shrink(x, a, SCALE, backend, counters)
-    d_inner = [
-        expand_gradients(d, up, Inner(own.values, own.finished), SCALE, None)
+    ups = [
+        ExpandGradient(d, up, Inner(own.values, own.finished), None)
         for up, own in zip(b, shrunk, strict=True)
     ]
+    d_inner = expand_gradients(ups, SCALE)
     assert not counters.any()
     d_a = [torch.full_like(factor, torch.nan, dtype=torch.float32) for factor in a]
     parts = [ShrinkGradient(*part) for part in zip(a, d_inner, d_a, strict=True)]

@@ -6,8 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 from hullkit.language_model.product_sums import (
+    FactorGradients,
     ProductSum,
     Term,
+    gradients_take,
     product_sums,
     product_sums_take,
 )
@@ -77,6 +79,10 @@ CASES = [
     (9, 160, 320, [1024], 16),
     (5, 129, 64, [128], 16),
     (2, 97, 72, [120], 40),
+    (1, 416, 328, [64, 72, 80], 64),
+    # 140 tiles of 208 rows are a round of an H100, and eight that are split. Forwards, backwards.
+    (2, 416, 96, [4480], 16),
+    (2, 416, 4480, [96], 16),
 ]
 
 
@@ -93,6 +99,49 @@ def test_the_formula(case: tuple[int, int, int, list[int], int], transposed: boo
         assert found.dtype is BFLOAT16
         assert found.is_contiguous()
         assert bool(((found.double() - wanted).abs() <= 1.01 * unit).all())
+
+
+def factor_gradients(
+    slots: int, rows: int, columns: int, rank: int, factors: int, dtype: torch.dtype
+) -> FactorGradients:
+    made = []
+    for seed in range(factors):
+        memory = torch.full((slots, rank * columns + 8), torch.nan, dtype=dtype, device=DEVICE)
+        d_a = memory[:, : rank * columns].unflatten(1, (rank, columns))
+        made.append((random(slots, rows, rank, seed=100 + seed), d_a))
+    return FactorGradients(random(slots, rows, columns, seed=99), made)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_gradients_of_factors_beside_the_sums(
+    case: tuple[int, int, int, list[int], int], dtype: torch.dtype
+) -> None:
+    slots, rows, inputs, outputs, rank = case
+    sums = layers(*case, True)
+    alone = product_sums(sums, True)
+    of = factor_gradients(slots, rows, inputs, rank, len(outputs), dtype)
+    assert gradients_take(of)
+    together = product_sums(sums, True, gradients=of)
+    assert torch.equal(together[0], alone[0])
+    for d_inner, d_a in of.factors:
+        wanted = d_inner.double().mT @ of.x.double()
+        # Sums of up to 416 exact products in float32, and a rounding to d_a's dtype.
+        unit = torch.finfo(dtype).eps / 2.0 * wanted.abs() + 2.0**-17 * wanted.abs().max()
+        assert bool(((d_a.double() - wanted).abs() <= 1.01 * unit).all())
+
+
+def test_gradients_of_factors_that_are_not_taken() -> None:
+    of = factor_gradients(2, 40, 64, 16, 2, torch.float32)
+    assert gradients_take(of)
+    (d_inner, d_a), other = of.factors
+    assert not gradients_take(FactorGradients(of.x, []))
+    assert not gradients_take(FactorGradients(of.x, [(d_inner, d_a.bfloat16()), other]))
+    if DEVICE.type == "cuda":
+        assert not gradients_take(FactorGradients(of.x, [(d_inner, d_a)] * 4))
+        assert not gradients_take(FactorGradients(of.x.float(), of.factors))
+        assert not gradients_take(FactorGradients(of.x, [(d_inner, d_a.half())]))
+        assert not gradients_take(FactorGradients(of.x, [(d_inner[..., 1:], d_a)]))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -77,12 +77,13 @@ __device__ inline void products_wait() {
 
 // What a product reads from shared memory, at an address that is a multiple of 16: rows of kRow bytes (128 or 32), as a
 // copy with a swizzle of as many bytes left them, in blocks of eight.
-template <int kRow>
+// kApart: bytes from box to box, of a transposed operand that has more columns than a box.
+template <int kRow, int kApart = 16>
 __device__ inline uint64_t product_operand(uint32_t shared) {
   static_assert(kRow == 128 || kRow == 32);
   constexpr uint64_t kSwizzled = uint64_t{kRow == 128 ? 1 : 3} << 62, kBlock = uint64_t{8 * kRow >> 4} << 32;
-  constexpr uint64_t kUnused = uint64_t{1} << 16;
-  return kSwizzled | kBlock | kUnused | (shared >> 4);
+  constexpr uint64_t kBox = uint64_t{kApart >> 4} << 16;
+  return kSwizzled | kBlock | kBox | (shared >> 4);
 }
 
 #define HULLKIT_TWO(t) "%" #t "0, %" #t "1"
@@ -94,43 +95,48 @@ __device__ inline uint64_t product_operand(uint32_t shared) {
 #define HULLKIT_SUMS20(i) \
   HULLKIT_SUMS4(i), HULLKIT_SUMS4(i + 4), HULLKIT_SUMS4(i + 8), HULLKIT_SUMS4(i + 12), HULLKIT_SUMS4(i + 16)
 // The instruction's operands are a_at sums, then a, b, whether to add and whether a is transposed, with these numbers.
-#define HULLKIT_MULTIPLY_ADD(columns, a_at, b_at, add_at, transposed_at, registers, ...)                        \
-  template <bool kTransposed>                                                                                   \
-  __device__ inline void multiply_add(float(&sums)[a_at], uint64_t a, uint64_t b, int add) {                    \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #add_at ", 0; wgmma.mma_async.sync.aligned.m64n" #columns    \
-                 "k16.f32.bf16.bf16 {" registers "}, %" #a_at ", %" #b_at ", p, 1, 1, %" #transposed_at ", 0;}" \
-                 : __VA_ARGS__                                                                                  \
-                 : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));                               \
+#define HULLKIT_MULTIPLY_ADD(columns, a_at, b_at, add_at, transposed_at, b_transposed, registers, ...)       \
+  template <bool kTransposed>                                                                                \
+  __device__ inline void multiply_add(float(&sums)[a_at], uint64_t a, uint64_t b, int add) {                 \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #add_at ", 0; wgmma.mma_async.sync.aligned.m64n" #columns \
+                 "k16.f32.bf16.bf16 {" registers "}, %" #a_at ", %" #b_at ", p, 1, 1, %" #transposed_at      \
+                 ", " #b_transposed ";}"                                                                     \
+                 : __VA_ARGS__                                                                               \
+                 : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));                            \
   }
 
 // sums [64, N] += a [64, 16] b [N, 16]^T for N = 96, 104, 112, 128, 160 and 208; without `add` there is no sum before.
 // kTransposed: a lies as [16, 64]. In warp w of the group, with g = lane / 4 and t = lane % 4:
 //   sums[4 j], sums[4 j + 1]: row 16 w + g, columns 8 j + 2 t and the next;  sums[4 j + 2], sums[4 j + 3]: row + 8
-HULLKIT_MULTIPLY_ADD(96, 48, 49, 50, 51,
+HULLKIT_MULTIPLY_ADD(96, 48, 49, 50, 51, 0,
                      HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_EIGHT(4),
                      HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44))
 HULLKIT_MULTIPLY_ADD(
-    104, 52, 53, 54, 55,
+    104, 52, 53, 54, 55, 0,
     HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_TWO(5),
     HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44), HULLKIT_SUMS4(48))
 HULLKIT_MULTIPLY_ADD(
-    112, 56, 57, 58, 59,
+    112, 56, 57, 58, 59, 0,
     HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_SIX(5),
     HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS4(40), HULLKIT_SUMS4(44), HULLKIT_SUMS4(48), HULLKIT_SUMS4(52))
-HULLKIT_MULTIPLY_ADD(128, 64, 65, 66, 67,
+HULLKIT_MULTIPLY_ADD(128, 64, 65, 66, 67, 0,
                      HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(
                          4) ", " HULLKIT_TEN(5) ", " HULLKIT_FOUR(6),
                      HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS4(60))
-HULLKIT_MULTIPLY_ADD(160, 80, 81, 82, 83,
+HULLKIT_MULTIPLY_ADD(160, 80, 81, 82, 83, 0,
                      HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(
                          4) ", " HULLKIT_TEN(5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7),
                      HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS20(60))
 HULLKIT_MULTIPLY_ADD(
-    208, 104, 105, 106, 107,
+    208, 104, 105, 106, 107, 0,
     HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_TEN(
         5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7) ", " HULLKIT_TEN(8) ", " HULLKIT_TEN(9) ", " HULLKIT_FOUR(10),
     HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS20(60), HULLKIT_SUMS20(80),
     HULLKIT_SUMS4(100))
+
+// The same for N = 64, of a b that lies as [16, 64]: four boxes of [16, 16].
+HULLKIT_MULTIPLY_ADD(64, 32, 33, 34, 35, 1, HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TWO(3),
+                     HULLKIT_SUMS20(0), HULLKIT_SUMS4(20), HULLKIT_SUMS4(24), HULLKIT_SUMS4(28))
 
 #undef HULLKIT_TWO
 #undef HULLKIT_FOUR

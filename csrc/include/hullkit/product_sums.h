@@ -3,7 +3,8 @@
 //   result[k] = sum over terms of rows[k] factor[k]^T, + bias        or, with `transposed`, of rows[k] factor[k]
 // A layer's output has two terms, x W^T and (s x A^T) B^T; the gradient of an input that several layers read has two
 // for each of them. So a thin product costs one more step of a sum that is computed anyway, and nothing is read twice.
-// Everything is bfloat16; sums are in float32, rounded once.
+// Beside an input's gradient the launch computes those of the layers' factors, d_a[k] = d_inner[k]^T x[k].
+// Everything is bfloat16; sums are in float32, rounded once. Only d_a may be float32.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,7 @@ HULLKIT_FIELDS(const ProductMatrix, address, slots, rows, columns, slot_stride, 
 
 constexpr int kMostResults = 3;
 constexpr int kMostTerms = 6;  // of all results together
+constexpr int kMostFactors = 3;
 
 // A tile of the kernel has kTileColumns columns of a result and one of kTileRows rows of a slot: those with which a
 // launch is expected to be fastest. Texts are padded to multiples of 32.
@@ -32,9 +34,13 @@ constexpr int kTileRows[] = {96, 104, 112, 128, 160, 208};
 struct ProductSums {
   // Host memory: each result, then the pairs (factor, rows) of its terms. A factor is [columns of the result, depth],
   // or [depth, columns] with `transposed`. All results have equally many terms; the i-th terms of all have one depth.
+  // With gradients of factors, which need `transposed`, follow x [slots, rows, columns] and for each factor d_inner
+  // [slots, rows, rank] and d_a [slots, rank, columns]; all d_inner have one shape, all d_a one shape and strides.
   const ProductMatrix* matrices;
   int64_t num_results, num_terms;  // terms of each result
   bool transposed;
+  int64_t num_gradients;
+  bool wide_gradients;  // d_a is float32
 };
 
 // Whether this build has code for the current device.

@@ -154,10 +154,12 @@ def hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None])
 class Gradient(NamedTuple):
     """A parameter's gradient, as it was in a warm-up.
 
-    is_product: whether it was the product of one linear layer, and nothing else.
+    is_alone: whether one layer made it, and nobody else reads it. is_product: whether it was then a
+        product that the update can compute.
     """
 
     dtype: torch.dtype
+    is_alone: bool
     is_product: bool
 
 
@@ -166,26 +168,30 @@ class NotedGradients(WeightProducts):
 
     def __init__(self) -> None:
         self.order: dict[nn.Parameter, Gradient] = {}
-        # Where a product lies, and its version; None for a weight of several.
-        self._products: dict[Tensor, tuple[int, int] | None] = {}
+        # Where a layer's gradient lies, its version, and whether an update can compute it; None for
+        # a weight of several layers.
+        self._made: dict[Tensor, tuple[int, int, bool] | None] = {}
 
     def clear(self) -> None:
         self.order.clear()
-        self._products.clear()
+        self._made.clear()
 
     def made(self, weight: Tensor, a: Tensor, b: Tensor, gradient: Tensor) -> None:
-        once = weight not in self._products and is_product(a, b, gradient)
+        once = weight not in self._made
         # Autograd copies a gradient that somebody else holds.
-        self._products[weight] = (gradient.data_ptr(), gradient._version) if once else None
+        of = gradient.data_ptr(), gradient._version, is_product(a, b, gradient)
+        self._made[weight] = of if once else None
 
     def note(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
         assert gradient is not None
         # Another gradient that was added in place, or a hook, would have changed the version.
-        alone = self._products.get(parameter) == (gradient.data_ptr(), gradient._version)
+        *where, product = self._made.get(parameter) or (None, None, False)
+        alone = where == [gradient.data_ptr(), gradient._version]
         told: Any = parameter._post_accumulate_grad_hooks
         watched = has_hooks(parameter) or len(told) > 1
-        self.order[parameter] = Gradient(gradient.dtype, alone and not watched)
+        alone = alone and not watched
+        self.order[parameter] = Gradient(gradient.dtype, alone, alone and product)
         parameter.grad = None
 
 

@@ -44,8 +44,8 @@ class GroupedUpdates(WeightProducts):
     not more, since both want the memory. A gradient lives until its update. The backward pass waits
     for the group before last, so that few gradients exist together. A gradient that is one linear
     layer's product never exists: its two factors live until its update. Two kinds start when the
-    backward pass has ended: all gradients with `together`, and groups with factors of adapters that
-    were promised to stay until then.
+    backward pass has ended: all gradients with `together`, and groups with a gradient of an adapter
+    that may be written at any time until then.
 
     order: the parameters that get a gradient, in that order, and their gradients.
     capacity: the most updates with one gradient.
@@ -63,6 +63,7 @@ class GroupedUpdates(WeightProducts):
         self._side = update_stream(weights.device)
         self._parts: list[_Part] = []
         self._group_of: dict[nn.Parameter, _Group] = {}
+        self._alone = {p for p, gradient in order.items() if gradient.is_alone}
         kinds: dict[Any, list[nn.Parameter]] = {}
         for parameter, gradient in order.items():
             data, copy = weights.copies.data_of(parameter), weights.copies.of(parameter)
@@ -99,7 +100,7 @@ class GroupedUpdates(WeightProducts):
     def begin(self) -> None:
         self._waiting = {id(g): len(g.parameters) for g in self._group_of.values()}
         self._under_way: list[tuple[_Group, torch.cuda.Event]] = []
-        self._promised: set[int] = set()  # groups that start at the end, by id
+        self._last: set[int] = set()  # groups that start at the end, by id
         self._late: list[_Group] = []
         for part in self._parts:
             part.record[BROKEN].zero_()
@@ -122,19 +123,27 @@ class GroupedUpdates(WeightProducts):
         self._note(group)
         return True
 
-    def promises(self, factor: Tensor) -> bool:
-        """The factor's group starts at the end of the pass."""
+    def leaves(self, factor: Tensor, gradient: Tensor) -> bool:
+        """Notes a gradient as `ready` does; the factor's group starts at the end of the pass."""
         group = self._group_of.get(factor)  # type: ignore[call-overload]
-        if group is None:
+        if group is None or factor not in self._alone or isinstance(group.part, _ProductPart):
             return False
-        self._promised.add(id(group))
+        if factor in group.part.gradients:
+            raise RuntimeError(
+                f"expected a factor of shape {tuple(factor.shape)} in one layer, as in the "
+                "warm-up, got it in another one"
+            )
+        group.part.note(factor, gradient)
+        group.left.append(gradient)
+        self._last.add(id(group))
+        self._note(group)
         return True
 
     def _note(self, group: _Group) -> None:
         self._waiting[id(group)] -= 1
         if self._waiting[id(group)] > 0:
             return
-        if id(group) in self._promised:
+        if id(group) in self._last:
             self._late.append(group)
         else:
             self._start(group)
@@ -158,6 +167,7 @@ class GroupedUpdates(WeightProducts):
                 "got one that was written to before its weight's update"
             )
         group.held.clear()
+        group.left.clear()
         for parameter in group.parameters:
             parameter.grad = None
 
@@ -316,6 +326,7 @@ class _Group:
         self.part = part
         self.parameters = part.parameters[rows.start : rows.stop]
         self.held: list[tuple[Tensor, int]] = []  # factors and their versions, until the update
+        self.left: list[Tensor] = []  # gradients that autograd does not have, until the update
         self._chunks = part.chunks_of(rows)
 
     def launch(self) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .low_rank import LowRank, factors
-from .low_rank_layers import Adapted, Readers, leave, outputs
-from .low_rank_products import Inner, ShrinkGradient, expand_gradients, shrink_gradients
+from .low_rank_layers import Adapted, Part, Readers, finish_alone, leave, outputs
+from .low_rank_products import Inner
 from .products import SharedInput, WeightProducts
 from .recent_tensors import states
 
@@ -37,7 +37,7 @@ class _Made(NamedTuple):
 class AdaptedLayers:
     """The layers of one pass whose frozen base and adapter were found to be a known formula.
 
-    backend: "triton" takes CPU tensors too. products: may promise that factors stay.
+    backend: "triton" takes CPU tensors too. products: may take the factors' gradients.
     """
 
     def __init__(self, backend: str | None, products: WeightProducts | None) -> None:
@@ -143,7 +143,7 @@ class _LowRankLinear(torch.autograd.Function):
         assert made.output is not None
         y, inner = made.output
         ctx.save_for_backward(x, *inner, a, b, made.adapted.weight)
-        ctx.known, ctx.shared, ctx.products = a, shared, products
+        ctx.known, ctx.shared, ctx.products = (a, b), shared, products
         ctx.scale, ctx.backend = scale, backend
         return y
 
@@ -156,26 +156,29 @@ class _LowRankLinear(torch.autograd.Function):
             return None, None, None, None, None, None, None, None
         x, values, finished, a, b, weight = ctx.saved_tensors
         of_x, of_a, of_b, *_ = ctx.needs_input_grad
-        x = x.reshape(1, -1, x.shape[-1])
-        d = d.reshape(1, x.shape[1], -1).contiguous()
+        products: WeightProducts = ctx.products
+        known_a, known_b = ctx.known
         d_a, d_b = (torch.empty_like(t) if of else None for t, of in ((a, of_a), (b, of_b)))
-        with torch.autocast(x.device.type, enabled=False):
-            to_b = None if d_b is None else d_b[None]
-            d_inner = expand_gradients(d, b[None], Inner(values, finished), ctx.scale, to_b)
-            if d_a is not None:
-                own = ShrinkGradient(a[None], d_inner, d_a[None])
-                shrink_gradients(x, [own], None, True, ctx.backend)
+        # Gradients that somebody else takes may be made with d_x; autograd wants its own now.
+        later_a = d_a is None or products.leaves(known_a, d_a)
+        later_b = d_b is None or products.leaves(known_b, d_b)
+        x = x.reshape(1, -1, x.shape[-1])
+        part = Part(
+            x, d.reshape(1, x.shape[1], -1).contiguous(),
+            Adapted(weight.to(d.dtype), None, a[None], b[None]), Inner(values, finished), ctx.scale,
+            None, None if d_a is None else d_a[None], None if d_b is None else d_b[None],
+            ctx.backend,
+        )  # fmt: skip
+        if not (of_x and later_a and later_b):
+            part = finish_alone(part, of_a=d_a is not None and not (of_x and later_a))
         if of_x:
-            kept = a.detach().clone() if of_a and _may_change(ctx.known, ctx.products) else a
-            own = ShrinkGradient(kept[None], d_inner, None)
-            leave(ctx.shared, x, d, weight.to(d.dtype), None, own, ctx.backend)
-        return None, d_a, d_b, None, None, None, None, None
-
-
-def _may_change(factor: Tensor, products: WeightProducts) -> bool:
-    """Whether somebody may update a factor once its gradient is there, in the backward pass."""
-    if not products.promises(factor):
-        return True
-    hooks = len(factor._backward_hooks or ())
-    hooks += len(getattr(factor, "_post_accumulate_grad_hooks", None) or ())
-    return hooks > 1  # one is of whoever promised
+            if not later_a:  # it may be updated before d_x reads it
+                part = part._replace(adapted=part.adapted._replace(a=a.detach()[None].clone()))
+            leave(ctx.shared, part)
+        if d_a is not None and not later_a:
+            assert part.d_inner is not None
+            products.made(known_a, part.d_inner[0], x[0], d_a)
+        if d_b is not None and not later_b:
+            products.made(known_b, part.d[0], values[0], d_b)
+        given = None if later_a else d_a, None if later_b else d_b
+        return None, *given, None, None, None, None, None

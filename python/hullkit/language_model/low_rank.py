@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .low_rank_products import (
+    ExpandGradient,
     Inner,
     ShrinkGradient,
     expand,
@@ -144,7 +145,7 @@ class _AddLowRank(torch.autograd.Function):
         to_b = None if d_b is None else d_b.view(up.shape)
         with torch.autocast(x.device.type, enabled=False):
             inner = Inner(values, finished)
-            d_inner = expand_gradients(d, up, inner, ctx.scale, to_b)
+            [d_inner] = expand_gradients([ExpandGradient(d, up, inner, to_b)], ctx.scale)
             part = ShrinkGradient(down, d_inner, to_a)
             shrink_gradients(rows, [part], d_x, fresh, ctx.backend)
         return gradient, None, d_a, d_b, None, None, None
@@ -153,6 +154,6 @@ class _AddLowRank(torch.autograd.Function):
 def _entries(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y [K, T, E], x [K, T, D], a [K, R, D], b [K, E, R]; K = 1 for factors of all rows."""
     a, b = (factor if factor.ndim == 3 else factor[None] for factor in (a, b))
-    wide = (t.reshape(len(a), -1, t.shape[-1]) for t in (y, x))
-    y, x = (t if t.stride(-1) == 1 else t.contiguous() for t in wide)
-    return y, x, a.contiguous(), b.contiguous()
+    y, x = (t.reshape(len(a), -1, t.shape[-1]) for t in (y, x))
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return y.contiguous(), x, a.contiguous(), b.contiguous()

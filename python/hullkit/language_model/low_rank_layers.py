@@ -12,13 +12,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import groupby
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .low_rank_products import MOST_LAYERS, Inner, ShrinkGradient, shrink, shrink_gradients
-from .product_sums import ProductSum, Term, product_sums, product_sums_take
+from .low_rank_products import (
+    MOST_LAYERS,
+    ExpandGradient,
+    Inner,
+    ShrinkGradient,
+    expand_gradients,
+    shrink,
+    shrink_gradients,
+)
+from .product_sums import (
+    FactorGradients,
+    ProductSum,
+    Term,
+    gradients_take,
+    product_sums,
+    product_sums_take,
+)
 from .products import SharedInput
 
 Layer = TypeVar("Layer", bound=Hashable)
@@ -65,10 +80,10 @@ class Readers(Generic[Layer, Made]):
 
     def counters(self, x: Tensor) -> Tensor:
         """Zeros for `shrink` and later kernels, which leave zeros. x (K, T, D)."""
-        slots, rows = x.shape[:2]
+        shape = (MOST_LAYERS, *x.shape[:2])
         kept = self._counters
-        if kept is None or kept.shape != (slots, rows) or kept.device != x.device:
-            kept = self._counters = x.new_zeros(slots, rows, dtype=torch.int32)
+        if kept is None or kept.shape != shape or kept.device != x.device:
+            kept = self._counters = x.new_zeros(shape, dtype=torch.int32)
         return kept
 
 
@@ -136,70 +151,122 @@ def _sum(x: Tensor, layer: Adapted, inner: Tensor) -> ProductSum:
 class Part(NamedTuple):
     """What a layer leaves for its input's gradient, d W + d_inner a, until all readers have.
 
-    x (K, T, I): the input. d (K, T, O): the gradient of y. weight, of_weight: as `Adapted`'s.
-    of_a: the factor a (K, R, I), d_inner (K, T, R), and where d_a goes, unless it is made already.
-    versions: those of d and a as they are now.
+    x (K, T, I): the input. d (K, T, O): the gradient of y. adapted: the layer.
+    inner, scale: of its forward half.
+    d_inner (K, T, R): if it is made already, and with it d_b.
+    d_a, d_b: where the factors' gradients go, unless they are made already.
     """
 
     x: Tensor
     d: Tensor
-    weight: Tensor
-    of_weight: Callable[[], Tensor] | None
-    of_a: ShrinkGradient
+    adapted: Adapted
+    inner: Inner
+    scale: float
+    d_inner: Tensor | None
+    d_a: Tensor | None
+    d_b: Tensor | None
     backend: str | None
-    versions: tuple[int, int]
 
 
-def leave(
-    shared: SharedInput,
-    x: Tensor,
-    d: Tensor,
-    weight: Tensor,
-    of_weight: Callable[[], Tensor] | None,
-    of_a: ShrinkGradient,
-    backend: str | None,
-) -> None:
-    """Adds a `Part` to the input's gradient when that is taken, or with others before."""
-    versions = d._version, of_a.a._version
-    part = Part(x, d, weight, of_weight, of_a, backend, versions)
-    shared.defer(part, _finish, MOST_LAYERS)
+def finish_alone(part: Part, of_a: bool = True) -> Part:
+    """The part with its d_inner and d_b, and with `of_a` its d_a, all made now."""
+    with torch.autocast(part.x.device.type, enabled=False):
+        made = _with_inner([part])[0]
+        if of_a:
+            shrink_gradients(part.x, [_of_a(made)], None, True, part.backend)
+            made = made._replace(d_a=None)
+    return made
 
 
-def _finish(shared: SharedInput, parts: list[Part]) -> None:
-    if any((part.d._version, part.of_a.a._version) != part.versions for part in parts):
+def leave(shared: SharedInput, part: Part) -> None:
+    """Adds a part to the input's gradient when that is taken, or with others before.
+
+    Nobody may write to its tensors until then.
+    """
+    shared.defer((part, _versions(part)), _finish, MOST_LAYERS)
+
+
+def _versions(part: Part) -> list[int]:
+    read = [part.d, part.adapted.a]
+    if part.d_inner is None:
+        read.append(part.adapted.b)
+    return [tensor._version for tensor in read]
+
+
+def _finish(shared: SharedInput, left: list[tuple[Part, list[int]]]) -> None:
+    if any(_versions(part) != versions for part, versions in left):
         raise RuntimeError(
             "expected gradients and factors that nobody writes to in the backward pass, got one "
             "that was written to before the gradient of its layer's input was made"
         )
+    parts = [part for part, _ in left]
     with torch.autocast(parts[0].x.device.type, enabled=False):
-        _add(shared, parts)
+        _add(shared, _with_inner(parts))
+
+
+def _with_inner(parts: Sequence[Part]) -> list[Part]:
+    """The parts with d_inner, which kernels make for several at once."""
+    made: list[Part] = []
+    for pending, alike in groupby(parts, key=_kind):
+        group = list(alike)
+        if pending is not None:
+            layers = [ExpandGradient(own.d, own.adapted.b, own.inner, own.d_b) for own in group]
+            d_inner = expand_gradients(layers, group[0].scale)
+            group = [
+                own._replace(d_inner=thin, d_b=None)
+                for own, thin in zip(group, d_inner, strict=True)
+            ]
+        made += group
+    return made
+
+
+def _kind(part: Part) -> tuple[Any, ...] | None:
+    """What parts share whose d_inner is made at once; None if it is made already."""
+    if part.d_inner is not None:
+        return None
+    b, to, inner = part.adapted.b, part.d_b, part.inner
+    apart = (b.stride(0), None if to is None else to.stride(0)) if len(b) > 1 else (0, to is None)
+    return part.scale, b.shape[2], inner.finished is None, apart
+
+
+def _of_a(part: Part) -> ShrinkGradient:
+    assert part.d_inner is not None
+    return ShrinkGradient(part.adapted.a, part.d_inner, part.d_a)
 
 
 def _add(shared: SharedInput, parts: list[Part]) -> None:
-    x, d = parts[0].x, parts[0].d
-    backend = parts[0].backend
-    of_a = [part.of_a for part in parts]
+    x, d, backend = parts[0].x, parts[0].d, parts[0].backend
+    of_a = [_of_a(part) for part in parts]
     d_x = None
     at_once = shared.dtype is d.dtype and product_sums_take([_gradient(parts)], True, backend)
     if at_once:
-        with_weights = [part._replace(weight=_weight(part)) for part in parts]
-        shared.put(product_sums([_gradient(with_weights)], True)[0].flatten(0, 1))
+        thin = FactorGradients(x, [(own.d_inner, own.d_a) for own in of_a if own.d_a is not None])
+        beside = thin if gradients_take(thin) else None
+        if beside is not None:
+            of_a = []
+        whole = [
+            part._replace(adapted=part.adapted._replace(weight=_weight(part.adapted)))
+            for part in parts
+        ]
+        [gradient] = product_sums([_gradient(whole)], True, gradients=beside)
+        shared.put(gradient.flatten(0, 1))
     else:
         for part in parts:
-            shared.add(part.d.flatten(0, 1), _weight(part))
+            shared.add(part.d.flatten(0, 1), _weight(part.adapted))
         d_x = shared.total(x.shape[0] * x.shape[1], x.shape[2], x.device)[0].view(x.shape)
     # Each d_a, and with d_x what products one by one have left out of it.
-    for _, alike in groupby(of_a, key=lambda own: own.a.shape):
+    for _, alike in groupby(of_a, key=lambda own: (own.a.shape, own.d_a is None)):
         shrink_gradients(x, list(alike), d_x, at_once, backend)
 
 
 def _gradient(parts: Sequence[Part]) -> ProductSum:
     terms = []
     for part in parts:
-        terms += [Term(part.d, part.weight[None]), Term(part.of_a.d_inner, part.of_a.a)]
+        thin = _of_a(part)
+        terms += [Term(part.d, part.adapted.weight[None]), Term(thin.d_inner, thin.a)]
     return ProductSum(terms)
 
 
-def _weight(of: Adapted | Part) -> Tensor:
+def _weight(of: Adapted) -> Tensor:
     """The weight (O, I), made if it has to be."""
     return of.weight if of.of_weight is None else of.of_weight().contiguous()

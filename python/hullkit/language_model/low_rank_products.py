@@ -5,9 +5,9 @@
     expand's gradients: d_b = d^T inner;    d_inner = scale d b
     shrink's gradients: d_a = d_inner^T x;  d_x += d_inner a
 
-x (K, T, D), y and d (K, T, E), a (K, R, D), b (K, E, R). Slots of x, d, a and b may lie any
-distance apart, and rows of x and d. A row, a slot's factor, and all of y and d_x have no gaps.
-There is no autograd.
+x (K, T, D), y and d (K, T, E), a (K, R, D), b (K, E, R). Slots of x, a and b may lie any distance
+apart, and rows of x. A row, a slot's factor, and all of y, d and d_x have no gaps. There is no
+autograd.
 
 backend: "triton" takes CPU tensors too, in Triton's interpreter.
 """
@@ -44,12 +44,21 @@ class Shrunk(NamedTuple):
 class Inner(NamedTuple):
     """What `expand_gradients` needs of the forward half.
 
-    values (K, T, R): scale x a^T. finished (K, >= blocks of rows): zeros in which kernels count,
-    None without kernels.
+    values (K, T, R): scale x a^T. finished (MOST_LAYERS, K, >= blocks of rows): zeros in which
+    kernels count, None without kernels.
     """
 
     values: Tensor
     finished: Tensor | None
+
+
+class ExpandGradient(NamedTuple):
+    """A layer's part in `expand_gradients`: d, its factor, and where d_b goes, if wanted."""
+
+    d: Tensor
+    b: Tensor
+    inner: Inner
+    d_b: Tensor | None
 
 
 class ShrinkGradient(NamedTuple):
@@ -69,7 +78,7 @@ def shrink(
 ) -> list[Shrunk]:
     """inner of each factor a, at most MOST_LAYERS of one shape and distance between slots.
 
-    counters: (K, >= blocks of rows) int32 zeros. With them no result is in parts.
+    counters: (MOST_LAYERS, K, >= blocks of rows) int32 zeros. With them no result is in parts.
     """
     if not _uses_kernels(x, factors[0], backend):
         return [Shrunk(_product(x, a.to(x.dtype).mT, scale), in_parts=False) for a in factors]
@@ -104,38 +113,51 @@ def expand(y: Tensor, shrunk: Shrunk, b: Tensor) -> Inner:
     rank, count = b.shape[2], inner.shape[1]
     down, across = _blocks(rows, wide)
     values = y.new_empty(slots, rows, rank)
-    finished = y.new_empty(slots, down, dtype=torch.int32)
+    finished = y.new_empty(MOST_LAYERS, slots, down, dtype=torch.int32)
     arguments = (y, b, inner, values, finished, rows, wide, rank, b.stride(0), count)
-    _launch("low_rank_expand", y, down * across, arguments, _constants(y, rank) | _most(count))
+    flags = {"LAYERS": MOST_LAYERS} | _constants(y, rank) | _most(count)
+    _launch("low_rank_expand", y, down * across, arguments, flags)
     return Inner(values, finished)
 
 
-def expand_gradients(
-    d: Tensor, b: Tensor, inner: Inner, scale: float, d_b: Tensor | None
-) -> Tensor:
-    """d_inner (K, T, R), for d: the gradient of y. d_b is overwritten, if there is one.
+def expand_gradients(layers: Sequence[ExpandGradient], scale: float) -> list[Tensor]:
+    """Each layer's d_inner (K, T, R), for its d: the gradient of y. Each d_b is overwritten.
 
-    Calls with the same `inner` must follow one another, as those on one stream do.
+    layers: at most MOST_LAYERS, of one shape but for E, of factors of one distance between slots.
+        Either all have a d_b or none, and either all count or none. Calls that get the same
+        counters must follow one another, as those on one stream do.
     """
-    values, finished = inner
-    if finished is None:
-        if d_b is not None:
-            _put(d_b, d.mT, values, fresh=True)
-        return _product(d, b.to(d.dtype), scale)
-    slots, rows, wide = d.shape
-    rank = b.shape[2]
-    down, across = _blocks(rows, wide)
-    count, length = _split(slots * down, wide)
-    parts = d.new_empty(slots, count, rows, rank, dtype=torch.float32)
-    d_inner = torch.empty_like(values)
-    to = b if d_b is None else d_b
-    strides = (d.stride(0), d.stride(1), b.stride(0), to.stride(0))
-    sizes = (rows, wide, rank, *strides, count, length, scale)
-    arguments = (d, b, values, parts, d_inner, finished, to, *sizes)
-    flags = {"OF_B": d_b is not None} | _constants(d, rank) | _most(count)
-    programs = down * count + across * (d_b is not None)
-    _launch("low_rank_expand_gradient", d, programs, arguments, flags)
-    return d_inner
+    if layers[0].inner.finished is None:
+        made = []
+        for d, b, inner, d_b in layers:
+            if d_b is not None:
+                _put(d_b, d.mT, inner.values, fresh=True)
+            made.append(_product(d, b.to(d.dtype), scale))
+        return made
+    d, b, inner, d_b = layers[0]
+    slots, rows, rank = inner.values.shape
+    wide = [own.d.shape[2] for own in layers]
+    down, _ = _blocks(rows, rank)
+    _, length = _split(slots * down, max(wide))
+    counts = [-(-columns // length) for columns in wide]
+    parts = d.new_empty(slots, sum(counts), rows, rank, dtype=torch.float32)
+    d_inner = d.new_empty(len(layers), slots, rows, rank)
+    to = [own.b if own.d_b is None else own.d_b for own in layers]
+    tensors = (
+        [own.d for own in layers], [own.b for own in layers], [own.inner.values for own in layers],
+        to,
+    )  # fmt: skip
+    arguments = (
+        *(one for kind in tensors for one in _padded(kind)), parts, d_inner, inner.finished, rows,
+        rank, *_padded(wide), b.stride(0), to[0].stride(0), length, scale,
+    )  # fmt: skip
+    flags = {"LAYERS": len(layers), "OF_B": d_b is not None}
+    programs = down * sum(counts)
+    if d_b is not None:
+        programs += sum(_blocks(rows, columns)[1] for columns in wide)
+    constants = flags | _constants(d, rank) | _most(max(counts))
+    _launch("low_rank_expand_gradient", d, programs, arguments, constants)
+    return list(d_inner)
 
 
 def shrink_gradients(
@@ -200,9 +222,9 @@ def _put(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
         total.add_(torch.bmm(a, b))
 
 
-def _padded(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _padded(of_layers: Sequence[Any]) -> tuple[Any, ...]:
     """As many as a kernel has places for; those beyond the first ones are not read."""
-    return (*tensors, *[tensors[0]] * (MOST_LAYERS - len(tensors)))
+    return (*of_layers, *[of_layers[0]] * (MOST_LAYERS - len(of_layers)))
 
 
 def _launch(

@@ -6,8 +6,9 @@
 
 A linear layer with a low-rank part is such a sum of two terms, and so is its input's gradient. The
 kernel (csrc/products/product_sums_cuda.cu) adds a thin product to a large one as one more step of
-its sum: nothing is written in between, read again, or rounded twice. It runs on GPUs of compute
-capability 9.0.
+its sum: nothing is written in between, read again, or rounded twice. Beside an input's gradient it
+computes those of the low-rank factors that read the input. It runs on GPUs of compute capability
+9.0.
 """
 
 from __future__ import annotations
@@ -43,6 +44,16 @@ class ProductSum(NamedTuple):
 
     terms: Sequence[Term]
     bias: Tensor | None = None
+
+
+class FactorGradients(NamedTuple):
+    """d_a[k] = d_inner[k]^T x[k] of factors that read one x (K, T, D).
+
+    factors: of each d_inner (K, T, R), and d_a (K, R, D), which is overwritten.
+    """
+
+    x: Tensor
+    factors: Sequence[tuple[Tensor, Tensor]]
 
 
 class _Matrix(NamedTuple):
@@ -102,12 +113,28 @@ def product_sums_take(
     return tiles >= _FEW_TILES or sum(depths[0]) <= _LONG
 
 
+def gradients_take(of: FactorGradients) -> bool:
+    """Whether `product_sums` computes these, beside sums that it takes."""
+    layouts = {(d_a.shape, d_a.stride(), d_a.dtype) for _, d_a in of.factors}
+    if len(layouts) != 1 or len(of.factors) > kernels.MOST_PRODUCT_GRADIENTS:
+        return False
+    if not of.x.is_cuda:
+        return True
+    [(_, strides, dtype)] = layouts
+    kind = dtype in (torch.float32, torch.bfloat16) and strides[-1] == 1
+    return kind and all(_fits(t) for t in (of.x, *(d_inner for d_inner, _ in of.factors)))
+
+
 def product_sums(
-    sums: Sequence[ProductSum], transposed: bool, out: Sequence[Tensor] | None = None
+    sums: Sequence[ProductSum],
+    transposed: bool,
+    out: Sequence[Tensor] | None = None,
+    gradients: FactorGradients | None = None,
 ) -> list[Tensor]:
     """Results (K, T, E), where `product_sums_take` holds.
 
     out: memory for them, whose rows begin at multiples of 16 bytes.
+    gradients: computed beside them, where `gradients_take` holds. Only with `transposed`.
 
     Sums are in float32 and rounded once. A slot's bits depend on no other slot.
 
@@ -120,6 +147,9 @@ def product_sums(
     if not first.is_cuda:
         for result, own in zip(results, sums, strict=True):
             result.copy_(_plain(own, transposed))
+        if gradients is not None:
+            for d_inner, d_a in gradients.factors:
+                d_a.copy_(d_inner.float().mT @ gradients.x.float())
         return list(results)
     matrices = []
     for result, own in zip(results, sums, strict=True):
@@ -127,8 +157,16 @@ def product_sums(
         matrices.append(_matrix(result)._replace(bias=bias))
         for rows, factor in own.terms:
             matrices += [_matrix(factor), _matrix(rows)]
+    count, wide = 0, False
+    if gradients is not None:
+        matrices.append(_matrix(gradients.x))
+        for d_inner, d_a in gradients.factors:
+            matrices += [_matrix(d_inner), _matrix(d_a)]
+            count, wide = count + 1, d_a.dtype is torch.float32
     table = torch.tensor(matrices, dtype=torch.int64, device="cpu")
-    kernels.product_sums_cuda(table, len(sums), len(sums[0].terms), transposed, first.device)
+    kernels.product_sums_cuda(
+        table, len(sums), len(sums[0].terms), transposed, count, wide, first.device
+    )
     return list(results)
 
 

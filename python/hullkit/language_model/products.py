@@ -274,17 +274,17 @@ class SharedInputs:
 
 
 class WeightProducts:
-    """Told of the products that weights' gradients are, in a backward pass; asked for promises."""
+    """Told of the products that weights' gradients are, in a backward pass; takes gradients."""
 
     def take(self, weight: Tensor, a: Tensor, b: Tensor) -> bool:
         """Whether somebody else will use a^T b; then there is no gradient. Nobody may write to a
         and b until the pass ends."""
         return False
 
-    def promises(self, factor: Tensor) -> bool:
-        """Asks that nobody updates an adapter's factor before the pass ends; whether that is so.
+    def leaves(self, factor: Tensor, gradient: Tensor) -> bool:
+        """Whether somebody else will use an adapter's gradient; then autograd gets none.
 
-        Its gradient is there before that of its layer's input, for which the factor is read.
+        It need not be written before the pass ends, and nobody updates the factor until then.
         """
         return False
 

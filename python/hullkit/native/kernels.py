@@ -194,6 +194,7 @@ def adam_product_cuda(
 
 MOST_PRODUCT_RESULTS: int = _core.most_product_results
 MOST_PRODUCT_TERMS: int = _core.most_product_terms
+MOST_PRODUCT_GRADIENTS: int = _core.most_product_gradients
 PRODUCT_TILE_COLUMNS: int = _core.product_tile_columns
 PRODUCT_TILE_ROWS: tuple[int, ...] = _core.product_tile_rows  # of a slot: one of these
 
@@ -204,7 +205,13 @@ def product_sums_usable(device: torch.device) -> bool:
 
 
 def product_sums_cuda(
-    matrices: Tensor, num_results: int, num_terms: int, transposed: bool, device: torch.device
+    matrices: Tensor,
+    num_results: int,
+    num_terms: int,
+    transposed: bool,
+    num_gradients: int,
+    wide_gradients: bool,
+    device: torch.device,
 ) -> None:
     """Runs on the current stream of the device.
 
@@ -216,6 +223,8 @@ def product_sums_cuda(
             num_results=num_results,
             num_terms=num_terms,
             transposed=transposed,
+            num_gradients=num_gradients,
+            wide_gradients=wide_gradients,
             stream=raw_stream(device),
         )
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..language_model.low_rank_layers import Adapted, Readers, leave, outputs
-from ..language_model.low_rank_products import (
-    Inner,
-    ShrinkGradient,
-    expand,
-    expand_gradients,
-    shrink,
-    shrink_gradients,
+from ..language_model.low_rank_layers import (
+    Adapted,
+    Part,
+    Readers,
+    finish_alone,
+    leave,
+    outputs,
 )
+from ..language_model.low_rank_products import Inner, expand, shrink
 from ..language_model.products import SharedInput, SharedInputs
 from .layers import Layer
 
@@ -237,15 +237,15 @@ class _Stacked(torch.autograd.Function):
         x, *inner = ctx.saved_tensors
         layer: Layer = ctx.layer
         of: slice = ctx.of
-        d = d.reshape(*x.shape[:2], -1).contiguous()
-        with torch.autocast(d.device.type, enabled=False):
-            layer.learned = True
-            b, d_b = layer.b[of], layer.d_b[of]
-            d_inner = expand_gradients(d, b, Inner(*inner), ctx.scale, d_b)
-            of_a = ShrinkGradient(layer.a[of], d_inner, layer.d_a[of])
-            if ctx.needs_input_grad[0]:
-                weight, of_weight = layer.weight_or_shape(d.dtype), layer.of_weight(d.dtype)
-                leave(ctx.shared, x, d, weight, of_weight, of_a, ctx.backend)
-            else:
-                shrink_gradients(x, [of_a], None, True, ctx.backend)
+        layer.learned = True
+        weight, of_weight = layer.weight_or_shape(d.dtype), layer.of_weight(d.dtype)
+        part = Part(
+            x, d.reshape(*x.shape[:2], -1).contiguous(),
+            Adapted(weight, None, layer.a[of], layer.b[of], of_weight),
+            Inner(*inner), ctx.scale, None, layer.d_a[of], layer.d_b[of], ctx.backend,
+        )  # fmt: skip
+        if ctx.needs_input_grad[0]:
+            leave(ctx.shared, part)
+        else:
+            finish_alone(part)
         return (None,) * 5
