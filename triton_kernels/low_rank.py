@@ -145,9 +145,9 @@ def low_rank_expand_gradient_kernel(
     HALF: tl.constexpr, R: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A layer's first programs write d_inner, its others blocks of d_b [K, E, R]; then the next's.
+    """Programs of the first layer, then those of the next: they write d_inner, then blocks of d_b.
 
-    d, d2, d3 and what else has numbers: of LAYERS layers. d_inner [LAYERS, K, T, R].
+    d, d2, d3 and what else has numbers: of LAYERS layers. d_inner [LAYERS, K, T, R], d_b [K, E, R].
     length: columns of a part of a sum.
     finished [LAYERS, K, BLOCKS] int32: 0 before and after. It counts a block's finished parts.
     """
@@ -155,7 +155,8 @@ def low_rank_expand_gradient_kernel(
     slot, slots = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
     at = tl.program_id(0)
     blocks = tl.cdiv(rows, ROWS)
-    columns = tl.cast(columns, tl.int32)  # a 1 is a constant otherwise, which no branch replaces
+    # Triton makes an argument that is 1 a constant, which no branch could replace.
+    columns = tl.cast(columns, tl.int32)
     columns2 = tl.cast(columns2, tl.int32)
     count = tl.cdiv(columns, length)
     for _ in tl.static_range(LAYERS - 1):

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Beside the gradient of an input x, those of the low-rank factors that read it: d_a[k] = d_inner[k]^T x[k]. The sum is
 // over a slot's rows, and a tile is kTileColumns columns of x by up to 64 of all factors' ranks together. Such a tile
-// takes a few stages. A launch has them last: they keep blocks busy that would wait for its last large tiles.
+// takes a few stages. A launch has them last: they keep blocks busy that would wait for the launch's last large tiles.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,7 +11,8 @@
 
 namespace hullkit {
 
-constexpr int kTileSteps = 4;  // of kStep ranks, in a tile
+constexpr int kTileSteps = 4;                 // of kStep ranks, in a tile
+constexpr int kInnerBox = kDepth * kThinRow;  // bytes of a box of d_inner; in a stage they follow those of x
 
 struct FactorGradients {
   CUtensorMap x, d_inner[kMostFactors];
@@ -36,29 +37,22 @@ struct GradientTile {
 };
 
 template <int kRows>
-struct GradientMemory {
-  using Sizes = Memory<kRows>;
-  static constexpr int kBox = kDepth * kThinRow;  // of d_inner; boxes follow the two of x in a stage
-  static_assert(kTileSteps * kBox <= Sizes::kStage - Sizes::kFactor);
-};
-
-template <int kRows>
 __device__ void copy_for_gradients(const FactorGradients& of, int place, Stages<kRows>& stages) {
   using Sizes = Memory<kRows>;
-  constexpr int kBox = GradientMemory<kRows>::kBox;
+  static_assert(kTileSteps * kInnerBox <= Sizes::kStage - Sizes::kFactor);
   const GradientTile tile(of, place);
   for (int row = 0; row < of.rows; row += kDepth) {
     stages.wait_empty();
     ptx::Barrier& arrived = stages.full[stages.stage];
     unsigned char* const to = stages.now();
-    arrived.arrive_expecting(tile.groups * Sizes::kGroupFactor + tile.steps * kBox);
+    arrived.arrive_expecting(tile.groups * Sizes::kGroupFactor + tile.steps * kInnerBox);
     for (int group = 0; group < tile.groups; ++group) {
       ptx::load_box(to + group * Sizes::kGroupFactor, of.x, arrived, tile.column + group * kGroupColumns, row,
                     tile.slot);
     }
     for (int i = 0; i < tile.steps; ++i) {
       const int step = tile.step + i;
-      ptx::load_box(to + Sizes::kFactor + i * kBox, of.d_inner[step / of.factor_steps], arrived,
+      ptx::load_box(to + Sizes::kFactor + i * kInnerBox, of.d_inner[step / of.factor_steps], arrived,
                     step % of.factor_steps * kStep, row, tile.slot);
     }
     stages.advance();
@@ -69,11 +63,10 @@ __device__ void copy_for_gradients(const FactorGradients& of, int place, Stages<
 template <int kRows>
 __device__ void multiply_for_gradients(const FactorGradients& of, int place, int group, Stages<kRows>& stages) {
   using Sizes = Memory<kRows>;
-  constexpr int kBox = GradientMemory<kRows>::kBox;
   const int warp = threadIdx.x % kGroup / 32, lane = threadIdx.x % 32;
   const uint32_t base = ptx::shared_address(stages.memory);
   const uint64_t x = ptx::product_operand<kBoxRow>(base + group * Sizes::kGroupFactor);
-  const uint64_t d_inner = ptx::product_operand<kThinRow, kBox>(base + Sizes::kFactor);
+  const uint64_t d_inner = ptx::product_operand<kThinRow, kInnerBox>(base + Sizes::kFactor);
   const GradientTile tile(of, place);
   if (group >= tile.groups) return stages.pass((of.rows + kDepth - 1) / kDepth);
   float sums[kTileSteps * kStep / 2];

@@ -2,7 +2,8 @@
 // A block computes tiles of kTileColumns columns by kRows rows of one slot's result, one after the other. One thread
 // copies both sides of a product to shared memory, a stage of 64 of the sum's elements at a time, as far ahead as there
 // is room; two groups of four warps multiply, each half of the tile's columns. The columns take the part of the matrix
-// instruction's rows: a slot's rows are met with little waste by several widths.
+// instruction's rows: a slot's rows are met with little waste by several widths. Of a last round that leaves half of
+// the blocks idle each tile is split in two. The small tiles of factors' gradients (factor_gradients.cuh) come last.
 #include <algorithm>
 #include <iterator>
 #include <stdexcept>
@@ -72,22 +73,22 @@ __device__ inline float bias_at(const Result& result, int column) {
   return __uint_as_float(uint32_t{result.bias[column]} << 16);
 }
 
-// A group's sums as [kRows, kGroupColumns] in shared memory, swizzled as the copy of a box expects it.
-template <int kRows>
-__device__ void put(const float (&sums)[kRows / 2], uint32_t to, const Result& result, int column) {
+// A group's sums as [kHeight, kGroupColumns] in shared memory, swizzled as the copy of a box expects it.
+template <int kHeight>
+__device__ void put(const float (&sums)[kHeight / 2], uint32_t to, const Result& result, int column) {
   const int warp = threadIdx.x % kGroup / 32, lane = threadIdx.x % 32;
   const float low = bias_at(result, column + warp * 16 + lane / 4);
   const float high = bias_at(result, column + warp * 16 + 8 + lane / 4);
   const int within = lane % 8, vector = (warp * 2 + lane / 8 % 2) ^ within;  // of eight columns
   const auto pair = [&](int at, float bias) { return ptx::to_bf16_pair(sums[at] + bias, sums[at + 1] + bias); };
 #pragma unroll
-  for (int j = 0; j + 1 < kRows / 8; j += 2) {
+  for (int j = 0; j + 1 < kHeight / 8; j += 2) {
     const int row = (j + lane / 16) * 8 + within;
     ptx::store_transposed(to + row * kBoxRow + vector * 16, pair(4 * j, low), pair(4 * j + 2, high),
                           pair(4 * j + 4, low), pair(4 * j + 6, high));
   }
-  if constexpr (kRows / 8 % 2 == 1) {
-    constexpr int kLast = kRows / 8 - 1;
+  if constexpr (kHeight / 8 % 2 == 1) {
+    constexpr int kLast = kHeight / 8 - 1;
     ptx::store_transposed(to + (8 * kLast + within) * kBoxRow + vector * 16, pair(4 * kLast, low),
                           pair(4 * kLast + 2, high));
   }
@@ -297,7 +298,8 @@ void start(const ProductSums& sums, int processors, void* stream) {
 }
 
 // The time that tiles of so many rows take, in units of its own: for each round of tiles its rows, and 42 for what does
-// not grow with them (H100). A last round of tiles that are split has a box of rows.
+// not grow with them (H100). A last round of tiles that are split has a box of rows. Gradients of factors take the same
+// whatever the rows are.
 int64_t cost(const ProductSums& sums, int rows, int processors) {
   int64_t across = 0;
   for (int r = 0; r < sums.num_results; ++r) {

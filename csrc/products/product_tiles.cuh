@@ -35,6 +35,8 @@ struct Problem {
   int split;                    // so many of the last tiles are computed box by box of their rows
   FactorGradients gradients;    // none has no tiles
 };
+// More than 4096 bytes need a driver of CUDA 12.1 or later.
+static_assert(sizeof(Problem) <= 32764, "what a kernel's arguments may take");
 
 struct Tile {
   int result, column, row, slot;

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 class Noted(GroupedUpdates):
     """Groups of parameters, which are only told of."""
 
-    def __init__(self, groups: list[list[nn.Parameter]], alone: set[nn.Parameter]) -> None:
+    def __init__(self, groups: list[list[nn.Parameter]], taken: set[nn.Parameter]) -> None:
         self.started: list[int] = []
         self.noted: list[tuple[Tensor, Tensor]] = []
         part = SimpleNamespace(gradients={}, note=self._write)
         self.groups: list[Any] = [
-            SimpleNamespace(parameters=own, part=part, left=[]) for own in groups
+            SimpleNamespace(parameters=own, part=part, taken=[]) for own in groups
         ]
-        self._alone = alone
+        self._taken = taken
         self._group_of = {p: g for g in self.groups for p in g.parameters}
         self._parts = []
         self.begin()
@@ -43,13 +43,13 @@ def test_groups_with_gradients_that_are_written_late_start_when_the_pass_has_end
     updates = Noted([parameters[:2], parameters[2:4], parameters[4:]], {*parameters[3:]})
     gradient = torch.zeros(2)
     updates.complete(parameters[0])
-    assert updates.leaves(parameters[3], gradient)
+    assert updates.take_gradient(parameters[3], gradient)
     assert updates.noted == [(parameters[3], gradient)]
     for parameter in parameters[1:3]:
         updates.complete(parameter)
     assert updates.started == [0]
-    assert not updates.leaves(parameters[2], gradient)  # of several layers
-    assert not updates.leaves(nn.Parameter(torch.zeros(2)), gradient)  # of somebody else
+    assert not updates.take_gradient(parameters[2], gradient)  # of several layers
+    assert not updates.take_gradient(nn.Parameter(torch.zeros(2)), gradient)  # of somebody else
     for parameter in parameters[4:]:
         updates.complete(parameter)
     assert updates.started == [0, 2]
@@ -61,9 +61,13 @@ def test_groups_with_gradients_that_are_written_late_start_when_the_pass_has_end
     assert updates.started == [0, 2, 1, 0, 1, 2]
 
 
-def test_a_factor_that_another_layer_has_too() -> None:
+def test_a_gradient_that_comes_after_one_was_taken() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     updates = Noted([[parameter, nn.Parameter(torch.zeros(2))]], {parameter})
-    assert updates.leaves(parameter, torch.zeros(2))
-    with pytest.raises(RuntimeError, match="expected a factor of shape"):
-        updates.leaves(parameter, torch.zeros(2))
+    assert updates.take_gradient(parameter, torch.zeros(2))
+    updates.ready(parameter)  # autograd has none
+    with pytest.raises(RuntimeError, match="expected one gradient of a factor of shape"):
+        updates.take_gradient(parameter, torch.zeros(2))
+    parameter.grad = torch.zeros(2)
+    with pytest.raises(RuntimeError, match="expected one gradient of a factor of shape"):
+        updates.ready(parameter)

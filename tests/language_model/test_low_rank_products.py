@@ -32,6 +32,15 @@ def rows_of_memory(slots: int, *shape: int, dtype: torch.dtype) -> Tensor:
     return random(slots, size + 37, dtype=dtype)[:, 8 : size + 8].unflatten(1, shape)
 
 
+def parts_of_memory(slots: int, shapes: list[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
+    """(K, *shape) of each, all in one row of memory for each slot."""
+    sizes = [rows * columns for rows, columns in shapes]
+    memory = random(slots, sum(sizes) + 37, dtype=dtype)[:, :-37]
+    return [
+        part.unflatten(1, shape) for part, shape in zip(memory.split(sizes, 1), shapes, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", [None, "triton"])
 @pytest.mark.parametrize("layers", range(1, MOST_LAYERS + 1))
@@ -54,18 +63,18 @@ def test_layers_that_read_one_input(
     torch.manual_seed(0)
     x = random(slots, rows, columns, dtype=dtype)
     a = [rows_of_memory(slots, rank, columns, dtype=dtype) for _ in range(layers)]
-    b = [rows_of_memory(slots, wide + i, rank, dtype=dtype) for i in range(layers)]
-    d = [random(slots, rows, wide + i, dtype=dtype) for i in range(layers)]
+    outputs = (wide, columns, 2 * wide)[:layers]
+    b = parts_of_memory(slots, [(width, rank) for width in outputs], dtype)
+    d = [random(slots, rows, width, dtype=dtype) for width in outputs]
     y, d_x = [2.0 * t for t in d], x + 1.0
     wanted = [t.double() for t in y] + [d_x.double() * (not fresh)]
-    d_a, d_b = (
-        [torch.full_like(t, torch.nan, dtype=torch.float32) for t in factors] for factors in (a, b)
-    )
-    parts = []
-    for i, shrunk in enumerate(shrink(x, a, SCALE, backend)):
-        inner = expand(y[i], shrunk, b[i])
-        [d_inner] = expand_gradients([ExpandGradient(d[i], b[i], inner, d_b[i])], SCALE)
-        parts.append(ShrinkGradient(a[i], d_inner, d_a[i]))
+    d_a = [torch.full_like(t, torch.nan, dtype=torch.float32) for t in a]
+    d_b = parts_of_memory(slots, [(width, rank) for width in outputs], torch.float32)
+    shrunk = shrink(x, a, SCALE, backend)
+    inner = [expand(*own) for own in zip(y, shrunk, b, strict=True)]
+    of_b = [ExpandGradient(*own) for own in zip(d, b, inner, d_b, strict=True)]
+    d_inner = expand_gradients(of_b, SCALE)
+    parts = [ShrinkGradient(*own) for own in zip(a, d_inner, d_a, strict=True)]
     shrink_gradients(x, parts, d_x, fresh, backend)
 
     def close(ours: Tensor, theirs: Tensor) -> None:

@@ -68,6 +68,10 @@ def exact(own: ProductSum, transposed: bool) -> Tensor:
     return total if own.bias is None else total + own.bias.double()
 
 
+PROCESSORS = (
+    torch.cuda.get_device_properties(DEVICE).multi_processor_count if DEVICE.type == "cuda" else 132
+)
+SPLIT = 128 * (PROCESSORS // 2 + 4)
 # Rows around the tiles' 96, 128, 160 and 208; columns around their 128; sums around stages of 64.
 CASES = [
     (1, 416, 576, [576], 16),
@@ -80,9 +84,11 @@ CASES = [
     (5, 129, 64, [128], 16),
     (2, 97, 72, [120], 40),
     (1, 416, 328, [64, 72, 80], 64),
-    # 140 tiles of 208 rows are a round of an H100, and eight that are split. Forwards, backwards.
-    (2, 416, 96, [4480], 16),
-    (2, 416, 4480, [96], 16),
+    (2, 130, 200, [64, 72, 80], 40),
+    (2, 130, 200, [64, 72], 24),
+    # A round of tiles of 208 rows, and eight that are split. Forwards, backwards.
+    (1, 416, 96, [SPLIT], 16),
+    (1, 416, SPLIT, [96], 16),
 ]
 
 
@@ -131,6 +137,43 @@ def test_gradients_of_factors_beside_the_sums(
         assert bool(((d_a.double() - wanted).abs() <= 1.01 * unit).all())
 
 
+def test_gradients_of_factors_with_numbers_that_are_not_finite() -> None:
+    """They stay in their slot, and in their factor: tiles have places that nobody fills."""
+    sums = layers(3, 110, 192, [136, 136], 16, True)
+    of = factor_gradients(3, 110, 192, 16, 2, torch.float32)
+    product_sums(sums, True, gradients=of)
+    wanted = [d_a.clone() for _, d_a in of.factors]
+    of.factors[1][0][1, 5] = float("nan")
+    product_sums(sums, True, gradients=of)
+    assert torch.equal(of.factors[0][1], wanted[0])
+    found = of.factors[1][1]
+    assert bool(found[1].isnan().all())
+    assert torch.equal(found[0::2], wanted[1][0::2])
+
+
+def test_gradients_of_factors_of_rows_that_lie_apart() -> None:
+    sums = layers(3, 150, 320, [256], 16, True)
+    of = factor_gradients(3, 150, 320, 16, 1, torch.float32)
+    apart = random(4, 150, 640, seed=1)[1:4, :, 64:384].copy_(of.x)
+    product_sums(sums, True, gradients=of)
+    wanted = of.factors[0][1].clone()
+    product_sums(sums, True, gradients=FactorGradients(apart, of.factors))
+    assert torch.equal(of.factors[0][1], wanted)
+
+
+def test_gradients_of_factors_only_beside_an_inputs() -> None:
+    of = factor_gradients(3, 110, 192, 16, 1, torch.float32)
+    with pytest.raises(ValueError, match="gradients: expected them only with transposed=True"):
+        product_sums(layers(3, 110, 192, [136], 16, False), False, gradients=of)
+
+
+@on_hopper
+def test_more_factors_than_the_kernel_takes() -> None:
+    of = factor_gradients(3, 110, 192, 16, 4, torch.float32)
+    with pytest.raises(ValueError, match="expected gradients of 0 to 3 factors"):
+        product_sums(layers(3, 110, 192, [136], 16, True), True, gradients=of)
+
+
 def test_gradients_of_factors_that_are_not_taken() -> None:
     of = factor_gradients(2, 40, 64, 16, 2, torch.float32)
     assert gradients_take(of)
@@ -147,7 +190,9 @@ def test_gradients_of_factors_that_are_not_taken() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_slot_has_the_bits_of_the_slot_alone(transposed: bool) -> None:
     sums = layers(7, 150, 320, [264, 264], 16, transposed)
-    together = product_sums(sums, transposed)
+    of = factor_gradients(7, 150, 320, 16, 2, torch.float32) if transposed else None
+    together = product_sums(sums, transposed, gradients=of)
+    expected: list[tuple[Tensor, Tensor]] = []
     for slot in (0, 3, 6):
         alone = [
             ProductSum(
@@ -159,8 +204,16 @@ def test_a_slot_has_the_bits_of_the_slot_alone(transposed: bool) -> None:
             )
             for own in sums
         ]
-        for ours, theirs in zip(together, product_sums(alone, transposed), strict=True):
-            assert torch.equal(ours[slot], theirs[0])
+        own = None
+        if of is not None:
+            pairs = [(d_inner[slot, None], torch.empty(1, 16, 320)) for d_inner, _ in of.factors]
+            pairs = [(d_inner, d_a.to(DEVICE)) for d_inner, d_a in pairs]
+            own = FactorGradients(of.x[slot, None], pairs)
+            for (_, ours), (_, theirs) in zip(of.factors, pairs, strict=True):
+                expected.append((ours[slot], theirs[0]))
+        found = product_sums(alone, transposed, gradients=own)
+        expected += [(ours[slot], theirs[0]) for ours, theirs in zip(together, found, strict=True)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in expected)
 
 
 def test_results_of_one_launch_have_the_bits_of_several() -> None:

@@ -77,7 +77,7 @@ __device__ inline void products_wait() {
 
 // What a product reads from shared memory, at an address that is a multiple of 16: rows of kRow bytes (128 or 32), as a
 // copy with a swizzle of as many bytes left them, in blocks of eight.
-// kApart: bytes from box to box, of a transposed operand that has more columns than a box.
+// kApart: bytes from box to box, of a transposed operand that has more columns than a box; others do not use it.
 template <int kRow, int kApart = 16>
 __device__ inline uint64_t product_operand(uint32_t shared) {
   static_assert(kRow == 128 || kRow == 32);
@@ -95,6 +95,7 @@ __device__ inline uint64_t product_operand(uint32_t shared) {
 #define HULLKIT_SUMS20(i) \
   HULLKIT_SUMS4(i), HULLKIT_SUMS4(i + 4), HULLKIT_SUMS4(i + 8), HULLKIT_SUMS4(i + 12), HULLKIT_SUMS4(i + 16)
 // The instruction's operands are a_at sums, then a, b, whether to add and whether a is transposed, with these numbers.
+// b_transposed: 0 or 1.
 #define HULLKIT_MULTIPLY_ADD(columns, a_at, b_at, add_at, transposed_at, b_transposed, registers, ...)       \
   template <bool kTransposed>                                                                                \
   __device__ inline void multiply_add(float(&sums)[a_at], uint64_t a, uint64_t b, int add) {                 \

@@ -154,13 +154,13 @@ def hooks(parameters: list[nn.Parameter], ready: Callable[[nn.Parameter], None])
 class Gradient(NamedTuple):
     """A parameter's gradient, as it was in a warm-up.
 
-    is_alone: whether one layer made it, and nobody else reads it. is_product: whether it was then a
-        product that the update can compute.
+    is_product: whether it was the product of one linear layer, and nothing else.
+    is_taken: whether it was one that `NotedGradients.take_gradient` took, and nothing else.
     """
 
     dtype: torch.dtype
-    is_alone: bool
     is_product: bool
+    is_taken: bool
 
 
 class NotedGradients(WeightProducts):
@@ -168,31 +168,42 @@ class NotedGradients(WeightProducts):
 
     def __init__(self) -> None:
         self.order: dict[nn.Parameter, Gradient] = {}
-        # Where a layer's gradient lies, its version, and whether an update can compute it; None for
-        # a weight of several layers.
-        self._made: dict[Tensor, tuple[int, int, bool] | None] = {}
+        # Where a product lies, and its version; None for a weight of several.
+        self._products: dict[Tensor, tuple[int, int] | None] = {}
 
     def clear(self) -> None:
         self.order.clear()
-        self._made.clear()
+        self._products.clear()
 
     def made(self, weight: Tensor, a: Tensor, b: Tensor, gradient: Tensor) -> None:
-        once = weight not in self._made
+        once = weight not in self._products and is_product(a, b, gradient)
         # Autograd copies a gradient that somebody else holds.
-        of = gradient.data_ptr(), gradient._version, is_product(a, b, gradient)
-        self._made[weight] = of if once else None
+        self._products[weight] = (gradient.data_ptr(), gradient._version) if once else None
+
+    def take_gradient(self, factor: Tensor, gradient: Tensor) -> bool:
+        """Takes it as a capture will, so that the warm-up runs the same kernels."""
+        if not isinstance(factor, nn.Parameter) or _is_watched(factor):
+            return False
+        first = factor not in self.order
+        self.order[factor] = Gradient(gradient.dtype, is_product=False, is_taken=first)
+        return True
 
     def note(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
+        if gradient is None and parameter in self.order:
+            return  # autograd tells of a gradient that was taken, too
         assert gradient is not None
         # Another gradient that was added in place, or a hook, would have changed the version.
-        *where, product = self._made.get(parameter) or (None, None, False)
-        alone = where == [gradient.data_ptr(), gradient._version]
-        told: Any = parameter._post_accumulate_grad_hooks
-        watched = has_hooks(parameter) or len(told) > 1
-        alone = alone and not watched
-        self.order[parameter] = Gradient(gradient.dtype, alone, alone and product)
+        alone = self._products.get(parameter) == (gradient.data_ptr(), gradient._version)
+        product = alone and not _is_watched(parameter)
+        self.order[parameter] = Gradient(gradient.dtype, product, is_taken=False)
         parameter.grad = None
+
+
+def _is_watched(parameter: Tensor) -> bool:
+    """Whether somebody but `hooks` waits for the parameter's gradient."""
+    told: Any = parameter._post_accumulate_grad_hooks
+    return has_hooks(parameter) or len(told or ()) > 1
 
 
 def warm_up(

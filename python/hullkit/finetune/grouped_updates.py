@@ -63,7 +63,7 @@ class GroupedUpdates(WeightProducts):
         self._side = update_stream(weights.device)
         self._parts: list[_Part] = []
         self._group_of: dict[nn.Parameter, _Group] = {}
-        self._alone = {p for p, gradient in order.items() if gradient.is_alone}
+        self._taken = {p for p, gradient in order.items() if gradient.is_taken}
         kinds: dict[Any, list[nn.Parameter]] = {}
         for parameter, gradient in order.items():
             data, copy = weights.copies.data_of(parameter), weights.copies.of(parameter)
@@ -111,6 +111,7 @@ class GroupedUpdates(WeightProducts):
         group = self._group_of[parameter]
         if parameter.grad is None and parameter in group.part.gradients:
             return  # autograd tells of a gradient that was taken, too
+        self._check_first(parameter, group)
         group.part.note(parameter, _gradient(parameter))
         self._note(group)
 
@@ -123,21 +124,24 @@ class GroupedUpdates(WeightProducts):
         self._note(group)
         return True
 
-    def leaves(self, factor: Tensor, gradient: Tensor) -> bool:
+    def take_gradient(self, factor: Tensor, gradient: Tensor) -> bool:
         """Notes a gradient as `ready` does; the factor's group starts at the end of the pass."""
-        group = self._group_of.get(factor)  # type: ignore[call-overload]
-        if group is None or factor not in self._alone or isinstance(group.part, _ProductPart):
+        if factor not in self._taken:
             return False
-        if factor in group.part.gradients:
-            raise RuntimeError(
-                f"expected a factor of shape {tuple(factor.shape)} in one layer, as in the "
-                "warm-up, got it in another one"
-            )
-        group.part.note(factor, gradient)
-        group.left.append(gradient)
+        group = self._group_of[factor]  # type: ignore[index]
+        self._check_first(factor, group)
+        group.part.note(factor, gradient)  # type: ignore[arg-type]
+        group.taken.append(gradient)
         self._last.add(id(group))
         self._note(group)
         return True
+
+    def _check_first(self, parameter: Tensor, group: _Group) -> None:
+        if parameter in group.part.gradients:
+            raise RuntimeError(
+                f"expected one gradient of a factor of shape {tuple(parameter.shape)}, as in the "
+                "warm-up, got another one"
+            )
 
     def _note(self, group: _Group) -> None:
         self._waiting[id(group)] -= 1
@@ -167,7 +171,7 @@ class GroupedUpdates(WeightProducts):
                 "got one that was written to before its weight's update"
             )
         group.held.clear()
-        group.left.clear()
+        group.taken.clear()
         for parameter in group.parameters:
             parameter.grad = None
 
@@ -326,7 +330,7 @@ class _Group:
         self.part = part
         self.parameters = part.parameters[rows.start : rows.stop]
         self.held: list[tuple[Tensor, int]] = []  # factors and their versions, until the update
-        self.left: list[Tensor] = []  # gradients that autograd does not have, until the update
+        self.taken: list[Tensor] = []  # gradients that autograd does not have, until the update
         self._chunks = part.chunks_of(rows)
 
     def launch(self) -> None:

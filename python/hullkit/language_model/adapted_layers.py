@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .low_rank import LowRank, factors
-from .low_rank_layers import Adapted, Part, Readers, finish_alone, leave, outputs
+from .low_rank_layers import Adapted, Part, Readers, leave, made_now, outputs
 from .low_rank_products import Inner
 from .products import SharedInput, WeightProducts
 from .recent_tensors import states
@@ -160,25 +160,26 @@ class _LowRankLinear(torch.autograd.Function):
         known_a, known_b = ctx.known
         d_a, d_b = (torch.empty_like(t) if of else None for t, of in ((a, of_a), (b, of_b)))
         # Gradients that somebody else takes may be made with d_x; autograd wants its own now.
-        later_a = d_a is None or products.leaves(known_a, d_a)
-        later_b = d_b is None or products.leaves(known_b, d_b)
+        took_a = d_a is None or products.take_gradient(known_a, d_a)
+        took_b = d_b is None or products.take_gradient(known_b, d_b)
+        with_d_x = of_x and took_a
         x = x.reshape(1, -1, x.shape[-1])
         part = Part(
-            x, d.reshape(1, x.shape[1], -1).contiguous(),
-            Adapted(weight.to(d.dtype), None, a[None], b[None]), Inner(values, finished), ctx.scale,
-            None, None if d_a is None else d_a[None], None if d_b is None else d_b[None],
-            ctx.backend,
-        )  # fmt: skip
-        if not (of_x and later_a and later_b):
-            part = finish_alone(part, of_a=d_a is not None and not (of_x and later_a))
+            x=x,
+            d=d.reshape(1, x.shape[1], -1).contiguous(),
+            adapted=Adapted(weight.to(d.dtype), None, a[None], b[None]),
+            inner=Inner(values, finished),
+            scale=ctx.scale,
+            d_inner=None,
+            d_a=None if d_a is None else d_a[None],
+            d_b=None if d_b is None else d_b[None],
+            backend=ctx.backend,
+        )
+        if not (with_d_x and took_b):
+            part = made_now(part, of_a=d_a is not None and not with_d_x)
         if of_x:
-            if not later_a:  # it may be updated before d_x reads it
+            if not took_a:  # it may be updated before d_x reads it
                 part = part._replace(adapted=part.adapted._replace(a=a.detach()[None].clone()))
             leave(ctx.shared, part)
-        if d_a is not None and not later_a:
-            assert part.d_inner is not None
-            products.made(known_a, part.d_inner[0], x[0], d_a)
-        if d_b is not None and not later_b:
-            products.made(known_b, part.d[0], values[0], d_b)
-        given = None if later_a else d_a, None if later_b else d_b
+        given = None if took_a else d_a, None if took_b else d_b
         return None, *given, None, None, None, None, None

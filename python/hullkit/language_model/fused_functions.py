@@ -62,7 +62,7 @@ class FusedFunctions(TorchFunctionMode):
     saved: recomputes outputs of activations, so that they need not be saved.
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
     inputs: of the pass's linear layers, if others share them too.
-    products: is told of the gradients of linear layers' weights.
+    products: is told of the gradients of linear layers' weights, and offered adapters'.
     """
 
     def __init__(

@@ -150,7 +150,7 @@ def stand_ins(
     plain_positions: whether the pass is of one text whose positions are 0, 1, 2, ...
     backend: "triton" takes CPU tensors too, in Triton's interpreter.
     inputs: of the linear layers, where the caller's layers share them.
-    products: is told of the gradients of linear layers' weights.
+    products: is told of the gradients of linear layers' weights, and offered adapters'.
     """
     again = {module for layer in checkpointed for module in layer.modules()}
     replaced: list[tuple[nn.Module, str]] = []

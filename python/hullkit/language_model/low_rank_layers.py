@@ -153,8 +153,8 @@ class Part(NamedTuple):
 
     x (K, T, I): the input. d (K, T, O): the gradient of y. adapted: the layer.
     inner, scale: of its forward half.
-    d_inner (K, T, R): if it is made already, and with it d_b.
-    d_a, d_b: where the factors' gradients go, unless they are made already.
+    d_inner (K, T, R): None until it is made. d_b is made with it.
+    d_a, d_b: where the factors' gradients go; None for one that is not wanted, or made already.
     """
 
     x: Tensor
@@ -168,8 +168,8 @@ class Part(NamedTuple):
     backend: str | None
 
 
-def finish_alone(part: Part, of_a: bool = True) -> Part:
-    """The part with its d_inner and d_b, and with `of_a` its d_a, all made now."""
+def made_now(part: Part, of_a: bool) -> Part:
+    """The part when its d_inner and d_b are made, and with `of_a` its d_a."""
     with torch.autocast(part.x.device.type, enabled=False):
         made = _with_inner([part])[0]
         if of_a:
@@ -187,17 +187,22 @@ def leave(shared: SharedInput, part: Part) -> None:
 
 
 def _versions(part: Part) -> list[int]:
+    """Of what is still read."""
     read = [part.d, part.adapted.a]
+    if part.d_a is not None:
+        read.append(part.x)
     if part.d_inner is None:
         read.append(part.adapted.b)
+    if part.d_b is not None:
+        read.append(part.inner.values)
     return [tensor._version for tensor in read]
 
 
 def _finish(shared: SharedInput, left: list[tuple[Part, list[int]]]) -> None:
     if any(_versions(part) != versions for part, versions in left):
         raise RuntimeError(
-            "expected gradients and factors that nobody writes to in the backward pass, got one "
-            "that was written to before the gradient of its layer's input was made"
+            "expected gradients, factors and inputs that nobody writes to in the backward pass, "
+            "got one that was written to before the gradient of its layer's input was made"
         )
     parts = [part for part, _ in left]
     with torch.autocast(parts[0].x.device.type, enabled=False):

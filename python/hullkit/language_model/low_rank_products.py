@@ -123,9 +123,10 @@ def expand(y: Tensor, shrunk: Shrunk, b: Tensor) -> Inner:
 def expand_gradients(layers: Sequence[ExpandGradient], scale: float) -> list[Tensor]:
     """Each layer's d_inner (K, T, R), for its d: the gradient of y. Each d_b is overwritten.
 
-    layers: at most MOST_LAYERS, of one shape but for E, of factors of one distance between slots.
-        Either all have a d_b or none, and either all count or none. Calls that get the same
-        counters must follow one another, as those on one stream do.
+    layers: at most MOST_LAYERS, of one shape but for E, and of one dtype. Their factors have one
+        distance between slots, and so have their d_b. Either all have a d_b or none, and either all
+        count or none. Calls that get the same counters must follow one another, as those on one
+        stream do.
     """
     if layers[0].inner.finished is None:
         made = []

@@ -141,6 +141,8 @@ def product_sums(
     Cost: the multiply-adds of all terms. Each factor and all rows are read once, and once more for
     each 96 to 208 rows and each 128 columns of a result, mostly from the GPU's cache.
     """
+    if gradients is not None and not transposed:
+        raise ValueError("gradients: expected them only with transposed=True, got transposed=False")
     first = sums[0].terms[0].rows
     shape = first.shape[:2]
     results = out or [first.new_empty(*shape, _width(own, transposed)) for own in sums]

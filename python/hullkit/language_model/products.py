@@ -281,10 +281,11 @@ class WeightProducts:
         and b until the pass ends."""
         return False
 
-    def leaves(self, factor: Tensor, gradient: Tensor) -> bool:
-        """Whether somebody else will use an adapter's gradient; then autograd gets none.
+    def take_gradient(self, factor: Tensor, gradient: Tensor) -> bool:
+        """Whether somebody else reads an adapter's gradient when the pass has ended.
 
-        It need not be written before the pass ends, and nobody updates the factor until then.
+        Then autograd gets none. It is written at any time until then, and nobody updates the factor
+        before.
         """
         return False
 

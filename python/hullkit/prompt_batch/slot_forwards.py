@@ -17,8 +17,8 @@ from ..language_model.low_rank_layers import (
     Adapted,
     Part,
     Readers,
-    finish_alone,
     leave,
+    made_now,
     outputs,
 )
 from ..language_model.low_rank_products import Inner, expand, shrink
@@ -240,12 +240,18 @@ class _Stacked(torch.autograd.Function):
         layer.learned = True
         weight, of_weight = layer.weight_or_shape(d.dtype), layer.of_weight(d.dtype)
         part = Part(
-            x, d.reshape(*x.shape[:2], -1).contiguous(),
-            Adapted(weight, None, layer.a[of], layer.b[of], of_weight),
-            Inner(*inner), ctx.scale, None, layer.d_a[of], layer.d_b[of], ctx.backend,
-        )  # fmt: skip
+            x=x,
+            d=d.reshape(*x.shape[:2], -1).contiguous(),
+            adapted=Adapted(weight, None, layer.a[of], layer.b[of], of_weight),
+            inner=Inner(*inner),
+            scale=ctx.scale,
+            d_inner=None,
+            d_a=layer.d_a[of],
+            d_b=layer.d_b[of],
+            backend=ctx.backend,
+        )
         if ctx.needs_input_grad[0]:
             leave(ctx.shared, part)
         else:
-            finish_alone(part)
+            made_now(part, of_a=True)
         return (None,) * 5
