@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -19,7 +20,7 @@ from _models import Before, gpt2, plain, texts
 from _signals import SIGNALS, AtEvery, raising
 from hullkit.finetune import TestTimeFinetuner, adaptation, eager_passes, query_run, snapshot
 from hullkit.finetune import tuner as tuner_module
-from hullkit.language_model import fused_modules
+from hullkit.language_model import fused_modules, pass_modes
 from hullkit.language_model import loss as loss_module
 from torch import nn
 
@@ -111,6 +112,39 @@ def test_signal_as_what_models_compute_is_put_back() -> None:
         before = Before(model)
         at_every.run(query, lambda _: before.check())
     assert "stand_ins" in at_every.where
+
+
+def test_signal_as_torch_takes_a_mode_off_its_stack() -> None:
+    """torch does so for each function that a mode handles; the error may keep it off, or on."""
+    model = plain()
+    at_every = AtEvery(
+        lambda: signal.raise_signal(signal.SIGALRM),
+        modules=(torch.overrides, pass_modes, contextlib),
+        functions=("_pop_mode_temporarily", "_pop_mode", "_push_mode", "__enter__", "__exit__"),
+        opcodes=True,
+    )
+    interrupted = False
+
+    def query() -> None:
+        nonlocal interrupted
+        interrupted = False
+        try:
+            with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [1]):
+                pass
+        except TimeoutError:
+            interrupted = True
+
+    def check(sent: bool) -> None:
+        before.check()
+        assert interrupted == sent
+        left = torch.overrides._get_current_function_mode_stack()
+        assert len(left) <= 1  # the next pass takes it off
+        assert not any(mode._running for mode in left)
+
+    with raising(signal.SIGALRM, TimeoutError):
+        before = Before(model)
+        at_every.run(query, check)
+    assert at_every.where >= {"_pop_mode_temporarily", "_push_mode", "__enter__", "__exit__"}
 
 
 @pytest.mark.parametrize("error", [TimeoutError, SystemExit, MemoryError])

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..language_model import pass_modes
 from ..language_model.product_settings import ProductSettings
 from ..language_model.quantized_layouts import FirstLayouts
 from ..native.kernels import WithBlock
@@ -162,8 +163,10 @@ class TorchSettings:
         ]
         self._cached = torch.is_autocast_cache_enabled()
         self._depth = _autocast_depth()
+        self._modes = pass_modes.modes()
 
     def put_back(self) -> None:
+        pass_modes.put_back(self._modes)
         torch.set_grad_enabled(self._grad)
         self._products.put_back()
         for device, enabled, dtype in self._autocast:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..optim._tensor_table import HALVES, uses_triton
 from . import short_attention
@@ -25,6 +24,7 @@ from .adapted_layers import AdaptedLayers
 from .gates import gated
 from .low_rank import LowRank, add_low_rank_, factors
 from .norms import WIDEST, Norm, norm
+from .pass_modes import PassMode
 from .products import (
     NarrowGradient,
     SharedInput,
@@ -56,7 +56,7 @@ def _is_row(x: Any) -> bool:
     return _is_plain(x) and x.ndim == 1 and x.is_contiguous()
 
 
-class FusedFunctions(TorchFunctionMode):
+class FusedFunctions(PassMode):
     """Inside this mode some functions of torch are fused ones. One object serves one pass.
 
     saved: recomputes outputs of activations, so that they need not be saved.
@@ -86,8 +86,7 @@ class FusedFunctions(TorchFunctionMode):
         self._residuals = ResidualNorms()
         self._sums: RecentTensors[NarrowGradient] = RecentTensors()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def handle(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         handler = _HANDLERS.get(func)
         if handler is not None and _takes_arguments(handler, args, kwargs):
             result = handler(self, *args, **kwargs)

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from .pass_modes import PassMode
 
 _ATEN = torch.ops.aten
 # Functions that copy tensors of the host to the device of their other arguments. Arithmetic is not
@@ -143,17 +144,15 @@ class _Moves(TorchDispatchMode):
         return device is not None and torch.device(device).type == self._device.type
 
 
-class _Constructors(TorchFunctionMode):
+class _Constructors(PassMode):
     """`torch.tensor(data, device=...)` in two steps, host and move, so that the move is seen."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
+    def handle(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(kwargs)
         target = kwargs.get("device")
         data = kwargs.get("data", args[-1] if args else None)
         ours = func in _FROM_DATA or func is Tensor.new_tensor
