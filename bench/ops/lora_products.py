@@ -75,7 +75,11 @@ def fused_layer(tensors: list[Tensor], weight: Tensor, counters: Tensor) -> list
         y, inner = made
     d_a, d_b = torch.empty_like(a), torch.empty_like(b)
     shared = SharedInput(x.dtype)
-    leave(shared, Part(x, d, layer, inner, SCALE, None, d_a, d_b, None))
+    part = Part(
+        x=x, d=d, adapted=layer, inner=inner, scale=SCALE, d_inner=None, d_a=d_a, d_b=d_b,
+        backend=None,
+    )  # fmt: skip
+    leave(shared, part)
     d_x = shared.take()
     assert d_x is not None
     return [y, d_a, d_b, d_x.view(x.shape)]

@@ -30,6 +30,16 @@ MODULES = (adaptation, snapshot, loss_module, eager_passes, query_run, tuner_mod
 EDGES = ("_claim", "_enter", "_leave")
 
 
+def raises(model: nn.Module, error: type[BaseException], updates: int) -> bool:
+    """Whether a query of the model ends in this error."""
+    try:
+        with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [updates]):
+            pass
+    except error:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("opcodes", [False, True], ids=["lines", "opcodes"])
 @pytest.mark.parametrize("signum", SIGNALS, ids=[s.name for s in SIGNALS])
 def test_signal_at_any_moment(signum: int, opcodes: bool) -> None:
@@ -44,12 +54,7 @@ def test_signal_at_any_moment(signum: int, opcodes: bool) -> None:
 
     def query() -> None:
         nonlocal interrupted
-        interrupted = False
-        try:
-            with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2]):
-                pass
-        except SIGNALS[signum]:
-            interrupted = True
+        interrupted = raises(model, SIGNALS[signum], updates=2)
 
     def check(sent: bool) -> None:
         before.check()
@@ -127,12 +132,7 @@ def test_signal_as_torch_takes_a_mode_off_its_stack() -> None:
 
     def query() -> None:
         nonlocal interrupted
-        interrupted = False
-        try:
-            with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [1]):
-                pass
-        except TimeoutError:
-            interrupted = True
+        interrupted = raises(model, TimeoutError, updates=1)
 
     def check(sent: bool) -> None:
         before.check()
@@ -161,12 +161,7 @@ def test_error_at_any_moment_of_the_way_out(error: type[BaseException]) -> None:
 
     def query() -> None:
         nonlocal raised
-        raised = False
-        try:
-            with TestTimeFinetuner(model, lr=1e-2).adapted(texts(1), [2]):
-                pass
-        except error:
-            raised = True
+        raised = raises(model, error, updates=2)
 
     def check(sent: bool) -> None:
         before.check()

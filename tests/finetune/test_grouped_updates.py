@@ -66,8 +66,8 @@ def test_a_gradient_that_comes_after_one_was_taken() -> None:
     updates = Noted([[parameter, nn.Parameter(torch.zeros(2))]], {parameter})
     assert updates.take_gradient(parameter, torch.zeros(2))
     updates.ready(parameter)  # autograd has none
-    with pytest.raises(RuntimeError, match="expected one gradient of a factor of shape"):
+    with pytest.raises(RuntimeError, match="expected one gradient of a parameter of shape"):
         updates.take_gradient(parameter, torch.zeros(2))
     parameter.grad = torch.zeros(2)
-    with pytest.raises(RuntimeError, match="expected one gradient of a factor of shape"):
+    with pytest.raises(RuntimeError, match="expected one gradient of a parameter of shape"):
         updates.ready(parameter)

@@ -120,6 +120,7 @@ class GroupedUpdates(WeightProducts):
         group = self._group_of.get(weight)  # type: ignore[call-overload]
         if group is None or not isinstance(group.part, _ProductPart):
             return False
+        self._check_first(weight, group)
         group.held += [(t, t._version) for t in group.part.note_factors(weight, a, b)]
         self._note(group)
         return True
@@ -139,8 +140,8 @@ class GroupedUpdates(WeightProducts):
     def _check_first(self, parameter: Tensor, group: _Group) -> None:
         if parameter in group.part.gradients:
             raise RuntimeError(
-                f"expected one gradient of a factor of shape {tuple(parameter.shape)}, as in the "
-                "warm-up, got another one"
+                f"expected one gradient of a parameter of shape {tuple(parameter.shape)}, as in "
+                "the warm-up, got another one"
             )
 
     def _note(self, group: _Group) -> None:
@@ -309,11 +310,6 @@ class _ProductPart(_Part):
 
     def note_factors(self, weight: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
         """Returns what must live until the update: memory, and no graph of autograd."""
-        if weight in self.gradients:
-            raise RuntimeError(
-                f"expected a weight of shape {tuple(weight.shape)} in one linear layer, as in the "
-                "warm-up, got it in another one"
-            )
         held = [aligned(factor.detach()) for factor in (a, b)]
         self.gradients[weight] = factors_of(*held)
         return held

@@ -176,7 +176,7 @@ class _LowRankLinear(torch.autograd.Function):
             backend=ctx.backend,
         )
         if not (with_d_x and took_b):
-            part = made_now(part, of_a=d_a is not None and not with_d_x)
+            part = made_now(part, of_a=not with_d_x)
         if of_x:
             if not took_a:  # it may be updated before d_x reads it
                 part = part._replace(adapted=part.adapted._replace(a=a.detach()[None].clone()))

@@ -169,7 +169,7 @@ class Part(NamedTuple):
 
 
 def made_now(part: Part, of_a: bool) -> Part:
-    """The part when its d_inner and d_b are made, and with `of_a` its d_a."""
+    """The part when its d_inner is made, and with it d_b, and with `of_a` d_a, if wanted."""
     with torch.autocast(part.x.device.type, enabled=False):
         made = _with_inner([part])[0]
         if of_a:
