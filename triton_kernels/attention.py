@@ -7,12 +7,16 @@ float32; products take their inputs in HALF. Exponents are powers of 2.
 Few heads keep a GPU busy only if every head of q has programs for rows of q and for rows of k and
 v, all at once. With many the gradient of q comes first, and with it what that of k and v needs; a
 program of the latter then adds up a group's heads.
+
+ROTATED: q and k came of a rotation by cos and sin (see `rotary.py`), and the gradients are those of
+what was rotated.
 """
 
 import triton
 import triton.language as tl
 
 from .dependent_launch import after_previous_kernel
+from .rotary import turned_back
 from .tiles import store_tile
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -99,6 +103,28 @@ def attention_kernel(
 
 
 @triton.jit
+def _store_gradient(
+    to, value, row, stride, cos, sin, table_row, length,
+    KIND: tl.constexpr, ROTATED: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Rows of the gradient of q or k, whose dtype is KIND. With ROTATED WIDTH is D."""
+    if ROTATED:
+        half: tl.constexpr = D // 2
+        halves = tl.reshape(value.to(KIND).to(tl.float32), (value.shape[0], 2, half))
+        first, second = tl.split(tl.permute(halves, (0, 2, 1)))
+        at = tl.arange(0, half)
+        inside = (row < length)[:, None] & (at < half)[None, :]
+        table = row[:, None].to(tl.int64) * table_row + at[None, :]
+        a, b = turned_back(
+            first, second, cos + table, sin + table, half, inside, to.dtype.element_ty
+        )
+        store_tile(to, row, at, stride, length, half, a)
+        store_tile(to + half, row, at, stride, length, half, b)
+    else:
+        store_tile(to, row, tl.arange(0, D), stride, length, WIDTH, value)
+
+
+@triton.jit
 def _of_queries(
     queries, keys, values, d, normaliser, along, sums, row, column, factor,
     MASKED: tl.constexpr, HALF: tl.constexpr,
@@ -116,13 +142,12 @@ def _of_queries(
 @triton.jit
 def _row_gradient(
     q, k, v, out, gradient, normalisers, along_rows, q_gradient, block, length, scale,
-    q_row, k_row, v_row, out_row, d_row, dq_row,
-    KEEP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-    D: tl.constexpr,
+    q_row, k_row, v_row, out_row, d_row, dq_row, cos, sin, table_row,
+    KEEP: tl.constexpr, ROTATED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of rows of q. KEEP: along_rows [T] gets sums of out * gradient."""
     row = block * BLOCK + tl.arange(0, BLOCK)
-    at = tl.arange(0, D)
     factor = scale * _LOG2_E
     queries = _rows(q, row, q_row, length, False, WIDTH, D, HALF)
     d = _rows(gradient, row, d_row, length, False, WIDTH, D, HALF)
@@ -144,7 +169,10 @@ def _row_gradient(
     sums = _of_queries(
         queries, keys, values, d, normaliser, along, sums, row, row, factor, True, HALF
     )
-    store_tile(q_gradient, row, at, dq_row, length, WIDTH, sums * scale)
+    kind: tl.constexpr = q.dtype.element_ty
+    _store_gradient(
+        q_gradient, sums * scale, row, dq_row, cos, sin, table_row, length, kind, ROTATED, WIDTH, D
+    )
 
 
 @triton.jit
@@ -195,7 +223,8 @@ def attention_gradient_kernel(
         q_gradient += _of_head(text, head, dq_text, dq_head)
         _row_gradient(
             q, k, v, out, gradient, normalisers, normalisers, q_gradient, block, length,
-            scale, q_row, k_row, v_row, out_row, d_row, dq_row, False, HALF, BLOCK, WIDTH, D,
+            scale, q_row, k_row, v_row, out_row, d_row, dq_row, q, q, 0, False, False, HALF, BLOCK,
+            WIDTH, D,
         )  # fmt: skip
     else:
         block = tl.program_id(0) - blocks
@@ -224,12 +253,13 @@ def attention_gradient_kernel(
 
 @triton.jit
 def attention_q_gradient_kernel(
-    q, k, v, out, gradient, normalisers, along, q_gradient,
+    q, k, v, out, gradient, normalisers, along, q_gradient, cos, sin,
     heads, length, scale, group,
     q_text, q_head, q_row, k_text, k_head, k_row, v_text, v_head, v_row,
     out_text, out_head, out_row, d_text, d_head, d_row, dq_text, dq_head, dq_row,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
-    EARLY: tl.constexpr,
+    table_text, table_row,
+    ROTATED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Of many heads: a program for a block of rows of one. along [texts, heads, T]: for k and v."""
     after_previous_kernel(EARLY)
@@ -242,9 +272,12 @@ def attention_q_gradient_kernel(
     gradient += _of_head(text, head, d_text, d_head)
     q_gradient += _of_head(text, head, dq_text, dq_head)
     of = tl.program_id(1).to(tl.int64) * length
+    cos += text.to(tl.int64) * table_text
+    sin += text.to(tl.int64) * table_text
     _row_gradient(
         q, k, v, out, gradient, normalisers + of, along + of, q_gradient, block, length,
-        scale, q_row, k_row, v_row, out_row, d_row, dq_row, True, HALF, BLOCK, WIDTH, D,
+        scale, q_row, k_row, v_row, out_row, d_row, dq_row, cos, sin, table_row, True, ROTATED,
+        HALF, BLOCK, WIDTH, D,
     )  # fmt: skip
 
 
@@ -270,12 +303,12 @@ def _add_rows(
 
 @triton.jit
 def attention_kv_gradient_kernel(
-    q, k, v, gradient, normalisers, along, k_gradient, v_gradient,
+    q, k, v, gradient, normalisers, along, k_gradient, v_gradient, cos, sin,
     heads, length, scale, group,
     q_text, q_head, q_row, k_text, k_head, k_row, v_text, v_head, v_row, d_text, d_head, d_row,
-    dk_text, dk_head, dk_row, dv_text, dv_head, dv_row,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
-    EARLY: tl.constexpr,
+    dk_text, dk_head, dk_row, dv_text, dv_head, dv_row, table_text, table_row,
+    ROTATED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Of many heads: a program for a block of rows of one of k and v, and all heads of its group.
 
@@ -310,5 +343,11 @@ def attention_kv_gradient_kernel(
             )  # fmt: skip
     k_gradient += _of_head(text, head, dk_text, dk_head)
     v_gradient += _of_head(text, head, dv_text, dv_head)
-    store_tile(k_gradient, column, at, dk_row, length, WIDTH, of_keys * scale)
+    cos += text.to(tl.int64) * table_text
+    sin += text.to(tl.int64) * table_text
+    kind: tl.constexpr = k.dtype.element_ty
+    _store_gradient(
+        k_gradient, of_keys * scale, column, dk_row, cos, sin, table_row, length, kind, ROTATED,
+        WIDTH, D,
+    )  # fmt: skip
     store_tile(v_gradient, column, at, dv_row, length, WIDTH, of_values)

@@ -11,6 +11,28 @@ PAIRS = 32
 
 
 @triton.jit
+def _table(cos, sin, half, inside):
+    """Both halves of cos and of sin."""
+    cos1 = tl.load(cos, mask=inside, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + half, mask=inside, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin, mask=inside, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + half, mask=inside, other=0.0).to(tl.float32)
+    return cos1, cos2, sin1, sin2
+
+
+@triton.jit
+def turned_back(first, second, cos, sin, half, inside, KIND: tl.constexpr):
+    """The gradient of what was rotated, in halves, from halves of the result's gradient.
+
+    cos, sin: addresses for the first half's elements.
+    """
+    cos1, cos2, sin1, sin2 = _table(cos, sin, half, inside)
+    a = (first * cos1).to(KIND).to(tl.float32) + (second * sin2).to(KIND).to(tl.float32)
+    b = (second * cos2).to(KIND).to(tl.float32) - (first * sin1).to(KIND).to(tl.float32)
+    return a, b
+
+
+@triton.jit
 def _rotate(
     x, cos, sin, out, block, heads, length, half, x_text, x_head, x_row, out_text, out_head,
     out_row, table_text, table_row,
@@ -30,15 +52,13 @@ def _rotate(
     first = tl.load(of, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(of + half, mask=inside, other=0.0).to(tl.float32)
     table = (row * table_row)[:, None] + at
-    cos1 = tl.load(cos + table, mask=inside, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos + table + half, mask=inside, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin + table, mask=inside, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin + table + half, mask=inside, other=0.0).to(tl.float32)
+    cos += table
+    sin += table
     kind = out.dtype.element_ty
     if BACKWARD:
-        a = (first * cos1).to(kind).to(tl.float32) + (second * sin2).to(kind).to(tl.float32)
-        b = (second * cos2).to(kind).to(tl.float32) - (first * sin1).to(kind).to(tl.float32)
+        a, b = turned_back(first, second, cos, sin, half, inside, kind)
     else:
+        cos1, cos2, sin1, sin2 = _table(cos, sin, half, inside)
         a = (first * cos1).to(kind).to(tl.float32) - (second * sin1).to(kind).to(tl.float32)
         b = (second * cos2).to(kind).to(tl.float32) + (first * sin2).to(kind).to(tl.float32)
     to = out + (head * out_head + row * out_row)[:, None] + at

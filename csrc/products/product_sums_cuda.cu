@@ -251,6 +251,7 @@ Launch prepare(const ProductSums& sums, int rows, int processors) {
     problem.across += static_cast<int>(divided_up(result.columns, kTileColumns));
     problem.down_slot = static_cast<int>(divided_up(result.rows, rows));
     problem.down = problem.down_slot * static_cast<int>(result.slots);
+    problem.most_row = static_cast<int>(std::max<int64_t>(result.rows - rows, 0));
     for (int i = 0; i < problem.num_terms; ++i, next += 2) {
       const int term = r * problem.num_terms + i;
       problem.terms[term] = {static_cast<int>(divided_up(next[1].columns, kStep)), next[0].slots > 1};
@@ -346,6 +347,8 @@ void product_sums_cuda(const ProductSums& sums, void* stream) {
       return start<128>(sums, processors, stream);
     case 160:
       return start<160>(sums, processors, stream);
+    case 200:
+      return start<200>(sums, processors, stream);
     default:
       return start<208>(sums, processors, stream);
   }

@@ -32,6 +32,7 @@ struct Problem {
   Result result[kMostResults];
   int num_results, num_terms;   // terms of each result
   int across, down, down_slot;  // tiles along columns, along the rows of all slots, and of one
+  int most_row;                 // where a slot's last tile begins
   int split;                    // so many of the last tiles are computed box by box of their rows
   FactorGradients gradients;    // none has no tiles
 };
@@ -43,6 +44,8 @@ struct Tile {
   int groups;  // that have columns inside of the result
 };
 
+// A slot's last tile begins early enough to lie inside of it, for boxes that reach beyond a matrix take more time. Rows
+// of two tiles get the same bits from both.
 __device__ inline Tile tile_at(const Problem& problem, int place, int rows) {
   const int panel = place / (kPanel * problem.across), first = panel * kPanel;
   const int wide = min(kPanel, problem.down - first), within = place - first * problem.across;
@@ -50,8 +53,8 @@ __device__ inline Tile tile_at(const Problem& problem, int place, int rows) {
   int result = 0;
   while (result + 1 < problem.num_results && across >= problem.result[result + 1].first_tile) ++result;
   const int column = (across - problem.result[result].first_tile) * kTileColumns;
-  return {result, column, down % problem.down_slot * rows, down / problem.down_slot,
-          groups_of(problem.result[result].columns - column)};
+  const int row = min(down % problem.down_slot * rows, problem.most_row);
+  return {result, column, row, down / problem.down_slot, groups_of(problem.result[result].columns - column)};
 }
 
 // A block's tiles: every gridDim.x-th of all. Tiles of gradients are last: they need little time, and so fill the last

@@ -105,14 +105,14 @@ def test_restoring(dtype: torch.dtype) -> None:
 
 
 def test_buckets() -> None:
-    assert [bucket(n, 4096) for n in (2, 32, 33, 400, 512, 513, 1000, 1024, 1025)] == [
-        32, 32, 64, 416, 512, 576, 1024, 1024, 1152,
+    assert [bucket(n, 4096) for n in (2, 16, 17, 400, 512, 513, 1000, 1024, 1025)] == [
+        16, 16, 32, 400, 512, 544, 1024, 1024, 1088,
     ]  # fmt: skip
     assert bucket(1000, 1000) == 1000  # no further than the model's positions
     assert bucket(40, 0) == 40
     for n in range(2, 3000):
         length = bucket(n, 1 << 20)
-        assert n <= length <= max(n + 31, n + n // 8)
+        assert n <= length <= max(n + 15, n + n // 16)
 
 
 def test_what_a_warm_up_keeps_off_the_device() -> None:

@@ -24,7 +24,16 @@ pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they ru
 @pytest.mark.parametrize("many", [False, True], ids=["few heads", "many heads"])
 @pytest.mark.parametrize(
     ("texts", "length", "heads", "shared", "width"),
-    [(1, 1, 1, 1, 8), (1, 63, 2, 2, 32), (1, 130, 6, 2, 24), (3, 70, 3, 1, 16), (2, 128, 4, 2, 64)],
+    [
+        (1, 1, 1, 1, 8),
+        (1, 63, 2, 2, 32),
+        (1, 130, 6, 2, 24),
+        (3, 70, 3, 1, 16),
+        (1, 80, 2, 1, 16),
+        (2, 90, 4, 2, 64),
+        (1, 96, 2, 2, 24),
+        (2, 128, 4, 2, 64),
+    ],
 )
 def test_attention(
     texts: int, length: int, heads: int, shared: int, width: int, many: bool, dtype: torch.dtype,

@@ -226,7 +226,7 @@ def test_kernels_compile_for_a_gpu() -> None:
         names = ("RMS", "BIAS", "NARROW", "FIRST", "SECOND", "MORE", "OF_WEIGHT", "ADD")
         flags = dict.fromkeys(names, True)
         flags |= {"OFFSET": 0.0, "ROUND": False, "KIND": "silu", "BACKWARD": True}
-        attention = {"HALF": tl.bfloat16, "BLOCK": 64, "WIDTH": 64, "D": 64}
+        attention = {"HALF": tl.bfloat16, "BLOCK": 64, "WIDTH": 64, "D": 64, "ROTATED": True}
         thin = {"HALF": tl.bfloat16, "R": 16, "OF_A": True, "OF_B": True, "OF_X": True, "MOST": 8}
         thin |= {"LAYERS": 3, "WHOLE": True}
         parts = ("shrink", "expand", "expand_gradient", "shrink_gradient", "shrink_gradient_few")

@@ -20,7 +20,7 @@ def factors_of(backend: str | None) -> SlotFactors:
         layers, 3, 4, DEVICE, torch.bfloat16, (0.9, 0.99), 1e-8, 0.5, False, backend
     )  # fmt: skip
     for slot in range(3):
-        factors.reset_(slot, slot)
+        factors.reset_([slot], slot)
     return factors
 
 
@@ -39,7 +39,7 @@ def test_the_kernel_updates_and_resets_as_torch_does() -> None:
         assert not broken.any()
         assert torch.equal(before[1], factors.params[1])
         assert not torch.isclose(before[0], factors.params[0]).any()
-        factors.reset_(2, 7)
+        factors.reset_([2], 7)
         factors.grads[0] = float("inf")
         control = factors.control([1, 1, 1], [4, 0, 0], [0.0, 0.0, 0.0], 2)
         factors.update_(control.to(DEVICE), broken)
@@ -55,7 +55,7 @@ def test_a_slot_in_the_row_beyond_all_slots() -> None:
     layer = Layer("0", nn.Linear(5, 9).to(DEVICE))
     factors = SlotFactors([layer], 2, 4, DEVICE, None, (0.9, 0.99), 1e-8, 1.0, True, None)
     for slot in range(2):
-        factors.reset_(slot, slot)
+        factors.reset_([slot], slot)
     factors.to_spare(1)
     assert torch.equal(layer.a[2], layer.a[1])
     assert not torch.equal(layer.a[2], layer.a[0])

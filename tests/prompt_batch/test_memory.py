@@ -33,24 +33,24 @@ def rows_of_passes(model: nn.Module) -> list[tuple[int, int]]:
 
 
 def bytes_of(slots: int) -> tuple[int, int, int]:
-    """Of the factors, and of a pass of one text of 32 tokens, and of 64."""
+    """Of the factors, and of a pass of one text of 32 tokens, and of 48."""
     batch = batch_of(llama().to(DEVICE), slots, **TOGETHER)
-    return batch._factors.num_bytes, batch._passes.held(32), batch._passes.held(64)
+    return batch._factors.num_bytes, batch._passes.held(32), batch._passes.held(48)
 
 
 def test_a_pass_has_the_slots_that_its_budget_has_room_for() -> None:
     queries = [query(seed) for seed in range(6)]
     wanted = [a.value for a in batch_of(llama().to(DEVICE), 4, **TOGETHER).map(queries)]
     factors, short, long = bytes_of(4)
-    assert 1.5 * short < long < 3 * short  # attention's scores grow faster than texts
+    assert 1.4 * short < long < 2.3 * short  # attention's scores grow faster than texts
     model = llama().to(DEVICE)
     memory = factors + 5 * long // 2
     batch = batch_of(model, 4, memory=memory, capture=False, **TOGETHER)
     shapes = rows_of_passes(model)
     answers = [*batch.map(queries)]
     assert [a.value for a in answers] == pytest.approx(wanted, rel=ROUNDING)
-    passes = [shape for shape in shapes if shape[1] in (32, 64)]
-    assert {rows for rows, length in passes if length == 64} == {1, 2}  # 1: what it holds
+    passes = [shape for shape in shapes if shape[1] in (32, 48)]
+    assert {rows for rows, length in passes if length == 48} == {1, 2}  # 1: what it holds
     assert all(rows * length <= 4 * 32 for rows, length in passes)
 
 

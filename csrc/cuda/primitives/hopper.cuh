@@ -106,8 +106,8 @@ __device__ inline uint64_t product_operand(uint32_t shared) {
                  : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(kTransposed)));                            \
   }
 
-// sums [64, N] += a [64, 16] b [N, 16]^T for N = 96, 104, 112, 128, 160 and 208; without `add` there is no sum before.
-// kTransposed: a lies as [16, 64]. In warp w of the group, with g = lane / 4 and t = lane % 4:
+// sums [64, N] += a [64, 16] b [N, 16]^T for N = 96, 104, 112, 128, 160, 200 and 208; without `add` there is no sum
+// before. kTransposed: a lies as [16, 64]. In warp w of the group, with g = lane / 4 and t = lane % 4:
 //   sums[4 j], sums[4 j + 1]: row 16 w + g, columns 8 j + 2 t and the next;  sums[4 j + 2], sums[4 j + 3]: row + 8
 HULLKIT_MULTIPLY_ADD(96, 48, 49, 50, 51, 0,
                      HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_EIGHT(4),
@@ -128,6 +128,11 @@ HULLKIT_MULTIPLY_ADD(160, 80, 81, 82, 83, 0,
                      HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(
                          4) ", " HULLKIT_TEN(5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7),
                      HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS20(60))
+HULLKIT_MULTIPLY_ADD(
+    200, 100, 101, 102, 103, 0,
+    HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_TEN(
+        5) ", " HULLKIT_TEN(6) ", " HULLKIT_TEN(7) ", " HULLKIT_TEN(8) ", " HULLKIT_TEN(9),
+    HULLKIT_SUMS20(0), HULLKIT_SUMS20(20), HULLKIT_SUMS20(40), HULLKIT_SUMS20(60), HULLKIT_SUMS20(80))
 HULLKIT_MULTIPLY_ADD(
     208, 104, 105, 106, 107, 0,
     HULLKIT_TEN() ", " HULLKIT_TEN(1) ", " HULLKIT_TEN(2) ", " HULLKIT_TEN(3) ", " HULLKIT_TEN(4) ", " HULLKIT_TEN(

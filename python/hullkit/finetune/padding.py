@@ -50,10 +50,10 @@ class Padding:
 def bucket(length: int, longest: int) -> int:
     """The length that a sequence of `length` tokens is padded to.
 
-    It is a multiple of 32 up to 512, of 64 up to 1024, and so on: 8 lengths for every doubling. A
-    length beyond 256 grows by at most 1/8. Nothing is padded beyond `longest`.
+    It is a multiple of 16 up to 512, of 32 up to 1024, and so on: 16 lengths for every doubling. A
+    length beyond 256 grows by at most 1/16. Nothing is padded beyond `longest`.
     """
-    step = max(32, 1 << max(0, (length - 1).bit_length() - 4))
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 5))
     return max(length, min(-(-length // step) * step, longest))
 
 

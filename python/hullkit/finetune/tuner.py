@@ -16,6 +16,7 @@ from ..language_model.interface import (
     TokenLimits,
     check_labels,
     check_module,
+    check_predicted,
     check_token_ids,
     check_trainable,
     forward_parameters,
@@ -261,7 +262,7 @@ class TestTimeFinetuner:
         """The checked keyword inputs of one example, `input_ids` and `labels` among them."""
         if not isinstance(example, Mapping):
             ids = check_token_ids(name, example, limits)
-            check_labels(name, ids[:, 1:], limits)
+            check_predicted(name, ids, limits)
             return {"input_ids": ids, "labels": ids}
         if "input_ids" not in example:
             raise ValueError(f"{name}: expected the key 'input_ids', got {list(example)}")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .._checks import check_int
 from .interface import (
     at_least_float32,
-    check_labels,
     check_module,
+    check_predicted,
     check_scorable,
     check_token_ids,
     device_of,
@@ -70,7 +70,7 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
     check_int("num_bytes", num_bytes, 1)
     limits = token_limits(model)
     ids = check_token_ids("input_ids", input_ids, limits)
-    check_labels("input_ids[1:], which are predicted", ids[:, 1:], limits)
+    check_predicted("input_ids[1:], which are predicted", ids, limits)
     ids = ids.to(device_of(model, ids))
     with torch.no_grad(), eval_mode(model):
         # PEFT puts learned positions before the tokens, and they have logits too.

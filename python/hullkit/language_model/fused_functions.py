@@ -36,6 +36,7 @@ from .products import (
 )
 from .recent_tensors import RecentTensors, has_hooks
 from .residual_norms import NormCall, ResidualNorms
+from .rotary import Rotation
 from .saved_tensors import Saved
 from .trials import trial
 
@@ -85,6 +86,7 @@ class FusedFunctions(PassMode):
         self._normed: RecentTensors[tuple[Tensor, SharedInput, Tensor]] = RecentTensors()
         self._residuals = ResidualNorms()
         self._sums: RecentTensors[NarrowGradient] = RecentTensors()
+        self._rotated: RecentTensors[Rotation] = RecentTensors()
 
     def handle(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         handler = _HANDLERS.get(func)
@@ -292,7 +294,15 @@ class FusedFunctions(PassMode):
         scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
         if not scale > 0.0:
             return NotImplemented
-        return short_attention.causal_attention(q, k, v, scale, half)
+        rotation = self._rotated.get(q)
+        if rotation is not self._rotated.get(k) or has_hooks(q) or has_hooks(k):
+            rotation = None
+        return short_attention.causal_attention(q, k, v, scale, half, rotation)
+
+    def note_rotation(self, q: Tensor, k: Tensor, rotation: Rotation) -> None:
+        """q and k are the results of `rotary`."""
+        for x in (q, k):
+            self._rotated.note(x, rotation)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {

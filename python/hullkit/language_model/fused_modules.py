@@ -184,7 +184,7 @@ def stand_ins(
                 replace_forward(embedding, partial(tied.embedding, weight=lm_head.weight))
         found = causal_masks.replacements() if plain_positions else []
         if not checkpointed:
-            found += rotary.replacements(model, functions.takes, names)
+            found += rotary.replacements(model, functions.takes, functions.note_rotation, names)
         with replaced_globals(found), nullcontext() if checkpointed else functions:
             yield names
         names |= functions.names

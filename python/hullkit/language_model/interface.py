@@ -160,6 +160,12 @@ def check_labels(name: str, labels: Tensor, limits: TokenLimits) -> None:
     _check_range(name, labels, limits.labels)
 
 
+def check_predicted(name: str, ids: Tensor, limits: TokenLimits) -> None:
+    """Checks all but the first of the ids (1, T) that `check_token_ids` has returned as labels."""
+    if limits.vocabulary is None or limits.labels is None or limits.labels < limits.vocabulary:
+        check_labels(name, ids[:, 1:], limits)
+
+
 def _check_range(name: str, ids: Tensor, end: int | None) -> None:
     low, high = (int(x) for x in torch.aminmax(ids))
     if low < 0 or (end is not None and high >= end):

@@ -19,19 +19,56 @@ NAME = "apply_rotary_pos_emb"  # of the function in a model's module, for q, k, 
 _WIDEST = 256  # columns of a head
 
 
+class Rotation:
+    """The tables of a call of `rotary`, and the gradients of q and k that a reader has made.
+
+    Attention reads both results. It can compute the gradients of what was rotated as it makes those
+    of the results, and leaves them here instead of giving autograd any.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> None:
+        self.cos, self.sin, self.dtype = cos, sin, dtype
+        self._left: tuple[Tensor, Tensor] | None = None
+
+    def leave(self, d_q: Tensor, d_k: Tensor) -> None:
+        """Gradients of q and k, in `dtype`. Nobody else has them."""
+        before = self.take()
+        self._left = (d_q, d_k) if before is None else (before[0] + d_q, before[1] + d_k)
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        left, self._left = self._left, None
+        return left
+
+
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(cos, sin)
-        ctx.dtype = q.dtype
-        return _launch(q, k, cos, sin, torch.promote_types(q.dtype, cos.dtype), backward=False)
+        ctx.rotation = rotation
+        dtype = torch.promote_types(q.dtype, cos.dtype)
+        results = _launch(q, k, cos, sin, dtype, backward=False)
+        ctx.shapes, ctx.dtype = [x.shape for x in results], dtype
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(
+        ctx: Any, *gradients: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        d_q, d_k = (d if d.stride(3) == 1 else d.contiguous() for d in gradients)
-        return *_launch(d_q, d_k, cos, sin, ctx.dtype, backward=True), None, None
+        if all(d is None for d in gradients):
+            left = ctx.rotation.take()
+            return *((None, None) if left is None else left), None, None, None
+        whole = [
+            torch.zeros(shape, dtype=ctx.dtype, device=cos.device) if d is None else d
+            for d, shape in zip(gradients, ctx.shapes, strict=True)
+        ]
+        d_q, d_k = (d if d.stride(3) == 1 else d.contiguous() for d in whole)
+        ctx.rotation.leave(*_launch(d_q, d_k, cos, sin, ctx.rotation.dtype, backward=True))
+        return *ctx.rotation.take(), None, None, None
 
 
 def _launch(
@@ -47,22 +84,31 @@ def _launch(
         results.append(out)
         strides += [*x.stride()[:3], *out.stride()[:3]]
         programs += -(-x.shape[1] * length // PAIRS)
-    table = cos.stride(0) if len(cos) > 1 else 0
     half = width // 2
     constants = {"BACKWARD": backward, "HALF": max(8, 1 << (half - 1).bit_length())}
-    sizes = (heads, k.shape[1], length, half, *strides, table, cos.stride(1))
+    sizes = (heads, k.shape[1], length, half, *strides, *table_strides(cos))
     with torch.cuda.device_of(q):
         launch("rotary", (programs, texts), (q, k, cos, sin, *results, *sizes), constants)
     return results[0], results[1]
 
 
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def table_strides(table: Tensor) -> tuple[int, int]:
+    """From text to text, which may all have one, and from row to row."""
+    return table.stride(0) if len(table) > 1 else 0, table.stride(1)
+
+
+def rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[tuple[Tensor, Tensor], Rotation]:
     """x * cos + rotate_half(x) * sin of q (K, H, T, D) and of k (K, G, T, D), of one dtype.
 
     cos and sin: (K, T, D), or (1, T, D) for all texts, without gradients.
+
+    The second result is for a function that reads both of the first.
     """
-    results: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
-    return results
+    rotation = Rotation(cos, sin, q.dtype)
+    results: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin, rotation)  # type: ignore[no-untyped-call]
+    return results, rotation
 
 
 def takes(x: Tensor, cos: Any, sin: Any) -> bool:
@@ -101,7 +147,7 @@ def _is_rotary(own: Callable[..., Any], q: Tensor, cos: Tensor) -> bool:
         with torch.no_grad():
             try:
                 wanted = own(queries, keys, *tables)
-                found = rotary(queries, keys, *tables)
+                found, _ = rotary(queries, keys, *tables)
                 known[key] = len(wanted) == 2 and all(
                     a.dtype is b.dtype and a.shape == b.shape and _close(a, b)
                     for a, b in zip(wanted, found, strict=True)
@@ -117,11 +163,15 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def replacements(
-    model: nn.Module, ready: Callable[[Tensor], bool], names: set[str]
+    model: nn.Module,
+    ready: Callable[[Tensor], bool],
+    note: Callable[[Tensor, Tensor, Rotation], None],
+    names: set[str],
 ) -> list[Replacement]:
     """The kernel for the function of that name, in the modules of the model's classes.
 
-    ready: whether a tensor may go to the kernel. names: gets the names of what was replaced.
+    ready: whether a tensor may go to the kernel. note: is told of both results. names: gets the
+    names of what was replaced.
     """
 
     def stand_in(own: Any, *args: Any, **options: Any) -> Any:
@@ -131,7 +181,9 @@ def replacements(
             alike = q.dtype is k.dtype and q.device == k.device
             if known and alike and _is_rotary(own, q, cos):
                 names.add(f"{getattr(own, '__module__', '')}.{NAME}")
-                return rotary(q, k, cos, sin)
+                results, rotation = rotary(q, k, cos, sin)
+                note(*results, rotation)
+                return results
         return own(*args, **options)
 
     spaces: dict[int, dict[str, Any]] = {}

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .rotary import Rotation, table_strides
 
 _BLOCK = 64  # rows of a program
 _WIDEST = 64  # columns of a head
@@ -36,14 +39,19 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, half: torch.dtype) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, half: torch.dtype,
+    rotation: Rotation | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(scale * q k^T) v under a causal mask, (K, H, T, D) in `half`.
 
     Products take their inputs rounded to `half`; sums and the softmax are in float32.
 
     scale: above 0, so that the highest of scaled scores is that of scores.
+    rotation: q and k are results of `rotary`, which gave this too. It may be left the gradients of
+        what was rotated, with the bits that `rotary` would give them.
     """
-    result: Tensor = _Attention.apply(q, k, v, scale, half)  # type: ignore[no-untyped-call]
+    result: Tensor = _Attention.apply(q, k, v, scale, half, rotation)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -79,8 +87,9 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, half: torch.dtype
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, half: torch.dtype,
+        rotation: Rotation | None,
+    ) -> Tensor:  # fmt: skip
         from ..triton_kernels.launch import launch
 
         texts, heads, length, _ = q.shape
@@ -91,19 +100,27 @@ class _Attention(torch.autograd.Function):
             grid = (-(-length // _BLOCK), texts * heads)
             launch("attention", grid, (q, k, v, out, normalisers, *sizes), _constants(q, half))
         ctx.save_for_backward(q, k, v, out, normalisers)
-        ctx.scale, ctx.half = scale, half
+        ctx.scale, ctx.half, ctx.rotation = scale, half, rotation
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(
+        ctx: Any, d: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, None, None, None]:
         q, k, v, out, normalisers = ctx.saved_tensors
         d = d if _has_rows(d) else d.contiguous()
-        gradients = _of_many_heads if _has_many(k) else _of_few_heads
         constants = _constants(q, ctx.half)
+        many = _has_many(k)
+        turns = many and all(ctx.needs_input_grad[:2]) and constants["WIDTH"] == constants["D"]
+        rotation: Rotation | None = ctx.rotation if turns else None
         with torch.cuda.device_of(q):
-            found = gradients(q, k, v, out, normalisers, d, ctx.scale, constants)
-        return *found, None, None
+            of_heads = partial(_of_many_heads, rotation) if many else _of_few_heads
+            dq, dk, dv = of_heads(q, k, v, out, normalisers, d, ctx.scale, constants)
+        if rotation is None:
+            return dq, dk, dv, None, None, None
+        rotation.leave(dq, dk)
+        return None, None, dv, None, None, None
 
 
 def _of_few_heads(
@@ -133,22 +150,30 @@ def _of_few_heads(
 
 
 def _of_many_heads(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, normalisers: Tensor, d: Tensor, scale: float,
-    constants: dict[str, Any],
+    rotation: Rotation | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, normalisers: Tensor,
+    d: Tensor, scale: float, constants: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """With a rotation the first two are the gradients of what it rotated."""
     from ..triton_kernels.launch import launch
 
     texts, heads, length, _ = q.shape
     shared = k.shape[1]
     blocks = -(-length // _BLOCK)
-    dq, dk, dv = (_by_rows(t, t.dtype, t.shape[1]) for t in (q, k, v))
+    dq, dk = (
+        _by_rows(t, t.dtype if rotation is None else rotation.dtype, t.shape[1]) for t in (q, k)
+    )
+    dv = _by_rows(v, v.dtype, shared)
+    tables, table = (q, q), (0, 0)
+    if rotation is not None:
+        tables, table = (rotation.cos, rotation.sin), table_strides(rotation.cos)
     along = torch.empty_like(normalisers)
     sizes = (heads, length, scale, heads // shared)
-    arguments = (q, k, v, out, d, normalisers, along, dq, *sizes)
-    strides = _strides(q, k, v, out, d, dq)
+    arguments = (q, k, v, out, d, normalisers, along, dq, *tables, *sizes)
+    strides = (*_strides(q, k, v, out, d, dq), *table)
+    constants = {"ROTATED": rotation is not None} | constants
     launch("attention_q_gradient", (blocks, texts * heads), (*arguments, *strides), constants)
     sizes = (shared, length, scale, heads // shared)
-    arguments = (q, k, v, d, normalisers, along, dk, dv, *sizes)
-    strides = _strides(q, k, v, d, dk, dv)
+    arguments = (q, k, v, d, normalisers, along, dk, dv, *tables, *sizes)
+    strides = (*_strides(q, k, v, d, dk, dv), *table)
     launch("attention_kv_gradient", (blocks, texts * shared), (*arguments, *strides), constants)
     return dq, dk, dv

@@ -173,8 +173,7 @@ class PromptBatch:
             limit = (limit - own) // self._passes.shares
         self._room = Room(slots, limit, self._passes.held)
         self._neighbours = Neighbours(self._passes.logits, slots, apart, captures)
-        for slot in range(slots):
-            self._factors.reset_(slot, seed)
+        self._factors.reset_(range(slots), seed)
 
     # What queries may find changed, and what the slots were made for.
 
@@ -278,15 +277,15 @@ class PromptBatch:
     def begin(self) -> None:
         """Follows the model, and makes all slots fresh, whatever an `adapt_` has left in them."""
         self._passes.follow()
-        for slot in range(self.slots):
-            self.reset(slot)
+        self.reset(range(self.slots))
 
     def start(self, slot: int, run: Run) -> None:
-        seed = self.seed if run.query.seed is None else run.query.seed
-        self._factors.reset_(slot, seed)
+        """Gives a slot that is fresh the query's seed, if that is another one."""
+        if run.query.seed not in (None, self.seed):
+            self._factors.reset_([slot], run.query.seed)
 
-    def reset(self, slot: int) -> None:
-        self._factors.reset_(slot, self.seed)
+    def reset(self, slots: Iterable[int]) -> None:
+        self._factors.reset_(slots, self.seed)
 
     @property
     def apart(self) -> bool:

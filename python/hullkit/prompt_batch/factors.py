@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from .layers import Layer
 _ALIGNED = 64  # elements: where a factor begins
 _LEAST = 1.1754943508222875e-38  # normal numbers of float32 begin there
 RESET = -1  # in the place of a number of updates
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on the device. The host goes on, whatever the device still has to do."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # others would be waited for
 
 
 class SlotFactors:
@@ -115,21 +123,21 @@ class SlotFactors:
             self._initial = (seed, row.to(self.params.device))
         return self._initial[1]
 
-    def reset_(self, slot: int, seed: int) -> None:
-        """Fresh factors and moments, whatever the slot held."""
-        fresh = self.fresh(seed)
+    def reset_(self, slots: Iterable[int], seed: int) -> None:
+        """Fresh factors and moments, whatever the slots held."""
+        fresh, chosen = self.fresh(seed), set(slots)
         if uses_triton("params", self.params.device, self._backend):
-            steps = [0] * self.slots
-            steps[slot] = RESET
+            steps = [RESET if slot in chosen else 0 for slot in range(self.slots)]
             zeros = [0.0] * self.slots
-            control = self.control(steps, [0] * self.slots, zeros, 1).to(fresh.device)
+            control = to_device(self.control(steps, [0] * self.slots, zeros, 1), fresh.device)
             broken = torch.zeros(self.slots, dtype=torch.int32, device=fresh.device)
             self._launch(control, broken, fresh)
             return
-        self.params[slot].copy_(fresh)
-        self.exp_avg[slot].zero_()
-        self.exp_avg_sq[slot].zero_()
-        self._copy(slot)
+        for slot in chosen:
+            self.params[slot].copy_(fresh)
+            self.exp_avg[slot].zero_()
+            self.exp_avg_sq[slot].zero_()
+            self._copy(slot)
 
     def control(
         self, num_steps: list[int], done: list[int], lr: list[float], capacity: int

@@ -23,7 +23,7 @@ from ..language_model.interface import logits_of, without_cache
 from ..language_model.product_settings import matmul_precision
 from ..language_model.products import SharedInputs
 from .borrowed import Borrowed
-from .factors import SlotFactors
+from .factors import SlotFactors, to_device
 from .slot_forwards import SlotForwards
 
 _BOUNDLESS = 1 << 62  # bytes
@@ -114,7 +114,7 @@ class SlotPasses:
             graph = self._graph(tokens) if fits and self.captures else None
             self.path = "eager" if graph is None else "captured"
             if graph is None:
-                losses = self.gradients(tokens.to(self._device), first)
+                losses = self.gradients(to_device(tokens, self._device), first)
             elif self._factors.spare:
                 self._factors.to_spare(first)
                 losses = graph.replay(tokens)
@@ -125,7 +125,7 @@ class SlotPasses:
             of_slots = torch.zeros(self._factors.slots, dtype=losses.dtype, device=self._device)
             of_slots[first : first + len(losses)] = losses
             broken = torch.zeros(self._factors.slots, dtype=torch.int32, device=self._device)
-            self._factors.update_(control.to(self._device, non_blocking=True), broken)
+            self._factors.update_(to_device(control, self._device), broken)
             return of_slots, broken
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -248,6 +248,6 @@ class _Graph:
 
     def replay(self, tokens: Tensor) -> Tensor:
         """The losses, which the next replay overwrites."""
-        self._tokens.copy_(tokens, non_blocking=True)
+        self._tokens.copy_(tokens.pin_memory(), non_blocking=True)
         self._graph.replay()
         return self._losses

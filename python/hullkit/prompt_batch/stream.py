@@ -15,10 +15,30 @@ from torch import Tensor
 from .._checks import check_finite, check_int
 from ..finetune.padding import bucket
 from ..finetune.schedule import Reuse, reuse_schedule
-from ..language_model.interface import IGNORED, check_labels, check_token_ids, token_limits
+from ..language_model.interface import IGNORED, check_predicted, check_token_ids, token_limits
 from .queries import Answer, Query
 
 _AHEAD = 4  # times as many queries as slots may be read before the answer that is due
+
+
+class Results:
+    """Each slot's loss of a pass, and whether a gradient was not finite: there until `fetch`."""
+
+    def __init__(self, losses: Tensor, broken: Tensor) -> None:
+        self._there: tuple[Tensor, Tensor] | None = (losses, broken)
+        self.losses: list[float] = []
+        self.broken: list[int] = []
+
+    @staticmethod
+    def fetch(of_passes: Iterable[Results]) -> None:
+        """Brings results of passes to the host, all at once: it waits for the device."""
+        left = {id(own): own for own in of_passes if own._there is not None}
+        if not left:
+            return
+        there = zip(*(own._there for own in left.values() if own._there is not None), strict=True)
+        columns = [torch.stack(tensors).tolist() for tensors in there]
+        for own, losses, broken in zip(left.values(), *columns, strict=True):
+            own.losses, own.broken, own._there = losses, broken, None
 
 
 class Run:
@@ -32,7 +52,7 @@ class Run:
         self._bursts = bursts
         self._at = 0
         self.updates = 0  # so far
-        self._results: list[tuple[Tensor, Tensor]] = []
+        self.results: list[Results] = []
 
     @property
     def burst(self) -> Reuse:
@@ -43,25 +63,23 @@ class Run:
         """The ids (T,) of the next pass."""
         return self._texts[self.burst.example]
 
-    def note(self, losses: Tensor, broken: Tensor) -> bool:
+    def note(self, results: Results) -> bool:
         """Takes the results of a pass; whether it was the last."""
-        self._results.append((losses, broken))
+        self.results.append(results)
         self.updates += self.burst.num_steps
         self._at += 1
         return self._at == len(self._bursts)
 
     def losses(self, slot: int) -> tuple[float, ...]:
         """Each pass's loss. Raises FloatingPointError if one or its gradient is not finite."""
-        losses, broken = zip(*self._results, strict=True)
-        values = torch.stack(losses)[:, slot].tolist()
-        lost = torch.stack(broken)[:, slot].tolist()
-        for burst, value, bad in zip(self._bursts, values, lost, strict=True):
-            if bad or not math.isfinite(value):
+        for burst, results in zip(self._bursts, self.results, strict=True):
+            value = results.losses[slot]
+            if results.broken[slot] or not math.isfinite(value):
                 what = "gradient that is not finite" if math.isfinite(value) else f"loss {value}"
                 raise FloatingPointError(
                     f"examples[{burst.example}]: expected a finite loss and gradient, got a {what}"
                 )
-        return tuple(values)
+        return tuple(results.losses[slot] for results in self.results)
 
 
 class Stream:
@@ -76,6 +94,7 @@ class Stream:
         self._keep = keep
         self._runs: list[Run | None] = [None] * batch.slots
         self._free = list(range(batch.slots))[::-1]
+        self._used: list[int] = []  # slots that are not fresh
         self._answers: dict[int, Answer] = {}
         self._read = 0
         self._limits = token_limits(batch.model)
@@ -85,6 +104,7 @@ class Stream:
         self._batch.begin()
         due = 0
         while True:
+            self._reset()
             self._fill(due)
             while due in self._answers:
                 yield self._answers.pop(due)
@@ -132,7 +152,7 @@ class Stream:
         texts = []
         for i, example in enumerate(query.examples):
             ids = check_token_ids(f"examples[{i}]", example, self._limits)
-            check_labels(f"examples[{i}]", ids[:, 1:], self._limits)
+            check_predicted(f"examples[{i}]", ids, self._limits)
             texts.append(ids[0].cpu())
         run = Run(index, query, texts, bursts)
         run.lr = self._batch.lr if query.lr is None else check_finite("lr", query.lr)
@@ -179,9 +199,15 @@ class Stream:
             clear_frames(error.__traceback__)
             lacking = error
         if lacking is None:
-            for slot, run in enumerate(group, first):
-                if run is not None and run.note(losses, broken):
-                    self._finish(slot, run)
+            results = Results(losses, broken)
+            ended = [
+                (slot, run)
+                for slot, run in enumerate(group, first)
+                if run is not None and run.note(results)
+            ]
+            Results.fetch(own for _, run in ended for own in run.results)
+            for slot, run in ended:
+                self._finish(slot, run)
         elif len(group) > 1:
             self._batch.note_too_large(len(group), length)
             return False
@@ -208,13 +234,19 @@ class Stream:
         self._answers[run.index] = answer
         self._runs[slot] = None
         if answer.error is not None or not self._keep:
-            self._batch.reset(slot)
+            self._used.append(slot)
         if not self._keep:
             self._free.append(slot)
+
+    def _reset(self) -> None:
+        if self._used:
+            self._batch.reset(self._used)
+            self._used = []
 
     def close(self) -> None:
         """Resets the slots of queries that were not finished."""
         for slot, run in enumerate(self._runs):
             if run is not None:
-                self._batch.reset(slot)
+                self._used.append(slot)
                 self._runs[slot] = None
+        self._reset()

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention that leaves the gradients of what was rotated, in place of those of q and k.
+
+In Triton's interpreter on CPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from _fused import DEVICE, DTYPES, random
+from hullkit.language_model import rotary, short_attention
+from hullkit.language_model.fused_functions import FusedFunctions
+from hullkit.language_model.fused_modules import stand_ins
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they run on it
+
+
+@pytest.fixture(autouse=True)
+def many_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short_attention, "_MANY_PROGRAMS", 0)
+
+
+@pytest.fixture
+def turned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each launch of the rotation's own kernel, whether it was for gradients."""
+    seen: list[bool] = []
+    launch = rotary._launch
+
+    def noted(*inputs: Any, backward: bool) -> tuple[Tensor, Tensor]:
+        seen.append(backward)
+        return launch(*inputs, backward=backward)
+
+    monkeypatch.setattr(rotary, "_launch", noted)
+    return seen
+
+
+def _inputs(width: int, tables: int, dtype: torch.dtype, table: torch.dtype) -> Sequence[Tensor]:
+    q = random(2, 70, 4, width, dtype=dtype).transpose(1, 2)
+    k, v = (random(2, 70, 2, width, dtype=dtype, seed=i).transpose(1, 2) for i in (1, 2))
+    angles = random(tables, 70, width, seed=3)
+    return q, k, v, angles.cos().to(table), angles.sin().to(table)
+
+
+def _gradients(
+    inputs: Sequence[Tensor], leaves: bool, trained: str = "qkv", more: bool = False
+) -> list[Tensor | None]:
+    """Of q, k and v. leaves: whether attention knows the rotation. more: somebody else reads k."""
+    q, k, v, cos, sin = inputs
+    own = [
+        x.clone().requires_grad_(name in trained) for x, name in zip((q, k, v), "qkv", strict=True)
+    ]
+    (q, k), rotation = rotary.rotary(own[0], own[1], cos, sin)
+    half = torch.bfloat16 if q.dtype is torch.bfloat16 else torch.float16
+    y = short_attention.causal_attention(q, k, own[2], 0.3, half, rotation if leaves else None)
+    loss = y.float().square().sum()
+    if more:
+        loss = loss + k.float().square().sum()
+    loss.backward()
+    return [x.grad for x in own]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("table", DTYPES)
+@pytest.mark.parametrize(("width", "tables"), [(16, 1), (64, 2)])
+def test_the_same_bits_as_one_after_the_other(
+    width: int, tables: int, dtype: torch.dtype, table: torch.dtype, turned: list[bool]
+) -> None:
+    inputs = _inputs(width, tables, dtype, table)
+    found = _gradients(inputs, leaves=True)
+    assert turned == [False]
+    for one, other in zip(found, _gradients(inputs, leaves=False), strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.dtype is dtype
+        assert torch.equal(one, other)
+
+
+def test_with_another_reader(turned: list[bool]) -> None:
+    """Its gradient and the one that was left are added; each was rounded before."""
+    inputs = _inputs(32, 1, torch.float32, torch.float32)
+    found = _gradients(inputs, leaves=True, more=True)
+    assert turned == [False, True]
+    for one, other in zip(found, _gradients(inputs, leaves=False, more=True), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["q", "k", "v", "qk"])
+def test_what_is_trained(trained: str, turned: list[bool]) -> None:
+    inputs = _inputs(32, 1, torch.float32, torch.float32)
+    found = _gradients(inputs, leaves=True, trained=trained)
+    assert turned == [False]
+    for one, other in zip(found, _gradients(inputs, False, trained=trained), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one, other)
+
+
+def test_no_width_that_a_kernel_pads(turned: list[bool]) -> None:
+    inputs = _inputs(24, 1, torch.float32, torch.float32)
+    found = _gradients(inputs, leaves=True)
+    assert turned == [False, True]
+    for one, other in zip(found, _gradients(inputs, leaves=False), strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("reader", ["attention", "a hook too"])
+def test_in_a_model(reader: str, turned: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer's attention leaves its gradients, unless somebody waits for those of q."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=50, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(DEVICE, torch.bfloat16)
+    ids = torch.randint(50, (1, 40), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    note = FusedFunctions.note_rotation
+
+    def hooked(self: FusedFunctions, q: Tensor, *others: Any) -> None:
+        q.retain_grad()
+        note(self, q, *others)
+
+    def passed() -> list[Tensor]:
+        turned.clear()
+        model.zero_grad()
+        with stand_ins(model, backend="triton", plain_positions=True):
+            model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    passed()  # tries the model's own function
+    if reader == "attention":
+        found = passed()
+        assert turned == [False, False]
+    monkeypatch.setattr(FusedFunctions, "note_rotation", hooked)
+    wanted = passed()
+    assert turned == [False, False, True, True]
+    if reader == "attention":
+        assert all(map(torch.equal, found, wanted))
