@@ -11,6 +11,7 @@ namespace py = pybind11;
 
 namespace hullkit {
 
+void bind_dict_copies(py::module_& module);
 void bind_objects(py::module_& module);
 void bind_optim(py::module_& module);
 void bind_operations(py::module_& module);
@@ -51,6 +52,7 @@ PYBIND11_MODULE(_core, module) {
   hullkit::bind_operations(module);
   hullkit::bind_optim(module);
   hullkit::bind_products(module);  // adds to what bind_optim makes
+  hullkit::bind_dict_copies(module);
   hullkit::bind_objects(module);
   hullkit::bind_with_block(module);
   module.def("build_info", &hullkit::build_info);

@@ -277,33 +277,9 @@ class StateLayouts {
   Holder holder_;
 };
 
-bool same_items(PyObject* first, PyObject* second) {
-  PyObject *key = nullptr, *value = nullptr, *other_key = nullptr, *other_value = nullptr;
-  Py_ssize_t position = 0, other_position = 0;
-  if (PyDict_GET_SIZE(first) != PyDict_GET_SIZE(second)) return false;
-  while (PyDict_Next(first, &position, &key, &value)) {
-    if (!PyDict_Next(second, &other_position, &other_key, &other_value)) return false;
-    if (key != other_key || value != other_value) return false;
-  }
-  return true;
-}
-
 }  // namespace
 
 void bind_objects(py::module_& module) {
-  // The places of pairs of dicts that do not have the very same keys and values in one order.
-  module.def("unlike_dicts", [](const py::list& pairs) {
-    py::list unlike;
-    for (Py_ssize_t at = 0; at < PyList_GET_SIZE(pairs.ptr()); ++at) {
-      PyObject* const pair = PyList_GET_ITEM(pairs.ptr(), at);
-      if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2 || !PyDict_Check(PyTuple_GET_ITEM(pair, 0)) ||
-          !PyDict_Check(PyTuple_GET_ITEM(pair, 1))) {
-        throw py::type_error("expected a list of pairs of dicts");
-      }
-      if (!same_items(PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1))) unlike.append(at);
-    }
-    return unlike;
-  });
   module.def("usable_exchange", &usable_exchange);
   py::class_<Layouts>(module, "Layouts")
       .def(py::init<py::object, py::object, py::list, bool>())

@@ -11,7 +11,7 @@ import torch
 from hullkit import optim
 from hullkit.finetune.base_weights import adam_options
 from hullkit.finetune.capture_memory import HeldTensors
-from hullkit.finetune.padding import bucket
+from hullkit.finetune.padding import ALONE, TOGETHER, bucket
 from hullkit.optim import _kernels
 from hullkit.optim._record import BROKEN, LIMIT, TensorRow
 from hullkit.optim._tensor_table import TensorTable
@@ -105,14 +105,20 @@ def test_restoring(dtype: torch.dtype) -> None:
 
 
 def test_buckets() -> None:
-    assert [bucket(n, 4096) for n in (2, 16, 17, 400, 512, 513, 1000, 1024, 1025)] == [
-        16, 16, 32, 400, 512, 544, 1024, 1024, 1088,
+    lengths = (2, 16, 17, 32, 33, 400, 512, 513, 1000, 1024, 1025)
+    assert [bucket(n, 4096, ALONE) for n in lengths] == [
+        32, 32, 32, 32, 64, 416, 512, 576, 1024, 1024, 1152,
     ]  # fmt: skip
-    assert bucket(1000, 1000) == 1000  # no further than the model's positions
-    assert bucket(40, 0) == 40
-    for n in range(2, 3000):
-        length = bucket(n, 1 << 20)
-        assert n <= length <= max(n + 15, n + n // 16)
+    assert [bucket(n, 4096, TOGETHER) for n in lengths] == [
+        16, 16, 32, 32, 48, 400, 512, 544, 1024, 1024, 1088,
+    ]  # fmt: skip
+    for count in (ALONE, TOGETHER):
+        assert bucket(1000, 1000, count) == 1000  # no further than the model's positions
+        assert bucket(40, 0, count) == 40
+        for n in range(2, 3000):
+            length = bucket(n, 1 << 20, count)
+            assert n <= length <= max(n + 256 // count - 1, n + n // count)
+        assert len({bucket(n, 1 << 20, count) for n in range(257, 513)}) == count
 
 
 def test_what_a_warm_up_keeps_off_the_device() -> None:

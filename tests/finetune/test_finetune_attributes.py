@@ -180,11 +180,31 @@ def test_tensors_of_all_kinds() -> None:
 def test_a_large_container_of_plain_values_is_one_copy() -> None:
     model = with_memory()
     model.memory.words = {str(i): i for i in range(1000)}
+    model.memory.row = list(range(1000))
     attributes = Attributes(list(model.modules()))
-    assert len(attributes._containers) < 20
-    model.memory.words["0"] = -1
+    assert len(attributes._containers) + len(attributes._empty) < 20
+    model.memory.words["0"] = model.memory.row[0] = -1
     attributes.restore()
-    assert model.memory.words["0"] == 0
+    assert model.memory.words["0"] == model.memory.row[0] == 0
+
+
+@pytest.mark.parametrize("kind", [list, dict, set, deque, OrderedDict, Counter])
+def test_an_empty_container_is_emptied(kind: type) -> None:
+    model = with_memory()
+    model.memory.own, model.memory.inner = container, [inner] = kind(), [kind()]
+    attributes = Attributes(list(model.modules()))
+    for one in (container, inner):
+        _put(one)
+    attributes.restore()
+    assert model.memory.own is container
+    assert len(container) == len(inner) == 0
+
+
+def _put(container: Any) -> None:
+    if isinstance(container, dict):
+        container["a"] = 1
+    else:
+        getattr(container, "add", getattr(container, "append", None))(1)
 
 
 def test_counters_and_bytes() -> None:

@@ -12,6 +12,10 @@ from torch import Tensor
 from ..language_model.interface import IGNORED
 
 Inputs = dict[str, Tensor]
+# Lengths for every doubling. A text alone leaves much of a GPU idle, where fewer recordings count
+# more than fewer tokens. 64 texts of 400 tokens of SmolLM2 take 2 to 3 % less time than with 416
+# (H100), and those that share a pass are as long as the longest of them.
+ALONE, TOGETHER = 8, 16
 _TOLERANCE = 1e-4  # relative, between losses with and without a masked tail
 
 
@@ -47,13 +51,13 @@ class Padding:
         return abs(alone - masked) <= _TOLERANCE * abs(alone)
 
 
-def bucket(length: int, longest: int) -> int:
+def bucket(length: int, longest: int, lengths: int = ALONE) -> int:
     """The length that a sequence of `length` tokens is padded to.
 
-    It is a multiple of 16 up to 512, of 32 up to 1024, and so on: 16 lengths for every doubling. A
-    length beyond 256 grows by at most 1/16. Nothing is padded beyond `longest`.
+    There are so many lengths for every doubling: they are 256 / lengths tokens apart up to 512,
+    twice as many up to 1024, and so on. Nothing is padded beyond `longest`.
     """
-    step = max(16, 1 << max(0, (length - 1).bit_length() - 5))
+    step = max(256, 1 << (length - 1).bit_length() - 1) // lengths
     return max(length, min(-(-length // step) * step, longest))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import bytes_reached, has_memory
-from ..native.kernels import unlike_dicts
+from ..native.kernels import DictCopies
 from .base_weights import Weights, pinned_like
 
 
@@ -32,11 +32,11 @@ class Snapshot:
         weights: Weights | None,
     ) -> None:
         # Code in the block may replace a buffer instead of writing to it, so slots are kept too.
-        self._training = [(m, m.training) for m in modules]
-        self._buffer_slots = [(m._buffers, m._buffers.copy()) for m in modules]
-        self._slots = [
-            (slots, slots.copy()) for m in modules for slots in (m._parameters, m._modules)
-        ]
+        self._training: dict[int, tuple[bool, list[nn.Module]]] = {}
+        for m in modules:
+            self._training.setdefault(id(m.training), (m.training, []))[1].append(m)
+        self._buffer_slots = DictCopies([m._buffers for m in modules])
+        self._slots = DictCopies([slots for m in modules for slots in (m._parameters, m._modules)])
         self._attributes = Attributes(modules)
         known = {*map(id, parameters), *map(id, buffers)}
         others = [t for t in self._attributes.tensors if id(t) not in known]
@@ -74,7 +74,7 @@ class Snapshot:
     def forget_values(self) -> None:
         """From now on `restore` restores flags and gradients, but no values."""
         self._tensors, self._buffers, self._weights = [], [], None
-        self._slots, self._buffer_slots = [], []
+        self._slots, self._buffer_slots = DictCopies([]), DictCopies([])
         self._attributes = Attributes([])
 
     def restore(self) -> Exception | None:
@@ -82,9 +82,10 @@ class Snapshot:
         failures: list[Exception] = []
         _put_back(self._slots)
         _put_back(self._buffer_slots)
-        for module, training in self._training:
-            if module.training != training:
-                module.training = training
+        for training, modules in self._training.values():
+            for module in modules:
+                if module.training is not training:
+                    module.training = training
         _twice(failures, self._attributes.restore)
         for tensor, data, geometry, copy in self._tensors:
             _twice(failures, _restore, tensor, data, geometry, copy)
@@ -105,43 +106,51 @@ class Attributes:
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        self._modules = [(m.__dict__, m.__dict__.copy()) for m in modules]
-        self._containers: dict[int, tuple[Any, Any]] = {}
+        self._modules = DictCopies([m.__dict__ for m in modules])
+        self._empty: list[Any] = []  # containers, most of which stay as they are
+        self._containers: list[tuple[Any, Any]] = []
         self._bytes: list[tuple[bytearray, bytearray]] = []
         tensors: dict[int, Tensor] = {}
-        waiting = [
-            value
-            for _, saved in self._modules
-            for name, value in saved.items()
-            if type(value) not in _PLAIN and name not in _MODULES_OWN
-        ]
+        dicts: list[dict[Any, Any]] = []
+        seen: set[int] = set()  # containers, all of which are kept alive
+        waiting = self._modules.values(_PLAIN, _MODULES_OWN)
         while waiting:
             value = waiting.pop()
             kind = type(value)
             if isinstance(value, Tensor):
                 tensors[id(value)] = value
-            elif kind in _CONTAINERS and id(value) not in self._containers:
-                self._containers[id(value)] = (value, value.copy())
+            elif kind in _CONTAINERS and id(value) not in seen:
+                seen.add(id(value))
+                if not value:
+                    self._empty.append(value)
+                    continue
+                if kind in _DICTS:
+                    dicts.append(value)
+                else:
+                    self._containers.append((value, value.copy()))
                 inner = value.values() if isinstance(value, dict) else value
                 waiting += [x for x in inner if type(x) not in _PLAIN]
             elif kind is bytearray:
                 self._bytes.append((value, value.copy()))
             elif kind is tuple or (isinstance(value, tuple) and hasattr(kind, "_fields")):
                 waiting += [x for x in value if type(x) not in _PLAIN]
+        self._dicts = DictCopies(dicts)
         self.tensors = list(tensors.values())
 
     def restore(self) -> None:
         """Restores names and contents. The snapshot restores the values of tensors."""
-        for at in unlike_dicts(self._modules):
-            now, saved = self._modules[at]
+        for now, saved in self._modules.changed():
             for name in [n for n in now if n not in saved and n not in _MODULES_OWN]:
                 del now[name]
             for name, value in saved.items():
                 if name not in _MODULES_OWN and now.get(name, now) is not value:
                     now[name] = value
-        for now, saved in self._containers.values():
+        _put_back(self._dicts)
+        for container in self._empty:
+            if container:
+                container.clear()
+        for now, saved in self._containers:
             if isinstance(now, dict):
-                # `unlike_dicts` does not see the order of an OrderedDict.
                 if not (check_like(now, saved) and check_like(now.values(), saved.values())):
                     now.clear()
                     now.update(saved)
@@ -163,12 +172,12 @@ _MODULES_OWN = frozenset(nn.Module().__dict__.keys() - {"_non_persistent_buffers
     "_compiled_call_impl"
 }
 _PLAIN = {int, float, bool, str, type(None), type, frozenset, torch.dtype, torch.device}
-_CONTAINERS = {list, dict, set, OrderedDict, defaultdict, Counter, deque}
+_DICTS = {dict, defaultdict, Counter}  # whose order DictCopies sees
+_CONTAINERS = {list, set, OrderedDict, deque, *_DICTS}
 
 
-def _put_back(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    for at in unlike_dicts(pairs):
-        now, saved = pairs[at]
+def _put_back(copies: DictCopies) -> None:
+    for now, saved in copies.changed():
         now.clear()
         now.update(saved)
 

@@ -97,36 +97,45 @@ def check_scorable(model: nn.Module) -> None:
 def check_trainable(model: nn.Module) -> None:
     """Refuses parameters and buffers with which torch would fail in a pass or later."""
     for path, module in model.named_modules():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            # Subclasses may keep their values elsewhere, as quantised weights do.
-            if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is not torch.strided:
-                raise ValueError(
-                    f"model: expected strided tensors, got {tensor.layout}: "
-                    f"{f'{path}.{key}'.lstrip('.')!r}"
-                )
-            if type(tensor) in (Tensor, nn.Parameter) and not (
-                tensor.is_meta or has_memory(tensor)
-            ):
-                raise ValueError(
-                    "model: expected tensors with memory for all of their elements, got one whose "
-                    f"storage was freed: {f'{path}.{key}'.lstrip('.')!r}"
-                )
+        for slots in (module._parameters, module._buffers):
+            for key, tensor in slots.items():
+                # Subclasses may keep their values elsewhere, as quantised weights do.
+                if type(tensor) in (Tensor, nn.Parameter):
+                    _check_memory(path, key, tensor)
         for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            name = f"{path}.{key}".lstrip(".")
-            if parameter.is_meta:
-                raise ValueError(f"model: {_NOT_HERE.format(name)}")
-            if parameter.is_inference():
-                raise ValueError(
-                    "model: expected parameters that autograd can use, got one made in "
-                    f"torch.inference_mode(): {name!r}"
-                )
+            if parameter is not None:
+                _check_autograd(path, key, parameter)
         embeds = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         if embeds and module.sparse and module.weight.requires_grad:
             raise ValueError(
                 f"model: expected dense gradients, got an embedding with sparse=True: {path!r}"
             )
+
+
+def _check_memory(path: str, key: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"model: expected strided tensors, got {tensor.layout}: {_joined(path, key)!r}"
+        )
+    if not (tensor.is_meta or has_memory(tensor)):
+        raise ValueError(
+            "model: expected tensors with memory for all of their elements, got one whose "
+            f"storage was freed: {_joined(path, key)!r}"
+        )
+
+
+def _check_autograd(path: str, key: str, parameter: Tensor) -> None:
+    if parameter.is_meta:
+        raise ValueError(f"model: {_NOT_HERE.format(_joined(path, key))}")
+    if parameter.is_inference():
+        raise ValueError(
+            "model: expected parameters that autograd can use, got one made in "
+            f"torch.inference_mode(): {_joined(path, key)!r}"
+        )
+
+
+def _joined(path: str, key: str) -> str:
+    return f"{path}.{key}".lstrip(".")
 
 
 def token_limits(model: nn.Module) -> TokenLimits:

@@ -23,6 +23,7 @@ except ImportError as error:  # a source tree on sys.path, or a build for anothe
 
 __version__ = _core.__version__
 WithBlock = _core.WithBlock
+DictCopies = _core.DictCopies
 
 # Numbers that cross for names, as the core declares them.
 STATUSES = _core.statuses
@@ -227,11 +228,6 @@ def product_sums_cuda(
             wide_gradients=wide_gradients,
             stream=raw_stream(device),
         )
-
-
-def unlike_dicts(pairs: list[tuple[dict[Any, Any], dict[Any, Any]]]) -> list[int]:
-    """The places of the pairs that do not hold the very same keys and values in one order."""
-    return _core.unlike_dicts(pairs)
 
 
 def build_info() -> dict[str, Any]:

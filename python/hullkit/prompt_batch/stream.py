@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_finite, check_int
-from ..finetune.padding import bucket
+from ..finetune.padding import ALONE, TOGETHER, bucket
 from ..finetune.schedule import Reuse, reuse_schedule
 from ..language_model.interface import IGNORED, check_predicted, check_token_ids, token_limits
 from .queries import Answer, Query
@@ -180,7 +180,9 @@ class Stream:
 
     def _padded(self, run: Run) -> int:
         own = len(run.text)
-        return bucket(own, self._batch.longest) if self._batch.pads(run.text) else own
+        if not self._batch.pads(run.text):
+            return own
+        return bucket(own, self._batch.longest, ALONE if self._batch.apart else TOGETHER)
 
     def _group(self, first: int, group: list[Run | None]) -> bool:
         """One pass; whether there was memory for it. A single text without is an error of its

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// What many dicts hold at one moment. A model has thousands; as many copies made in Python would start its garbage
+// collector, which takes longer than they do.
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace hullkit {
+namespace {
+
+// Keys and values are kept alive, and compared as objects.
+class DictCopies {
+ public:
+  explicit DictCopies(const py::list& dicts) {
+    for (const py::handle dict : dicts) {
+      if (!PyDict_Check(dict.ptr())) throw py::type_error("dicts: expected a list of dicts");
+      dicts_.push_back(py::reinterpret_borrow<py::object>(dict));
+      PyObject *key = nullptr, *value = nullptr;
+      for (Py_ssize_t position = 0; PyDict_Next(dict.ptr(), &position, &key, &value);) {
+        items_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+      }
+      ends_.push_back(items_.size());
+    }
+  }
+
+  // (dict, copy) of those that do not hold the very same keys and values in one order. The order of an OrderedDict is
+  // not seen.
+  py::list changed() const {
+    py::list found;
+    for (size_t at = 0; at < dicts_.size(); ++at) {
+      if (same(at)) continue;
+      py::dict copy;
+      for (size_t i = begin(at); i < ends_[at]; ++i) copy[items_[i].first] = items_[i].second;
+      found.append(py::make_tuple(dicts_[at], copy));
+    }
+    return found;
+  }
+
+  // The values, in order, but for those of these types and under these keys.
+  py::list values(const py::object& types, const py::object& keys) const {
+    if (!PyAnySet_Check(types.ptr()) || !PyAnySet_Check(keys.ptr())) {
+      throw py::type_error("types, keys: expected sets");
+    }
+    const auto contains = [](const py::object& set, PyObject* object) {
+      const int found = PySet_Contains(set.ptr(), object);
+      if (found < 0) throw py::error_already_set();
+      return found == 1;
+    };
+    py::list found;
+    for (const auto& [key, value] : items_) {
+      if (!contains(types, reinterpret_cast<PyObject*>(Py_TYPE(value.ptr()))) && !contains(keys, key.ptr())) {
+        found.append(value);
+      }
+    }
+    return found;
+  }
+
+ private:
+  size_t begin(size_t at) const { return at == 0 ? 0 : ends_[at - 1]; }
+
+  bool same(size_t at) const {
+    PyObject *key = nullptr, *value = nullptr;
+    size_t i = begin(at);
+    if (static_cast<size_t>(PyDict_GET_SIZE(dicts_[at].ptr())) != ends_[at] - i) return false;
+    for (Py_ssize_t position = 0; PyDict_Next(dicts_[at].ptr(), &position, &key, &value); ++i) {
+      if (items_[i].first.ptr() != key || items_[i].second.ptr() != value) return false;
+    }
+    return true;
+  }
+
+  std::vector<py::object> dicts_;
+  std::vector<std::pair<py::object, py::object>> items_;  // of all dicts, one after the other
+  std::vector<size_t> ends_;
+};
+
+}  // namespace
+
+void bind_dict_copies(py::module_& module) {
+  py::class_<DictCopies>(module, "DictCopies")
+      .def(py::init<py::list>(), py::arg("dicts"))
+      .def("changed", &DictCopies::changed)
+      .def("values", &DictCopies::values, py::arg("types"), py::arg("keys"));
+}
+
+}  // namespace hullkit
