@@ -148,6 +148,20 @@ class Replacing(PlainLM):
         return out
 
 
+def test_recorded_lengths_warm_another_tuner_up() -> None:
+    model = llama().cuda()
+    first = TestTimeFinetuner(model, lr=1e-3)
+    assert first.recorded_lengths == ()
+    examples = [torch.arange(n) % VOCABULARY for n in (40, 9, 17)]
+    adapted_state(first, examples, [1, 1, 1])
+    assert first.recorded_lengths == (32, 64)
+    second = TestTimeFinetuner(model, lr=1e-3)
+    second.warmup(first.recorded_lengths)
+    assert second.recorded_lengths == (32, 64)
+    second.release()
+    assert second.recorded_lengths == ()
+
+
 class Looking(PlainLM):
     """Every position sees all: a padded tail would change its loss."""
 

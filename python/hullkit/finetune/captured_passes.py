@@ -68,6 +68,14 @@ class CapturedPasses:
         """Whether the graphs still read and write these tensors of the model."""
         return _addresses(model_tensors) == self._tensors
 
+    @property
+    def lengths(self) -> list[int]:
+        """Of the recorded passes of token ids and labels alone, the shortest first."""
+        plain = (dict((name, size) for name, size, _ in shape) for shape in self._passes)
+        return sorted(
+            {sizes["input_ids"][1] for sizes in plain if sizes.keys() == {"input_ids", "labels"}}
+        )
+
     def prepare(
         self, examples: dict[int, Inputs], most_steps: int
     ) -> dict[int, tuple[_Pass, Inputs]]:

@@ -317,6 +317,20 @@ class TestTimeFinetuner:
         with Adaptation(self.model, QueryRun(self._passes, self._settings(), inputs, []), self):
             pass
 
+    @property
+    def recorded_lengths(self) -> tuple[int, ...]:
+        """The padded lengths whose passes are recorded now, the shortest first.
+
+        A program that saves them can have :meth:`warmup` record them in its next run.
+
+        >>> import hullkit, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+        >>> hullkit.TestTimeFinetuner(model).recorded_lengths
+        ()
+        """
+        captured = self._passes.captured
+        return () if captured is None else tuple(captured.lengths)
+
     def release(self) -> None:
         """Gives back the memory kept between queries: graphs, moments, the copy of the weights.
 
