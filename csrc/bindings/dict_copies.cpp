@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What many dicts hold at one moment. A model has thousands; as many copies made in Python would start its garbage
-// collector, which takes longer than they do.
+// collector, which takes longer than they do. Here they are one object for the collector.
 #include <pybind11/pybind11.h>
 
 #include <cstddef>
@@ -40,6 +40,22 @@ class DictCopies {
     return found;
   }
 
+  // Shows every object that is held to the garbage collector.
+  int visit(visitproc visitor, void* argument) const {
+    int stop = 0;
+    for (size_t i = 0; stop == 0 && i < dicts_.size(); ++i) stop = visitor(dicts_[i].ptr(), argument);
+    for (size_t i = 0; stop == 0 && i < items_.size(); ++i) {
+      stop = visitor(items_[i].first.ptr(), argument);
+      if (stop == 0) stop = visitor(items_[i].second.ptr(), argument);
+    }
+    return stop;
+  }
+
+  void clear() {
+    const DictCopies held(std::move(*this));  // objects go when this one is empty
+    dicts_.clear(), items_.clear(), ends_.clear();
+  }
+
   // The values, in order, but for those of these types and under these keys.
   py::list values(const py::object& types, const py::object& keys) const {
     if (!PyAnySet_Check(types.ptr()) || !PyAnySet_Check(keys.ptr())) {
@@ -77,10 +93,31 @@ class DictCopies {
   std::vector<size_t> ends_;
 };
 
+// The copies behind a Python object; null before its constructor has run.
+DictCopies* copies_of(PyObject* self) {
+  auto* const instance = reinterpret_cast<py::detail::instance*>(self);
+  return static_cast<DictCopies*>(instance->get_value_and_holder().value_ptr());
+}
+
+// Copies may hold what holds them, such as the module of a model that keeps its own snapshot.
+void collect_cycles(PyHeapTypeObject* heap_type) {
+  PyTypeObject* const type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const DictCopies* const copies = copies_of(self);
+    return copies == nullptr ? 0 : copies->visit(visit, arg);
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (DictCopies* const copies = copies_of(self)) copies->clear();
+    return 0;
+  };
+}
+
 }  // namespace
 
 void bind_dict_copies(py::module_& module) {
-  py::class_<DictCopies>(module, "DictCopies")
+  py::class_<DictCopies>(module, "DictCopies", py::custom_type_setup(&collect_cycles))
       .def(py::init<py::list>(), py::arg("dicts"))
       .def("changed", &DictCopies::changed)
       .def("values", &DictCopies::values, py::arg("types"), py::arg("keys"));

@@ -73,6 +73,20 @@ def test_what_is_held_lives_as_long_as_the_copies() -> None:
     assert gone() is None
 
 
+def test_cycles_are_collected() -> None:
+    """Copies that are held by what they hold."""
+
+    class Own:
+        pass
+
+    own: Any = Own()
+    gone = weakref.ref(own)
+    own.copies = DictCopies([{}, own.__dict__, {"own": own}])
+    del own
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.parametrize("bad", [[{}, []], [None], [("a", "b")]])
 def test_only_dicts(bad: list[Any]) -> None:
     with pytest.raises(TypeError, match="expected a list of dicts"):

@@ -72,13 +72,17 @@ PROCESSORS = (
     torch.cuda.get_device_properties(DEVICE).multi_processor_count if DEVICE.type == "cuda" else 132
 )
 SPLIT = 128 * (PROCESSORS // 2 + 4)
-# Rows around the tiles' 96, 128, 160 and 208; columns around their 128; sums around stages of 64.
+# Rows around the tiles' 96, 128, 160, 200 and 208; columns around their 128; sums around stages of
+# 64. With 400 rows the tiles of a last round are split, and two of them share rows.
 CASES = [
     (1, 416, 576, [576], 16),
     (3, 77, 576, [192, 576, 200], 16),
     (2, 401, 1000, [1536, 328], 8),
     (1, 130, 96, [64, 8, 136], 64),
     (40, 416, 576, [576, 192], 16),
+    (40, 200, 576, [576], 16),
+    (64, 399, 576, [576], 16),
+    (40, 400, 576, [576], 16),
     (16, 207, 200, [1536], 24),
     (9, 160, 320, [1024], 16),
     (5, 129, 64, [128], 16),

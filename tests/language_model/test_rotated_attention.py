@@ -7,10 +7,12 @@ In Triton's interpreter on CPUs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from _fused import DEVICE, DTYPES, random
 from hullkit.language_model import rotary, short_attention
 from hullkit.language_model.fused_functions import FusedFunctions
@@ -88,6 +90,58 @@ def test_with_another_reader(turned: list[bool]) -> None:
     assert turned == [False, True]
     for one, other in zip(found, _gradients(inputs, leaves=False, more=True), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_two_readers_and_two_backward_passes(turned: list[bool]) -> None:
+    """Both readers leave gradients, and nothing is left from one backward pass to the next."""
+    q, k, v, cos, sin = _inputs(32, 1, torch.float32, torch.float32)
+    found = []
+    for leaves in (True, False):
+        own = [x.clone().requires_grad_() for x in (q, k)]
+        (a, b), rotation = rotary.rotary(*own, cos, sin)
+        given = rotation if leaves else None
+        attend = partial(short_attention.causal_attention, a, b)
+        loss = attend(v, 0.3, torch.float16, given).float().square().sum()
+        loss = loss + attend(2 * v, 0.2, torch.float16, given).float().square().sum()
+        turned.clear()
+        passes = [torch.autograd.grad(loss, own, retain_graph=True) for _ in range(2)]
+        assert turned == ([] if leaves else [True, True])
+        assert all(map(torch.equal, *passes))
+        found.append(passes[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v, cos, sin = _inputs(32, 1, torch.float32, torch.float32)
+    own = q.requires_grad_()
+    (a, b), rotation = rotary.rotary(own, k.requires_grad_(), cos, sin)
+    y = short_attention.causal_attention(a, b, v, 0.3, torch.float16, rotation)
+    [first] = torch.autograd.grad(y.float().square().sum(), own, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("roles", ["qk", "kq", "qq", "kk"])
+def test_which_result_is_read_as_what(roles: str) -> None:
+    """Attention that reads one result twice, or both the other way round, leaves nothing."""
+    x = random(2, 4, 70, 32), random(2, 4, 70, 32, seed=1), random(2, 4, 70, 32, seed=2)
+    angles = random(1, 70, 32, seed=3)
+    found = []
+    for notes in (True, False):
+        q, k = (t.clone().requires_grad_() for t in x[:2])
+        results, rotation = rotary.rotary(q, k, angles.cos(), angles.sin())
+        functions = FusedFunctions(backend="triton")
+        if notes:
+            functions.note_rotation(*results, rotation)
+        read = [results["qk".index(role)] for role in roles]
+        with torch.autocast(DEVICE.type, torch.bfloat16), functions:
+            y = F.scaled_dot_product_attention(*read, x[2], is_causal=True)
+        y.float().square().sum().backward()
+        found.append((q.grad, k.grad))
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("trained", ["q", "k", "v", "qk"])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import hullkit
 import pytest
 import torch
 from _models import VOCABULARY, gpt2, llama
-from _prompts import DEVICE, LR, PRECISIONS, RANK, ROUNDING, TOGETHER, batch_of, query, text
+from _prompts import DEVICE, LR, PRECISIONS, RANK, ROUNDING, batch_of, query, text
 from hullkit.language_model.cross_entropy import next_token_losses
 from hullkit.prompt_batch import Generate, Score
-from hullkit.prompt_batch.factors import SlotFactors
 from torch import nn
 
 peft = pytest.importorskip("peft", reason="an extra is not installed")
@@ -167,24 +165,6 @@ def test_slot_k_is_of_query_k_beside_bad_ones() -> None:
     answers = batch.adapt_([bad, query(0), bad])
     assert [a.error is None for a in answers] == [False, True, False]
     assert [is_fresh(batch, k) for k in range(3)] == [True, False, True]
-
-
-def test_slots_become_fresh_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once before the first query, then once after each pass that ends some."""
-    resets: list[list[int]] = []
-    reset = SlotFactors.reset_
-
-    def noted(self: SlotFactors, slots: Iterable[int], seed: int) -> None:
-        resets.append(sorted(slots))
-        reset(self, resets[-1], seed)
-
-    batch = batch_of(llama().to(DEVICE), 3, **TOGETHER)
-    monkeypatch.setattr(SlotFactors, "reset_", noted)
-    one = hullkit.Query([text(9, 0)], [1])
-    answers = [*batch.map([one, one, one, one, one._replace(seed=7)])]
-    assert [a.error for a in answers] == [None] * 5
-    assert resets == [[0, 1, 2], [0, 1, 2], [1], [1, 2]]  # [1]: to another seed
-    assert all(is_fresh(batch, k) for k in range(3))
 
 
 def test_slots_without_a_query_are_fresh() -> None:

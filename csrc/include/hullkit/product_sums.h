@@ -27,7 +27,7 @@ constexpr int kMostTerms = 6;  // of all results together
 constexpr int kMostFactors = 3;
 
 // A tile of the kernel has kTileColumns columns of a result and one of kTileRows rows of a slot: those with which a
-// launch is expected to be fastest. Texts that share a pass are padded to multiples of 16.
+// launch is expected to be fastest. Texts that share a pass are mostly multiples of 16 long.
 constexpr int kTileColumns = 128;
 constexpr int kTileRows[] = {96, 104, 112, 128, 160, 200, 208};
 

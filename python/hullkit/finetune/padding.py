@@ -54,8 +54,8 @@ class Padding:
 def bucket(length: int, longest: int, lengths: int = ALONE) -> int:
     """The length that a sequence of `length` tokens is padded to.
 
-    There are so many lengths for every doubling: they are 256 / lengths tokens apart up to 512,
-    twice as many up to 1024, and so on. Nothing is padded beyond `longest`.
+    Every doubling has `lengths` of them: they are 256 / lengths tokens apart up to 512, twice as
+    far up to 1024, and so on. Nothing is padded beyond `longest`.
     """
     step = max(256, 1 << (length - 1).bit_length() - 1) // lengths
     return max(length, min(-(-length // step) * step, longest))

@@ -319,7 +319,7 @@ class TestTimeFinetuner:
 
     @property
     def recorded_lengths(self) -> tuple[int, ...]:
-        """The padded lengths whose passes are recorded now, the shortest first.
+        """The padded lengths whose passes the latest query or warm-up has kept, shortest first.
 
         A program that saves them can have :meth:`warmup` record them in its next run.
 

@@ -86,7 +86,8 @@ class FusedFunctions(PassMode):
         self._normed: RecentTensors[tuple[Tensor, SharedInput, Tensor]] = RecentTensors()
         self._residuals = ResidualNorms()
         self._sums: RecentTensors[NarrowGradient] = RecentTensors()
-        self._rotated: RecentTensors[Rotation] = RecentTensors()
+        # Of the results of `rotary`: of which call, and whether it is k.
+        self._rotated: RecentTensors[tuple[Rotation, bool]] = RecentTensors()
 
     def handle(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         handler = _HANDLERS.get(func)
@@ -294,15 +295,20 @@ class FusedFunctions(PassMode):
         scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
         if not scale > 0.0:
             return NotImplemented
-        rotation = self._rotated.get(q)
-        if rotation is not self._rotated.get(k) or has_hooks(q) or has_hooks(k):
-            rotation = None
+        rotation = None if has_hooks(q) or has_hooks(k) else self._rotation_of(q, k)
         return short_attention.causal_attention(q, k, v, scale, half, rotation)
 
+    def _rotation_of(self, q: Tensor, k: Tensor) -> Rotation | None:
+        """The rotation of which these are the two results, in this order."""
+        of_q, of_k = self._rotated.get(q), self._rotated.get(k)
+        if of_q is None or of_k is None or of_q[0] is not of_k[0]:
+            return None
+        return None if of_q[1] or not of_k[1] else of_q[0]
+
     def note_rotation(self, q: Tensor, k: Tensor, rotation: Rotation) -> None:
-        """q and k are the results of `rotary`."""
-        for x in (q, k):
-            self._rotated.note(x, rotation)
+        """Remembers that `rotary` made q and k in one call, for attention that reads both."""
+        self._rotated.note(q, (rotation, False))
+        self._rotated.note(k, (rotation, True))
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {

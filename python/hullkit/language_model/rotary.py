@@ -23,7 +23,10 @@ class Rotation:
     """The tables of a call of `rotary`, and the gradients of q and k that a reader has made.
 
     Attention reads both results. It can compute the gradients of what was rotated as it makes those
-    of the results, and leaves them here instead of giving autograd any.
+    of the results, and leaves them here instead of giving autograd any. A backward pass of the
+    whole graph takes them; one of a part of the graph would leave a rest for the next.
+
+    dtype: of q and k before the rotation, and of these gradients.
     """
 
     def __init__(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> None:
@@ -31,7 +34,7 @@ class Rotation:
         self._left: tuple[Tensor, Tensor] | None = None
 
     def leave(self, d_q: Tensor, d_k: Tensor) -> None:
-        """Gradients of q and k, in `dtype`. Nobody else has them."""
+        """Gradients of q and k before the rotation. Nobody else has them: autograd gets them."""
         before = self.take()
         self._left = (d_q, d_k) if before is None else (before[0] + d_q, before[1] + d_k)
 

@@ -48,8 +48,8 @@ def causal_attention(
     Products take their inputs rounded to `half`; sums and the softmax are in float32.
 
     scale: above 0, so that the highest of scaled scores is that of scores.
-    rotation: q and k are results of `rotary`, which gave this too. It may be left the gradients of
-        what was rotated, with the bits that `rotary` would give them.
+    rotation: q and k are the two results of a call of `rotary`, which gave this too. It may be left
+        the gradients of what was rotated, with the bits that `rotary` would give them.
     """
     result: Tensor = _Attention.apply(q, k, v, scale, half, rotation)  # type: ignore[no-untyped-call]
     return result
@@ -104,23 +104,28 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, d: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, None, None, None]:
-        q, k, v, out, normalisers = ctx.saved_tensors
-        d = d if _has_rows(d) else d.contiguous()
-        constants = _constants(q, ctx.half)
-        many = _has_many(k)
-        turns = many and all(ctx.needs_input_grad[:2]) and constants["WIDTH"] == constants["D"]
-        rotation: Rotation | None = ctx.rotation if turns else None
-        with torch.cuda.device_of(q):
-            of_heads = partial(_of_many_heads, rotation) if many else _of_few_heads
-            dq, dk, dv = of_heads(q, k, v, out, normalisers, d, ctx.scale, constants)
-        if rotation is None:
-            return dq, dk, dv, None, None, None
-        rotation.leave(dq, dk)
-        return None, None, dv, None, None, None
+    def backward(ctx: Any, d: Tensor) -> Any:
+        # Of what is left, autograd would not know that it cannot be differentiated again.
+        return _backward(ctx, d, None if torch.is_grad_enabled() else ctx.rotation)
+
+
+@once_differentiable
+def _backward(
+    ctx: Any, d: Tensor, rotation: Rotation | None
+) -> tuple[Tensor | None, Tensor | None, Tensor, None, None, None]:
+    q, k, v, out, normalisers = ctx.saved_tensors
+    d = d if _has_rows(d) else d.contiguous()
+    constants = _constants(q, ctx.half)
+    many = _has_many(k)
+    if not (many and all(ctx.needs_input_grad[:2]) and constants["WIDTH"] == constants["D"]):
+        rotation = None
+    with torch.cuda.device_of(q):
+        of_heads = partial(_of_many_heads, rotation) if many else _of_few_heads
+        dq, dk, dv = of_heads(q, k, v, out, normalisers, d, ctx.scale, constants)
+    if rotation is None:
+        return dq, dk, dv, None, None, None
+    rotation.leave(dq, dk)
+    return None, None, dv, None, None, None
 
 
 def _of_few_heads(

@@ -280,9 +280,10 @@ class PromptBatch:
         self.reset(range(self.slots))
 
     def start(self, slot: int, run: Run) -> None:
-        """Gives a slot that is fresh the query's seed, if that is another one."""
-        if run.query.seed not in (None, self.seed):
-            self._factors.reset_([slot], run.query.seed)
+        """Gives a slot that is fresh the query's seed, if it became so with another one."""
+        seed = self.seed if run.query.seed is None else run.query.seed
+        if self._factors.seeds[slot] != seed:
+            self._factors.reset_([slot], seed)
 
     def reset(self, slots: Iterable[int]) -> None:
         self._factors.reset_(slots, self.seed)

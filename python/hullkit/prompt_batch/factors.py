@@ -22,7 +22,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host's tensor on the device. The host goes on, whatever the device still has to do."""
     if device.type != "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)  # others would be waited for
+    # The host would wait for a copy from memory that is not pinned.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class SlotFactors:
@@ -71,6 +72,7 @@ class SlotFactors:
         self.copies = None if half is None else torch.zeros(slots, size, dtype=half, device=device)
         self._share()
         self._initial: tuple[int, Tensor] | None = None
+        self.seeds: list[int | None] = [None] * slots  # with which slots became fresh last
 
     def _share(self) -> None:
         """Gives layers their parts of the memory, as views."""
@@ -132,12 +134,14 @@ class SlotFactors:
             control = to_device(self.control(steps, [0] * self.slots, zeros, 1), fresh.device)
             broken = torch.zeros(self.slots, dtype=torch.int32, device=fresh.device)
             self._launch(control, broken, fresh)
-            return
+        else:
+            for slot in chosen:
+                self.params[slot].copy_(fresh)
+                self.exp_avg[slot].zero_()
+                self.exp_avg_sq[slot].zero_()
+                self._copy(slot)
         for slot in chosen:
-            self.params[slot].copy_(fresh)
-            self.exp_avg[slot].zero_()
-            self.exp_avg_sq[slot].zero_()
-            self._copy(slot)
+            self.seeds[slot] = seed
 
     def control(
         self, num_steps: list[int], done: list[int], lr: list[float], capacity: int

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..finetune.capture_memory import MAX_GRAPHS, CaptureMemory, HeldTensors, with_gaps
+from ..finetune.capture_memory import CaptureMemory, HeldTensors, with_gaps
 from ..language_model.cross_entropy import linear_next_token_losses, next_token_losses
 from ..language_model.experts import without_questions
 from ..language_model.fused_modules import fused_head_weight, stand_ins
@@ -27,6 +27,7 @@ from .factors import SlotFactors, to_device
 from .slot_forwards import SlotForwards
 
 _BOUNDLESS = 1 << 62  # bytes
+_MAX_GRAPHS = 64  # texts that share a pass have twice as many lengths as those of a tuner
 Block = Callable[[], AbstractContextManager[None]]
 
 
@@ -168,7 +169,7 @@ class SlotPasses:
         length = tokens.shape[2]
         known = self._graphs.get(length)
         if known is None:
-            while len(self._graphs) >= MAX_GRAPHS:
+            while len(self._graphs) >= _MAX_GRAPHS:
                 self._graphs.popitem(last=False)
             known, reason = self._attempt(tokens, None) if self._plain else (None, "")
             if known is None:

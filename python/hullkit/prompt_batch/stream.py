@@ -22,23 +22,21 @@ _AHEAD = 4  # times as many queries as slots may be read before the answer that 
 
 
 class Results:
-    """Each slot's loss of a pass, and whether a gradient was not finite: there until `fetch`."""
+    """Each slot's loss of a pass, and whether a gradient was not finite.
+
+    They stay on the device until `fetch`.
+    """
 
     def __init__(self, losses: Tensor, broken: Tensor) -> None:
-        self._there: tuple[Tensor, Tensor] | None = (losses, broken)
+        self._on_device: tuple[Tensor, Tensor] | None = (losses, broken)
         self.losses: list[float] = []
         self.broken: list[int] = []
 
-    @staticmethod
-    def fetch(of_passes: Iterable[Results]) -> None:
-        """Brings results of passes to the host, all at once: it waits for the device."""
-        left = {id(own): own for own in of_passes if own._there is not None}
-        if not left:
-            return
-        there = zip(*(own._there for own in left.values() if own._there is not None), strict=True)
-        columns = [torch.stack(tensors).tolist() for tensors in there]
-        for own, losses, broken in zip(left.values(), *columns, strict=True):
-            own.losses, own.broken, own._there = losses, broken, None
+    def fetch(self) -> None:
+        """Waits for the pass. It needs no memory of the device."""
+        if self._on_device is not None:
+            self.losses, self.broken = (tensor.tolist() for tensor in self._on_device)
+            self._on_device = None
 
 
 class Run:
@@ -94,7 +92,7 @@ class Stream:
         self._keep = keep
         self._runs: list[Run | None] = [None] * batch.slots
         self._free = list(range(batch.slots))[::-1]
-        self._used: list[int] = []  # slots that are not fresh
+        self._stale: list[int] = []  # slots that are to be made fresh
         self._answers: dict[int, Answer] = {}
         self._read = 0
         self._limits = token_limits(batch.model)
@@ -131,8 +129,8 @@ class Stream:
                 if not self._keep:  # a kept slot k is of query k, bad ones too
                     self._free.append(slot)
                 continue
+            self._runs[slot] = run  # first: a signal may come meanwhile
             self._batch.start(slot, run)
-            self._runs[slot] = run
 
     def _checked(self, index: int, query: Any) -> Run:
         if not isinstance(query, (tuple, list)) or not 2 <= len(query) <= len(Query._fields):
@@ -207,7 +205,6 @@ class Stream:
                 for slot, run in enumerate(group, first)
                 if run is not None and run.note(results)
             ]
-            Results.fetch(own for _, run in ended for own in run.results)
             for slot, run in ended:
                 self._finish(slot, run)
         elif len(group) > 1:
@@ -223,6 +220,8 @@ class Stream:
         value, error = None, None
         losses: tuple[float, ...] = ()
         try:
+            for results in run.results:
+                results.fetch()
             losses = run.losses(slot)
             if run.query.then is not None:
                 with self._batch.slot(slot) as model:
@@ -234,21 +233,21 @@ class Stream:
 
     def _end(self, slot: int, run: Run, answer: Answer) -> None:
         self._answers[run.index] = answer
-        self._runs[slot] = None
         if answer.error is not None or not self._keep:
-            self._used.append(slot)
+            self._stale.append(slot)  # first: a signal may come meanwhile
+        self._runs[slot] = None
         if not self._keep:
             self._free.append(slot)
 
     def _reset(self) -> None:
-        if self._used:
-            self._batch.reset(self._used)
-            self._used = []
+        if self._stale:
+            self._batch.reset(self._stale)
+            self._stale = []
 
     def close(self) -> None:
         """Resets the slots of queries that were not finished."""
         for slot, run in enumerate(self._runs):
             if run is not None:
-                self._used.append(slot)
+                self._stale.append(slot)
                 self._runs[slot] = None
         self._reset()
