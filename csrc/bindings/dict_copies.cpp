@@ -93,10 +93,12 @@ class DictCopies {
   std::vector<size_t> ends_;
 };
 
-// The copies behind a Python object; null before its constructor has run.
+// The copies behind a Python object; null until its constructor has run. The collector may come before the object has
+// a layout, of which pybind11's own functions would read.
 DictCopies* copies_of(PyObject* self) {
-  auto* const instance = reinterpret_cast<py::detail::instance*>(self);
-  return static_cast<DictCopies*>(instance->get_value_and_holder().value_ptr());
+  const auto* const instance = reinterpret_cast<const py::detail::instance*>(self);
+  if (!instance->simple_layout || !instance->simple_holder_constructed) return nullptr;
+  return static_cast<DictCopies*>(instance->simple_value_holder[0]);
 }
 
 // Copies may hold what holds them, such as the module of a model that keeps its own snapshot.
@@ -117,7 +119,7 @@ void collect_cycles(PyHeapTypeObject* heap_type) {
 }  // namespace
 
 void bind_dict_copies(py::module_& module) {
-  py::class_<DictCopies>(module, "DictCopies", py::custom_type_setup(&collect_cycles))
+  py::class_<DictCopies>(module, "DictCopies", py::is_final(), py::custom_type_setup(&collect_cycles))
       .def(py::init<py::list>(), py::arg("dicts"))
       .def("changed", &DictCopies::changed)
       .def("values", &DictCopies::values, py::arg("types"), py::arg("keys"));

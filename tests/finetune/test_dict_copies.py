@@ -87,6 +87,18 @@ def test_cycles_are_collected() -> None:
     assert gone() is None
 
 
+def test_the_collector_may_come_at_any_moment() -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(300):
+            assert DictCopies([{"a": []}]).changed() == []
+    finally:
+        gc.set_threshold(*before)
+    with pytest.raises(TypeError, match="not an acceptable base type"):
+        type("Own", (DictCopies,), {})
+
+
 @pytest.mark.parametrize("bad", [[{}, []], [None], [("a", "b")]])
 def test_only_dicts(bad: list[Any]) -> None:
     with pytest.raises(TypeError, match="expected a list of dicts"):

@@ -315,6 +315,9 @@ class PromptBatch:
         steps = [0 if run is None else run.burst.num_steps for run in runs]
         done = [0 if run is None else run.updates for run in runs]
         lr = [0.0 if run is None else run.lr for run in runs]
+        for slot, num_steps in enumerate(steps):
+            if num_steps:
+                self._factors.seeds[slot] = None
         control = self._factors.control(steps, done, lr, self.refresh_interval)
         return self._passes.run(tokens, first, control)
 

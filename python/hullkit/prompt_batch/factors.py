@@ -15,6 +15,7 @@ from .layers import Layer
 
 _ALIGNED = 64  # elements: where a factor begins
 _LEAST = 1.1754943508222875e-38  # normal numbers of float32 begin there
+_ROWS = 2  # of fresh factors that are kept: the batch's, and those of a query with its own seed
 RESET = -1  # in the place of a number of updates
 
 
@@ -71,8 +72,9 @@ class SlotFactors:
         )
         self.copies = None if half is None else torch.zeros(slots, size, dtype=half, device=device)
         self._share()
-        self._initial: tuple[int, Tensor] | None = None
-        self.seeds: list[int | None] = [None] * slots  # with which slots became fresh last
+        self._initial: dict[int, Tensor] = {}  # rows of fresh factors, by their seed
+        # With which slots became fresh, until they are trained.
+        self.seeds: list[int | None] = [None] * slots
 
     def _share(self) -> None:
         """Gives layers their parts of the memory, as views."""
@@ -115,19 +117,25 @@ class SlotFactors:
 
     def fresh(self, seed: int) -> Tensor:
         """A row of fresh factors."""
-        if self._initial is None or self._initial[0] != seed:
+        row = self._initial.pop(seed, None)
+        if row is None:
             random = torch.Generator().manual_seed(seed)
             own: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
             row = torch.zeros(self.params.shape[1], **own)
             for layer, (first, size) in zip(self._layers, self._places[::2], strict=True):
                 a = row[first : first + size].view(self._rank, layer.inputs)
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5.0), generator=random)
-            self._initial = (seed, row.to(self.params.device))
-        return self._initial[1]
+            row = row.to(self.params.device)
+            if len(self._initial) == _ROWS:
+                self._initial.pop(next(iter(self._initial)))
+        self._initial[seed] = row  # as the latest
+        return row
 
     def reset_(self, slots: Iterable[int], seed: int) -> None:
         """Fresh factors and moments, whatever the slots held."""
         fresh, chosen = self.fresh(seed), set(slots)
+        for slot in chosen:
+            self.seeds[slot] = None  # until they are
         if uses_triton("params", self.params.device, self._backend):
             steps = [RESET if slot in chosen else 0 for slot in range(self.slots)]
             zeros = [0.0] * self.slots

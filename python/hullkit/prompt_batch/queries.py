@@ -21,8 +21,8 @@ class Query(NamedTuple):
         examples: a sequence of int64 token ids, (T,) or (1, T) with T >= 2.
         counts: (n,) integers >= 0, updates for each example; 0 skips it.
         then: called with the adapted model, in a block in which it behaves as adapted. Its result
-            is the answer's value. `Score` and `Generate` are such callables. None: no value. Other
-            slots are of other queries meanwhile, some of which have ended.
+            is the answer's value. `Score` and `Generate` are such callables. None: no value.
+            Meanwhile other slots hold other queries' factors, also of some that have just ended.
         lr: the learning rate; None for the batch's.
         seed: of the fresh factors; None for the batch's.
 
