@@ -35,3 +35,11 @@ def query(seed: int) -> hullkit.Query:
 def batch_of(model: nn.Module, slots: int, **options: Any) -> hullkit.PromptBatch:
     settings: dict[str, Any] = {"rank": RANK, "alpha": 6, "lr": LR}
     return hullkit.PromptBatch(model, slots=slots, **settings | options)
+
+
+def is_fresh(of: hullkit.PromptBatch, slot: int) -> bool:
+    """Whether a slot has the factors of the batch's seed, and no moments."""
+    factors, seed = of._factors, of.seed
+    return torch.equal(factors.params[slot], factors.fresh(seed)) and not bool(
+        factors.exp_avg[slot].any() or factors.exp_avg_sq[slot].any()
+    )

@@ -8,9 +8,8 @@ from typing import Any
 
 import hullkit
 import pytest
-import torch
 from _models import llama
-from _prompts import DEVICE, TOGETHER, batch_of, text
+from _prompts import DEVICE, TOGETHER, batch_of, is_fresh, text
 from hullkit.prompt_batch import stream
 from hullkit.prompt_batch.factors import SlotFactors
 
@@ -19,13 +18,6 @@ pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 def batch(slots: int, **options: Any) -> hullkit.PromptBatch:
     return batch_of(llama().to(DEVICE), slots, **TOGETHER | options)
-
-
-def is_fresh(of: hullkit.PromptBatch, slot: int) -> bool:
-    factors, seed = of._factors, of.seed
-    return torch.equal(factors.params[slot], factors.fresh(seed)) and not bool(
-        factors.exp_avg[slot].any() or factors.exp_avg_sq[slot].any()
-    )
 
 
 def query(length: int = 9, count: int = 1, **options: Any) -> hullkit.Query:

@@ -11,7 +11,7 @@ import hullkit
 import pytest
 import torch
 from _models import VOCABULARY, gpt2, llama
-from _prompts import DEVICE, LR, PRECISIONS, RANK, ROUNDING, batch_of, query, text
+from _prompts import DEVICE, LR, PRECISIONS, RANK, ROUNDING, batch_of, is_fresh, query, text
 from hullkit.language_model.cross_entropy import next_token_losses
 from hullkit.prompt_batch import Generate, Score
 from torch import nn
@@ -153,10 +153,6 @@ def test_a_closed_stream_leaves_fresh_slots() -> None:
     ids = torch.stack([text(9, 0), text(9, 1)]).to(DEVICE)
     with torch.no_grad():
         torch.testing.assert_close(batch(ids), model(ids).logits, rtol=1e-5, atol=1e-5)
-
-
-def is_fresh(batch: hullkit.PromptBatch, slot: int) -> bool:
-    return not any(b.any() for _, b in batch._factors.of_slot(slot).values())  # B begins with 0
 
 
 def test_slot_k_is_of_query_k_beside_bad_ones() -> None:

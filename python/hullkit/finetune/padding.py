@@ -33,7 +33,7 @@ class Padding:
 
     def __call__(self, inputs: Inputs) -> Inputs:
         own = inputs["input_ids"].shape[1]
-        length = bucket(own, self._longest)
+        length = bucket(own, self._longest, ALONE)
         if length > own and not self._checked:
             if not self._is_unseen(inputs, length):
                 self._longest, length = 0, own
@@ -51,7 +51,7 @@ class Padding:
         return abs(alone - masked) <= _TOLERANCE * abs(alone)
 
 
-def bucket(length: int, longest: int, lengths: int = ALONE) -> int:
+def bucket(length: int, longest: int, lengths: int) -> int:
     """The length that a sequence of `length` tokens is padded to.
 
     Every doubling has `lengths` of them: they are 256 / lengths tokens apart up to 512, twice as

@@ -150,7 +150,7 @@ class Attributes:
             if container:
                 container.clear()
         for now, saved in self._containers:
-            if isinstance(now, dict):
+            if isinstance(now, OrderedDict):
                 if not (check_like(now, saved) and check_like(now.values(), saved.values())):
                     now.clear()
                     now.update(saved)
