@@ -22,7 +22,8 @@ def _last_runs() -> list[Row]:
 
 
 def _model(row: Row) -> str:
-    name = row["shape"].split()[0]
+    name, *facts = row["shape"].split()
+    name += ", scored" * ("scored" in facts)
     return name if row["dtype"] == "bfloat16" else f"{name}, {row['dtype'].upper()} base"
 
 

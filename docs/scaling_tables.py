@@ -17,7 +17,9 @@ def _facts(row: Row) -> dict[str, str]:
 @generated
 def corpora_on_disk() -> str:
     lines = []
-    for row in find("cpu", op=SEARCH):
+    found = find("cpu", op=SEARCH)
+    found = [row for row in found if row["commit"] == found[-1]["commit"]]
+    for row in found:
         facts = _facts(row)
         lines.append(
             [
@@ -28,7 +30,7 @@ def corpora_on_disk() -> str:
         )  # fmt: skip
     header = ["vectors", "MiB on disk", "lists", "probes", "ms a prompt", "MiB grown: opened"]
     header += ["one prompt", "20 prompts"]
-    return table(header, lines) + "\n\n" + source(find("cpu", op=SEARCH)[0])
+    return table(header, lines) + "\n\n" + source(found[0])
 
 
 def _bytes(value: float) -> str:

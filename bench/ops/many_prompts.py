@@ -4,7 +4,7 @@
 Models of published shapes with random weights in bfloat16, or in 4 bits by bitsandbytes. A prompt:
 50 updates with 30 gradients on texts of 400 tokens. Beside PromptBatch's slots: TestTimeFinetuner,
 one prompt after the other, with an adapter of the same rank and, in bfloat16, with all weights.
-Graphs are recorded before.
+Graphs are recorded before. With --scored each adapted model then scores a text of as many tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import hullkit
 import torch
+from hullkit.prompt_batch import Score
 
 from bench.harness.rows import append, commit, processor
 from bench.ops.finetune import timed
@@ -29,9 +30,10 @@ def alone(model: Any, queries: list[Any]) -> Callable[[], None]:
     tuner = hullkit.TestTimeFinetuner(model)
 
     def run() -> None:
-        examples, counts = queries[0]
+        examples, counts, *score = queries[0]
         with tuner.adapted(examples, counts):
-            pass
+            for then in score:
+                then(model)
 
     return run
 
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--base", choices=("bfloat16", "nf4"), default="bfloat16")
     parser.add_argument("--slots", default="1,8,32,64")
     parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--scored", action="store_true", help="adapted models score a text")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shrink", type=int, default=1, help="sizes divided by about so much")
     parser.add_argument("--seconds", type=float, default=170.0, help="no row begins after so many")
@@ -75,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 continue
             release(device)
             random = torch.Generator().manual_seed(0)
-            length = (arguments.tokens,)
-            queries = []
+            size, length = shape.vocabulary, (arguments.tokens,)
+            queries: list[Any] = []
             for _ in range(slots):
-                size = shape.vocabulary
                 examples = [torch.randint(size, length, generator=random) for _ in COUNTS]
-                queries.append((examples, COUNTS))
+                score = [Score(torch.randint(size, length, generator=random))] * arguments.scored
+                queries.append((examples, COUNTS, *score))
             times: list[float] = []
             try:
                 model, _ = build(shape, CASES[case], device, four_bits)
@@ -102,13 +105,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             row = dict(
                 op="many prompts", provider=provider,
                 shape=f"{shape.name} slots={slots} tokens={arguments.tokens} "
-                f"updates={sum(COUNTS)} gradients={len(COUNTS)}",
+                f"updates={sum(COUNTS)} gradients={len(COUNTS)}" + " scored" * arguments.scored,
                 dtype=arguments.base, **quantiles, unit="prompts/s", rounds=len(times),
                 peak_mb="" if peak is None else round(peak / 2**20),
                 device=torch.cuda.get_device_name() if cuda else processor(),
                 threads="" if cuda else torch.get_num_threads(), torch=torch.__version__,
                 commit=commit(),
-                command="python -m bench.ops.many_prompts" + " --base nf4" * four_bits,
+                command="python -m bench.ops.many_prompts" + " --base nf4" * four_bits
+                + " --scored" * arguments.scored,
             )  # fmt: skip
             print(provider, row["shape"], quantiles.get("p50"), row["peak_mb"], flush=True)
             rows.append(row)

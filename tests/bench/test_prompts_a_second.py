@@ -35,7 +35,8 @@ def test_rows_of_both_ways(bench: Any, base: str, tmp_path: Path, one_thread: No
     out = tmp_path / "rows.csv"
     options = ["--device", "cpu", "--models", "mistral-7b", "--shrink", "64", "--base", base]
     sizes = ["--slots", "2", "--tokens", "12", "--rounds", "1"]
-    bench.main([*options, *sizes, "--out", str(out)])
+    scored = ["--scored"] * (base == "bfloat16")
+    bench.main([*options, *sizes, *scored, "--out", str(out)])
     with out.open() as file:
         rows = list(csv.DictReader(file))
     wanted = ["TestTimeFinetuner, LoRA r=16", "TestTimeFinetuner, all weights", "PromptBatch r=16"]
@@ -43,3 +44,4 @@ def test_rows_of_both_ways(bench: Any, base: str, tmp_path: Path, one_thread: No
         del wanted[1]
     assert [row["provider"] for row in rows] == wanted
     assert all(float(row["p50"]) > 0.0 and row["dtype"] == base for row in rows)
+    assert all(row["shape"].endswith("scored") == bool(scored) for row in rows)

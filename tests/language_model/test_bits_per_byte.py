@@ -148,3 +148,11 @@ def test_impossible_token_is_an_error_not_inf() -> None:
     logits[0, 0, 1] = -math.inf
     with pytest.raises(FloatingPointError, match=r"input_ids: expected a finite .* got inf"):
         bits_per_byte(Fixed(logits), torch.tensor([0, 1]), 1)
+
+
+def test_a_token_without_a_logit_is_named() -> None:
+    """The model does not tell how many logits it has."""
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 5))
+    assert bits_per_byte(model, torch.tensor([7, 1, 4]), 2) > 0.0
+    with pytest.raises(ValueError, match=r"predicted: expected ids in \[0, 5\), got 6"):
+        bits_per_byte(model, torch.tensor([7, 1, 6]), 2)

@@ -71,11 +71,13 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
     limits = token_limits(model)
     ids = check_token_ids("input_ids", input_ids, limits)
     check_predicted("input_ids[1:], which are predicted", ids, limits)
-    ids = ids.to(device_of(model, ids))
+    given, ids = ids, ids.to(device_of(model, ids))
     with torch.no_grad(), eval_mode(model):
         # PEFT puts learned positions before the tokens, and they have logits too.
         output = logits_of(model(ids, **without_cache(model)), ids, virtual_tokens(model))
         logits = output[0, -ids.shape[1] : -1]  # [T - 1, V]
+        limits = limits._replace(labels=logits.shape[1])  # which not every model tells
+        check_predicted("input_ids[1:], which are predicted", given, limits)
         step = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
         chunks = zip(torch.split(logits, step), torch.split(ids[0, 1:], step), strict=True)
         nats = [F.cross_entropy(at_least_float32(x), y, reduction="none") for x, y in chunks]

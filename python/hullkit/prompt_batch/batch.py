@@ -140,7 +140,7 @@ class PromptBatch:
         scale = _SCALE if dtype is torch.float16 else 1.0
         share = alpha / (math.sqrt(rank) if rslora else rank)
         self._forwards = SlotForwards(self._layers, share, backend)
-        self._longest = longest_padded(model)
+        self.longest = longest_padded(model)  # the length up to which texts are padded
         self._busy = False
 
         def make(number: int) -> None:
@@ -158,7 +158,7 @@ class PromptBatch:
         if isinstance(slots, str):
             assert limit is not None
             make(1)
-            text = self._passes.held(min(PLANNED, self._longest or PLANNED))
+            text = self._passes.held(min(PLANNED, self.longest or PLANNED))
             text *= self._passes.shares
             own = self._factors.num_bytes
             if apart:  # one text at a time; where passes are captured, half as much as a slot more
@@ -297,6 +297,11 @@ class PromptBatch:
         """Whether texts are padded. The first text shows whether they may be."""
         return self._neighbours.pads(text)
 
+    @property
+    def num_logits(self) -> int | None:
+        """Of a token. None before the first pass."""
+        return self._passes.num_logits
+
     def rows(self, length: int) -> int:
         """The slots of a pass of texts that are padded to this length."""
         return 1 if self.apart else self._room.rows(length)
@@ -312,7 +317,7 @@ class PromptBatch:
         self._room.check(tokens.shape[2])
         others = self.slots - first - len(group)
         runs = [*[None] * first, *group, *[None] * others]
-        steps = [0 if run is None else run.burst.num_steps for run in runs]
+        steps = [0 if run is None else run.num_steps for run in runs]
         done = [0 if run is None else run.updates for run in runs]
         lr = [0.0 if run is None else run.lr for run in runs]
         for slot, num_steps in enumerate(steps):
@@ -320,11 +325,6 @@ class PromptBatch:
                 self._factors.seeds[slot] = None
         control = self._factors.control(steps, done, lr, self.refresh_interval)
         return self._passes.run(tokens, first, control)
-
-    @property
-    def longest(self) -> int:
-        """The length up to which texts are padded."""
-        return self._longest
 
     # The adapted models.
 

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..language_model.cross_entropy import next_token_losses
-from ..language_model.interface import check_token_ids, device_of, logits_of, token_limits
+from ..language_model.interface import (
+    TokenLimits,
+    check_predicted,
+    check_token_ids,
+    device_of,
+    logits_of,
+    token_limits,
+)
 
 
 class Query(NamedTuple):
@@ -21,7 +28,8 @@ class Query(NamedTuple):
         examples: a sequence of int64 token ids, (T,) or (1, T) with T >= 2.
         counts: (n,) integers >= 0, updates for each example; 0 skips it.
         then: called with the adapted model, in a block in which it behaves as adapted. Its result
-            is the answer's value. `Score` and `Generate` are such callables. None: no value.
+            is the answer's value. `Score` and `Generate` are such callables; a `Score` may come
+            with a pass of other queries, without a call. None: no value.
             Meanwhile other slots hold other queries' factors, also of some that have just ended.
         lr: the learning rate; None for the batch's.
         seed: of the fresh factors; None for the batch's.
@@ -65,7 +73,8 @@ class Score:
         ids: int64 (T,) or (1, T), T >= 2.
 
     Raises:
-        TypeError, ValueError: when called, for ids that the model has no rows for, or too many.
+        TypeError, ValueError: when called, for ids that the model has no rows or logits for, or too
+            many.
         FloatingPointError: when called, for a loss that is not finite.
 
     >>> import hullkit, torch
@@ -81,10 +90,16 @@ class Score:
     def __call__(self, model: nn.Module) -> float:
         ids = _checked(self.ids, model)
         with torch.no_grad():
-            loss = float(next_token_losses(logits_of(model(ids), ids), ids)[0])
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"ids: expected a finite loss, got {loss}")
-        return loss
+            logits = logits_of(model(ids), ids)
+            check_predicted("ids", self.ids.view(1, -1), TokenLimits(None, logits.shape[2], None))
+            return finite_score(float(next_token_losses(logits, ids)[0]))
+
+
+def finite_score(loss: float) -> float:
+    """The loss of a `Score`. Raises FloatingPointError if it is not finite."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"ids: expected a finite loss, got {loss}")
+    return loss
 
 
 class Generate:

@@ -16,9 +16,11 @@ from .._checks import check_finite, check_int
 from ..finetune.padding import ALONE, TOGETHER, bucket
 from ..finetune.schedule import Reuse, reuse_schedule
 from ..language_model.interface import IGNORED, check_predicted, check_token_ids, token_limits
-from .queries import Answer, Query
+from .queries import Answer, Query, Score, finite_score
 
 _AHEAD = 4  # times as many queries as slots may be read before the answer that is due
+# A pass takes all slots' time. If no slot learns in it, so many of every slot have to be scored.
+_SCORED = 1 / 4
 
 
 class Results:
@@ -48,25 +50,39 @@ class Run:
         self.lr = 0.0
         self._texts = texts
         self._bursts = bursts
-        self._at = 0
         self.updates = 0  # so far
         self.results: list[Results] = []
+        self.scored: Tensor | None = None  # once it has learned: the ids whose loss a pass computes
+        self.score: Results | None = None  # of that pass
 
     @property
-    def burst(self) -> Reuse:
-        return self._bursts[self._at]
+    def num_steps(self) -> int:
+        """Updates of the next pass."""
+        return 0 if self.scored is not None else self._bursts[len(self.results)].num_steps
 
     @property
     def text(self) -> Tensor:
         """The ids (T,) of the next pass."""
-        return self._texts[self.burst.example]
+        if self.scored is not None:
+            return self.scored
+        return self._texts[self._bursts[len(self.results)].example]
 
-    def note(self, results: Results) -> bool:
-        """Takes the results of a pass; whether it was the last."""
-        self.results.append(results)
-        self.updates += self.burst.num_steps
-        self._at += 1
-        return self._at == len(self._bursts)
+    @property
+    def longest(self) -> Tensor:
+        return max(self._texts, key=len)
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has learned all."""
+        return len(self.results) == len(self._bursts)
+
+    def note(self, results: Results) -> None:
+        """Takes the results of a pass."""
+        if self.scored is not None:
+            self.score = results
+        else:
+            self.updates += self.num_steps
+            self.results.append(results)
 
     def losses(self, slot: int) -> tuple[float, ...]:
         """Each pass's loss. Raises FloatingPointError if one or its gradient is not finite."""
@@ -163,29 +179,33 @@ class Stream:
         and the others wait.
         """
         busy = [run for run in self._runs if run is not None]
+        if all(run.scored is not None for run in busy) and len(busy) < _SCORED * len(self._runs):
+            for slot, run in enumerate(self._runs):
+                if run is not None:
+                    self._finish(slot, run)
+            return
         oldest = min(busy, key=lambda run: run.index)
         any_length = self._batch.apart or self._batch.pads(oldest.text)
         runs = [
             run if run is not None and (any_length or len(run.text) == len(oldest.text)) else None
             for run in self._runs
         ]
-        length = max(self._padded(run) for run in runs if run is not None)
+        length = max(self._padded(run.text) for run in runs if run is not None)
         rows = self._batch.rows(length)
         for first in range(0, len(runs), rows):
             group = runs[first : first + rows]
             if any(run is not None for run in group) and not self._group(first, group):
                 return  # the rest goes on in smaller groups
 
-    def _padded(self, run: Run) -> int:
-        own = len(run.text)
-        if not self._batch.pads(run.text):
-            return own
-        return bucket(own, self._batch.longest, ALONE if self._batch.apart else TOGETHER)
+    def _padded(self, text: Tensor) -> int:
+        if not self._batch.pads(text):
+            return len(text)
+        return bucket(len(text), self._batch.longest, ALONE if self._batch.apart else TOGETHER)
 
     def _group(self, first: int, group: list[Run | None]) -> bool:
         """One pass; whether there was memory for it. A single text without is an error of its
         query."""
-        length = max(self._padded(run) for run in group if run is not None)
+        length = max(self._padded(run.text) for run in group if run is not None)
         tokens = torch.zeros(2, len(group), length, dtype=torch.int64, device="cpu")
         tokens[1] = IGNORED
         for row, run in zip(tokens.unbind(1), group, strict=True):
@@ -199,22 +219,50 @@ class Stream:
             clear_frames(error.__traceback__)
             lacking = error
         if lacking is None:
+            # A label without a logit would end the next pass, and all queries with it.
+            self._limits = self._limits._replace(labels=self._batch.num_logits)
             results = Results(losses, broken)
-            ended = [
-                (slot, run)
-                for slot, run in enumerate(group, first)
-                if run is not None and run.note(results)
-            ]
-            for slot, run in ended:
-                self._finish(slot, run)
+            for run in group:
+                if run is not None:
+                    run.note(results)
+            for slot, run in enumerate(group, first):
+                if run is not None and run.learned:
+                    if run.scored is None:
+                        run.scored = self._to_score(run)
+                    if run.scored is None or run.score is not None:
+                        self._finish(slot, run)
         elif len(group) > 1:
             self._batch.note_too_large(len(group), length)
             return False
         else:
             [run] = group
             assert run is not None
-            self._end(first, run, Answer(run.index, None, (), lacking))
+            if run.scored is None:
+                self._end(first, run, Answer(run.index, None, (), lacking))
+            else:  # a call takes less memory than a pass
+                self._finish(first, run)
         return True
+
+    def _to_score(self, run: Run) -> Tensor | None:
+        """The ids of a `Score` that is one more text of the next pass.
+
+        For a forward pass of its own the host may need more time than the device for that text.
+        None: `then` is called. So are a `Score` of bad ids, which raises, one in full float32, and
+        one of a text that would make the pass longer.
+        """
+        then = run.query.then
+        if type(then) is not Score or self._batch.apart:
+            return None
+        try:
+            ids = check_token_ids("ids", then.ids, self._limits)
+            check_predicted("ids", ids, self._limits)
+        except Exception:
+            return None
+        text = ids[0].cpu()
+        others = (other for other in self._runs if other is not None)
+        texts = [o.text for o in others if o.scored is not None or not o.learned]
+        fits = max(self._padded(known) for known in (run.longest, *texts))
+        return text if self._batch.pads(text) and self._padded(text) <= fits else None
 
     def _finish(self, slot: int, run: Run) -> None:
         value, error = None, None
@@ -223,7 +271,10 @@ class Stream:
             for results in run.results:
                 results.fetch()
             losses = run.losses(slot)
-            if run.query.then is not None:
+            if run.score is not None:
+                run.score.fetch()
+                value = finite_score(run.score.losses[slot])
+            elif run.query.then is not None:
                 with self._batch.slot(slot) as model:
                     value = run.query.then(model)
         except Exception as failure:
