@@ -2,6 +2,7 @@
 """The cross entropy of logits [T, V] with targets [T], and its gradient written over them.
 
 A program for every row. Rows whose target is -100 are not scored: their loss and gradient are 0.
+The loss of another target without a logit is NaN.
 """
 
 import triton
@@ -60,7 +61,8 @@ def cross_entropy_kernel(
         origin = _origin(highest)
         normaliser = tl.log(tl.sum(total * tl.exp(top - origin))) + origin
         tl.store(normalisers + row, normaliser)
-        tl.store(losses + row, normaliser - tl.load(at + target).to(MATH))
+        known = (target >= 0) & (target < columns)
+        tl.store(losses + row, normaliser - tl.load(at + target, known, float("nan")).to(MATH))
 
 
 @triton.jit

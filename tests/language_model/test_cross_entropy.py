@@ -105,6 +105,13 @@ def test_what_is_not_finite_is_seen(value: float, column: int) -> None:
     assert math.isfinite(fused(logits, labels).item())
 
 
+@pytest.mark.parametrize("target", [7, 1 << 40, -1])
+def test_a_label_without_a_logit_has_no_finite_loss(target: int) -> None:
+    logits, labels = problem(4, 7, torch.float32)
+    labels[0, 2] = target
+    assert fused(logits, labels).isnan()
+
+
 def test_the_gradient_takes_the_place_of_the_logits() -> None:
     """Who else needs them for the backward pass is told so, and not given something else."""
     leaf, labels = problem(3, 11, torch.float32)

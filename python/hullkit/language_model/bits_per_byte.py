@@ -50,7 +50,7 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
     Raises:
         TypeError: an argument of the wrong kind or dtype, or a model output without logits.
         ValueError: wrong rank, T < 2 or beyond a learned table of positions, ids outside the
-            vocabulary, num_bytes < 1, or logits of another shape than (1, T, V).
+            vocabulary or without a logit, num_bytes < 1, or logits of another shape than (1, T, V).
         FloatingPointError: the negative log-likelihood is infinite or NaN.
 
     >>> import hullkit, torch
@@ -60,7 +60,7 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
 
     Numerics: log-softmax in float32, or float64 for float64 logits; the sum over tokens in float64.
     Cost: one forward pass, O(T V) time and at most 64 MiB, or one token's row, for the log-softmax.
-    It waits for the device once.
+    With ids on the host it waits for the device once.
 
     Source: the score of HullFT, arXiv 2605.30337, whose code divides by the bytes of the whole text
     even where the text is cut.

@@ -226,6 +226,11 @@ def _vocabulary_size(model: nn.Module) -> int | None:
     return max(rows, default=None)
 
 
+def tells_labels(model: nn.Module) -> bool:
+    """Whether the model tells how many logits it has. If not, `token_limits` takes the ids'."""
+    return _predicted(model) is not None
+
+
 def _predicted(model: nn.Module) -> int | None:
     """The rows of the last layer: as many as the embedding's, unless one of them was resized."""
     size = getattr(_embeddings(model, "output"), "out_features", None)

@@ -171,7 +171,7 @@ class PromptBatch:
             if limit <= own:
                 raise ValueError(f"memory: expected more than the {own} bytes of {slots} slots")
             limit = (limit - own) // self._passes.shares
-        self._room = Room(slots, limit, self._passes.held)
+        self.room = Room(slots, limit, self._passes.held)
         self._neighbours = Neighbours(self._passes.logits, slots, apart, captures)
         self._factors.reset_(range(slots), seed)
 
@@ -297,24 +297,24 @@ class PromptBatch:
         """Whether texts are padded. The first text shows whether they may be."""
         return self._neighbours.pads(text)
 
-    @property
-    def num_logits(self) -> int | None:
-        """Of a token. None before the first pass."""
-        return self._passes.num_logits
+    def num_logits(self, text: Tensor) -> int:
+        """How many logits a token has, of a model that does not tell. It runs on two tokens."""
+        return self._passes.logits(text[None, :2]).shape[2]
+
+    def scores(self, length: int) -> bool:
+        """Whether a text to score, padded to this length, may be one more of a pass."""
+        return self._passes.scores and (self.rows(length) > 1 or self.slots == 1)
 
     def rows(self, length: int) -> int:
         """The slots of a pass of texts that are padded to this length."""
-        return 1 if self.apart else self._room.rows(length)
-
-    def note_too_large(self, rows: int, length: int) -> None:
-        self._room.note_too_large(rows, length)
+        return 1 if self.apart else self.room.rows(length)
 
     def step(self, tokens: Tensor, first: int, group: list[Run | None]) -> tuple[Tensor, Tensor]:
         """One pass and its updates; each slot's loss and whether a gradient was not finite.
 
         group: what the slots from `first` on have to do. tokens (2, R, T): their texts and labels.
         """
-        self._room.check(tokens.shape[2])
+        self.room.check(tokens.shape[2])
         others = self.slots - first - len(group)
         runs = [*[None] * first, *group, *[None] * others]
         steps = [0 if run is None else run.num_steps for run in runs]

@@ -56,6 +56,9 @@ class SlotPasses:
         self.apart = apart
         self._scale = scale
         self._device = factors.params.device
+        # Launching a pass of its own for a score takes the host longer than one more text of a pass
+        # takes the device. A CPU is not launched.
+        self.scores = self._device.type == "cuda" and not apart
         self._anchor = torch.zeros((), dtype=torch.float32, device=self._device, requires_grad=True)
         self._options = without_cache(model)
         self._capture = capture
@@ -63,7 +66,6 @@ class SlotPasses:
         self._read: list[Any] = []  # the model's tensors when the graphs were recorded
         self._plain = True  # until the forward pass as it is could not be recorded
         self.path = "eager"
-        self.num_logits: int | None = None  # of a token, once a pass has shown it
         if capture and self._device.type != "cuda":
             raise ValueError("capture: expected a model on a CUDA device for True, got a CPU")
         self.captures = self._device.type == "cuda" and capture is not False
@@ -157,10 +159,8 @@ class SlotPasses:
             with pieces, self.autocast():
                 out = logits_of(self._model(ids, **self._options), ids)
                 if head is None:
-                    self.num_logits = out.shape[2]
                     total, losses = next_token_losses(out, labels)
                 else:  # the last layer has returned its input
-                    self.num_logits = len(head)
                     total, losses = linear_next_token_losses(out, head, labels)
             if not total.requires_grad:
                 raise RuntimeError("model: expected chosen layers to run in a pass, but none did")

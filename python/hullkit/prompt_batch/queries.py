@@ -28,8 +28,8 @@ class Query(NamedTuple):
         examples: a sequence of int64 token ids, (T,) or (1, T) with T >= 2.
         counts: (n,) integers >= 0, updates for each example; 0 skips it.
         then: called with the adapted model, in a block in which it behaves as adapted. Its result
-            is the answer's value. `Score` and `Generate` are such callables; a `Score` may come
-            with a pass of other queries, without a call. None: no value.
+            is the answer's value. `Score` and `Generate` are such callables. Where slots share
+            passes on a GPU, a `Score` may be computed in one of them instead. None: no value.
             Meanwhile other slots hold other queries' factors, also of some that have just ended.
         lr: the learning rate; None for the batch's.
         seed: of the fresh factors; None for the batch's.
@@ -73,9 +73,9 @@ class Score:
         ids: int64 (T,) or (1, T), T >= 2.
 
     Raises:
-        TypeError, ValueError: when called, for ids that the model has no rows or logits for, or too
+        TypeError, ValueError: in a call, for ids that the model has no rows or logits for, or too
             many.
-        FloatingPointError: when called, for a loss that is not finite.
+        FloatingPointError: in a call, for a loss that is not finite.
 
     >>> import hullkit, torch
     >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))

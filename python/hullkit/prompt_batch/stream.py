@@ -15,12 +15,19 @@ from torch import Tensor
 from .._checks import check_finite, check_int
 from ..finetune.padding import ALONE, TOGETHER, bucket
 from ..finetune.schedule import Reuse, reuse_schedule
-from ..language_model.interface import IGNORED, check_predicted, check_token_ids, token_limits
+from ..language_model.interface import (
+    IGNORED,
+    check_predicted,
+    check_token_ids,
+    tells_labels,
+    token_limits,
+)
 from .queries import Answer, Query, Score, finite_score
 
 _AHEAD = 4  # times as many queries as slots may be read before the answer that is due
-# A pass takes all slots' time. If no slot learns in it, so many of every slot have to be scored.
-_SCORED = 1 / 4
+# A pass takes the time of all slots. If no slot learns in it, more than this part of the slots must
+# have a text to score.
+_IDLE = 1 / 4
 
 
 class Results:
@@ -69,7 +76,7 @@ class Run:
 
     @property
     def longest(self) -> Tensor:
-        return max(self._texts, key=len)
+        return max((self._texts[burst.example] for burst in self._bursts), key=len)
 
     @property
     def learned(self) -> bool:
@@ -112,6 +119,7 @@ class Stream:
         self._answers: dict[int, Answer] = {}
         self._read = 0
         self._limits = token_limits(batch.model)
+        self._told = tells_labels(batch.model)
         self._ended = False
 
     def __iter__(self) -> Iterator[Answer]:
@@ -165,21 +173,28 @@ class Stream:
             raise ValueError(f"examples: expected {expected}, as counts, got {got}")
         texts = []
         for i, example in enumerate(query.examples):
-            ids = check_token_ids(f"examples[{i}]", example, self._limits)
-            check_predicted(f"examples[{i}]", ids, self._limits)
-            texts.append(ids[0].cpu())
+            texts.append(self._ids(f"examples[{i}]", example))
         run = Run(index, query, texts, bursts)
         run.lr = self._batch.lr if query.lr is None else check_finite("lr", query.lr)
         return run
 
-    def _pass(self) -> None:
-        """A burst of every busy slot, in as few passes as `rows` allows.
+    def _ids(self, name: str, ids: Any) -> Tensor:
+        """Checked ids (T,) on the host, which the caller's changes do not reach."""
+        tokens = check_token_ids(name, ids, self._limits)
+        if not self._told:
+            self._limits = self._limits._replace(labels=self._batch.num_logits(tokens[0]))
+            self._told = True
+        check_predicted(name, tokens, self._limits)
+        return tokens[0].to("cpu", copy=True)
 
-        Where padding would change a text, only those as long as the oldest query's share a pass,
-        and the others wait.
+    def _pass(self) -> None:
+        """A burst or the score of every busy slot, in as few passes as `rows` allows.
+
+        Few slots that only have to be scored are called instead. Where padding would change a
+        text, only those as long as the oldest query's share a pass, and the others wait.
         """
         busy = [run for run in self._runs if run is not None]
-        if all(run.scored is not None for run in busy) and len(busy) < _SCORED * len(self._runs):
+        if all(run.scored is not None for run in busy) and len(busy) <= _IDLE * len(self._runs):
             for slot, run in enumerate(self._runs):
                 if run is not None:
                     self._finish(slot, run)
@@ -203,8 +218,8 @@ class Stream:
         return bucket(len(text), self._batch.longest, ALONE if self._batch.apart else TOGETHER)
 
     def _group(self, first: int, group: list[Run | None]) -> bool:
-        """One pass; whether there was memory for it. A single text without is an error of its
-        query."""
+        """One pass; whether there was memory for it. Without any for a single text, its query has
+        the error; if it only had to be scored, its `then` is called."""
         length = max(self._padded(run.text) for run in group if run is not None)
         tokens = torch.zeros(2, len(group), length, dtype=torch.int64, device="cpu")
         tokens[1] = IGNORED
@@ -219,20 +234,15 @@ class Stream:
             clear_frames(error.__traceback__)
             lacking = error
         if lacking is None:
-            # A label without a logit would end the next pass, and all queries with it.
-            self._limits = self._limits._replace(labels=self._batch.num_logits)
             results = Results(losses, broken)
             for run in group:
                 if run is not None:
                     run.note(results)
             for slot, run in enumerate(group, first):
                 if run is not None and run.learned:
-                    if run.scored is None:
-                        run.scored = self._to_score(run)
-                    if run.scored is None or run.score is not None:
-                        self._finish(slot, run)
+                    self._finish(slot, run, may_wait=run.score is None)
         elif len(group) > 1:
-            self._batch.note_too_large(len(group), length)
+            self._batch.room.note_too_large(len(group), length)
             return False
         else:
             [run] = group
@@ -244,30 +254,31 @@ class Stream:
         return True
 
     def _to_score(self, run: Run) -> Tensor | None:
-        """The ids of a `Score` that is one more text of the next pass.
-
-        For a forward pass of its own the host may need more time than the device for that text.
-        None: `then` is called. So are a `Score` of bad ids, which raises, one in full float32, and
-        one of a text that would make the pass longer.
-        """
+        """The ids of a `Score` that comes with the next pass, which is not longer for it."""
         then = run.query.then
-        if type(then) is not Score or self._batch.apart:
+        if type(then) is not Score:
             return None
         try:
-            ids = check_token_ids("ids", then.ids, self._limits)
-            check_predicted("ids", ids, self._limits)
-        except Exception:
-            return None
-        text = ids[0].cpu()
-        others = (other for other in self._runs if other is not None)
+            text = self._ids("ids", then.ids)
+        except (TypeError, ValueError):
+            return None  # a call raises the same
+        if self._limits.vocabulary is None or not self._batch.pads(text):
+            return None  # a bad id would end the pass, or nobody has a text of this length
+        others = [other for other in self._runs if other is not None]
         texts = [o.text for o in others if o.scored is not None or not o.learned]
-        fits = max(self._padded(known) for known in (run.longest, *texts))
-        return text if self._batch.pads(text) and self._padded(text) <= fits else None
+        if all(o.learned for o in others):
+            texts.append(run.longest)
+        length = max(self._padded(known) for known in texts)
+        return text if self._padded(text) <= length and self._batch.scores(length) else None
 
-    def _finish(self, slot: int, run: Run) -> None:
+    def _finish(self, slot: int, run: Run, may_wait: bool = False) -> None:
+        """Makes the answer of a query that has learned. With `may_wait` it may wait for a pass."""
         value, error = None, None
         losses: tuple[float, ...] = ()
         try:
+            run.scored = self._to_score(run) if may_wait else run.scored
+            if may_wait and run.scored is not None:
+                return
             for results in run.results:
                 results.fetch()
             losses = run.losses(slot)
