@@ -242,8 +242,7 @@ class PromptBatch:
         from tqdm import tqdm
 
         total = len(queries) if isinstance(queries, Sequence) else None
-        bar: Iterator[Answer] = iter(tqdm(answers, total=total))
-        return bar
+        return iter(tqdm(answers, total=total))
 
     def adapt_(self, queries: Sequence[Any]) -> list[Answer]:
         """Adapts slot k to query k, and keeps it: for calls, :meth:`slot` and :meth:`export`.
@@ -335,13 +334,14 @@ class PromptBatch:
             TypeError: k is no int. IndexError: no such slot.
         """
         self._check_slot(k)
-        return self._using(self._forwards.some(k, 1))
+        return self.using(k, 1)
 
-    def _using(self, forwards: AbstractContextManager[None]) -> Borrowed:
+    def using(self, first: int, slots: int) -> Borrowed:
+        """As `slot`, of batches whose row i runs with slot first + i."""
         # A stream has refreshed the copies as it began.
         fresh = nullcontext() if self._busy else self._forwards.refreshed()
-        blocks = (self._passes.products(), self._passes.autocast(), fresh, forwards)
-        return Borrowed(self.model, *blocks)
+        forwards = (fresh, self._forwards.some(first, slots))
+        return Borrowed(self.model, self._passes.products(), self._passes.autocast(), *forwards)
 
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k.
@@ -350,7 +350,7 @@ class PromptBatch:
             TypeError, ValueError: bad ids; rows of a batch change each other in this model.
         """
         self._check_rows(input_ids)
-        with torch.no_grad(), self._using(self._forwards.some(0, self.slots)):
+        with torch.no_grad(), self.using(0, self.slots):
             return logits_of(self.model(input_ids, **inputs), input_ids)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
@@ -359,7 +359,7 @@ class PromptBatch:
         Raises: as a call.
         """
         self._check_rows(input_ids)
-        with self._using(self._forwards.some(0, self.slots)):
+        with self.using(0, self.slots):
             out: Tensor = self.model.generate(input_ids, **options)  # type: ignore[operator]
             return out
 

@@ -48,7 +48,7 @@ class Neighbours:
             return
         text = text[:_TOKENS]
         both = torch.stack([text, _others(text)])
-        moved = _difference(self._logits(text[None])[0], self._logits(both)[0])
+        moved = difference(self._logits(text[None])[0], self._logits(both)[0])
         if moved > self._bound:
             raise ValueError(
                 "model: expected rows of a batch that do not change each other, got logits that "
@@ -69,7 +69,7 @@ class Neighbours:
             raise
         except Exception:
             return True
-        return _difference(alone, padded) > self._bound
+        return difference(alone, padded) > self._bound
 
 
 def _others(text: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def _others(text: Tensor) -> Tensor:
     return torch.where(text == 0, 1, 0)
 
 
-def _difference(logits: Tensor, other: Tensor) -> float:
+def difference(logits: Tensor, other: Tensor) -> float:
     """Relative, of all logits together."""
     logits, other = logits.double(), other.double()
     return float((logits - other).norm() / logits.norm().clamp_min(1e-30))

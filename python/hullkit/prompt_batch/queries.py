@@ -29,7 +29,7 @@ class Query(NamedTuple):
         counts: (n,) integers >= 0, updates for each example; 0 skips it.
         then: called with the adapted model, in a block in which it behaves as adapted. Its result
             is the answer's value. `Score` and `Generate` are such callables. Where slots share
-            passes on a GPU, a `Score` may be computed in one of them instead. None: no value.
+            passes, several may be computed at once instead of in calls. None: no value.
             Meanwhile other slots hold other queries' factors, also of some that have just ended.
         lr: the learning rate; None for the batch's.
         seed: of the fresh factors; None for the batch's.
@@ -105,12 +105,14 @@ def finite_score(loss: float) -> float:
 class Generate:
     """A query's `then`: the tokens that `model.generate(ids, **options)` adds, int64 (N,).
 
+    Greedy ones of several slots are continued together where slots share passes.
+
     Args:
         ids: int64 (T,) or (1, T), the prompt, T >= 1.
         options: of transformers' `generate`.
 
     Raises:
-        TypeError, ValueError: when called, for ids that the model has no rows for, or too many.
+        TypeError, ValueError: in a call, for ids that the model has no rows for, or too many.
 
     >>> import hullkit, torch
     >>> hullkit.prompt_batch.Generate(torch.tensor([1, 2]), max_new_tokens=5).options

@@ -22,12 +22,15 @@ from ..language_model.interface import (
     tells_labels,
     token_limits,
 )
-from .queries import Answer, Query, Score, finite_score
+from .generation import Continuations, Plan
+from .queries import Answer, Generate, Query, Score, finite_score
 
 _AHEAD = 4  # times as many queries as slots may be read before the answer that is due
-# A pass takes the time of all slots. If no slot learns in it, more than this part of the slots must
-# have a text to score.
+# A pass takes the time of all slots, and a call of `generate` that of its longest answer. More than
+# this part of the slots must want one if nobody learns in it.
 _IDLE = 1 / 4
+# After such an error of several slots each is called alone, to have its own. A signal's is another.
+_ALONE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, MemoryError)
 
 
 class Results:
@@ -61,6 +64,10 @@ class Run:
         self.results: list[Results] = []
         self.scored: Tensor | None = None  # once it has learned: the ids whose loss a pass computes
         self.score: Results | None = None  # of that pass
+        # Once it has learned, if it may be continued with others: how, its prompt, and the result.
+        self.plan: Plan | None = None
+        self.prompt: Tensor | None = None
+        self.made: Tensor | None = None
 
     @property
     def num_steps(self) -> int:
@@ -120,6 +127,7 @@ class Stream:
         self._read = 0
         self._limits = token_limits(batch.model)
         self._told = tells_labels(batch.model)
+        self._continuations = Continuations(batch)
         self._ended = False
 
     def __iter__(self) -> Iterator[Answer]:
@@ -190,12 +198,18 @@ class Stream:
     def _pass(self) -> None:
         """A burst or the score of every busy slot, in as few passes as `rows` allows.
 
-        Few slots that only have to be scored are called instead. Where padding would change a
+        Instead of it enough slots that wait for that are continued, and a few that only have to be
+        scored are called. Where padding would change a
         text, only those as long as the oldest query's share a pass, and the others wait.
         """
-        busy = [run for run in self._runs if run is not None]
+        waiting = {s: run for s, run in enumerate(self._runs) if run is not None and run.plan}
+        others = [None if slot in waiting else run for slot, run in enumerate(self._runs)]
+        busy = [run for run in others if run is not None]
+        if waiting and (not busy or len(waiting) > _IDLE * len(self._runs)):
+            self._continue(waiting)
+            return
         if all(run.scored is not None for run in busy) and len(busy) <= _IDLE * len(self._runs):
-            for slot, run in enumerate(self._runs):
+            for slot, run in enumerate(others):
                 if run is not None:
                     self._finish(slot, run)
             return
@@ -203,7 +217,7 @@ class Stream:
         any_length = self._batch.apart or self._batch.pads(oldest.text)
         runs = [
             run if run is not None and (any_length or len(run.text) == len(oldest.text)) else None
-            for run in self._runs
+            for run in others
         ]
         length = max(self._padded(run.text) for run in runs if run is not None)
         rows = self._batch.rows(length)
@@ -271,20 +285,54 @@ class Stream:
         length = max(self._padded(known) for known in texts)
         return text if self._padded(text) <= length and self._batch.scores(length) else None
 
+    def _to_continue(self, run: Run) -> Plan | None:
+        """How a `Generate` is continued that may be with others, and its prompt."""
+        then = run.query.then
+        if type(then) is not Generate or self._batch.apart:
+            return None
+        try:
+            ids = check_token_ids("ids", then.ids, self._limits, fewest=1)
+        except (TypeError, ValueError):
+            return None  # a call raises the same
+        run.prompt = ids[0].to("cpu", copy=True)
+        return Plan.of(then, self._batch.model)
+
+    def _continue(self, waiting: dict[int, Run]) -> None:
+        """Continues slots, those with equal options together."""
+        runs_of: dict[Plan, dict[int, Run]] = {}
+        for slot, run in waiting.items():
+            assert run.plan is not None
+            runs_of.setdefault(run.plan, {})[slot] = run
+        for plan, runs in runs_of.items():
+            made: dict[int, Tensor] = {}
+            prompts = {slot: run.prompt for slot, run in runs.items() if run.prompt is not None}
+            if len(prompts) > 1:
+                try:
+                    made = self._continuations.together(prompts, plan)
+                except _ALONE as error:
+                    clear_frames(error.__traceback__)
+            for slot, run in runs.items():
+                run.made = made.get(slot)
+                self._finish(slot, run)
+
     def _finish(self, slot: int, run: Run, may_wait: bool = False) -> None:
-        """Makes the answer of a query that has learned. With `may_wait` it may wait for a pass."""
-        value, error = None, None
+        """Makes the answer of a query that has learned. With `may_wait` it may wait for others."""
+        value: Any = None
+        error: Exception | None = None
         losses: tuple[float, ...] = ()
         try:
-            run.scored = self._to_score(run) if may_wait else run.scored
-            if may_wait and run.scored is not None:
-                return
+            if may_wait:
+                run.scored, run.plan = self._to_score(run), self._to_continue(run)
+                if run.scored is not None or run.plan is not None:
+                    return
             for results in run.results:
                 results.fetch()
             losses = run.losses(slot)
             if run.score is not None:
                 run.score.fetch()
                 value = finite_score(run.score.losses[slot])
+            elif run.made is not None:
+                value = run.made
             elif run.query.then is not None:
                 with self._batch.slot(slot) as model:
                     value = run.query.then(model)

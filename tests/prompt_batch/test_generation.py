@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Generate` of slots that have learned: greedily in one call, else alone, with the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import hullkit
+import pytest
+import torch
+from _models import VOCABULARY, gpt2, llama
+from _prompts import DEVICE, TOGETHER, batch_of, text
+from hullkit.prompt_batch import Generate
+from torch import Tensor, nn
+
+pytestmark = [pytest.mark.usefixtures("one_thread")]
+if DEVICE.type == "cuda":
+    pytestmark += [pytest.mark.gpu]
+
+END = 5
+PLAIN: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+
+
+class Calls(list[int]):
+    """The rows of each call of a model's `generate`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        generate: Any = model.generate
+
+        def noted(ids: Tensor, **options: Any) -> Any:
+            if not options.get("return_dict_in_generate"):  # no trial
+                self.append(len(ids))
+            return generate(ids, **options)
+
+        model.generate = noted
+
+
+def query(seed: int, count: int = 3, prompt: int = 4, **options: Any) -> hullkit.Query:
+    then = Generate(text(prompt, 1000 + seed), **PLAIN | options)
+    return hullkit.Query([text(12, seed)], [count], then)
+
+
+def values(answers: list[hullkit.Answer]) -> list[list[int]]:
+    for answer in answers:
+        if answer.error is not None:
+            raise answer.error
+    return [answer.value.tolist() for answer in answers]
+
+
+def alone(queries: list[hullkit.Query], make: Callable[[], nn.Module] = llama) -> list[list[int]]:
+    return values([*batch_of(make().to(DEVICE), 1, **TOGETHER).map(queries)])
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("lengths", [(4, 4, 4, 4), (3, 9, 1, 5)])
+def test_slots_that_end_together_are_continued_in_one_call(make: Any, lengths: Any) -> None:
+    queries = [query(seed, prompt=length) for seed, length in enumerate(lengths)]
+    wanted = alone(queries, make)
+    assert len({tuple(tokens) for tokens in wanted}) > 1
+    model = make().to(DEVICE)
+    batch = batch_of(model, 4, **TOGETHER)
+    calls = Calls(model)
+    assert values([*batch.map(queries)]) == wanted
+    assert calls == [4]
+    assert values(batch.adapt_(queries)) == wanted
+    assert calls == [4, 4]
+
+
+def test_slots_wait_for_others_until_enough_do_or_nobody_learns() -> None:
+    queries = [query(seed, count=1 if seed in (0, 3) else 5) for seed in range(8)]
+    queries[6] = queries[6]._replace(counts=[9])
+    wanted = alone(queries)
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 8, **TOGETHER)
+    calls = Calls(model)
+    assert values([*batch.map(queries)]) == wanted
+    # 0 and 3 wait for the others. Then all from 0 to 7 but 6, whose row is idle, and 6 alone.
+    assert calls == [8, 1]
+
+
+def test_answers_end_with_their_own_end() -> None:
+    """Rows that end early get padding, which is nobody's."""
+    queries = [query(seed, max_new_tokens=20) for seed in range(6)]
+    unended = alone(queries)
+    end = unended[0][3]  # at least one ends early
+    queries = [
+        query(seed, max_new_tokens=20, eos_token_id=[end, VOCABULARY - 1]) for seed in range(6)
+    ]
+    wanted = alone(queries)
+    assert len({len(tokens) for tokens in wanted}) > 1
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 6, **TOGETHER)
+    calls = Calls(model)
+    assert values([*batch.map(queries)]) == wanted
+    assert calls == [6]
+
+
+def test_a_row_between_two_that_end_does_not_go_on() -> None:
+    """That of a slot that still learns."""
+    free = {"max_new_tokens": 20}
+    ends = [tokens[1] for tokens in alone([query(0, count=1, **free), query(2, count=1, **free)])]
+    own = {"eos_token_id": ends} | free
+    queries = [query(0, count=1, **own), query(1, count=9, **free), query(2, count=1, **own)]
+    wanted = alone(queries)
+    assert len(wanted[1]) == 20
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 3, **TOGETHER)
+    calls = Calls(model)
+    rows: list[int] = []
+
+    def note(module: nn.Module, ids: Any, options: Any) -> None:
+        rows.extend([len(options["input_ids"])] if "input_ids" in options else [])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    assert values([*batch.map(queries)]) == wanted
+    assert calls == [3, 1]
+    assert rows.count(3) <= 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"do_sample": True}, {"num_beams": 2}, {"repetition_penalty": 1.5},
+     {"max_new_tokens": None, "max_length": 9}, {"logits_processor": []}, {"eos_token_id": None},
+     {"eos_token_id": torch.tensor(3)}],
+)  # fmt: skip
+def test_other_options_are_called_alone(options: dict[str, Any]) -> None:
+    queries = [query(seed, **options) for seed in range(3)]
+    for of in queries:
+        assert isinstance(of.then, Generate)
+        if of.then.options["max_new_tokens"] is None:
+            del of.then.options["max_new_tokens"]
+    wanted = alone(queries)
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 3, **TOGETHER)
+    calls = Calls(model)
+    found = values([*batch.map(queries)])
+    assert found == wanted or options.get("do_sample")
+    assert calls == [1, 1, 1]
+
+
+def test_what_shares_no_passes_and_settings_of_the_model_are_alone() -> None:
+    queries = [query(seed) for seed in range(2)]
+    off = {"repetition_penalty": 1.0, "num_beams": 1}
+    for settings, precision, wanted in (
+        ({}, "float32", [1, 1]),
+        ({"repetition_penalty": 1.5}, "tf32", [1, 1]),
+        (off, "tf32", [2]),
+    ):
+        model = llama().to(DEVICE)
+        model.generation_config.update(**settings)
+        batch = batch_of(model, 2, precision=precision)
+        calls = Calls(model)
+        values([*batch.map(queries)])
+        assert calls == wanted
+
+
+def test_options_that_differ_are_continued_apart() -> None:
+    queries = [query(seed, max_new_tokens=6 + seed % 2) for seed in range(4)]
+    wanted = alone(queries)
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 4, **TOGETHER)
+    calls = Calls(model)
+    assert values([*batch.map(queries)]) == wanted
+    assert calls == [3, 3]
+
+
+def blind() -> nn.Module:
+    model = llama()
+    forward = type(model).forward
+
+    def without_mask(self: Any, input_ids: Tensor, **options: Any) -> Any:
+        options.pop("attention_mask", None)
+        options.pop("position_ids", None)
+        return forward(self, input_ids, **options)
+
+    model.__class__ = type("Blind", (type(model),), {"forward": without_mask})
+    return model
+
+
+def test_a_model_that_sees_padding_continues_prompts_of_one_length_together() -> None:
+    for lengths, wanted_calls in (((3, 9), [1, 1]), ((4, 4), [2])):
+        queries = [query(seed, prompt=length) for seed, length in enumerate(lengths)]
+        wanted = alone(queries, blind)
+        model = blind().to(DEVICE)
+        batch = batch_of(model, 2, **TOGETHER)
+        calls = Calls(model)
+        assert values([*batch.map(queries)]) == wanted
+        assert calls == wanted_calls
+
+
+def test_a_call_that_fails_is_repeated_for_each_alone() -> None:
+    """The error is that of the query which causes it."""
+    queries = [query(0), query(1, prompt=40, max_new_tokens=6), query(2)]
+    wanted = alone([queries[0], queries[2]])
+    model = llama().to(DEVICE)
+    generate: Any = model.generate
+
+    def failing(ids: Tensor, **options: Any) -> Any:
+        if ids.shape[1] >= 40:
+            raise torch.OutOfMemoryError("no more")
+        return generate(ids, **options)
+
+    model.generate = failing
+    answers = [*batch_of(model, 3, **TOGETHER).map(queries)]
+    assert type(answers[1].error) is torch.OutOfMemoryError
+    assert values([answers[0], answers[2]]) == wanted
+
+
+@pytest.mark.parametrize("ids", [text(4, 0) + VOCABULARY, text(4, 0).float(), [1, 2]])
+def test_bad_prompts_are_their_queries_errors(ids: Any) -> None:
+    queries = [query(0), query(1)._replace(then=Generate(ids, **PLAIN)), query(2)]
+    wanted = alone([queries[0], queries[2]])
+    answers = [*batch_of(llama().to(DEVICE), 3, **TOGETHER).map(queries)]
+    assert "ids: expected" in str(answers[1].error)
+    assert values([answers[0], answers[2]]) == wanted
+
+
+def test_a_query_that_has_not_learned_is_an_error_beside_others() -> None:
+    queries = [query(0), query(1)._replace(lr=1e38), query(2)]
+    wanted = alone([queries[0], queries[2]])
+    answers = [*batch_of(llama().to(DEVICE), 3, **TOGETHER).map(queries)]
+    assert type(answers[1].error) is FloatingPointError
+    assert values([answers[0], answers[2]]) == wanted
+
+
+def test_a_prompt_that_holds_padding_is_called_alone() -> None:
+    """transformers takes its padding out."""
+    padding = int(text(4, 1001)[1])
+    queries = [query(seed, pad_token_id=padding, eos_token_id=END) for seed in range(5)]
+    wanted = alone(queries)
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 5, **TOGETHER)
+    calls = Calls(model)
+    assert values([*batch.map(queries)]) == wanted
+    held = [bool((text(4, 1000 + seed) == padding).any()) for seed in range(5)]
+    assert 1 <= sum(held) <= 3
+    assert (calls.count(1), len(calls)) == (sum(held), sum(held) + 1)
