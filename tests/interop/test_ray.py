@@ -92,6 +92,92 @@ def test_a_row_that_fails_is_its_own_error() -> None:
     assert all(rows[n]["score"] is None for n in errors)
 
 
+def low_rank(slots: int = 2) -> Setup:
+    """A batch of several slots in place of the finetuner."""
+    return setup()._replace(tuner=hullkit.PromptBatch(model(), slots=slots, rank=2, lr=0.1))
+
+
+def test_a_block_by_a_batch_is_its_rows(one_thread: None) -> None:
+    def scored(adapted: torch.nn.Module, row: Any) -> dict[str, Any]:
+        if row["n"] == 3:
+            raise ZeroDivisionError("three")
+        with torch.no_grad():
+            return {"score": float(adapted(torch.tensor([row["n"]])).sum())}
+
+    def picky(given: Any) -> Any:
+        if 2 in given["n"]:
+            raise KeyError("two")
+        pairs = zip(given["n"], choose(given), strict=True)
+        return [None if n == 7 else choice for n, choice in pairs]
+
+    made = low_rank()._replace(choose=picky, use=scored)
+    rows = AdaptRows(lambda: made, keep=["n"])(block(0, 99, 2, 3, 7, 1)).to_pylist()
+    assert [row["n"] for row in rows] == [0, 99, 2, 3, 7, 1]
+    assert rows[1]["error"].startswith("ValueError: examples[0]: expected ids in")
+    assert rows[2]["error"] == "KeyError: 'two'"
+    assert rows[3]["error"] == "ZeroDivisionError: three"
+    assert rows[4]["error"].startswith("TypeError: query: expected a Query")
+    assert [row["score"] is None for row in rows] == [False, True, True, True, True, False]
+    for place in (0, 5):
+        row = rows[place]
+        assert (row["num_updates"], row["num_passes"], row["error"]) == (3, 2, None)
+        [answer] = low_rank(1).tuner.map(
+            [(*choose(block(row["n"]))[0], lambda m, r=row: scored(m, r))]
+        )
+        assert row["score"] == answer.value["score"]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (None, "setup: expected it to return a Setup, got NoneType"),
+        (
+            Setup(model(), choose, use),
+            "tuner: expected a TestTimeFinetuner or PromptBatch, got Seq",
+        ),  # type: ignore[arg-type]
+        (setup()._replace(choose=3), "choose: expected a callable, got int"),
+        (setup()._replace(use=None), "use: expected a callable, got NoneType"),
+    ],
+)
+def test_a_wrong_setup_is_no_error_of_a_row(made: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        AdaptRows(lambda: made, keep=["n"])
+
+
+def test_keep_is_a_list_of_names() -> None:
+    for keep in ("n", [1]):
+        with pytest.raises(TypeError, match="keep: expected a list of names, got"):
+            AdaptRows(setup, keep=keep)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("used", "words"),
+    [
+        (0.5, "TypeError: use: expected a dict of new columns, got float"),
+        ({"score": torch.tensor(1.0)}, "use: expected numbers or strings, got a Tensor in 'score'"),
+        ({"n": 1}, "ValueError: use: expected names of new columns, got ['n']"),
+        ({"error": "mine"}, "ValueError: use: expected names of new columns, got ['error']"),
+    ],
+)
+@pytest.mark.parametrize("made", [setup, low_rank])
+def test_what_cannot_be_columns_is_its_rows_error(made: Any, used: Any, words: str) -> None:
+    def own(adapted: torch.nn.Module, row: Any) -> Any:
+        return used if row["n"] == 1 else {"score": 2.0}
+
+    rows = AdaptRows(lambda: made()._replace(use=own), keep=["n"])(block(0, 1, 2)).to_pylist()
+    assert [row["score"] for row in rows] == [2.0, None, 2.0]
+    assert [row["error"] is None for row in rows] == [True, False, True]
+    assert words in rows[1]["error"]
+
+
+def test_blocks_have_the_same_columns_whatever_fails() -> None:
+    actor = AdaptRows(setup, keep=["n"])
+    first = actor(block(99))
+    good, bad, mixed = actor(block(1)), actor(block(99, 98)), actor(block(99, 2))
+    assert good.schema == bad.schema == mixed.schema
+    assert {*first.schema} == {field for field in good.schema if field.name != "score"}
+
+
 def test_refusals() -> None:
     with pytest.raises(
         ValueError, match=r"keep: expected columns of \['n', 'text'\], got \['id'\]"
@@ -201,3 +287,32 @@ def test_a_run_goes_on_where_it_stopped(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="key: expected a column of"):
         unfinished(ray.data.from_items([{"id": 1}]), tmp_path, "id")
     assert len(others) >= 1
+
+
+def test_rows_that_failed_are_done_again_if_asked_for(cluster: None, tmp_path: Path) -> None:
+    actor = AdaptRows(setup, keep=["n"])
+    for numbers in ((0, 99, 2), (98,), (3,)):
+        pq.write_table(actor(block(*numbers)), tmp_path / f"{numbers[0]}.parquet")
+    rows = ray.data.from_items([{"n": n} for n in (0, 99, 2, 98, 3, 4)])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert [row["n"] for row in unfinished(rows, tmp_path, "n").take_all()] == [4]
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    again = unfinished(rows, tmp_path, "n", retry=True)
+    assert sorted(row["n"] for row in again.take_all()) == [4, 98, 99]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in before)
+    left = [row["n"] for path in tmp_path.glob("*") for row in pq.read_table(path).to_pylist()]
+    assert sorted(left) == [0, 2, 3]
+    assert before[tmp_path / "3.parquet"] == (tmp_path / "3.parquet").read_bytes()
+
+
+def test_a_folder_that_is_not_seen_is_no_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="directory: expected a folder that this process sees"):
+        unfinished(None, "s3://bucket/out", "n")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        unfinished(None, tmp_path / "file", "n")
+    assert unfinished("rows", tmp_path / "new", "n") == "rows"
+    (tmp_path / "part=1").mkdir()
+    pq.write_table(AdaptRows(setup, keep=["n"])(block(1)), tmp_path / "part=1" / "a.parquet")
+    with pytest.raises(ValueError, match="key: expected a column of"):
+        unfinished(None, tmp_path, "id")

@@ -5,10 +5,12 @@ A dataset of prompts goes through `map_batches` with :class:`AdaptRows`, one act
 rows are written to parquet as blocks are done:
 
     rows = unfinished(ray.data.read_parquet(prompts), "out", key="id")
-    rows.map_batches(AdaptRows, fn_constructor_args=[setup, ["id"]], concurrency=2, batch_size=8,
-                     num_gpus=1).write_parquet("out")
+    rows.map_batches(AdaptRows, fn_constructor_args=[setup, ["id"]], batch_size=8, num_gpus=1,
+                     compute=ray.data.ActorPoolStrategy(size=2)).write_parquet("out")
 
-Here the column `id` names a prompt.
+Here the column `id` names a prompt, each another. Ray writes blocks with processors that no actor
+holds. If there are none, it writes when the actors have ended, and a run that is killed before then
+has written nothing.
 
 Ray starts an actor anew if its process dies, and gives its block to it again: no row is lost or
 comes twice. A run that was killed goes on where it stopped: `unfinished` leaves out rows that are
@@ -19,33 +21,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from ..finetune import TestTimeFinetuner
+from ..prompt_batch import PromptBatch, Query
 
 Block = dict[str, NDArray[Any]]
 Choice = tuple[Sequence[Any], Sequence[int]]
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # of the actor, not of a row
+_REPORTED = {"num_updates": pa.int64(), "num_passes": pa.int64(), "error": pa.string()}
 
 
 class Setup(NamedTuple):
     """What one actor holds, made in its own process.
 
-    tuner: the finetuner of the actor's own model.
+    tuner: the finetuner of the actor's own model, or a `PromptBatch` of it, which adapts to the
+        rows of a block together.
     choose: from a block of rows (a dict of columns) to the examples and counts of each row. It gets
         the whole block, so that all prompts' pools are one call of :func:`hullkit.select`.
     use: from the adapted model and one row to the new columns of that row: numbers or strings.
     """
 
-    tuner: TestTimeFinetuner
+    tuner: TestTimeFinetuner | PromptBatch
     choose: Callable[[Block], Sequence[Choice]]
     use: Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
 
@@ -55,14 +62,21 @@ class AdaptRows:
 
     A row that fails becomes its own error: the column `error` has the exception's class and words,
     the columns of `use` are null, and no other row notices. Memory that runs out and signals are
-    not taken for errors of a row.
+    not taken for errors of a row: they end the actor's call, and after Ray's retries the run. Only
+    with a `PromptBatch` a text that does not fit is an error of its row.
 
     Args:
         setup: called once in the actor's process. It may load a model, map an index, set threads.
         keep: columns of the dataset to keep, among them one that names the row.
 
     Calls take and return blocks. Rows come back in their order, with the columns `keep`, those of
-    `use`, and `num_updates`, `num_passes`, `error` (null for none).
+    `use`, and `num_updates`, `num_passes`, `error` (null for none). A block of which all rows fail
+    has no columns of `use` if its actor has not yet seen them.
+
+    Raises:
+        TypeError: `setup` returns no `Setup`, or one with something else in it; `keep` is no list
+            of names. ValueError: a block without a column of `keep`, or not as many choices as
+            rows.
 
     >>> import hullkit, numpy, torch
     >>> from hullkit.interop.ray import AdaptRows, Setup
@@ -73,7 +87,7 @@ class AdaptRows:
     ...     return Setup(tuner, choose, lambda model, row: {"seen": row["n"] + 1})
     >>> good, bad = AdaptRows(setup, keep=["n"])({"n": numpy.array([2, 99])}).to_pylist()
     >>> good
-    {'n': 2, 'num_updates': 2, 'num_passes': 1, 'error': None, 'seen': 3}
+    {'n': 2, 'seen': 3, 'num_updates': 2, 'num_passes': 1, 'error': None}
     >>> bad["error"].partition(" ids")[0]
     'ValueError: examples[0]: expected'
 
@@ -81,8 +95,23 @@ class AdaptRows:
     """
 
     def __init__(self, setup: Callable[[], Setup], keep: Sequence[str]) -> None:
-        self._setup = setup()
+        names: Any = keep
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"keep: expected a list of names, got {keep!r}")
         self._keep = list(keep)
+        made: Any = setup()
+        if not isinstance(made, Setup):
+            raise TypeError(f"setup: expected it to return a Setup, got {type(made).__name__}")
+        tuner: Any = made.tuner
+        if not isinstance(tuner, (TestTimeFinetuner, PromptBatch)):
+            kind = type(tuner).__name__
+            raise TypeError(f"tuner: expected a TestTimeFinetuner or PromptBatch, got {kind}")
+        for name in ("choose", "use"):
+            if not callable(getattr(made, name)):
+                kind = type(getattr(made, name)).__name__
+                raise TypeError(f"{name}: expected a callable, got {kind}")
+        self._setup = made
+        self._types: dict[str, pa.DataType] = {}  # of the columns of `use` so far
 
     def __call__(self, block: Block) -> pa.Table:
         missing = [name for name in self._keep if name not in block]
@@ -93,9 +122,25 @@ class AdaptRows:
             for values in zip(*(column.tolist() for column in block.values()), strict=True)
         ]
         choices = self._choices(block, len(rows))
-        results = [self._result(row, *pair) for row, pair in zip(rows, choices, strict=True)]
-        names = dict.fromkeys(name for result in results for name in result)
-        return pa.table({name: [result.get(name) for result in results] for name in names})
+        if isinstance(self._setup.tuner, PromptBatch):
+            results = self._together(self._setup.tuner, rows, choices)
+        else:
+            results = [
+                self._alone(self._setup.tuner, row, *pair)
+                for row, pair in zip(rows, choices, strict=True)
+            ]
+        columns = {name: pa.array([row[name] for row in rows]) for name in self._keep}
+        used = dict.fromkeys(name for result in results for name in result if name not in _REPORTED)
+        for name in self._types | used:
+            column = pa.array([result.get(name) for result in results])
+            if name in self._types and pa.types.is_null(column.type):
+                column = column.cast(self._types[name])
+            if not pa.types.is_null(column.type):
+                self._types.setdefault(name, column.type)
+            columns[name] = column
+        for name, of in _REPORTED.items():
+            columns[name] = pa.array([result.get(name) for result in results], of)
+        return pa.table(columns)
 
     def _choices(self, block: Block, count: int) -> list[tuple[Any, Exception | None]]:
         """Each row's examples and counts, or why there are none."""
@@ -113,26 +158,71 @@ class AdaptRows:
             raise ValueError(f"choose: expected {count} pairs, one a row, got {len(chosen)}")
         return [(choice, None) for choice in chosen]
 
-    def _result(self, row: dict[str, Any], choice: Any, error: Exception | None) -> dict[str, Any]:
-        result: dict[str, Any] = {name: row[name] for name in self._keep}
-        result |= dict.fromkeys(("num_updates", "num_passes", "error"))
+    def _alone(
+        self, tuner: TestTimeFinetuner, row: dict[str, Any], choice: Any, error: Exception | None
+    ) -> dict[str, Any]:
         if error is None:
             try:
                 examples, counts = choice
-                with self._setup.tuner.adapted(examples, counts) as model:
-                    used = self._setup.use(model, row)
-                report = self._setup.tuner.last_report
+                with tuner.adapted(examples, counts) as model:
+                    used = self._used(row, model)
+                report = tuner.last_report
                 assert report is not None
-                reported = {"num_updates": report.num_updates, "num_passes": report.num_passes}
-                return result | reported | used
+                return used | {"num_updates": report.num_updates, "num_passes": report.num_passes}
             except OUT_OF_MEMORY:
                 raise
             except Exception as raised:
                 error = raised
-        return result | {"error": f"{type(error).__name__}: {error}"}
+        return _failed(error)
+
+    def _together(
+        self, batch: PromptBatch, rows: list[dict[str, Any]], choices: list[Any]
+    ) -> list[dict[str, Any]]:
+        results: list[dict[str, Any]] = []
+        asked: list[Any] = []
+        for row, (choice, error) in zip(rows, choices, strict=True):
+            if error is not None:
+                results.append(_failed(error))
+                continue
+            results.append({})
+            use = partial(self._used, row)
+            fine = isinstance(choice, (tuple, list)) and len(choice) == 2
+            asked.append(Query(choice[0], choice[1], use) if fine else choice)
+        left = iter([place for place, result in enumerate(results) if not result])
+        for query, answer in zip(asked, batch.map(asked), strict=True):
+            if answer.error is not None:
+                results[next(left)] = _failed(answer.error)
+            else:
+                counted = {"num_updates": int(sum(query.counts)), "num_passes": len(answer.losses)}
+                results[next(left)] = answer.value | counted
+        return results
+
+    def _used(self, row: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        """The new columns of a row, after checking that they can be some."""
+        used = self._setup.use(model, row)
+        if not isinstance(used, dict):
+            raise TypeError(f"use: expected a dict of new columns, got {type(used).__name__}")
+        taken = sorted(used.keys() & {*self._keep, *_REPORTED})
+        if taken:
+            raise ValueError(f"use: expected names of new columns, got {taken}")
+        for name, value in used.items():
+            try:
+                pa.array([value])
+            except (pa.ArrowException, TypeError, ValueError):
+                kind = type(value).__name__
+                raise TypeError(
+                    f"use: expected numbers or strings, got a {kind} in {name!r}"
+                ) from None
+        return used
 
 
-def unfinished(dataset: Any, directory: str | os.PathLike[str], key: str) -> Any:
+def _failed(error: Exception) -> dict[str, Any]:
+    return {"error": f"{type(error).__name__}: {error}"}
+
+
+def unfinished(
+    dataset: Any, directory: str | os.PathLike[str], key: str, *, retry: bool = False
+) -> Any:
     """The rows of a `ray.data.Dataset` that an earlier run has not written to `directory`.
 
     Files that cannot be read are removed: a run that was killed while it wrote left them, and their
@@ -140,25 +230,41 @@ def unfinished(dataset: Any, directory: str | os.PathLike[str], key: str) -> Any
 
     Args:
         dataset: the rows.
-        directory: where `write_parquet` writes; it need not exist yet.
-        key: the column that names a row, in both.
-    Raises:
-        ValueError: a file without that column.
+        directory: where `write_parquet` writes, a folder that this process sees; it need not exist
+            yet.
+        key: the column that names a row, in both. Rows of one name count as one.
+        retry: whether rows with an `error` are to be done again. They are taken out of their files.
 
-    Cost: reads one column of every file; the names of finished rows are held in memory.
+    Raises:
+        ValueError: a file without that column; a `directory` that is an address of another storage.
+        OSError: a `directory` that cannot be read.
+
+    Cost: reads one or two columns of every file; the names of finished rows are held in memory.
     """
+    folder = os.fspath(directory)
+    if "://" in folder:
+        raise ValueError(f"directory: expected a folder that this process sees, got {folder!r}")
     finished: set[Any] = set()
-    for path in sorted(Path(directory).glob("*.parquet")):
+    if os.path.lexists(folder):
+        os.listdir(folder)  # a pattern finds nothing in a folder that cannot be read
+    for path in sorted(Path(folder).rglob("*.parquet")):
         try:
             file = pq.ParquetFile(path)
         except pa.ArrowInvalid:  # parquet's end is written last
             path.unlink()
             continue
         with file:
-            if key not in file.schema_arrow.names:
-                names = file.schema_arrow.names
+            names = file.schema_arrow.names
+            if key not in names:
                 raise ValueError(f"key: expected a column of {path}, {names}, got {key!r}")
-            finished.update(file.read([key]).column(key).to_pylist())
+            failed = retry and "error" in names
+            kept = file.read() if failed else file.read([key])
+        if failed and kept.column("error").null_count < len(kept):
+            kept = kept.filter(pc.is_null(kept.column("error")))
+            written = path.with_name(path.name + ".part")  # no run reads it
+            pq.write_table(kept, written)
+            written.replace(path)
+        finished.update(kept.column(key).to_pylist())
     if not finished:
         return dataset
 

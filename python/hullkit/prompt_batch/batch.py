@@ -29,7 +29,7 @@ from .layers import chosen_layers, device_and_dtype
 from .memory import PLANNED, Room, budget, slots_within
 from .neighbours import Neighbours
 from .passes import SlotPasses
-from .queries import Answer
+from .queries import Answer, Query
 from .slot_forwards import SlotForwards
 from .stream import Run, Stream
 
@@ -234,7 +234,8 @@ class PromptBatch:
         Raises:
             RuntimeError: another `map` or `adapt_` of this batch is under way.
             ValueError: rows of a batch change each other in this model, and slots share passes.
-            What the model raises in a pass, but for a lack of memory: it ends the `map`.
+            What `queries` raises, after the answers of those before. What the model raises in a
+            pass, but for a lack of memory.
         """
         answers = self._answers(queries, keep=False)
         if not progress:
@@ -251,10 +252,10 @@ class PromptBatch:
             queries: at most K. Slots without a query, and those of failed ones, are fresh.
 
         Raises:
-            TypeError: queries of which there is no number. ValueError: more than there are slots.
+            TypeError: queries without a length. ValueError: more than there are slots.
             RuntimeError: as `map`.
         """
-        if not isinstance(queries, Sequence):
+        if isinstance(queries, Query) or not isinstance(queries, Sequence):
             raise TypeError(f"queries: expected a sequence, got {type(queries).__name__}")
         if len(queries) > self.slots:
             raise ValueError(f"queries: expected at most {self.slots}, got {len(queries)}")
@@ -304,8 +305,7 @@ class PromptBatch:
         """Whether a text to score, padded to this length, may be one more of a pass."""
         return self._passes.scores and (self.rows(length) > 1 or self.slots == 1)
 
-    def rows(self, length: int) -> int:
-        """The slots of a pass of texts that are padded to this length."""
+    def rows(self, length: int) -> int:  # slots of a pass of texts that are padded to this length
         return 1 if self.apart else self.room.rows(length)
 
     def step(self, tokens: Tensor, first: int, group: list[Run | None]) -> tuple[Tensor, Tensor]:
@@ -339,7 +339,7 @@ class PromptBatch:
     def using(self, first: int, slots: int) -> Borrowed:
         """As `slot`, of batches whose row i runs with slot first + i."""
         # A stream has refreshed the copies as it began.
-        fresh = nullcontext() if self._busy else self._forwards.refreshed()
+        fresh = nullcontext() if self._busy else self._forwards.refreshed(self.model)
         forwards = (fresh, self._forwards.some(first, slots))
         return Borrowed(self.model, self._passes.products(), self._passes.autocast(), *forwards)
 

@@ -48,6 +48,11 @@ class Layer:
         found: Tensor | None = self.module.bias
         return found
 
+    @property
+    def kind(self) -> tuple[torch.dtype, torch.device]:
+        weight: Tensor = self.module.weight
+        return weight.dtype, weight.device
+
     def product(self, x: Tensor) -> Tensor:
         """The layer's own product with x (..., I), its bias added, without autograd."""
         if self.quantized:
@@ -110,6 +115,12 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
     target: "all-linear", or ends of names, each of a layer. The output head never gets factors.
     """
     ends = _ends(target)
+    parts = model.modules()
+    if any(getattr(m, "_compiled_call_impl", None) or "_orig_mod" in m._modules for m in parts):
+        raise ValueError(
+            "model: expected one that torch.compile has not changed, got a compiled one: pass the "
+            "model of which it was made"
+        )
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     found, adapted = [], []

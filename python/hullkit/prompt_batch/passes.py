@@ -209,10 +209,9 @@ class SlotPasses:
     def follow(self) -> None:
         """Takes the model as it is now. Graphs of other tensors than its present ones are freed.
 
-        Raises RuntimeError for a layer that is no longer the model's.
+        Raises RuntimeError for a layer that is no longer the model's, and for another dtype.
         """
-        self._forwards.check(self._model)
-        with self._forwards.refreshed():
+        with self._forwards.refreshed(self._model):
             own = [*self._model.parameters(), *self._model.buffers()]
         read = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in own]
         if self._graphs and read != self._read:

@@ -104,13 +104,14 @@ class SlotForwards:
 
     def __init__(self, layers: list[Layer], scale: float, backend: str | None) -> None:
         self._layers = layers
+        self._kinds = [layer.kind for layer in layers]
         self._scale = scale
         self._backend = backend
         self._used: set[str] = set()
 
-    def check(self, model: nn.Module) -> None:
-        """Raises RuntimeError for a layer that somebody has replaced in the model."""
-        for layer in self._layers:
+    def _check(self, model: nn.Module) -> None:
+        """Raises RuntimeError for a layer that somebody has replaced in the model, or moved."""
+        for layer, kind in zip(self._layers, self._kinds, strict=True):
             try:
                 present: Any = model.get_submodule(layer.name)
             except AttributeError:
@@ -120,10 +121,16 @@ class SlotForwards:
                     f"{layer.name}: expected the layer of which the batch was made, got another; "
                     "make a new PromptBatch"
                 )
+            if layer.kind != kind:
+                raise RuntimeError(
+                    f"{layer.name}: expected a weight as when the batch was made, {kind[0]} on "
+                    f"{kind[1]}, got {layer.kind[0]} on {layer.kind[1]}; make a new PromptBatch"
+                )
 
     @contextmanager
-    def refreshed(self) -> Iterator[None]:
-        """A block that begins with copies of the weights as they are now."""
+    def refreshed(self, model: nn.Module) -> Iterator[None]:
+        """A block that begins with copies of the weights as they are now, after a check of them."""
+        self._check(model)
         for layer in self._layers:
             layer.refresh()
         yield

@@ -117,14 +117,18 @@ class Stream:
     """
 
     def __init__(self, batch: Any, queries: Iterable[Any], keep: bool) -> None:
+        if isinstance(queries, Query) or not isinstance(queries, Iterable):
+            kind = type(queries).__name__
+            raise TypeError(f"queries: expected an iterable of queries, got {kind}")
         self._batch = batch
         self._queries = enumerate(queries)
+        self._failure: Exception | None = None  # of `queries`
         self._keep = keep
         self._runs: list[Run | None] = [None] * batch.slots
         self._free = list(range(batch.slots))[::-1]
         self._stale: list[int] = []  # slots that are to be made fresh
         self._answers: dict[int, Answer] = {}
-        self._read = 0
+        self._read = self._due = 0
         self._limits = token_limits(batch.model)
         self._told = tells_labels(batch.model)
         self._continuations = Continuations(batch)
@@ -132,22 +136,34 @@ class Stream:
 
     def __iter__(self) -> Iterator[Answer]:
         self._batch.begin()
-        due = 0
         while True:
             self._reset()
-            self._fill(due)
-            while due in self._answers:
-                yield self._answers.pop(due)
-                due += 1
+            yield from self._ready()  # first: the next query may be long in coming
+            self._fill()
+            yield from self._ready()
             if any(run is not None for run in self._runs):
                 self._pass()
+            elif self._failure is not None:
+                raise self._failure
             elif self._ended or not self._free:  # kept slots take no more
                 return
 
-    def _fill(self, due: int) -> None:
-        """Gives the next queries to free slots. A bad query becomes an answer."""
-        while self._free and not self._ended and self._read < due + _AHEAD * self._batch.slots:
-            entry = next(self._queries, None)
+    def _ready(self) -> Iterator[Answer]:
+        while self._due in self._answers:
+            self._due += 1
+            yield self._answers.pop(self._due - 1)
+
+    def _fill(self) -> None:
+        """Gives the next queries to free slots. A bad query becomes an answer.
+
+        If there is an error instead of a next query, those before it are finished first.
+        """
+        most = self._due + _AHEAD * self._batch.slots
+        while self._free and not self._ended and self._read < most:
+            try:
+                entry = next(self._queries, None)
+            except Exception as error:
+                self._failure, entry = error, None
             if entry is None:
                 self._ended = True
                 return
@@ -166,7 +182,9 @@ class Stream:
 
     def _checked(self, index: int, query: Any) -> Run:
         if not isinstance(query, (tuple, list)) or not 2 <= len(query) <= len(Query._fields):
-            raise TypeError(f"query: expected a Query, got {type(query).__name__}")
+            kind = type(query).__name__
+            kind += f" of {len(query)}" if isinstance(query, (tuple, list)) else ""
+            raise TypeError(f"query: expected a Query or (examples, counts, then), got {kind}")
         query = Query(*query)
         if isinstance(query.examples, str) or not isinstance(query.examples, Sequence):
             kind = type(query.examples).__name__
