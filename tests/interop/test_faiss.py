@@ -162,6 +162,142 @@ def test_refusals(corpus: Any) -> None:
         select(index, queries(1), 4, lengths=[3])
 
 
+@pytest.mark.parametrize("on_disk", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "knn"},
+        {"method": "sift"},
+        {"merge_duplicates": 0.1},
+        {"backend": "reference"},
+    ],
+    ids=str,
+)
+def test_embeddings_that_are_not_finite(
+    options: Any, on_disk: bool, tmp_path: Path, corpus: Any
+) -> None:
+    """The row of `embeddings` is named, and no row that is not a candidate counts."""
+    index, prompts = filled("Flat", corpus), queries(3)
+    ids = index.search(prompts, 4)[1]
+    embeddings = corpus.copy()
+    embeddings[np.setdiff1d(np.arange(M), ids)] = np.inf
+    select(index, prompts, 3, num_candidates=4, embeddings=embeddings, **options)
+    broken = int(ids[1, 2])
+    embeddings[broken, 3:] = np.nan
+    if on_disk:
+        np.save(tmp_path / "vectors.npy", embeddings)
+        embeddings = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    message = rf"^embeddings\[{broken}\]: expected finite values, got nan in coordinate 3$"
+    with pytest.raises(ValueError, match=message):
+        select(index, prompts, 3, num_candidates=4, embeddings=embeddings, **options)
+
+
+def test_a_candidate_that_is_not_finite_beside_a_short_list(corpus: Any) -> None:
+    """Places without a candidate do not shift the row that is named."""
+    index, broken = filled("IVF40,Flat", corpus), corpus.copy()
+    ids = index.search(queries(5), N)[1]
+    short = int((ids < 0).any(1).argmax())
+    row = int(ids[short][ids[short] >= 0][-1])
+    broken[row, 1] = -np.inf
+    with pytest.raises(ValueError, match=rf"^embeddings\[{row}\]: .* got -inf in coordinate 1$"):
+        select(index, queries(5)[short], 5, num_candidates=N, embeddings=broken)
+
+
+def test_an_index_of_vectors_that_are_not_finite() -> None:
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(2))
+    vectors = np.array([[1, 0], [0, 1], [np.inf, 1]], np.float32)
+    index.add_with_ids(vectors, np.array([7, 5, 70]))
+    message = r"^index\[70\]: expected finite values, got inf in coordinate 0$"
+    with pytest.raises(ValueError, match=message):
+        select(index, np.ones((2, 2), np.float32), 2, num_candidates=2)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_vectors_that_are_too_large(stored: bool) -> None:
+    index = faiss.IndexFlatIP(2)
+    index.add(np.full((3, 2), 2e38, np.float32))
+    embeddings = None if stored else np.full((3, 2), 2e38, np.float32)
+    source = "index" if stored else "embeddings"
+    with pytest.raises(ValueError, match=f"^{source}: expected inner products .* an overflow"):
+        select(index, np.ones(2, np.float32), 2, num_candidates=2, embeddings=embeddings)
+
+
+def test_the_dtype_of_embeddings_comes_before_the_search(
+    tmp_path: Path, corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = filled("Flat", corpus)
+    np.save(tmp_path / "vectors.npy", np.rint(100 * corpus).astype(np.int32))
+    embeddings = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    monkeypatch.setattr(index, "search", lambda *_: pytest.fail("searched"))
+    for call in (select, search):
+        with pytest.raises(TypeError, match=r"^embeddings: expected dtype .* got torch.int32$"):
+            call(index, queries(1), 5, embeddings=embeddings)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF8,Flat"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_empty_index(kind: str, in_place: bool) -> None:
+    embeddings = np.empty((0, D), np.float32) if in_place else None
+    with pytest.raises(ValueError, match=r"^index: expected at least one vector, got none$"):
+        select(faiss.index_factory(D, kind), queries(1), 5, embeddings=embeddings)
+
+
+@pytest.mark.parametrize("kind", ["IVF8,Flat", "PCA16,IVF8,Flat"])
+@pytest.mark.parametrize("method", ["hull", "knn", "sift"])
+def test_probed_lists_that_are_empty(kind: str, method: str, corpus: Any) -> None:
+    index = faiss.index_factory(D, kind)
+    index.train(corpus)
+    near, far = corpus[:1], -corpus[:1]
+    index.add(near)
+    prompts = np.concatenate([near, far])
+    message = (
+        "^index: expected a candidate for each query, got none of 1 vectors for query 1 in the "
+        "lists of nprobe=1. A larger nprobe visits more of them$"
+    )
+    for embeddings in (None, near):
+        with pytest.raises(ValueError, match=message):
+            select(index, prompts, 1, num_candidates=4, method=method, embeddings=embeddings)
+    assert search(index, prompts, 2)[0].tolist() == [[0, -1], [-1, -1]]
+    faiss.extract_index_ivf(index).nprobe = 8
+    assert select(index, prompts, 1, num_candidates=4, method=method).rows.tolist() == [[0], [0]]
+
+
+def test_an_index_without_lists_that_finds_nothing() -> None:
+    index = faiss.IndexFlatIP(2)
+    index.add(np.full((3, 2), np.nan, np.float32))  # nearer than nothing is not true of NaN
+    message = "^index: expected a candidate for each query, got none of 3 vectors for query 0$"
+    with pytest.raises(ValueError, match=message):
+        select(index, np.ones(2, np.float32), 2)
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["index", Path("index"), None, faiss.IndexBinaryFlat(D)],
+    ids=lambda i: type(i).__name__,
+)
+def test_what_is_no_index(index: Any) -> None:
+    message = f"^index: expected a faiss.Index of floats, got {type(index).__name__}. .*read_index"
+    for call in (select, search):
+        with pytest.raises(TypeError, match=message):
+            call(index, queries(1), 5)
+
+
+def test_an_index_that_cannot_reconstruct(corpus: Any) -> None:
+    ids = np.arange(M)
+    index = faiss.IndexIDMap(faiss.IndexFlatL2(D))
+    index.add_with_ids(corpus, ids)
+    message = "^index: expected one that can reconstruct .* got IndexIDMap. Pass .* embeddings="
+    for call in (select, search):
+        with pytest.raises(ValueError, match=message):
+            call(index, queries(2), 5)
+    chosen = select(index, queries(2), 5, num_candidates=N, embeddings=corpus)
+    assert same(chosen, select(filled("Flat", corpus), queries(2), 5, num_candidates=N))
+    untrained = faiss.index_factory(D, "IVF8,Flat")
+    with pytest.raises(RuntimeError, match="trained"):  # no question of vectors
+        search(untrained, queries(1), 5)
+
+
 def test_texts_by_their_places(tmp_path: Path) -> None:
     parts = ["one", "", "zwölf", "three"]
     data = [part.encode() for part in parts]

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._checks import check_int
+from .._checks import check_floating, check_int
 from ..selection import Multiset
 from ..selection import select as select_rows
 from ..selection._arrays import is_array, tensor_of
@@ -31,19 +31,21 @@ def search(
     """The candidates of each prompt, and where their vectors lie.
 
     Args:
-        index: any faiss index. Without `embeddings` it must be able to reconstruct its vectors, as
-            flat, IVF and HNSW indices do; quantized ones reconstruct approximations.
+        index: any `faiss.Index`. Without `embeddings` it must be able to reconstruct its vectors,
+            as flat, IVF and HNSW indices do; quantized ones reconstruct approximations.
         query: `(B, d)` or `(d,)`, an array or a tensor on the CPU; faiss gets it in float32.
         num_candidates: n >= 1, the most for one prompt.
-        embeddings: `(M, d)`, the vector of each id of the index: an array or tensor, also one that
-            lies on disk. None for the vectors of the index.
+        embeddings: `(M, d)`, the vector of each id of the index: an array or tensor of float64,
+            float32, float16 or bfloat16, also one that lies on disk. None for the vectors of the
+            index.
     Returns:
         ids `(B, n)` int64 in the index, -1 where faiss found no more; a pool of vectors; and each
         candidate's row in that pool, `(B, n)`, -1 = none. With `embeddings` the pool is these,
         in place, and rows are ids. Otherwise the pool has the candidates of this call alone.
     Raises:
         TypeError, ValueError: the argument, what was expected and what came; a query with NaN or
-            infinity, which faiss would take; ids of the index that are no rows of `embeddings`.
+            infinity, which faiss would take; ids of the index that are no rows of `embeddings`; an
+            index that cannot reconstruct its vectors, without `embeddings`.
 
     >>> import faiss, numpy as np
     >>> from hullkit.interop.faiss import search
@@ -57,8 +59,19 @@ def search(
     return _found(index, _prompts(index, query), num_candidates, embeddings)
 
 
+def _check_index(index: Any) -> None:
+    import faiss
+
+    if not isinstance(index, faiss.Index):
+        raise TypeError(
+            f"index: expected a faiss.Index of floats, got {type(index).__name__}. "
+            "faiss.read_index reads one from a file"
+        )
+
+
 def _prompts(index: Any, query: Any) -> Tensor:
     """The query (B, d) in float32 or float64, whichever holds its values."""
+    _check_index(index)
     if isinstance(query, Tensor):
         query = query.detach()
         # NumPy has no bfloat16.
@@ -77,7 +90,7 @@ def _found(
     num_candidates = check_int("num_candidates", num_candidates, 1)
     queries = prompts.to(torch.float32).numpy()
     if embeddings is None:
-        _, ids, vectors = index.search_and_reconstruct(queries, num_candidates)
+        ids, vectors = _reconstructed(index, queries, num_candidates)
         rows = np.where(ids < 0, -1, np.arange(ids.size).reshape(ids.shape))
         pool = torch.from_numpy(vectors.reshape(-1, index.d))
         return torch.from_numpy(ids), pool, torch.from_numpy(rows)
@@ -85,6 +98,7 @@ def _found(
         kind = type(embeddings).__name__
         raise TypeError(f"embeddings: expected an array or a tensor, got {kind}")
     pool = embeddings if isinstance(embeddings, Tensor) else tensor_of("embeddings", embeddings)
+    check_floating("embeddings", pool)
     if pool.ndim != 2 or tuple(pool.shape) != (index.ntotal, index.d):
         expected, got = (index.ntotal, index.d), tuple(pool.shape)
         raise ValueError(f"embeddings: expected shape {expected}, as the index, got {got}")
@@ -96,6 +110,19 @@ def _found(
             f"id {int(strange[0])}"
         )
     return ids, pool, ids
+
+
+def _reconstructed(index: Any, queries: Any, num_candidates: int) -> tuple[Any, Any]:
+    """The ids that faiss finds, and their vectors as the index has them."""
+    try:
+        _, ids, vectors = index.search_and_reconstruct(queries, num_candidates)
+    except RuntimeError as error:
+        index.search(queries, num_candidates)  # raises what has nothing to do with the vectors
+        raise ValueError(
+            "index: expected one that can reconstruct its vectors, got "
+            f"{type(index).__name__}. Pass them as embeddings="
+        ) from error
+    return ids, vectors
 
 
 def select(
@@ -122,6 +149,8 @@ def select(
         a query `(d,)`.
     Raises:
         As :func:`search` and :func:`hullkit.select`; `lengths` and `candidates` are not options.
+        ValueError: an empty index; on a CPU also a query for which the index finds nothing, and NaN
+            or infinity in a candidate's vector.
 
     >>> import faiss, numpy as np
     >>> from hullkit.interop.faiss import select
@@ -135,12 +164,20 @@ def select(
         if name in options:
             raise TypeError(f"{name}: the index says which candidates there are")
     prompts = _prompts(index, query)
+    if not index.ntotal:
+        raise ValueError("index: expected at least one vector, got none")
     ids, pool, rows = _found(index, prompts, num_candidates, embeddings)
     vectors = prompts.to(pool.dtype)
     if device is not None and torch.device(device) != pool.device:
         pool, rows = _gathered(pool, rows)
         pool, rows, vectors = (part.to(device) for part in (pool, rows, vectors))
-    chosen = select_rows(pool, vectors.to(pool.device), total, candidates=rows, **options)
+    try:
+        chosen = select_rows(pool, vectors.to(pool.device), total, candidates=rows, **options)
+    except ValueError as error:
+        if not str(error).startswith(("pool:", "candidates:")):
+            raise
+        source = "index" if embeddings is None else "embeddings"
+        raise _in_callers_words(error, index, source, ids, pool, rows) from None
     places = chosen.indices
     found = ids.to(places.device).gather(-1, places.clamp_min(0))
     chosen = chosen._replace(rows=torch.where(places < 0, places, found))
@@ -151,6 +188,42 @@ def _gathered(pool: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The rows in use, read in order, and each candidate's place among them."""
     used, places = torch.unique(rows.clamp_min(0), return_inverse=True)
     return pool[used], torch.where(rows < 0, rows, places)
+
+
+def _in_callers_words(
+    error: ValueError, index: Any, source: str, ids: Tensor, pool: Tensor, rows: Tensor
+) -> ValueError:
+    """The error of a selection whose caller has an index, and no `pool` or `candidates`.
+
+    source: the argument that the pool's vectors are of. Looks for the cause in the candidates'
+    rows alone, one query's at a time.
+    """
+    for query, taken in enumerate(rows.cpu()):
+        found = taken >= 0
+        if not found.any():
+            return ValueError(
+                f"index: expected a candidate for each query, got none of {index.ntotal} vectors "
+                f"for query {query}{_probes(index)}"
+            )
+        vectors = pool[taken[found].to(pool.device)]
+        broken = vectors.isfinite().logical_not().nonzero()
+        if len(broken):
+            place, coordinate = broken[0].tolist()
+            return ValueError(
+                f"{source}[{int(ids[query][found][place])}]: expected finite values, got "
+                f"{float(vectors[place, coordinate])} in coordinate {coordinate}"
+            )
+    return ValueError(str(error).replace("pool:", f"{source}:", 1))  # finite, but too large
+
+
+def _probes(index: Any) -> str:
+    """What a query without a candidate means for an IVF index, whatever it is wrapped in."""
+    import faiss
+
+    lists = faiss.try_extract_index_ivf(index)
+    if lists is None:
+        return ""
+    return f" in the lists of nprobe={lists.nprobe}. A larger nprobe visits more of them"
 
 
 def _unbatched(value: Any) -> Any:
