@@ -62,9 +62,13 @@ def _stream(figure: str) -> Row:
 def many_prompts_answers() -> str:
     """A long stream with bad queries: right answers, errors, memory."""
     lines = []
-    for name in ("right answers", "errors that name theirs"):
+    shown = {
+        "right answers": "answers of good queries",
+        "errors that name theirs": "errors of bad queries",
+    }
+    for name, words in shown.items():
         row = _stream(name)
-        lines.append([name, f"{row['value']} of {row['count']}"])
+        lines.append([words, f"{row['value']} of {row['count']}"])
     row = _stream("largest difference from alone")
     lines.append([f"largest difference from alone, of {row['count']} queries", row["value"]])
     for name in ("device memory grown", "host memory grown"):

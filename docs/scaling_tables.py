@@ -71,6 +71,10 @@ def many_prompts_by_ray() -> str:
     found = find("cpu", op="many prompts by Ray")
     last = [row for row in found if row["commit"] == found[-1]["commit"]]
     lines = [
-        [row["provider"].removeprefix("hullkit, "), f"{float(row['p50']):.1f}"] for row in last
+        [
+            row["provider"].removeprefix("hullkit, ").replace("1 workers", "1 worker"),
+            f"{float(row['p50']):.1f}",
+        ]
+        for row in last
     ]
     return table(["100 prompts, 10 updates each", "s"], lines) + "\n\n" + source(last[-1])

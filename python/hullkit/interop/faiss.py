@@ -172,7 +172,9 @@ def select(
         pool, rows = _gathered(pool, rows)
         pool, rows, vectors = (part.to(device) for part in (pool, rows, vectors))
     try:
-        chosen = select_rows(pool, vectors.to(pool.device), total, candidates=rows, **options)
+        chosen = select_rows(
+            pool, vectors.to(pool.device), total, candidates=rows.to(pool.device), **options
+        )
     except ValueError as error:
         if not str(error).startswith(("pool:", "candidates:")):
             raise

@@ -55,17 +55,17 @@ class PromptBatch:
 
     Args:
         model: a causal language model in memory, float32, bfloat16 or float16, on one device. Its
-            weights are neither trained nor written. What you write to them is followed by the next
-            `map`, `adapt_`, call or `slot` block. Layers may be bitsandbytes' of 8 or 4 bits.
+            weights are neither trained nor written. The next `map`, `adapt_`, call or `slot` block
+            sees what you write to them. Layers may be bitsandbytes' of 8 or 4 bits.
         slots: K >= 1, prompts at once. "auto": 64 or the largest power of 2 for which `memory` has
             room, with texts of 512 tokens.
-        memory: for slots and passes, a number of bytes or a fraction of what is free now. A pass
+        memory: for slots and passes, bytes (int) or a fraction (float) of what is free now. A pass
             that would take more has fewer slots at a time; a text that does not fit alone is an
             error of its query. None: for "auto" all that is free, less 1/16 of a CUDA device; else
             no bound, and fewer slots after a pass ran out of memory.
         rank, alpha, rslora: of the adapters.
         target: "all-linear", every `torch.nn.Linear`, `Conv1D` of transformers and quantised layer
-            but the output head; or a sequence of names, or ends of names, of layers.
+            but the head of a transformers model; or names, or ends of names, of layers.
         lr, betas, eps, refresh_interval, seed: as TestTimeFinetuner's; seed is of fresh factors.
         precision: of the passes, as TestTimeFinetuner's: "float32", "tf32" or "bf16". On a CPU
             "tf32" computes in float32, and slots share passes.

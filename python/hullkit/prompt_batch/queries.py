@@ -30,7 +30,7 @@ class Query(NamedTuple):
         then: called with the adapted model, in a block in which it behaves as adapted. Its result
             is the answer's value. `Score` and `Generate` are such callables. Where slots share
             passes, several may be computed at once instead of in calls. None: no value.
-            Meanwhile other slots hold other queries' factors, also of some that have just ended.
+            Do not call the batch in it: its other slots hold other queries' factors.
         lr: the learning rate; None for the batch's.
         seed: of the fresh factors; None for the batch's.
 
