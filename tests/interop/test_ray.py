@@ -116,7 +116,10 @@ def test_a_block_by_a_batch_is_its_rows(one_thread: None) -> None:
     assert rows[1]["error"].startswith("ValueError: examples[0]: expected ids in")
     assert rows[2]["error"] == "KeyError: 'two'"
     assert rows[3]["error"] == "ZeroDivisionError: three"
-    assert rows[4]["error"].startswith("TypeError: query: expected a Query")
+    assert (
+        rows[4]["error"]
+        == "TypeError: choose: expected a pair of examples and counts, got NoneType"
+    )
     assert [row["score"] is None for row in rows] == [False, True, True, True, True, False]
     for place in (0, 5):
         row = rows[place]
@@ -142,6 +145,22 @@ def test_a_block_by_a_batch_is_its_rows(one_thread: None) -> None:
 def test_a_wrong_setup_is_no_error_of_a_row(made: Any, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         AdaptRows(lambda: made, keep=["n"])
+
+
+@pytest.mark.parametrize("made", [setup, low_rank])
+def test_what_is_no_pair_is_its_rows_error(made: Any) -> None:
+    def odd(given: Any) -> Any:
+        return [
+            (*pair, use) if n == 1 else pair
+            for n, pair in zip(given["n"], choose(given), strict=True)
+        ]
+
+    rows = AdaptRows(lambda: made()._replace(choose=odd), keep=["n"])(block(0, 1, 2)).to_pylist()
+    assert [row["error"] is None for row in rows] == [True, False, True]
+    assert (
+        rows[1]["error"]
+        == "TypeError: choose: expected a pair of examples and counts, got 3 of them"
+    )
 
 
 def test_keep_is_a_list_of_names() -> None:

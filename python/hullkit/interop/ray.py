@@ -156,7 +156,7 @@ class AdaptRows:
             return [choice for part in parts for choice in self._choices(part, 1)]
         if len(chosen) != count:
             raise ValueError(f"choose: expected {count} pairs, one a row, got {len(chosen)}")
-        return [(choice, None) for choice in chosen]
+        return [_checked(choice) for choice in chosen]
 
     def _alone(
         self, tuner: TestTimeFinetuner, row: dict[str, Any], choice: Any, error: Exception | None
@@ -179,15 +179,13 @@ class AdaptRows:
         self, batch: PromptBatch, rows: list[dict[str, Any]], choices: list[Any]
     ) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = []
-        asked: list[Any] = []
+        asked: list[Query] = []
         for row, (choice, error) in zip(rows, choices, strict=True):
             if error is not None:
                 results.append(_failed(error))
                 continue
             results.append({})
-            use = partial(self._used, row)
-            fine = isinstance(choice, (tuple, list)) and len(choice) == 2
-            asked.append(Query(choice[0], choice[1], use) if fine else choice)
+            asked.append(Query(*choice, partial(self._used, row)))  # type: ignore[call-arg]
         left = iter([place for place, result in enumerate(results) if not result])
         for query, answer in zip(asked, batch.map(asked), strict=True):
             if answer.error is not None:
@@ -214,6 +212,13 @@ class AdaptRows:
                     f"use: expected numbers or strings, got a {kind} in {name!r}"
                 ) from None
         return used
+
+
+def _checked(choice: Any) -> tuple[Any, Exception | None]:
+    if isinstance(choice, (tuple, list)) and len(choice) == 2:
+        return choice, None
+    what = f"{len(choice)} of them" if isinstance(choice, (tuple, list)) else type(choice).__name__
+    return None, TypeError(f"choose: expected a pair of examples and counts, got {what}")
 
 
 def _failed(error: Exception) -> dict[str, Any]:

@@ -216,11 +216,12 @@ class Stream:
     def _pass(self) -> None:
         """A burst or the score of every busy slot, in as few passes as `rows` allows.
 
-        Instead of it enough slots that wait for that are continued, and a few that only have to be
-        scored are called. Where padding would change a
-        text, only those as long as the oldest query's share a pass, and the others wait.
+        Where padding would change a text, only those as long as the oldest query's share a pass,
+        and the others wait. There is no pass if enough slots wait to be continued, which they are
+        then, and if a few have to be scored and nothing else, which are called.
         """
-        waiting = {s: run for s, run in enumerate(self._runs) if run is not None and run.plan}
+        present = {slot: run for slot, run in enumerate(self._runs) if run is not None}
+        waiting = {slot: run for slot, run in present.items() if run.plan is not None}
         others = [None if slot in waiting else run for slot, run in enumerate(self._runs)]
         busy = [run for run in others if run is not None]
         if waiting and (not busy or len(waiting) > _IDLE * len(self._runs)):
