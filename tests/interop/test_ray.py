@@ -176,6 +176,12 @@ def test_keep_is_a_list_of_names() -> None:
         ({"score": torch.tensor(1.0)}, "use: expected numbers or strings, got a Tensor in 'score'"),
         ({"n": 1}, "ValueError: use: expected names of new columns, got ['n']"),
         ({"error": "mine"}, "ValueError: use: expected names of new columns, got ['error']"),
+        ({5: 1.0}, "TypeError: use: expected names of columns, got 5"),
+        ({"score": 1 << 70}, "use: expected numbers or strings, got a int in 'score'"),
+        (
+            {"score": "high"},
+            "use: expected double in the column 'score', as in earlier rows, got str",
+        ),
     ],
 )
 @pytest.mark.parametrize("made", [setup, low_rank])
@@ -187,6 +193,16 @@ def test_what_cannot_be_columns_is_its_rows_error(made: Any, used: Any, words: s
     assert [row["score"] for row in rows] == [2.0, None, 2.0]
     assert [row["error"] is None for row in rows] == [True, False, True]
     assert words in rows[1]["error"]
+
+
+def test_integers_are_numbers_of_a_column_of_floats() -> None:
+    def own(adapted: torch.nn.Module, row: Any) -> Any:
+        return {"score": 0.5 if row["n"] == 0 else row["n"]}
+
+    actor = AdaptRows(lambda: setup()._replace(use=own), keep=["n"])
+    first, second = actor(block(0, 2)), actor(block(3))
+    assert first.schema == second.schema
+    assert [row["score"] for row in second.to_pylist()] == [3.0]
 
 
 def test_blocks_have_the_same_columns_whatever_fails() -> None:
@@ -322,6 +338,10 @@ def test_rows_that_failed_are_done_again_if_asked_for(cluster: None, tmp_path: P
     left = [row["n"] for path in tmp_path.glob("*") for row in pq.read_table(path).to_pylist()]
     assert sorted(left) == [0, 2, 3]
     assert before[tmp_path / "3.parquet"] == (tmp_path / "3.parquet").read_bytes()
+    (tmp_path / ".3.parquet.part").touch()  # as a killed call leaves one
+    assert sorted(pq.read_table(tmp_path).column("n").to_pylist()) == [0, 2, 3]
+    unfinished(rows, tmp_path, "n")
+    assert not (tmp_path / ".3.parquet.part").exists()
 
 
 def test_a_folder_that_is_not_seen_is_no_empty_one(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from _models import VOCABULARY, gpt2, llama
 from _prompts import DEVICE, TOGETHER, batch_of, text
 from hullkit.prompt_batch import Generate
+from hullkit.prompt_batch.generation import neighbouring
 from torch import Tensor, nn
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
@@ -156,6 +157,23 @@ def test_what_shares_no_passes_and_settings_of_the_model_are_alone() -> None:
         assert calls == wanted
 
 
+def test_an_option_switches_a_setting_of_the_model_off() -> None:
+    queries = [query(seed, repetition_penalty=1.0) for seed in range(2)]
+
+    def penalising() -> Any:
+        model = llama()
+        model.generation_config.update(repetition_penalty=1.5, do_sample=True, temperature=0.6)
+        return model
+
+    wanted = alone(queries, penalising)
+    assert wanted == alone([query(seed) for seed in range(2)])
+    model = penalising().to(DEVICE)
+    batch = batch_of(model, 2, **TOGETHER)
+    calls = Calls(model)
+    assert values([*batch.map(queries)]) == wanted
+    assert calls == [2]
+
+
 def test_options_that_differ_are_continued_apart() -> None:
     queries = [query(seed, max_new_tokens=6 + seed % 2) for seed in range(4)]
     wanted = alone(queries)
@@ -188,6 +206,128 @@ def test_a_model_that_sees_padding_continues_prompts_of_one_length_together() ->
         calls = Calls(model)
         assert values([*batch.map(queries)]) == wanted
         assert calls == wanted_calls
+
+
+def test_what_one_padding_showed_does_not_hold_for_more() -> None:
+    """Beyond 20 tokens the model sees padding. The trial is of the call's own padding."""
+
+    def far() -> nn.Module:
+        model = llama()
+        forward = type(model).forward
+
+        def cut(self: Any, input_ids: Tensor, **options: Any) -> Any:
+            if input_ids.shape[1] > 20:
+                options = {
+                    k: v for k, v in options.items() if k not in ("attention_mask", "position_ids")
+                }
+            return forward(self, input_ids, **options)
+
+        model.__class__ = type("Far", (type(model),), {"forward": cut})
+        return model
+
+    for lengths, wanted_calls in (((3, 9), [2]), ((3, 30), [1, 1])):
+        queries = [query(seed, prompt=length) for seed, length in enumerate(lengths)]
+        wanted = alone(queries, far)
+        model = far().to(DEVICE)
+        batch = batch_of(model, 2, **TOGETHER)
+        calls = Calls(model)
+        assert values([*batch.map(queries)]) == wanted
+        assert calls == wanted_calls
+
+
+def test_a_constant_in_all_logits_hides_no_padding() -> None:
+    def shifted() -> nn.Module:
+        model: Any = blind()
+        model.lm_head = nn.Linear(model.config.hidden_size, VOCABULARY)
+        with torch.no_grad():
+            model.lm_head.bias.fill_(100.0)
+        return model
+
+    queries = [query(seed, prompt=length) for seed, length in enumerate((3, 9))]
+    wanted = alone(queries, shifted)
+    model = shifted().to(DEVICE)
+    batch = batch_of(model, 2, **TOGETHER)
+    calls = Calls(model)
+    assert values([*batch.map(queries)]) == wanted
+    assert calls == [1, 1]
+
+
+def test_one_length_is_together_where_others_are_not() -> None:
+    lengths = (4, 9, 4, 9)
+    queries = [query(seed, prompt=length) for seed, length in enumerate(lengths)] * 2
+    wanted = alone(queries, blind)
+    model = blind().to(DEVICE)
+    batch = batch_of(model, 4, **TOGETHER)
+    calls = Calls(model)
+    assert values([*batch.map(queries)]) == wanted
+    assert calls == [1, 1, 1, 1, 3, 3]  # once it is known
+
+
+def test_rows_that_have_ended_do_not_pass_the_positions() -> None:
+    """The model has 64. The long prompt ends at once, and the short one goes on."""
+    make = gpt2
+    long, short = query(0, prompt=58, max_new_tokens=20), query(1, prompt=4, max_new_tokens=20)
+    [[end, *_]] = alone([query(0, prompt=58, max_new_tokens=2)], make)
+    queries = [q._replace(then=Generate(q.then.ids, **q.then.options, eos_token_id=end))  # type: ignore[union-attr]
+               for q in (long, short)]  # fmt: skip
+    wanted = alone(queries, make)
+    assert wanted[0] == [end]
+    assert values([*batch_of(make().to(DEVICE), 2, **TOGETHER).map(queries)]) == wanted
+
+
+def test_a_first_query_that_diverged_tells_nothing_of_padding() -> None:
+    queries = [query(seed, prompt=3 + seed) for seed in range(8)]
+    queries[0] = queries[0]._replace(lr=1e38)
+    wanted = alone(queries[1:])
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 4, **TOGETHER)
+    calls = Calls(model)
+    answers = [*batch.map(queries)]
+    assert type(answers[0].error) is FloatingPointError
+    assert values(answers[1:]) == wanted
+    assert calls[-1] == 4
+
+
+@pytest.mark.parametrize("error", [TimeoutError, AssertionError])
+def test_another_error_of_a_call_is_that_of_its_queries(error: type[Exception]) -> None:
+    queries = [query(seed) for seed in range(4)]
+    model = llama().to(DEVICE)
+    generate: Any = model.generate
+    raised: list[int] = []
+
+    def failing(ids: Tensor, **options: Any) -> Any:
+        if len(ids) == 2 and not raised:
+            raised.append(1)
+            raise error("from a handler")
+        return generate(ids, **options)
+
+    model.generate = failing
+    answers = [*batch_of(model, 2, **TOGETHER).map(queries)]
+    assert [type(a.error) for a in answers[:2]] == [error, error]
+    assert values(answers[2:]) == alone(queries[2:])
+
+
+def test_calls_have_fewer_rows_once_memory_ran_out() -> None:
+    queries = [query(seed) for seed in range(16)]
+    wanted = alone(queries)
+    model = llama().to(DEVICE)
+    generate: Any = model.generate
+    rows: list[int] = []
+
+    def lacking(ids: Tensor, **options: Any) -> Any:
+        rows.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return generate(ids, **options)
+
+    model.generate = lacking
+    assert values([*batch_of(model, 8, **TOGETHER).map(queries)]) == wanted
+    assert rows == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+
+
+def test_neighbouring_slots() -> None:
+    prompts = {slot: text(4, slot) for slot in (0, 1, 3, 9, 10, 30)}
+    assert [sorted(part) for part in neighbouring(prompts)] == [[0, 1, 3], [9, 10], [30]]
 
 
 def test_a_call_that_fails_is_repeated_for_each_alone() -> None:

@@ -11,7 +11,7 @@ import hullkit
 import pytest
 import torch
 from _models import llama
-from _prompts import DEVICE, TOGETHER, batch_of, text
+from _prompts import DEVICE, TOGETHER, batch_of, is_fresh, text
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 if DEVICE.type == "cuda":
@@ -48,6 +48,18 @@ def test_an_error_of_the_iterable_comes_after_the_answers_before_it(number: int)
         answers.extend(batch.map(failing()))
     assert [(a.place, a.error) for a in answers] == [(i, None) for i in range(number)]
     assert [a.error for a in batch.map([QUERY])] == [None]
+
+
+def test_slots_are_fresh_after_a_sequence_that_raises() -> None:
+    class Failing(list[hullkit.Query]):
+        def __iter__(self) -> Iterator[hullkit.Query]:
+            yield QUERY
+            raise OSError("disk")
+
+    batch = batch_of(llama().to(DEVICE), 2, **TOGETHER)
+    with pytest.raises(OSError, match="disk"):
+        batch.adapt_(Failing([QUERY, QUERY]))
+    assert all(is_fresh(batch, slot) for slot in range(2))
 
 
 def test_answers_that_are_ready_do_not_wait_for_the_next_query() -> None:

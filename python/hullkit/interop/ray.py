@@ -62,16 +62,17 @@ class AdaptRows:
 
     A row that fails becomes its own error: the column `error` has the exception's class and words,
     the columns of `use` are null, and no other row notices. Memory that runs out and signals are
-    not taken for errors of a row: they end the actor's call, and after Ray's retries the run. Only
-    with a `PromptBatch` a text that does not fit is an error of its row.
+    not taken for errors of a row: they end the actor's call, and after Ray's retries the run. With
+    a `PromptBatch` memory that runs out for one row's text, or in `use`, is that row's error.
 
     Args:
         setup: called once in the actor's process. It may load a model, map an index, set threads.
         keep: columns of the dataset to keep, among them one that names the row.
 
     Calls take and return blocks. Rows come back in their order, with the columns `keep`, those of
-    `use`, and `num_updates`, `num_passes`, `error` (null for none). A block of which all rows fail
-    has no columns of `use` if its actor has not yet seen them.
+    `use`, and `num_updates`, `num_passes`, `error` (null for none). A column has the type of its
+    first value in an actor: return floats where some are. A block of which all rows fail has no
+    columns of `use` if its actor has not yet seen them.
 
     Raises:
         TypeError: `setup` returns no `Setup`, or one with something else in it; `keep` is no list
@@ -130,17 +131,25 @@ class AdaptRows:
                 for row, pair in zip(rows, choices, strict=True)
             ]
         columns = {name: pa.array([row[name] for row in rows]) for name in self._keep}
-        used = dict.fromkeys(name for result in results for name in result if name not in _REPORTED)
-        for name in self._types | used:
-            column = pa.array([result.get(name) for result in results])
-            if name in self._types and pa.types.is_null(column.type):
-                column = column.cast(self._types[name])
-            if not pa.types.is_null(column.type):
-                self._types.setdefault(name, column.type)
-            columns[name] = column
-        for name, of in _REPORTED.items():
+        results = [self._of_columns(result) for result in results]
+        for name, of in (self._types | _REPORTED).items():
             columns[name] = pa.array([result.get(name) for result in results], of)
         return pa.table(columns)
+
+    def _of_columns(self, result: dict[str, Any]) -> dict[str, Any]:
+        """A row's result, or the error of one whose new values are not of the columns so far."""
+        for name in result.keys() - _REPORTED.keys():
+            of = pa.array([result[name]]).type
+            known = self._types.get(name, of)
+            if pa.types.is_null(known):
+                continue
+            if pa.types.is_integer(of) and pa.types.is_floating(known):
+                result[name] = float(result[name])
+            elif not pa.types.is_null(of) and of != known:
+                what = f"use: expected {known} in the column {name!r}, as in earlier rows, got {of}"
+                return _failed(TypeError(what))
+            self._types[name] = known
+        return result
 
     def _choices(self, block: Block, count: int) -> list[tuple[Any, Exception | None]]:
         """Each row's examples and counts, or why there are none."""
@@ -204,9 +213,11 @@ class AdaptRows:
         if taken:
             raise ValueError(f"use: expected names of new columns, got {taken}")
         for name, value in used.items():
+            if not isinstance(name, str):
+                raise TypeError(f"use: expected names of columns, got {name!r}")
             try:
                 pa.array([value])
-            except (pa.ArrowException, TypeError, ValueError):
+            except (pa.ArrowException, TypeError, ValueError, OverflowError):
                 kind = type(value).__name__
                 raise TypeError(
                     f"use: expected numbers or strings, got a {kind} in {name!r}"
@@ -252,6 +263,8 @@ def unfinished(
     finished: set[Any] = set()
     if os.path.lexists(folder):
         os.listdir(folder)  # a pattern finds nothing in a folder that cannot be read
+    for path in Path(folder).rglob(".*.parquet.part"):  # of a call that was killed
+        path.unlink()
     for path in sorted(Path(folder).rglob("*.parquet")):
         try:
             file = pq.ParquetFile(path)
@@ -266,7 +279,7 @@ def unfinished(
             kept = file.read() if failed else file.read([key])
         if failed and kept.column("error").null_count < len(kept):
             kept = kept.filter(pc.is_null(kept.column("error")))
-            written = path.with_name(path.name + ".part")  # no run reads it
+            written = path.with_name(f".{path.name}.part")  # who reads the folder skips such names
             pq.write_table(kept, written)
             written.replace(path)
         finished.update(kept.column(key).to_pylist())

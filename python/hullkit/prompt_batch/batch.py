@@ -30,8 +30,9 @@ from .memory import PLANNED, Room, budget, slots_within
 from .neighbours import Neighbours
 from .passes import SlotPasses
 from .queries import Answer, Query
+from .runs import Run
 from .slot_forwards import SlotForwards
-from .stream import Run, Stream
+from .stream import Stream
 
 _SCALE = 1024.0  # of a float16 model's loss: its gradients would vanish
 
@@ -234,8 +235,7 @@ class PromptBatch:
         Raises:
             RuntimeError: another `map` or `adapt_` of this batch is under way.
             ValueError: rows of a batch change each other in this model, and slots share passes.
-            What `queries` raises, after the answers of those before. What the model raises in a
-            pass, but for a lack of memory.
+            What `queries` raises, after earlier answers; what a pass raises but for lack of memory.
         """
         answers = self._answers(queries, keep=False)
         if not progress:

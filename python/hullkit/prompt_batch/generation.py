@@ -14,15 +14,21 @@ from .neighbours import difference
 from .queries import Generate
 
 # Other options and settings may look at the rows of a batch, at padding or at a total length.
-_OPTIONS = {"max_new_tokens", "min_new_tokens", "do_sample", "eos_token_id", "pad_token_id"}
-_SETTINGS = _OPTIONS - {"min_new_tokens"} | {
-    "bos_token_id", "cache_implementation", "max_length", "temperature", "top_k", "top_p",
+_SETTINGS = {
+    "bos_token_id", "cache_implementation", "do_sample", "eos_token_id", "max_length",
+    "max_new_tokens", "min_new_tokens", "pad_token_id", "temperature", "top_k", "top_p",
     "transformers_version", "use_cache", "_from_model_config",
 }  # fmt: skip
 # Settings that are off with a 1; all are with None, False and 0.
 _FACTORS = {"length_penalty", "num_beams", "num_return_sequences", "repetition_penalty"}
-_TRIED = 64  # tokens of a prompt
-_BOUND = 0.1  # relative, between logits that should be the same, in half precision
+_OPTIONS = _FACTORS | {"do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens"}
+_OPTIONS |= {"pad_token_id"}
+# Rotary positions that depend on the longest row.
+_OF_LONGEST = {"dynamic", "longrope"}
+# Relative, between the logits of a token less their mean, which should be the same. A model that
+# sees padding moves them by a part of their size that does not depend on the dtype. Neither bound
+# is derived from a model.
+_BOUND, _BOUND_OF_HALVES = 1e-2, 0.1
 
 
 class Plan(NamedTuple):
@@ -31,34 +37,33 @@ class Plan(NamedTuple):
     most: int  # new tokens
     fewest: int
     end: tuple[int, ...]  # tokens
+    off: tuple[tuple[str, Any], ...]  # options that switch a setting of the model off
 
     @classmethod
     def of(cls, then: Generate, model: nn.Module) -> Plan | None:
         """None for what has to be called alone."""
         config: Any = getattr(model, "generation_config", None)
         options = then.options
-        if not hasattr(config, "to_diff_dict"):
+        if not hasattr(config, "to_diff_dict") or not options.keys() <= _OPTIONS:
             return None
-        for name, value in config.to_diff_dict().items():
-            if value and name not in _SETTINGS and not (name in _FACTORS and value == 1):
-                return None
-        if not {"max_new_tokens"} <= options.keys() <= _OPTIONS:
+        # None may mean none, or the model's own.
+        if "max_new_tokens" not in options or any(value is None for value in options.values()):
             return None
-        if options.get("do_sample", config.do_sample):
-            return None
-        end, padding = (
-            _ids(options.get(name, getattr(config, name)))
-            for name in ("eos_token_id", "pad_token_id")
-        )
-        if None in options.values():
-            return None  # which may mean none, or the model's own
+        settings = config.to_diff_dict() | options
+        end, padding = (_ids(settings.get(name)) for name in ("eos_token_id", "pad_token_id"))
         most, fewest = options["max_new_tokens"], options.get("min_new_tokens", 0)
         if not all(isinstance(value, int) for value in (most, fewest, *end, *padding)):
             return None
+        if settings.get("do_sample") or ("eos_token_id" in options and not end):
+            return None
+        off = tuple((name, options[name]) for name in sorted(_FACTORS & options.keys()))
+        for name in settings.keys() - _SETTINGS:
+            if settings[name] and not (name in _FACTORS and settings[name] == 1):
+                return None
         # Alone, a prompt that holds padding is continued without it.
         if not set(padding) <= set(end) and bool((then.ids == padding[0]).any()):
             return None
-        return cls(most, fewest, end)
+        return cls(most, fewest, end, off)
 
 
 def _ids(value: Any) -> tuple[Any, ...]:
@@ -76,65 +81,107 @@ class _Idle:
 
 
 class Continuations:
-    """Of a batch's slots. The first prompts of several lengths show whether padding changes one."""
+    """Of a batch's slots.
+
+    most: prompts of a call, fewer after one for which there was no memory.
+    refused: whether padding before a prompt changes what the model says, so that only prompts of
+    one length are continued together.
+    """
 
     def __init__(self, batch: Any) -> None:
         self._batch = batch
-        self._pads: bool | None = None
+        self._tried = 0  # so much padding was found to change nothing
+        self.most: int = batch.slots
+        self.refused = any(_of_longest(module) for module in batch.model.modules())
 
-    def together(self, prompts: Mapping[int, Tensor], plan: Plan) -> dict[int, Tensor]:
+    def together(
+        self, prompts: Mapping[int, Tensor], plan: Plan, positions: int | None
+    ) -> dict[int, Tensor]:
         """What each slot's prompt (T,) is continued with, (N,). Empty if they cannot be so at once.
 
         Slots between them have a row of the call too, which ends with its first token.
+
+        positions: the model's. Rows that have ended go on with the others, and must not pass them.
         """
-        longest = max(len(prompt) for prompt in prompts.values())
-        if any(len(prompt) < longest for prompt in prompts.values()):
-            if self._pads is None:
-                self._pads = self._takes_padding(*next(iter(prompts.items())))
-            if not self._pads:
-                return {}
+        lengths = [len(prompt) for prompt in prompts.values()]
+        longest = max(lengths)
+        if positions is not None and longest + plan.most > positions:
+            return {}
+        if longest - min(lengths) > self._tried and not self._takes_padding(prompts, longest):
+            return {}
         first, last = min(prompts), max(prompts)
         some = next(iter(prompts.values()))
         rows = [prompts.get(slot, some) for slot in range(first, last + 1)]
-        ids, mask, padding = _left_padded(rows, longest)
+        idle = [slot not in prompts for slot in range(first, last + 1)]
+        end = {"eos_token_id": list(plan.end)} if plan.end else {}
         with self._batch.using(first, len(rows)) as model, torch.no_grad():
-            ids, mask = (t.to(device_of(model, t)) for t in (ids, mask))
-            idle = [slot not in prompts for slot in range(first, last + 1)]
+            ids, mask, padding = _left_padded(rows, longest, model)
             ends = [_Idle(torch.tensor(idle, device=ids.device))] if any(idle) else []
-            end = {"eos_token_id": list(plan.end)} if plan.end else {}
             out = model.generate(
                 ids, attention_mask=mask, stopping_criteria=ends, do_sample=False,
                 max_new_tokens=plan.most, min_new_tokens=plan.fewest, pad_token_id=padding,
-                **end,
+                **end, **dict(plan.off),
             )  # fmt: skip
         made = out[:, longest:]
         return {slot: _ended(made[slot - first], plan.end) for slot in prompts}
 
-    def _takes_padding(self, slot: int, prompt: Tensor) -> bool:
-        """Whether the first token's logits are the same with padding before the prompt."""
-        prompt = prompt[:_TRIED]
+    def _takes_padding(self, prompts: Mapping[int, Tensor], longest: int) -> bool:
+        """Whether the shortest prompt's first token has the same logits with padding before it."""
+        if self.refused:
+            return False
+        slot, prompt = min(prompts.items(), key=lambda item: len(item[1]))
         found = []
-        for length in (len(prompt), len(prompt) + 8):
-            ids, mask, padding = _left_padded([prompt], length)
+        self.refused = True  # should there be an error
+        for length in (len(prompt), longest):
             with self._batch.using(slot, 1) as model, torch.no_grad():
-                ids, mask = (t.to(device_of(model, t)) for t in (ids, mask))
+                ids, mask, padding = _left_padded([prompt], length, model)
                 out = model.generate(
                     ids, attention_mask=mask, max_new_tokens=1, do_sample=False,
                     return_dict_in_generate=True, output_logits=True, pad_token_id=padding,
                 )  # fmt: skip
-            found.append(out.logits[0])
-        return difference(*found) <= _BOUND
+                half = torch.is_autocast_enabled(ids.device.type) or any(
+                    p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()
+                )
+            found.append(out.logits[0] - out.logits[0].mean())
+        moved = difference(*found)
+        bound = _BOUND_OF_HALVES if half else _BOUND
+        self.refused = moved > bound  # numbers that are not finite tell nothing of the model
+        if moved <= bound:
+            self._tried = longest - len(prompt)
+        return moved <= bound
 
 
-def _left_padded(prompts: list[Tensor], length: int) -> tuple[Tensor, Tensor, int]:
-    """Ids and attention mask (R, length), and the id before prompts and behind their ends."""
+def neighbouring(prompts: dict[int, Tensor]) -> list[dict[int, Tensor]]:
+    """Parts in each of which at least half of the slots from the first to the last have a prompt: a
+    call has a row for all of them."""
+    parts: list[dict[int, Tensor]] = []
+    first = 0
+    for slot in sorted(prompts):
+        if not parts or slot - first + 1 > 2 * (len(parts[-1]) + 1):
+            parts.append({})
+            first = slot
+        parts[-1][slot] = prompts[slot]
+    return parts
+
+
+def _of_longest(module: nn.Module) -> bool:
+    kinds = getattr(module, "rope_type", None)
+    return not _OF_LONGEST.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
+
+
+def _left_padded(
+    prompts: list[Tensor], length: int, model: nn.Module
+) -> tuple[Tensor, Tensor, int]:
+    """Ids and attention mask (R, length) where the model takes them, and the id before prompts and
+    behind their ends."""
     padding = int(prompts[0][0])  # the model has a row for it; it may have none for its own
     ids = torch.full((len(prompts), length), padding, dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for own, kept, prompt in zip(ids, mask, prompts, strict=True):
         own[length - len(prompt) :] = prompt
         kept[length - len(prompt) :] = 1
-    return ids, mask, padding
+    device = device_of(model, ids)
+    return ids.to(device), mask.to(device), padding
 
 
 def _ended(made: Tensor, end: tuple[int, ...]) -> Tensor:

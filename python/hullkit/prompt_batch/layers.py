@@ -118,8 +118,8 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
     parts = model.modules()
     if any(getattr(m, "_compiled_call_impl", None) or "_orig_mod" in m._modules for m in parts):
         raise ValueError(
-            "model: expected one that torch.compile has not changed, got a compiled one: pass the "
-            "model of which it was made"
+            "model: expected one that torch.compile has not changed, got a compiled one: passes "
+            "are captured without it"
         )
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None

@@ -105,7 +105,8 @@ def finite_score(loss: float) -> float:
 class Generate:
     """A query's `then`: the tokens that `model.generate(ids, **options)` adds, int64 (N,).
 
-    Greedy ones of several slots are continued together where slots share passes.
+    Greedy ones of several slots are continued together where slots share passes. Rounding may then
+    change a token, and all after it.
 
     Args:
         ids: int64 (T,) or (1, T), the prompt, T >= 1.

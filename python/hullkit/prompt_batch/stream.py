@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from traceback import clear_frames
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from .._checks import check_finite, check_int
 from ..finetune.padding import ALONE, TOGETHER, bucket
-from ..finetune.schedule import Reuse, reuse_schedule
+from ..finetune.schedule import reuse_schedule
 from ..language_model.interface import (
     IGNORED,
     check_predicted,
@@ -22,92 +21,18 @@ from ..language_model.interface import (
     tells_labels,
     token_limits,
 )
-from .generation import Continuations, Plan
+from .generation import Continuations, Plan, neighbouring
 from .queries import Answer, Generate, Query, Score, finite_score
+from .runs import Results, Run
 
 _AHEAD = 4  # times as many queries as slots may be read before the answer that is due
-# A pass takes the time of all slots, and a call of `generate` that of its longest answer. More than
-# this part of the slots must want one if nobody learns in it.
+# A pass, or a call of `generate`, takes much the same time for a few slots as for all. So slots
+# wait to be continued until more than this part of them does, or nobody learns. If nothing but
+# scores is left to do, at most this part of the slots is scored by calls.
 _IDLE = 1 / 4
-# After such an error of several slots each is called alone, to have its own. A signal's is another.
-_ALONE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, MemoryError)
-
-
-class Results:
-    """Each slot's loss of a pass, and whether a gradient was not finite.
-
-    They stay on the device until `fetch`.
-    """
-
-    def __init__(self, losses: Tensor, broken: Tensor) -> None:
-        self._on_device: tuple[Tensor, Tensor] | None = (losses, broken)
-        self.losses: list[float] = []
-        self.broken: list[int] = []
-
-    def fetch(self) -> None:
-        """Waits for the pass. It needs no memory of the device."""
-        if self._on_device is not None:
-            self.losses, self.broken = (tensor.tolist() for tensor in self._on_device)
-            self._on_device = None
-
-
-class Run:
-    """One query on its way: checked examples, its bursts, and how far it is."""
-
-    def __init__(self, index: int, query: Query, texts: list[Tensor], bursts: list[Reuse]) -> None:
-        self.index = index
-        self.query = query
-        self.lr = 0.0
-        self._texts = texts
-        self._bursts = bursts
-        self.updates = 0  # so far
-        self.results: list[Results] = []
-        self.scored: Tensor | None = None  # once it has learned: the ids whose loss a pass computes
-        self.score: Results | None = None  # of that pass
-        # Once it has learned, if it may be continued with others: how, its prompt, and the result.
-        self.plan: Plan | None = None
-        self.prompt: Tensor | None = None
-        self.made: Tensor | None = None
-
-    @property
-    def num_steps(self) -> int:
-        """Updates of the next pass."""
-        return 0 if self.scored is not None else self._bursts[len(self.results)].num_steps
-
-    @property
-    def text(self) -> Tensor:
-        """The ids (T,) of the next pass."""
-        if self.scored is not None:
-            return self.scored
-        return self._texts[self._bursts[len(self.results)].example]
-
-    @property
-    def longest(self) -> Tensor:
-        return max((self._texts[burst.example] for burst in self._bursts), key=len)
-
-    @property
-    def learned(self) -> bool:
-        """Whether it has learned all."""
-        return len(self.results) == len(self._bursts)
-
-    def note(self, results: Results) -> None:
-        """Takes the results of a pass."""
-        if self.scored is not None:
-            self.score = results
-        else:
-            self.updates += self.num_steps
-            self.results.append(results)
-
-    def losses(self, slot: int) -> tuple[float, ...]:
-        """Each pass's loss. Raises FloatingPointError if one or its gradient is not finite."""
-        for burst, results in zip(self._bursts, self.results, strict=True):
-            value = results.losses[slot]
-            if results.broken[slot] or not math.isfinite(value):
-                what = "gradient that is not finite" if math.isfinite(value) else f"loss {value}"
-                raise FloatingPointError(
-                    f"examples[{burst.example}]: expected a finite loss and gradient, got a {what}"
-                )
-        return tuple(results.losses[slot] for results in self.results)
+# A model raises such errors, perhaps for one prompt of several, which are then called alone.
+_OF_ONE_PROMPT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class Stream:
@@ -144,6 +69,7 @@ class Stream:
             if any(run is not None for run in self._runs):
                 self._pass()
             elif self._failure is not None:
+                self._stale = [*range(len(self._runs))]  # also of what slots keep
                 raise self._failure
             elif self._ended or not self._free:  # kept slots take no more
                 return
@@ -263,7 +189,7 @@ class Stream:
         lacking: Exception | None = None
         try:
             losses, broken = self._batch.step(tokens, first, group)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except _OUT_OF_MEMORY as error:
             clear_frames(error.__traceback__)
             lacking = error
         if lacking is None:
@@ -318,21 +244,43 @@ class Stream:
 
     def _continue(self, waiting: dict[int, Run]) -> None:
         """Continues slots, those with equal options together."""
-        runs_of: dict[Plan, dict[int, Run]] = {}
+        alike: dict[tuple[Any, ...], dict[int, Tensor]] = {}
         for slot, run in waiting.items():
-            assert run.plan is not None
-            runs_of.setdefault(run.plan, {})[slot] = run
-        for plan, runs in runs_of.items():
-            made: dict[int, Tensor] = {}
-            prompts = {slot: run.prompt for slot, run in runs.items() if run.prompt is not None}
-            if len(prompts) > 1:
-                try:
-                    made = self._continuations.together(prompts, plan)
-                except _ALONE as error:
-                    clear_frames(error.__traceback__)
-            for slot, run in runs.items():
+            assert run.prompt is not None
+            length = len(run.prompt) if self._continuations.refused else None
+            alike.setdefault((run.plan, length), {})[slot] = run.prompt
+        for (plan, _), prompts in alike.items():
+            for part in neighbouring(prompts):
+                self._continue_together(part, plan)
+
+    def _continue_together(self, prompts: dict[int, Tensor], plan: Plan) -> None:
+        if len(prompts) > self._continuations.most:
+            slots = list(prompts)
+            for half in (slots[: len(slots) // 2], slots[len(slots) // 2 :]):
+                self._continue_together({slot: prompts[slot] for slot in half}, plan)
+            return
+        made: dict[int, Tensor] = {}
+        error: Exception | None = None
+        if len(prompts) > 1:
+            try:
+                made = self._continuations.together(prompts, plan, self._limits.positions)
+            except _OUT_OF_MEMORY as lacking:
+                clear_frames(lacking.__traceback__)
+                self._continuations.most = len(prompts) // 2
+                self._continue_together(prompts, plan)
+                return
+            except _OF_ONE_PROMPT as failure:
+                clear_frames(failure.__traceback__)
+            except Exception as failure:  # perhaps a signal's
+                error = failure
+        for slot in prompts:
+            run = self._runs[slot]
+            assert run is not None
+            if error is None:
                 run.made = made.get(slot)
                 self._finish(slot, run)
+            else:
+                self._end(slot, run, Answer(run.index, None, (), error))
 
     def _finish(self, slot: int, run: Run, may_wait: bool = False) -> None:
         """Makes the answer of a query that has learned. With `may_wait` it may wait for others."""

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Queries on their way through slots, and what passes found."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ..finetune.schedule import Reuse
+from .generation import Plan
+from .queries import Query
+
+
+class Results:
+    """Each slot's loss of a pass, and whether a gradient was not finite.
+
+    They stay on the device until `fetch`.
+    """
+
+    def __init__(self, losses: Tensor, broken: Tensor) -> None:
+        self._on_device: tuple[Tensor, Tensor] | None = (losses, broken)
+        self.losses: list[float] = []
+        self.broken: list[int] = []
+
+    def fetch(self) -> None:
+        """Waits for the pass. It needs no memory of the device."""
+        if self._on_device is not None:
+            self.losses, self.broken = (tensor.tolist() for tensor in self._on_device)
+            self._on_device = None
+
+
+class Run:
+    """One query on its way: checked examples, its bursts, and how far it is."""
+
+    def __init__(self, index: int, query: Query, texts: list[Tensor], bursts: list[Reuse]) -> None:
+        self.index = index
+        self.query = query
+        self.lr = 0.0
+        self._texts = texts
+        self._bursts = bursts
+        self.updates = 0  # so far
+        self.results: list[Results] = []
+        self.scored: Tensor | None = None  # once it has learned: the ids whose loss a pass computes
+        self.score: Results | None = None  # of that pass
+        # Once it has learned, if it may be continued with others: how, its prompt, and the result.
+        self.plan: Plan | None = None
+        self.prompt: Tensor | None = None
+        self.made: Tensor | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Updates of the next pass."""
+        return 0 if self.scored is not None else self._bursts[len(self.results)].num_steps
+
+    @property
+    def text(self) -> Tensor:
+        """The ids (T,) of the next pass."""
+        if self.scored is not None:
+            return self.scored
+        return self._texts[self._bursts[len(self.results)].example]
+
+    @property
+    def longest(self) -> Tensor:
+        return max((self._texts[burst.example] for burst in self._bursts), key=len)
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has learned all."""
+        return len(self.results) == len(self._bursts)
+
+    def note(self, results: Results) -> None:
+        """Takes the results of a pass."""
+        if self.scored is not None:
+            self.score = results
+        else:
+            self.updates += self.num_steps
+            self.results.append(results)
+
+    def losses(self, slot: int) -> tuple[float, ...]:
+        """Each pass's loss. Raises FloatingPointError if one or its gradient is not finite."""
+        for burst, results in zip(self._bursts, self.results, strict=True):
+            value = results.losses[slot]
+            if results.broken[slot] or not math.isfinite(value):
+                what = "gradient that is not finite" if math.isfinite(value) else f"loss {value}"
+                raise FloatingPointError(
+                    f"examples[{burst.example}]: expected a finite loss and gradient, got a {what}"
+                )
+        return tuple(results.losses[slot] for results in self.results)
