@@ -124,7 +124,7 @@ def test_a_row_between_two_that_end_does_not_go_on() -> None:
     "options",
     [{"do_sample": True}, {"num_beams": 2}, {"repetition_penalty": 1.5},
      {"max_new_tokens": None, "max_length": 9}, {"logits_processor": []}, {"eos_token_id": None},
-     {"eos_token_id": torch.tensor(3)}],
+     {"eos_token_id": torch.tensor(3)}, {"do_sample": None}],
 )  # fmt: skip
 def test_other_options_are_called_alone(options: dict[str, Any]) -> None:
     queries = [query(seed, **options) for seed in range(3)]
@@ -272,7 +272,11 @@ def test_rows_that_have_ended_do_not_pass_the_positions() -> None:
                for q in (long, short)]  # fmt: skip
     wanted = alone(queries, make)
     assert wanted[0] == [end]
-    assert values([*batch_of(make().to(DEVICE), 2, **TOGETHER).map(queries)]) == wanted
+    model = make().to(DEVICE)
+    batch = batch_of(model, 2, **TOGETHER)
+    calls = Calls(model)
+    assert values([*batch.map(queries)]) == wanted
+    assert calls == [1, 1]  # on a GPU one of both would end the process
 
 
 def test_a_first_query_that_diverged_tells_nothing_of_padding() -> None:
