@@ -54,6 +54,18 @@ def alone(queries: list[hullkit.Query], make: Callable[[], nn.Module] = llama) -
     return values([*batch_of(make().to(DEVICE), 1, **TOGETHER).map(queries)])
 
 
+def rows_of_calls(
+    queries: list[hullkit.Query], slots: int, make: Callable[[], nn.Module] = llama
+) -> list[int]:
+    """Of each call of `generate` that gives the tokens which queries have alone."""
+    wanted = alone(queries, make)
+    model = make().to(DEVICE)
+    batch = batch_of(model, slots, **TOGETHER)
+    calls = Calls(model)
+    assert values([*batch.map(queries)]) == wanted
+    return calls
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("lengths", [(4, 4, 4, 4), (3, 9, 1, 5)])
 def test_slots_that_end_together_are_continued_in_one_call(make: Any, lengths: Any) -> None:
@@ -72,13 +84,8 @@ def test_slots_that_end_together_are_continued_in_one_call(make: Any, lengths: A
 def test_slots_wait_for_others_until_enough_do_or_nobody_learns() -> None:
     queries = [query(seed, count=1 if seed in (0, 3) else 5) for seed in range(8)]
     queries[6] = queries[6]._replace(counts=[9])
-    wanted = alone(queries)
-    model = llama().to(DEVICE)
-    batch = batch_of(model, 8, **TOGETHER)
-    calls = Calls(model)
-    assert values([*batch.map(queries)]) == wanted
     # 0 and 3 wait for the others. Then all from 0 to 7 but 6, whose row is idle, and 6 alone.
-    assert calls == [8, 1]
+    assert rows_of_calls(queries, 8) == [8, 1]
 
 
 def test_answers_end_with_their_own_end() -> None:
@@ -176,12 +183,7 @@ def test_an_option_switches_a_setting_of_the_model_off() -> None:
 
 def test_options_that_differ_are_continued_apart() -> None:
     queries = [query(seed, max_new_tokens=6 + seed % 2) for seed in range(4)]
-    wanted = alone(queries)
-    model = llama().to(DEVICE)
-    batch = batch_of(model, 4, **TOGETHER)
-    calls = Calls(model)
-    assert values([*batch.map(queries)]) == wanted
-    assert calls == [3, 3]
+    assert rows_of_calls(queries, 4) == [3, 3]
 
 
 def blind() -> nn.Module:
@@ -200,12 +202,7 @@ def blind() -> nn.Module:
 def test_a_model_that_sees_padding_continues_prompts_of_one_length_together() -> None:
     for lengths, wanted_calls in (((3, 9), [1, 1]), ((4, 4), [2])):
         queries = [query(seed, prompt=length) for seed, length in enumerate(lengths)]
-        wanted = alone(queries, blind)
-        model = blind().to(DEVICE)
-        batch = batch_of(model, 2, **TOGETHER)
-        calls = Calls(model)
-        assert values([*batch.map(queries)]) == wanted
-        assert calls == wanted_calls
+        assert rows_of_calls(queries, 2, blind) == wanted_calls
 
 
 def test_what_one_padding_showed_does_not_hold_for_more() -> None:
@@ -227,12 +224,7 @@ def test_what_one_padding_showed_does_not_hold_for_more() -> None:
 
     for lengths, wanted_calls in (((3, 9), [2]), ((3, 30), [1, 1])):
         queries = [query(seed, prompt=length) for seed, length in enumerate(lengths)]
-        wanted = alone(queries, far)
-        model = far().to(DEVICE)
-        batch = batch_of(model, 2, **TOGETHER)
-        calls = Calls(model)
-        assert values([*batch.map(queries)]) == wanted
-        assert calls == wanted_calls
+        assert rows_of_calls(queries, 2, far) == wanted_calls
 
 
 def test_a_constant_in_all_logits_hides_no_padding() -> None:
@@ -244,23 +236,13 @@ def test_a_constant_in_all_logits_hides_no_padding() -> None:
         return model
 
     queries = [query(seed, prompt=length) for seed, length in enumerate((3, 9))]
-    wanted = alone(queries, shifted)
-    model = shifted().to(DEVICE)
-    batch = batch_of(model, 2, **TOGETHER)
-    calls = Calls(model)
-    assert values([*batch.map(queries)]) == wanted
-    assert calls == [1, 1]
+    assert rows_of_calls(queries, 2, shifted) == [1, 1]
 
 
 def test_one_length_is_together_where_others_are_not() -> None:
     lengths = (4, 9, 4, 9)
     queries = [query(seed, prompt=length) for seed, length in enumerate(lengths)] * 2
-    wanted = alone(queries, blind)
-    model = blind().to(DEVICE)
-    batch = batch_of(model, 4, **TOGETHER)
-    calls = Calls(model)
-    assert values([*batch.map(queries)]) == wanted
-    assert calls == [1, 1, 1, 1, 3, 3]  # once it is known
+    assert rows_of_calls(queries, 4, blind) == [1, 1, 1, 1, 3, 3]  # once it is known
 
 
 def test_rows_that_have_ended_do_not_pass_the_positions() -> None:

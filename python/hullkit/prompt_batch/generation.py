@@ -21,8 +21,9 @@ _SETTINGS = {
 }  # fmt: skip
 # Settings that are off with a 1; all are with None, False and 0.
 _FACTORS = {"length_penalty", "num_beams", "num_return_sequences", "repetition_penalty"}
-_OPTIONS = _FACTORS | {"do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens"}
-_OPTIONS |= {"pad_token_id"}
+_OPTIONS = _FACTORS | {
+    "do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens", "pad_token_id",
+}  # fmt: skip
 # Rotary positions that depend on the longest row.
 _OF_LONGEST = {"dynamic", "longrope"}
 # Relative, between the logits of a token less their mean, which should be the same. A model that
