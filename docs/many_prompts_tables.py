@@ -23,7 +23,7 @@ def _last_runs() -> list[Row]:
 
 def _model(row: Row) -> str:
     name, *facts = row["shape"].split()
-    name += ", scored" * ("scored" in facts)
+    name += "".join(f", {fact}" for fact in facts if fact in ("scored", "generated"))
     return name if row["dtype"] == "bfloat16" else f"{name}, {row['dtype'].upper()} base"
 
 

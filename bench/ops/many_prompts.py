@@ -4,7 +4,8 @@
 Models of published shapes with random weights in bfloat16, or in 4 bits by bitsandbytes. A prompt:
 50 updates with 30 gradients on texts of 400 tokens. Beside PromptBatch's slots: TestTimeFinetuner,
 one prompt after the other, with an adapter of the same rank and, in bfloat16, with all weights.
-Graphs are recorded before. With --scored each adapted model then scores a text of as many tokens.
+Graphs of passes are recorded before. With --scored each adapted model then scores a text of as many
+tokens, with --generated it continues a prompt of 48 tokens greedily by 128.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from typing import Any
 
 import hullkit
 import torch
-from hullkit.prompt_batch import Score
+from hullkit.prompt_batch import Generate, Score
 
 from bench.harness.rows import append, commit, processor
 from bench.ops.finetune import timed
 from bench.ops.model_sizes import CASES, COUNTS, SHAPES, build, release
 
 RANK = 16
+PROMPT, CONTINUATION = 48, 128  # tokens
 
 
 def alone(model: Any, queries: list[Any]) -> Callable[[], None]:
     tuner = hullkit.TestTimeFinetuner(model)
 
     def run() -> None:
-        examples, counts, *score = queries[0]
+        examples, counts, *uses = queries[0]
         with tuner.adapted(examples, counts):
-            for then in score:
+            for then in uses:
                 then(model)
 
     return run
@@ -49,6 +51,18 @@ def together(model: Any, queries: list[Any], slots: int) -> Callable[[], None]:
     return run
 
 
+def rest(then: str, size: int, length: tuple[int], random: torch.Generator) -> list[Any]:
+    """Of a query, after its counts: what the adapted model does."""
+    if then == "scored":
+        return [Score(torch.randint(size, length, generator=random))]
+    if then == "generated":
+        prompt = torch.randint(size, (PROMPT,), generator=random)
+        # None ends early, whatever token a random model takes.
+        new = {"max_new_tokens": CONTINUATION, "min_new_tokens": CONTINUATION}
+        return [Generate(prompt, **new, do_sample=False, pad_token_id=0)]
+    return []
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__)
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,12 +71,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--base", choices=("bfloat16", "nf4"), default="bfloat16")
     parser.add_argument("--slots", default="1,8,32,64")
     parser.add_argument("--tokens", type=int, default=400)
-    parser.add_argument("--scored", action="store_true", help="adapted models score a text")
+    uses = parser.add_mutually_exclusive_group()
+    uses.add_argument("--scored", action="store_true", help="adapted models score a text")
+    uses.add_argument("--generated", action="store_true", help="adapted models continue a prompt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shrink", type=int, default=1, help="sizes divided by about so much")
     parser.add_argument("--seconds", type=float, default=170.0, help="no row begins after so many")
     parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
     arguments = parser.parse_args(argv)
+    then = "scored" * arguments.scored + "generated" * arguments.generated
     device = torch.device(arguments.device)
     cuda = device.type == "cuda"
     began, rows = time.perf_counter(), []
@@ -82,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             queries: list[Any] = []
             for _ in range(slots):
                 examples = [torch.randint(size, length, generator=random) for _ in COUNTS]
-                score = [Score(torch.randint(size, length, generator=random))] * arguments.scored
-                queries.append((examples, COUNTS, *score))
+                queries.append((examples, COUNTS, *rest(then, size, length, random)))
             times: list[float] = []
             try:
                 model, _ = build(shape, CASES[case], device, four_bits)
@@ -105,14 +121,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             row = dict(
                 op="many prompts", provider=provider,
                 shape=f"{shape.name} slots={slots} tokens={arguments.tokens} "
-                f"updates={sum(COUNTS)} gradients={len(COUNTS)}" + " scored" * arguments.scored,
+                f"updates={sum(COUNTS)} gradients={len(COUNTS)}" + (f" {then}" if then else ""),
                 dtype=arguments.base, **quantiles, unit="prompts/s", rounds=len(times),
                 peak_mb="" if peak is None else round(peak / 2**20),
                 device=torch.cuda.get_device_name() if cuda else processor(),
                 threads="" if cuda else torch.get_num_threads(), torch=torch.__version__,
                 commit=commit(),
                 command="python -m bench.ops.many_prompts" + " --base nf4" * four_bits
-                + " --scored" * arguments.scored,
+                + (f" --{then}" if then else ""),
             )  # fmt: skip
             print(provider, row["shape"], quantiles.get("p50"), row["peak_mb"], flush=True)
             rows.append(row)

@@ -28,15 +28,19 @@ def bench() -> Iterator[Any]:
 
 # PEFT asks transformers by a name that transformers has since deprecated.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("base", ["bfloat16", "nf4"])
-def test_rows_of_both_ways(bench: Any, base: str, tmp_path: Path, one_thread: None) -> None:
+@pytest.mark.parametrize(
+    ("base", "then"), [("bfloat16", "scored"), ("bfloat16", "generated"), ("nf4", "")]
+)
+def test_rows_of_both_ways(
+    bench: Any, base: str, then: str, tmp_path: Path, one_thread: None
+) -> None:
     if base == "nf4":
         pytest.importorskip("bitsandbytes", reason="not installed")
     out = tmp_path / "rows.csv"
     options = ["--device", "cpu", "--models", "mistral-7b", "--shrink", "64", "--base", base]
     sizes = ["--slots", "2", "--tokens", "12", "--rounds", "1"]
-    scored = ["--scored"] * (base == "bfloat16")
-    bench.main([*options, *sizes, *scored, "--out", str(out)])
+    uses = [f"--{then}"] if then else []
+    bench.main([*options, *sizes, *uses, "--out", str(out)])
     with out.open() as file:
         rows = list(csv.DictReader(file))
     wanted = ["TestTimeFinetuner, LoRA r=16", "TestTimeFinetuner, all weights", "PromptBatch r=16"]
@@ -44,4 +48,4 @@ def test_rows_of_both_ways(bench: Any, base: str, tmp_path: Path, one_thread: No
         del wanted[1]
     assert [row["provider"] for row in rows] == wanted
     assert all(float(row["p50"]) > 0.0 and row["dtype"] == base for row in rows)
-    assert all(row["shape"].endswith("scored") == bool(scored) for row in rows)
+    assert all(row["shape"].endswith(then or "gradients=30") for row in rows)

@@ -23,6 +23,7 @@ from ..language_model.interface import (
 )
 from ..language_model.loss import PRECISIONS
 from .borrowed import Borrowed
+from .captured_steps import CapturedSteps, generate
 from .export import write_adapter
 from .factors import SlotFactors
 from .layers import chosen_layers, device_and_dtype
@@ -159,8 +160,7 @@ class PromptBatch:
         if isinstance(slots, str):
             assert limit is not None
             make(1)
-            text = self._passes.held(min(PLANNED, self.longest or PLANNED))
-            text *= self._passes.shares
+            text = self._passes.held(min(PLANNED, self.longest or PLANNED)) * self._passes.shares
             own = self._factors.num_bytes
             if apart:  # one text at a time; where passes are captured, half as much as a slot more
                 slots = slots_within(limit - text - own // 2 * captures, own)
@@ -173,6 +173,7 @@ class PromptBatch:
                 raise ValueError(f"memory: expected more than the {own} bytes of {slots} slots")
             limit = (limit - own) // self._passes.shares
         self.room = Room(slots, limit, self._passes.held)
+        self._steps = CapturedSteps(model, self._passes.memory)
         self._neighbours = Neighbours(self._passes.logits, slots, apart, captures)
         self._factors.reset_(range(slots), seed)
 
@@ -242,8 +243,7 @@ class PromptBatch:
             return answers
         from tqdm import tqdm
 
-        total = len(queries) if isinstance(queries, Sequence) else None
-        return iter(tqdm(answers, total=total))
+        return iter(tqdm(answers, total=len(queries) if isinstance(queries, Sequence) else None))
 
     def adapt_(self, queries: Sequence[Any]) -> list[Answer]:
         """Adapts slot k to query k, and keeps it: for calls, :meth:`slot` and :meth:`export`.
@@ -340,8 +340,8 @@ class PromptBatch:
         """As `slot`, of batches whose row i runs with slot first + i."""
         # A stream has refreshed the copies as it began.
         fresh = nullcontext() if self._busy else self._forwards.refreshed(self.model)
-        forwards = (fresh, self._forwards.some(first, slots))
-        return Borrowed(self.model, self._passes.products(), self._passes.autocast(), *forwards)
+        inner = (fresh, self._forwards.some(first, slots), self._steps.block())
+        return Borrowed(self.model, self._passes.products(), self._passes.autocast(), *inner)
 
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k.
@@ -360,7 +360,7 @@ class PromptBatch:
         """
         self._check_rows(input_ids)
         with self.using(0, self.slots):
-            out: Tensor = self.model.generate(input_ids, **options)  # type: ignore[operator]
+            out: Tensor = generate(self.model, input_ids, **options)
             return out
 
     def _check_slot(self, k: int) -> None:

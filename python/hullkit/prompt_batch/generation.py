@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..language_model.interface import device_of
+from .captured_steps import generate, of_longest
 from .neighbours import difference
 from .queries import Generate
 
@@ -24,8 +25,6 @@ _FACTORS = {"length_penalty", "num_beams", "num_return_sequences", "repetition_p
 _OPTIONS = _FACTORS | {
     "do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens", "pad_token_id",
 }  # fmt: skip
-# Rotary positions that depend on the longest row.
-_OF_LONGEST = {"dynamic", "longrope"}
 # Relative, between the logits of a token less their mean, which should be the same. A model that
 # sees padding moves them by a part of their size that does not depend on the dtype. Neither bound
 # is derived from a model.
@@ -93,7 +92,7 @@ class Continuations:
         self._batch = batch
         self._tried = 0  # so much padding was found to change nothing
         self.most: int = batch.slots
-        self.refused = any(_of_longest(module) for module in batch.model.modules())
+        self.refused = any(of_longest(module) for module in batch.model.modules())
 
     def together(
         self, prompts: Mapping[int, Tensor], plan: Plan, positions: int | None
@@ -118,8 +117,8 @@ class Continuations:
         with self._batch.using(first, len(rows)) as model, torch.no_grad():
             ids, mask, padding = _left_padded(rows, longest, model)
             ends = [_Idle(torch.tensor(idle, device=ids.device))] if any(idle) else []
-            out = model.generate(
-                ids, attention_mask=mask, stopping_criteria=ends, do_sample=False,
+            out = generate(
+                model, ids, attention_mask=mask, stopping_criteria=ends, do_sample=False,
                 max_new_tokens=plan.most, min_new_tokens=plan.fewest, pad_token_id=padding,
                 **end, **dict(plan.off),
             )  # fmt: skip
@@ -163,11 +162,6 @@ def neighbouring(prompts: dict[int, Tensor]) -> list[dict[int, Tensor]]:
             first = slot
         parts[-1][slot] = prompts[slot]
     return parts
-
-
-def _of_longest(module: nn.Module) -> bool:
-    kinds = getattr(module, "rope_type", None)
-    return not _OF_LONGEST.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
 
 
 def _left_padded(

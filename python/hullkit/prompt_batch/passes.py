@@ -69,8 +69,7 @@ class SlotPasses:
         if capture and self._device.type != "cuda":
             raise ValueError("capture: expected a model on a CUDA device for True, got a CPU")
         self.captures = self._device.type == "cuda" and capture is not False
-        if self.captures:
-            self.memory = CaptureMemory(self._device)
+        self.memory = CaptureMemory(self._device) if self.captures else None  # of graphs
 
     @property
     def shares(self) -> int:
@@ -195,15 +194,17 @@ class SlotPasses:
         self, tokens: Tensor, constants: HostConstants | None
     ) -> tuple[_Graph | None, str]:
         experts = nullcontext() if constants is None else without_questions(self._model)
+        memory = self.memory
+        assert memory is not None
         try:
-            with experts, self.memory.apart():
+            with experts, memory.apart():
                 first = self._factors.slots if self._factors.spare else 0
-                return _Graph(self, tokens, first, self._device, constants), ""
+                return _Graph(self, tokens, first, memory, constants), ""
         except torch.OutOfMemoryError:
-            self.memory.renew()
+            memory.renew()
             raise
         except Exception as error:
-            self.memory.renew()
+            memory.renew()
             return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 
     def follow(self) -> None:
@@ -221,7 +222,7 @@ class SlotPasses:
     def release(self) -> None:
         """Frees the graphs and their memory."""
         self._graphs.clear()
-        if self.captures:
+        if self.memory is not None:
             self.memory.renew()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -231,14 +232,15 @@ class _Graph:
     """A captured pass of texts of one length, the first of them with the factors in row `first`."""
 
     def __init__(
-        self, owner: SlotPasses, tokens: Tensor, first: int, device: torch.device,
+        self, owner: SlotPasses, tokens: Tensor, first: int, memory: CaptureMemory,
         constants: HostConstants | None,
     ) -> None:  # fmt: skip
         noted, served = (constants.noted, constants.served) if constants else (nullcontext,) * 2
         self._constants = constants  # the graph reads its tensors
+        device = memory.stream.device
         self._tokens = tokens.to(device)
         # Everything lazy is done before the capture.
-        held = HeldTensors(owner._model, owner.memory.free(), None)
+        held = HeldTensors(owner._model, memory.free(), None)
         with held.hooks():
             owner.gradients(self._tokens, first, noted)
         torch.cuda.synchronize(device)
@@ -247,7 +249,7 @@ class _Graph:
         def recorded() -> None:
             self._losses = owner.gradients(self._tokens, first, served)
 
-        self._graph = owner.memory.record(with_gaps(held.num_bytes), recorded)
+        self._graph = memory.record(with_gaps(held.num_bytes), recorded)
 
     def replay(self, tokens: Tensor) -> Tensor:
         """The losses, which the next replay overwrites."""

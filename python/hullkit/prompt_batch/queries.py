@@ -19,6 +19,7 @@ from ..language_model.interface import (
     logits_of,
     token_limits,
 )
+from .captured_steps import generate
 
 
 class Query(NamedTuple):
@@ -126,7 +127,7 @@ class Generate:
 
     def __call__(self, model: nn.Module) -> Tensor:
         ids = _checked(self.ids, model, fewest=1)
-        out: Tensor = model.generate(ids, **self.options)  # type: ignore[operator]
+        out: Tensor = generate(model, ids, **self.options)
         return out[0, ids.shape[1] :]
 
 

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of `generate` that are recorded: the same tokens, and few calls of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import hullkit
+import pytest
+import torch
+from _models import VOCABULARY, gpt2, llama
+from _prompts import DEVICE, TOGETHER, batch_of, text
+from hullkit.prompt_batch import Generate
+from hullkit.prompt_batch.captured_steps import CapturedSteps
+from torch import Tensor, nn
+
+pytestmark = [pytest.mark.usefixtures("one_thread")]
+gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="graphs are CUDA's")
+if DEVICE.type == "cuda":
+    pytestmark += [pytest.mark.gpu]
+
+MOST = 20
+GREEDY: dict[str, Any] = {"max_new_tokens": MOST, "min_new_tokens": MOST, "do_sample": False}
+
+
+def ids(rows: int) -> Tensor:
+    return torch.stack([text(8, 500 + row) for row in range(rows)]).to(DEVICE)
+
+
+def adapted(model: nn.Module, rows: int, **options: Any) -> hullkit.PromptBatch:
+    batch = batch_of(model.to(DEVICE), rows, **options)
+    queries = [([text(12, seed)], [3]) for seed in range(rows)]
+    assert all(answer.error is None for answer in batch.adapt_(queries))
+    return batch
+
+
+def eager(batch: hullkit.PromptBatch, make: Callable[[], Tensor]) -> Tensor:
+    steps = batch._steps
+    before, steps.refused = steps.refused, True
+    found = make()
+    steps.refused = before
+    return found
+
+
+class PythonCalls:
+    """How often the Python code of a model's first layer ran."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.number = 0
+        layer.register_forward_pre_hook(self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.number += 1
+
+
+@gpu
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 9, "temperature": 2.0}])
+def test_tokens_are_the_same(rows: int, precision: str, options: dict[str, Any]) -> None:
+    model = llama()
+    batch = adapted(model, rows, precision=precision)
+    calls = PythonCalls(model.model.layers[0])
+
+    def run() -> Tensor:
+        torch.manual_seed(7)
+        return batch.generate(ids(rows), **GREEDY | options)
+
+    eager(batch, run)  # the first looks at the model, too
+    calls.number = 0
+    wanted = eager(batch, run)
+    assert wanted.shape == (rows, 8 + MOST)
+    assert calls.number == MOST
+    for _ in range(2):
+        calls.number = 0
+        assert torch.equal(run(), wanted)
+        if not batch._steps.refused:
+            assert calls.number == 5  # the prompt, three steps, and one of these recorded
+    # Caches of some versions do not take the two dtypes of autocast's keys and values.
+    assert precision == "bf16" or not batch._steps.refused
+    left = vars(model)
+    assert "forward" not in left
+    assert "_previous_max_cache_length" not in left
+
+
+@gpu
+def test_what_transformers_keeps_on_a_model_stays() -> None:
+    batch = adapted(llama(), 2)
+    model: Any = batch.model
+    model._previous_max_cache_length = 44
+    batch.generate(ids(2), **GREEDY)
+    assert model._previous_max_cache_length == 44
+
+
+@gpu
+def test_queries_of_a_stream() -> None:
+    """Alone and together; passes before and after share the graphs' memory."""
+    for settings in (TOGETHER, {}):
+        for make in (llama, gpt2):
+            model: Any = make()
+            batch = batch_of(model.to(DEVICE), 4, **settings)
+            queries = [
+                ([text(12, seed)], [3], Generate(text(4 + seed, 90 + seed), **GREEDY))
+                for seed in range(8)
+            ]
+
+            def run(batch: Any = batch, queries: Any = queries) -> Tensor:
+                answers = [*batch.map(queries)]
+                assert all(answer.error is None for answer in answers)
+                return torch.stack([answer.value for answer in answers])
+
+            wanted = eager(batch, run)
+            base = model.transformer.h if make is gpt2 else model.model.layers
+            calls = PythonCalls(base[0])
+            assert torch.equal(run(), wanted)
+            assert torch.equal(run(), wanted)
+            assert calls.number < 8 * MOST
+            assert not batch._steps.refused
+
+
+@gpu
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": 6, "min_new_tokens": 6}, {"num_beams": 2}, {"use_cache": False},
+     {"cache_implementation": None}, {"return_dict_in_generate": False},
+     {"output_scores": True, "return_dict_in_generate": True}],
+)  # fmt: skip
+def test_which_options_are_captured(options: dict[str, Any]) -> None:
+    model = llama()
+    batch = adapted(model, 2)
+    eager(batch, lambda: batch.generate(ids(2), **GREEDY))
+    calls = PythonCalls(model.model.layers[0])
+    out = batch.generate(ids(2), **GREEDY | options)
+    off = all(value is None or value is False for value in options.values())
+    assert (calls.number == 5) == (off and "use_cache" not in options)
+    if options.get("output_scores"):
+        assert len(out.scores) == MOST  # type: ignore[attr-defined]
+
+
+@gpu
+def test_a_step_that_depends_on_more_than_tensors_is_not_replayed() -> None:
+    model: Any = llama()
+    forward = type(model).forward
+
+    def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        out.logits[..., self.favourite] += 100.0
+        return out
+
+    model.__class__ = type("Moved", (type(model),), {"forward": moved})
+    model.favourite = 3  # past the tokens that end a row
+    batch = adapted(model, 2)
+
+    def next_one(found: Tensor, scores: Any, **_: Any) -> Tensor:
+        model.favourite += 1
+        return torch.zeros(len(found), dtype=torch.bool, device=found.device)
+
+    out = batch.generate(ids(2), stopping_criteria=[next_one], **GREEDY)
+    assert out[:, 8:].tolist() == [[*range(3, 3 + MOST)]] * 2
+    assert batch._steps.refused
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [(torch.OutOfMemoryError, False), (ValueError, True), (TimeoutError, None)],
+)
+def test_a_step_that_is_not_recorded(error: type[Exception], refused: bool | None) -> None:
+    batch = adapted(llama(), 2)
+    wanted = eager(batch, lambda: batch.generate(ids(2), **GREEDY))
+    memory: Any = batch._steps.memory
+    record = memory.record
+
+    def failing(*_: Any) -> None:
+        raise error("no more")
+
+    memory.record = failing
+    if refused is None:  # a signal's
+        with pytest.raises(error, match="no more"):
+            batch.generate(ids(2), **GREEDY)
+    else:
+        assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
+        assert batch._steps.refused is refused
+    memory.record = record
+    assert "forward" not in vars(batch.model)
+    assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
+
+
+@gpu
+def test_a_model_that_takes_no_static_cache_goes_on_without() -> None:
+    model: Any = llama()
+    forward = type(model).forward
+
+    def picky(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(type(value).__name__ == "StaticCache" for value in kwargs.values()):
+            raise NotImplementedError("no such cache")
+        return forward(self, *args, **kwargs)
+
+    wanted = adapted(llama(), 2).generate(ids(2), **GREEDY)
+    model.__class__ = type("Picky", (type(model),), {"forward": picky})
+    assert torch.equal(adapted(model, 2).generate(ids(2), **GREEDY), wanted)
+
+
+@gpu
+def test_windows_are_not_captured() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=6,
+    )  # fmt: skip
+    batch = adapted(MistralForCausalLM(config), 2)
+    assert batch._steps.refused
+    assert batch.generate(ids(2), **GREEDY).shape == (2, 8 + MOST)
+
+
+def test_without_captures_there_is_no_other_cache() -> None:
+    model = llama()
+    batch = adapted(model, 2, capture=False)
+    assert batch._steps.refused
+    with batch.slot(0):
+        assert "forward" not in vars(model)
+    assert CapturedSteps(model, None).refused
