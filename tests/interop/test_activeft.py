@@ -235,6 +235,14 @@ def test_what_it_does_not_take(index: Any) -> None:
             retriever.search(prompt, **{"N": 5, "K": 20} | options)
     with pytest.raises(ValueError, match="index: expected at least one vector, got none"):
         Retriever(faiss.IndexFlatIP(DIM)).search(prompt, 5)
+    with pytest.raises(TypeError, match=r"index: expected a faiss\.Index of floats, got str"):
+        Retriever("corpus.index")
+    with pytest.raises(ValueError, match="queries: expected finite numbers, got NaN"):
+        Retriever(index, only_faiss=True).search(prompt * np.nan, 5)
+    without = faiss.IndexIDMap(faiss.IndexFlatL2(DIM))
+    without.add_with_ids(queries(70)[:, 0], np.arange(70))
+    with pytest.raises(ValueError, match="index: expected one that can reconstruct its vectors"):
+        Retriever(without, also_query_opposite=False).search(prompt, 5, 20)
 
 
 def test_threads_of_faiss_are_as_before(index: Any) -> None:

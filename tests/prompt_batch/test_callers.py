@@ -83,7 +83,7 @@ def test_a_copy_learns_too(copied: Callable[[Any], Any]) -> None:
 
 def test_what_the_slots_were_made_for_stays() -> None:
     batch = made()
-    for name in ("rank", "alpha", "rslora", "refresh_interval"):
+    for name in ("model", "slots", "rank", "alpha", "rslora", "refresh_interval"):
         with pytest.raises(AttributeError, match=name):
             setattr(batch, name, 3)
     batch.lr, batch.seed = 0.1, 5

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import hullkit
@@ -11,6 +12,7 @@ import torch
 from _models import VOCABULARY
 from _prompts import DEVICE, ROUNDING, TOGETHER, batch_of, query, text
 from hullkit.prompt_batch import Score
+from hullkit.prompt_batch.neighbours import difference
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -74,6 +76,25 @@ def test_a_first_text_of_zeros_hides_nothing() -> None:
         next(batch.map([([zeros], [1])]))
     batch = batch_of(Mixing(1).to(DEVICE), 2, target=["inner"], capture=False, **TOGETHER)
     assert not batch.pads(zeros)
+
+
+def test_an_offset_of_all_logits_hides_nothing_and_its_rounding_is_none() -> None:
+    def shifted(*dims: int) -> nn.Module:
+        model = Mixing(*dims)
+        with torch.no_grad():
+            model.head.bias.add_(300.0)
+        return model.to(DEVICE)
+
+    options: dict[str, Any] = {"target": ["inner"], "capture": False} | TOGETHER
+    assert not batch_of(shifted(1), 2, **options).pads(text(9, 0))
+    with pytest.raises(ValueError, match="rows of a batch that do not change each other"):
+        batch_of(shifted(0, 1), 2, **options).pads(text(9, 0))
+    assert batch_of(shifted().to(torch.bfloat16), 2, **options).pads(text(9, 0))
+    logits = torch.randn(5, 40) + 300.0
+    assert difference(logits, logits.bfloat16(), torch.float32) > 0.3
+    assert difference(logits, logits.bfloat16(), torch.bfloat16) == 0.0
+    assert difference(logits, logits + 7.0, torch.float32) < 1e-4
+    assert math.isnan(difference(logits, logits * math.nan, torch.float32))
 
 
 def test_a_model_with_a_state_is_padded() -> None:

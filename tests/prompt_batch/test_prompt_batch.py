@@ -74,6 +74,7 @@ def test_a_slot_learns_what_an_adapter_of_peft_learns(
     torch.testing.assert_close(together[1], alone, rtol=bound, atol=bound)
     batch.export(1, tmp_path)
     loaded = peft.PeftModel.from_pretrained(make().to(DEVICE), str(tmp_path)).eval()
+    assert isinstance(loaded, peft.PeftModelForCausalLM)
     with torch.no_grad():
         torch.testing.assert_close(together[1], loaded(ids[1:]).logits[0], rtol=bound, atol=bound)
 

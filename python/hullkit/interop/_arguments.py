@@ -22,6 +22,32 @@ def floating(name: str, array: Any) -> Tensor:
     return tensor_of(name, array)
 
 
+def check_index(index: Any) -> None:
+    import faiss
+
+    if not isinstance(index, faiss.Index):
+        raise TypeError(
+            f"index: expected a faiss.Index of floats, got {type(index).__name__}. "
+            "faiss.read_index reads one from a file"
+        )
+
+
+def reconstructed(index: Any, queries: Any, k: int, instead: str) -> tuple[Any, Any, Any]:
+    """What faiss finds, products or distances and ids, and its vectors as the index has them.
+
+    instead: what to do with an index that does not have them.
+    """
+    try:
+        found: tuple[Any, Any, Any] = index.search_and_reconstruct(queries, k)
+    except RuntimeError as error:
+        index.search(queries, k)  # raises what has nothing to do with the vectors
+        raise ValueError(
+            "index: expected one that can reconstruct its vectors, got "
+            f"{type(index).__name__}. {instead}"
+        ) from error
+    return found
+
+
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     """`check_int` for whatever is an integer to Python, NumPy's too."""
     with suppress(TypeError):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..selection import sift
 from ..selection._arrays import to_numpy
-from ._arguments import integer
+from ._arguments import check_index, integer, reconstructed
 
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -68,6 +68,7 @@ class Retriever:
                 "acquisition_function: expected None, which is SIFT, "
                 f"got {type(acquisition_function).__name__}"
             )
+        check_index(index)
         self.index = index
         self.llambda = llambda
         self.fast = fast
@@ -111,6 +112,8 @@ class Retriever:
         queries = to_numpy("queries", queries, np.float32)
         if queries.ndim != 3 or queries.shape[2] != self.index.d:
             raise ValueError(f"queries: expected shape (B, m, {self.index.d}), got {queries.shape}")
+        if not np.isfinite(queries).all():
+            raise ValueError("queries: expected finite numbers, got NaN or infinity")
         N, threads = integer("N", N, 1), integer("threads", threads, 1)
         if self.index.ntotal == 0:
             raise ValueError("index: expected at least one vector, got none")
@@ -157,7 +160,8 @@ class Retriever:
             means = np.concatenate([means, -means])  # one search: faiss is faster on more at once
         stored = _stored_vectors(self.index, faiss) if self.device.type == "cpu" else None
         if stored is None:
-            products, indices, vectors = self.index.search_and_reconstruct(means, k)
+            instead = "hullkit.interop.faiss.select takes embeddings"
+            products, indices, vectors = reconstructed(self.index, means, k, instead)
             pool = vectors.reshape(-1, self.index.d)
             rows = np.where(indices < 0, -1, np.arange(len(pool)).reshape(indices.shape))
         else:

@@ -22,7 +22,7 @@ from .._checks import check_floating, check_int
 from ..selection import Multiset
 from ..selection import select as select_rows
 from ..selection._arrays import is_array, tensor_of
-from ._arguments import floating
+from ._arguments import check_index, floating, reconstructed
 
 
 def search(
@@ -59,19 +59,9 @@ def search(
     return _found(index, _prompts(index, query), num_candidates, embeddings)
 
 
-def _check_index(index: Any) -> None:
-    import faiss
-
-    if not isinstance(index, faiss.Index):
-        raise TypeError(
-            f"index: expected a faiss.Index of floats, got {type(index).__name__}. "
-            "faiss.read_index reads one from a file"
-        )
-
-
 def _prompts(index: Any, query: Any) -> Tensor:
     """The query (B, d) in float32 or float64, whichever holds its values."""
-    _check_index(index)
+    check_index(index)
     if isinstance(query, Tensor):
         query = query.detach()
         # NumPy has no bfloat16.
@@ -90,7 +80,7 @@ def _found(
     num_candidates = check_int("num_candidates", num_candidates, 1)
     queries = prompts.to(torch.float32).numpy()
     if embeddings is None:
-        ids, vectors = _reconstructed(index, queries, num_candidates)
+        _, ids, vectors = reconstructed(index, queries, num_candidates, "Pass them as embeddings=")
         rows = np.where(ids < 0, -1, np.arange(ids.size).reshape(ids.shape))
         pool = torch.from_numpy(vectors.reshape(-1, index.d))
         return torch.from_numpy(ids), pool, torch.from_numpy(rows)
@@ -110,19 +100,6 @@ def _found(
             f"id {int(strange[0])}"
         )
     return ids, pool, ids
-
-
-def _reconstructed(index: Any, queries: Any, num_candidates: int) -> tuple[Any, Any]:
-    """The ids that faiss finds, and their vectors as the index has them."""
-    try:
-        _, ids, vectors = index.search_and_reconstruct(queries, num_candidates)
-    except RuntimeError as error:
-        index.search(queries, num_candidates)  # raises what has nothing to do with the vectors
-        raise ValueError(
-            "index: expected one that can reconstruct its vectors, got "
-            f"{type(index).__name__}. Pass them as embeddings="
-        ) from error
-    return ids, vectors
 
 
 def select(

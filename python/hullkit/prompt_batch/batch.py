@@ -32,13 +32,14 @@ from .neighbours import Neighbours
 from .passes import SlotPasses
 from .queries import Answer, Query
 from .runs import Run
+from .settings import Settings
 from .slot_forwards import SlotForwards
 from .stream import Stream
 
 _SCALE = 1024.0  # of a float16 model's loss: its gradients would vanish
 
 
-class PromptBatch:
+class PromptBatch(Settings):
     """K slots, each with its own low-rank adapters, trained on one frozen model.
 
     A chosen linear layer with weight W computes, for the text of slot k,
@@ -116,7 +117,7 @@ class PromptBatch:
     ) -> None:
         check_module(model)
         check_trainable(model)
-        self.model = model
+        self._model = model
         if not isinstance(slots, str):
             check_int("slots", slots, 1)
         elif slots != "auto":
@@ -146,7 +147,7 @@ class PromptBatch:
         self._busy = False
 
         def make(number: int) -> None:
-            self.slots = number
+            self._slots = number
             self._factors = SlotFactors(
                 self._layers, number, rank, device, None if half is torch.float32 else half,
                 (first, second), eps, 1.0 / scale, apart and captures and number > 1, backend,
@@ -176,42 +177,6 @@ class PromptBatch:
         self._steps = CapturedSteps(model, self._passes.memory)
         self._neighbours = Neighbours(self._passes.logits, slots, apart, captures)
         self._factors.reset_(range(slots), seed)
-
-    # What queries may find changed, and what the slots were made for.
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of queries that have none of their own."""
-        return self._lr
-
-    @lr.setter
-    def lr(self, lr: float) -> None:
-        self._lr = check_finite("lr", lr)
-
-    @property
-    def seed(self) -> int:
-        """The seed of the factors of queries that have none of their own."""
-        return self._seed
-
-    @seed.setter
-    def seed(self, seed: int) -> None:
-        self._seed: int = check_int("seed", seed, 0, (1 << 63) - 1)
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def alpha(self) -> float:
-        return self._alpha
-
-    @property
-    def rslora(self) -> bool:
-        return self._rslora
-
-    @property
-    def refresh_interval(self) -> int:
-        return self._refresh_interval
 
     @property
     def path(self) -> str:
@@ -391,8 +356,8 @@ class PromptBatch:
         """
         self._check_slot(k)
         write_adapter(
-            self._factors.of_slot(k), self._layers, Path(directory), self.rank, self.alpha,
-            self.rslora,
+            self.model, self._factors.of_slot(k), self._layers, Path(directory), self.rank,
+            self.alpha, self.rslora,
         )  # fmt: skip
 
     def release(self) -> None:

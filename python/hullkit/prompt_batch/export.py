@@ -11,6 +11,7 @@ from .layers import Layer
 
 
 def write_adapter(
+    model: nn.Module,
     factors: dict[str, tuple[Tensor, Tensor]],
     layers: list[Layer],
     directory: Path,
@@ -25,6 +26,8 @@ def write_adapter(
     import peft
     from safetensors.torch import save_file
 
+    # PEFT's class for language models expects the methods of transformers' models.
+    causal = hasattr(model, "prepare_inputs_for_generation")
     directory.mkdir(parents=True, exist_ok=True)
     peft.LoraConfig(
         r=rank,
@@ -33,6 +36,8 @@ def write_adapter(
         target_modules=[*factors],
         fan_in_fan_out=not all(isinstance(layer.module, nn.Linear) for layer in layers),
         inference_mode=True,
+        task_type="CAUSAL_LM" if causal else None,
+        base_model_name_or_path=getattr(model, "name_or_path", None),
     ).save_pretrained(str(directory))
     tensors = {}
     for name, (a, b) in factors.items():

@@ -25,9 +25,7 @@ _FACTORS = {"length_penalty", "num_beams", "num_return_sequences", "repetition_p
 _OPTIONS = _FACTORS | {
     "do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens", "pad_token_id",
 }  # fmt: skip
-# Relative, between the logits of a token less their mean, which should be the same. A model that
-# sees padding moves them by a part of their size that does not depend on the dtype. Neither bound
-# is derived from a model.
+# Of the `difference` of logits that should be the same. Neither is derived from a model.
 _BOUND, _BOUND_OF_HALVES = 1e-2, 0.1
 
 
@@ -142,9 +140,9 @@ class Continuations:
                 half = torch.is_autocast_enabled(ids.device.type) or any(
                     p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()
                 )
-            found.append(out.logits[0] - out.logits[0].mean())
-        moved = difference(*found)
-        bound = _BOUND_OF_HALVES if half else _BOUND
+            found.append(out.logits[0])
+        bound, dtype = (_BOUND_OF_HALVES, torch.bfloat16) if half else (_BOUND, torch.float32)
+        moved = difference(found[0], found[1], dtype)
         self.refused = moved > bound  # numbers that are not finite tell nothing of the model
         if moved <= bound:
             self._tried = longest - len(prompt)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 _TOKENS = 64  # of the text that is tried
-# Relative, between logits that should be the same. Whatever mixes rows or looks ahead moves them by
-# a part of their size that does not depend on the dtype. Neither bound is derived from a model.
+# Of the `difference` of logits that should be the same. Whatever mixes rows or looks ahead moves
+# them by a part of their size that does not depend on the dtype. Neither is derived from a model.
 _BOUND, _BOUND_OF_HALVES = 1e-3, 0.1
 
 Logits = Callable[[Tensor], Tensor]  # of ids (R, T): (R, T, V), the model's own
@@ -48,7 +48,8 @@ class Neighbours:
             return
         text = text[:_TOKENS]
         both = torch.stack([text, _others(text)])
-        moved = difference(self._logits(text[None])[0], self._logits(both)[0])
+        alone, beside = self._logits(text[None])[0], self._logits(both)[0]
+        moved = difference(alone, beside, alone.dtype)
         if moved > self._bound:
             raise ValueError(
                 "model: expected rows of a batch that do not change each other, got logits that "
@@ -69,7 +70,7 @@ class Neighbours:
             raise
         except Exception:
             return True
-        return difference(alone, padded) > self._bound
+        return difference(alone, padded, alone.dtype) > self._bound
 
 
 def _others(text: Tensor) -> Tensor:
@@ -77,7 +78,12 @@ def _others(text: Tensor) -> Tensor:
     return torch.where(text == 0, 1, 0)
 
 
-def difference(logits: Tensor, other: Tensor) -> float:
-    """Relative, of all logits together."""
-    logits, other = logits.double(), other.double()
-    return float((logits - other).norm() / logits.norm().clamp_min(1e-30))
+def difference(logits: Tensor, other: Tensor, dtype: torch.dtype) -> float:
+    """Of logits (..., V) less each token's mean, which no loss or choice depends on; relative, of
+    all together. The rounding of the logits to `dtype`, which an offset makes large, is none.
+    """
+    rounding = torch.finfo(dtype).eps * logits.double().norm()
+    logits, other = (t.double() - t.double().mean(-1, keepdim=True) for t in (logits, other))
+    moved = (logits - other).norm()
+    moved = (moved - rounding).clamp_min(0) if moved.isfinite() else moved
+    return float(moved / logits.norm().clamp_min(1e-30))
