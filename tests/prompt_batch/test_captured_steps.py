@@ -44,14 +44,17 @@ def eager(batch: hullkit.PromptBatch, make: Callable[[], Tensor]) -> Tensor:
 
 
 class PythonCalls:
-    """How often the Python code of a model's first layer ran."""
+    """How often the Python code of a layer ran. A hook would keep steps from being captured."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.number = 0
-        layer.register_forward_pre_hook(self._note)
+        kind = type(layer)
 
-    def _note(self, *_: Any) -> None:
-        self.number += 1
+        def counted(module: Any, *args: Any, **kwargs: Any) -> Any:
+            self.number += 1
+            return kind.forward(module, *args, **kwargs)
+
+        layer.__class__ = type(kind.__name__, (kind,), {"forward": counted})
 
 
 @gpu
@@ -110,13 +113,14 @@ def test_queries_of_a_stream() -> None:
                 assert all(answer.error is None for answer in answers)
                 return torch.stack([answer.value for answer in answers])
 
+            calls = PythonCalls(model.transformer.h[0] if make is gpt2 else model.model.layers[0])
             wanted = eager(batch, run)
-            base = model.transformer.h if make is gpt2 else model.model.layers
-            calls = PythonCalls(base[0])
+            before, calls.number = calls.number, 0
             assert torch.equal(run(), wanted)
             assert torch.equal(run(), wanted)
-            assert calls.number < 8 * MOST
             assert not batch._steps.refused
+            # Two calls of four rows each, or eight of one.
+            assert before - calls.number // 2 >= (2 if settings else 8) * (MOST - 6)
 
 
 @gpu
@@ -164,13 +168,18 @@ def test_a_step_that_depends_on_more_than_tensors_is_not_replayed() -> None:
 @gpu
 @pytest.mark.parametrize(
     ("error", "refused"),
-    [(torch.OutOfMemoryError, False), (ValueError, True), (TimeoutError, None)],
+    [
+        (torch.OutOfMemoryError, False),
+        (ValueError, True),
+        (TimeoutError, None),
+        (KeyboardInterrupt, None),
+    ],
 )
-def test_a_step_that_is_not_recorded(error: type[Exception], refused: bool | None) -> None:
+def test_a_step_that_is_not_recorded(error: type[BaseException], refused: bool | None) -> None:
     batch = adapted(llama(), 2)
     wanted = eager(batch, lambda: batch.generate(ids(2), **GREEDY))
     memory: Any = batch._steps.memory
-    record = memory.record
+    record, pool = memory.record, memory.pool
 
     def failing(*_: Any) -> None:
         raise error("no more")
@@ -183,6 +192,7 @@ def test_a_step_that_is_not_recorded(error: type[Exception], refused: bool | Non
         assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
         assert batch._steps.refused is refused
     memory.record = record
+    assert memory.pool != pool  # that of a capture which failed cannot be used
     assert "forward" not in vars(batch.model)
     assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
 
@@ -199,7 +209,77 @@ def test_a_model_that_takes_no_static_cache_goes_on_without() -> None:
 
     wanted = adapted(llama(), 2).generate(ids(2), **GREEDY)
     model.__class__ = type("Picky", (type(model),), {"forward": picky})
-    assert torch.equal(adapted(model, 2).generate(ids(2), **GREEDY), wanted)
+    batch = adapted(model, 2)
+    assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
+    assert batch._steps.refused
+
+
+@gpu
+@pytest.mark.parametrize("where", ["model", "layer", "forward"])
+def test_what_a_replay_would_not_run_is_not_captured(where: str) -> None:
+    model = llama()
+    batch = adapted(model, 2)
+    wanted = eager(batch, lambda: batch.generate(ids(2), **GREEDY))
+    seen: list[int] = []
+
+    def note(*_: Any) -> None:
+        seen.append(1)
+
+    norm: Any = model.model.norm
+    if where == "forward":
+        plain = norm.forward
+        norm.forward = lambda x: (note(), plain(x))[1]
+    else:
+        (model if where == "model" else norm).register_forward_hook(note)
+    assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
+    assert len(seen) == MOST
+
+
+@gpu
+def test_a_prompt_of_one_token() -> None:
+    batch = adapted(llama(), 2)
+    wanted = eager(batch, lambda: batch.generate(ids(2)[:, :1], **GREEDY))
+    assert torch.equal(batch.generate(ids(2)[:, :1], **GREEDY), wanted)
+    assert not batch._steps.refused
+
+
+@gpu
+def test_an_error_of_the_callers_comes_once() -> None:
+    batch = adapted(llama(), 2)
+    calls: list[int] = []
+
+    def spent(found: Tensor, scores: Any, **_: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 9:
+            raise RuntimeError("all spent")
+        return torch.zeros(len(found), dtype=torch.bool, device=found.device)
+
+    with pytest.raises(RuntimeError, match="all spent"):
+        batch.generate(ids(2), stopping_criteria=[spent], **GREEDY)
+    assert len(calls) == 9
+    assert not batch._steps.refused
+
+
+@gpu
+def test_a_cache_for_which_there_is_no_memory() -> None:
+    batch = adapted(llama(), 2)
+    wanted = eager(batch, lambda: batch.generate(ids(2), **GREEDY))
+    model: Any = batch.model
+    forward, tried = type(model).forward, []
+
+    def lacking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(type(value).__name__ == "StaticCache" for value in kwargs.values()):
+            tried.append(1)
+            raise torch.OutOfMemoryError("no more")
+        return forward(self, *args, **kwargs)
+
+    model.__class__ = type("Lacking", (type(model),), {"forward": lacking})
+    for _ in range(2):
+        assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
+    assert len(tried) == 1
+    assert not batch._steps.refused
+    assert batch.generate(ids(2)[:, :1], **GREEDY).shape == (2, 1 + MOST)
+    assert len(tried) == 2  # fewer positions
 
 
 @gpu
@@ -222,4 +302,4 @@ def test_without_captures_there_is_no_other_cache() -> None:
     assert batch._steps.refused
     with batch.slot(0):
         assert "forward" not in vars(model)
-    assert CapturedSteps(model, None).refused
+    assert CapturedSteps(model, [], None).refused

@@ -181,6 +181,41 @@ def test_an_option_switches_a_setting_of_the_model_off() -> None:
     assert calls == [2]
 
 
+def test_settings_of_the_model_hold_together_too() -> None:
+    def with_fewest() -> Any:
+        model = llama()
+        model.generation_config.update(min_new_tokens=8)
+        return model
+
+    end = [tokens[1] for tokens in alone([query(seed, max_new_tokens=12) for seed in range(4)])]
+    queries = [query(seed, max_new_tokens=12, eos_token_id=end) for seed in range(4)]
+    assert rows_of_calls(queries, 4, with_fewest) == [4]
+    assert min(map(len, alone(queries))) < 8 <= min(map(len, alone(queries, with_fewest)))
+
+
+def test_the_token_0_is_not_a_setting_that_is_off() -> None:
+    def forced() -> Any:
+        model = llama()
+        model.generation_config.update(forced_bos_token_id=0)
+        return model
+
+    queries = [query(seed, prompt=length) for seed, length in enumerate((1, 4))]
+    assert rows_of_calls(queries, 2, forced) == [1, 1]
+
+
+def test_an_output_that_is_no_tensor() -> None:
+    queries = [query(seed, return_dict_in_generate=True) for seed in range(2)]
+    assert alone(queries) == alone([query(seed) for seed in range(2)])
+
+
+def test_an_option_that_cannot_be_compared_is_its_queries() -> None:
+    queries = [query(seed) for seed in range(3)]
+    queries[1] = query(1, num_beams=[])
+    answers = [*batch_of(llama().to(DEVICE), 3, **TOGETHER).map(queries)]
+    assert answers[1].error is not None
+    assert values([answers[0], answers[2]]) == alone([queries[0], queries[2]])
+
+
 def test_options_that_differ_are_continued_apart() -> None:
     queries = [query(seed, max_new_tokens=6 + seed % 2) for seed in range(4)]
     assert rows_of_calls(queries, 4) == [3, 3]
@@ -222,7 +257,7 @@ def test_what_one_padding_showed_does_not_hold_for_more() -> None:
         model.__class__ = type("Far", (type(model),), {"forward": cut})
         return model
 
-    for lengths, wanted_calls in (((3, 9), [2]), ((3, 30), [1, 1])):
+    for lengths, wanted_calls in (((3, 9), [2]), ((3, 30), [1, 1]), ((3, 9, 25, 30), [2, 1, 1])):
         queries = [query(seed, prompt=length) for seed, length in enumerate(lengths)]
         assert rows_of_calls(queries, 2, far) == wanted_calls
 

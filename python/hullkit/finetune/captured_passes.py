@@ -141,8 +141,10 @@ class CapturedPasses:
                 return recorded, ""
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:
+        except BaseException as error:
             self._memory.renew()
+            if isinstance(error, TimeoutError) or not isinstance(error, Exception):
+                raise  # a signal's
             # The error is not kept: its frames hold tensors, which hold memory of the stream.
             return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 

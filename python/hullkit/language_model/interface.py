@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .._checks import check_tensor, has_memory
 
 IGNORED = -100  # the label of a token that is not scored, as in F.cross_entropy
+# What models raise that do not take something. Other errors may be a signal's.
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 
 def check_module(model: Any) -> None:

@@ -174,7 +174,8 @@ class PromptBatch(Settings):
                 raise ValueError(f"memory: expected more than the {own} bytes of {slots} slots")
             limit = (limit - own) // self._passes.shares
         self.room = Room(slots, limit, self._passes.held)
-        self._steps = CapturedSteps(model, self._passes.memory)
+        modules = (layer.module for layer in self._layers)
+        self._steps = CapturedSteps(model, modules, self._passes.memory)
         self._neighbours = Neighbours(self._passes.logits, slots, apart, captures)
         self._factors.reset_(range(slots), seed)
 

@@ -6,7 +6,7 @@ A graph is recorded for one call of `generate`, and freed with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
 from traceback import clear_frames
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..finetune.capture_memory import CaptureMemory
+from ..language_model.interface import MODEL_ERRORS
+from .generation_settings import is_off, of_longest
 
 # Recording, and a step that runs twice to be compared, take as long as a few steps.
 _FEWEST = 16
@@ -31,84 +33,106 @@ _SETTINGS = {
     "stopping_criteria", "temperature", "top_k", "top_p", "transformers_version", "use_cache",
     "_from_model_config",
 }  # fmt: skip
-_FACTORS = {"length_penalty", "num_beams", "num_return_sequences"}  # off with a 1
-# What a model raises that takes no such cache. Others are a signal's.
-_OF_CACHES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
-# Rotary positions that depend on the longest row, by a question that the device would answer.
-_OF_LONGEST = {"dynamic", "longrope"}
 
 
 def generate(model: Any, ids: Tensor, **options: Any) -> Any:
     """`model.generate(ids, **options)`, with captured steps inside a block of `CapturedSteps`."""
     steps = vars(model).get("forward")
-    if isinstance(steps, _Steps) and steps.owner.takes(model, options):
+    if isinstance(steps, _Steps) and steps.owner.takes(ids, options):
         try:
             with steps.recording(model):
                 return model.generate(ids, **options | _STATIC)
-        except _OF_CACHES as error:
+        except MODEL_ERRORS as error:
+            if steps.taken:
+                raise
             clear_frames(error.__traceback__)
             lacks = isinstance(error, torch.OutOfMemoryError)
-        out = model.generate(ids, **options)  # here the caller's own error comes again
-        steps.owner.refused = not lacks
+        # No token had been taken, so nothing of the caller's ran. His own error comes again here.
+        out = model.generate(ids, **options)
+        steps.owner.note_failure(positions(ids, options) if lacks else None)
         return out
     return model.generate(ids, **options)
+
+
+def positions(ids: Tensor, options: dict[str, Any]) -> int:
+    """Of a static cache, in all rows."""
+    most: int = options["max_new_tokens"]
+    return len(ids) * (ids.shape[-1] + most)
 
 
 class CapturedSteps:
     """Of a model in a batch.
 
+    layers: modules whose forwards the batch replaces.
     memory: of captures; None where nothing is captured.
     refused: whether steps are not captured, as one turned out to be no good.
     """
 
-    def __init__(self, model: nn.Module, memory: CaptureMemory | None) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, layers: Iterable[nn.Module], memory: CaptureMemory | None
+    ) -> None:
+        self._model: Any = model
+        self._layers = set(layers)
         self.memory = memory
         self.refused = memory is None or not _has_static_cache(model)
+        self._too_many: int | None = None  # positions for which there was no memory
 
     @contextmanager
     def block(self) -> Iterator[None]:
         """Inside the block `generate` captures steps."""
-        if self.refused:
+        if self.refused or "forward" in vars(self._model):
             yield
             return
-        before = vars(self._model).get("forward")
         try:
             self._model.forward = _Steps(self, self._model.forward)
             yield
         finally:
             vars(self._model).pop("forward", None)
-            if before is not None:
-                self._model.forward = before
 
-    def takes(self, model: Any, options: dict[str, Any]) -> bool:
+    def takes(self, ids: Tensor, options: dict[str, Any]) -> bool:
         most = options.get("max_new_tokens")
-        if self.refused or not isinstance(most, int) or most < _FEWEST:
+        if self.refused or not isinstance(most, int) or most < _FEWEST or self._has_hooks():
             return False
-        settings: dict[str, Any] = model.generation_config.to_diff_dict() | options
+        if self._too_many is not None and positions(ids, options) >= self._too_many:
+            return False
+        settings: dict[str, Any] = self._model.generation_config.to_diff_dict() | options
         if settings.get("use_cache") is False:
             return False
-        return all(_is_off(name, settings[name]) for name in settings.keys() - _SETTINGS)
+        return all(is_off(name, settings[name]) for name in settings.keys() - _SETTINGS)
 
+    def note_failure(self, too_many: int | None) -> None:
+        """Of a call with a static cache. too_many: positions for which there was no memory."""
+        self.refused = self.refused or too_many is None
+        self._too_many = too_many
 
-def _is_off(name: str, value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return False
-    return not value or (name in _FACTORS and value == 1)
+    def _has_hooks(self) -> bool:
+        """Whether modules run what a replay would not."""
+        everywhere = nn.modules.module
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+            return True
+        own = {*self._layers, self._model}  # their forwards are the batch's
+        return any(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or ("forward" in vars(module) and module not in own)
+            for module in self._model.modules()
+        )
 
 
 class _Steps:
     """A model's forward. Calls that differ by the values of tensors alone are recorded.
 
-    The first of them runs as ever, the second is recorded, too, and the third runs both ways, which
-    shows whether anything else has changed from one to the next.
+    The first of them runs as ever, the second is recorded, too, and the third runs both ways. That
+    shows whether something else that changes from one step to the next changes their logits.
+
+    taken: whether a call has returned.
     """
 
     def __init__(self, owner: CapturedSteps, forward: Any) -> None:
         update_wrapper(self, forward)  # transformers looks at the arguments' names
         self.owner = owner
         self._forward = forward
-        self._on = False
+        self._on = self.taken = False
         self._facts: Any = None
         self._graph: _Graph | None = None
         self._compared = False
@@ -117,7 +141,7 @@ class _Steps:
     def recording(self, model: nn.Module) -> Iterator[None]:
         kept = {name: vars(model).pop(name) for name in _KEPT if name in vars(model)}
         try:
-            self._on = True
+            self._on, self.taken = True, False
             yield
         finally:
             self._on, self._facts, self._graph = False, None, None
@@ -126,6 +150,11 @@ class _Steps:
             vars(model).update(kept)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self._next(*args, **kwargs)
+        self.taken = True
+        return out
+
+    def _next(self, *args: Any, **kwargs: Any) -> Any:
         on = self._on and not self.owner.refused and not args
         facts = _facts(kwargs) if on else None
         if facts is None or facts != self._facts:
@@ -145,12 +174,12 @@ class _Steps:
         try:
             with memory.apart():
                 self._graph = _Graph(self._forward, kwargs, memory)
-        except Exception as error:
-            clear_frames(error.__traceback__)
+        except BaseException as error:
             memory.renew()
             self._on = False
-            if not isinstance(error, _OF_CACHES):
+            if not isinstance(error, MODEL_ERRORS):
                 raise
+            clear_frames(error.__traceback__)
             self.owner.refused = not isinstance(error, torch.OutOfMemoryError)
 
     def _both(self, kwargs: dict[str, Any]) -> Any:
@@ -216,8 +245,13 @@ def _facts(kwargs: dict[str, Any]) -> Any:
         return None
     facts: list[Any] = [id(caches[0])]
     for layer in caches[0].layers:
+        if not layer.is_initialized:
+            return None  # a prompt of one token
         facts += [(layer.keys.data_ptr(), layer.values.data_ptr())]
-    facts += [(n, t.shape, t.dtype, t.device) for n, t in _tensors(kwargs).items()]
+    for name, tensor in _tensors(kwargs).items():
+        if tensor.device != ids.device:
+            return None  # its value would be a constant of the graph
+        facts.append((name, tensor.shape, tensor.dtype))
     for name, value in kwargs.items():
         if value is None or isinstance(value, (bool, int, str)):
             facts.append((name, value))
@@ -259,8 +293,3 @@ def _has_static_cache(model: Any) -> bool:
 
     text = config.get_text_config(decoder=True)
     return _is_static(StaticCache(config=text, max_cache_len=1))
-
-
-def of_longest(module: nn.Module) -> bool:
-    kinds = getattr(module, "rope_type", None)
-    return not _OF_LONGEST.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..language_model.interface import device_of
-from .captured_steps import generate, of_longest
+from .captured_steps import generate
+from .generation_settings import FACTORS, is_off, of_longest
 from .neighbours import difference
 from .queries import Generate
 
@@ -20,9 +21,7 @@ _SETTINGS = {
     "max_new_tokens", "min_new_tokens", "pad_token_id", "temperature", "top_k", "top_p",
     "transformers_version", "use_cache", "_from_model_config",
 }  # fmt: skip
-# Settings that are off with a 1; all are with None, False and 0.
-_FACTORS = {"length_penalty", "num_beams", "num_return_sequences", "repetition_penalty"}
-_OPTIONS = _FACTORS | {
+_OPTIONS = FACTORS | {
     "do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens", "pad_token_id",
 }  # fmt: skip
 # Of the `difference` of logits that should be the same. Neither is derived from a model.
@@ -49,15 +48,16 @@ class Plan(NamedTuple):
             return None
         settings = config.to_diff_dict() | options
         end, padding = (_ids(settings.get(name)) for name in ("eos_token_id", "pad_token_id"))
-        most, fewest = options["max_new_tokens"], options.get("min_new_tokens", 0)
+        most, fewest = options["max_new_tokens"], settings.get("min_new_tokens") or 0
         if not all(isinstance(value, int) for value in (most, fewest, *end, *padding)):
             return None
         if settings.get("do_sample") or ("eos_token_id" in options and not end):
             return None
-        off = tuple((name, options[name]) for name in sorted(_FACTORS & options.keys()))
-        for name in settings.keys() - _SETTINGS:
-            if settings[name] and not (name in _FACTORS and settings[name] == 1):
-                return None
+        if not all(is_off(name, settings[name]) for name in settings.keys() - _SETTINGS):
+            return None
+        off = tuple((name, options[name]) for name in sorted(FACTORS & options.keys()))
+        if any(isinstance(value, (list, tuple, dict)) for _, value in off):
+            return None
         # Alone, a prompt that holds padding is continued without it.
         if not set(padding) <= set(end) and bool((then.ids == padding[0]).any()):
             return None
@@ -88,7 +88,8 @@ class Continuations:
 
     def __init__(self, batch: Any) -> None:
         self._batch = batch
-        self._tried = 0  # so much padding was found to change nothing
+        # So much padding was found to change nothing, before so long a row ended.
+        self._tried = self._longest = 0
         self.most: int = batch.slots
         self.refused = any(of_longest(module) for module in batch.model.modules())
 
@@ -105,7 +106,8 @@ class Continuations:
         longest = max(lengths)
         if positions is not None and longest + plan.most > positions:
             return {}
-        if longest - min(lengths) > self._tried and not self._takes_padding(prompts, longest):
+        most = max(longest - self._longest, longest - min(lengths) - self._tried)
+        if longest > min(lengths) and most > 0 and not self._takes_padding(prompts, longest):
             return {}
         first, last = min(prompts), max(prompts)
         some = next(iter(prompts.values()))
@@ -145,7 +147,7 @@ class Continuations:
         moved = difference(found[0], found[1], dtype)
         self.refused = moved > bound  # numbers that are not finite tell nothing of the model
         if moved <= bound:
-            self._tried = longest - len(prompt)
+            self._tried, self._longest = longest - len(prompt), longest
         return moved <= bound
 
 

@@ -200,11 +200,12 @@ class SlotPasses:
             with experts, memory.apart():
                 first = self._factors.slots if self._factors.spare else 0
                 return _Graph(self, tokens, first, memory, constants), ""
-        except torch.OutOfMemoryError:
+        except BaseException as error:
             memory.renew()
-            raise
-        except Exception as error:
-            memory.renew()
+            if isinstance(error, (torch.OutOfMemoryError, TimeoutError)):
+                raise  # the latter is a signal's
+            if not isinstance(error, Exception):
+                raise
             return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 
     def follow(self) -> None:

@@ -127,8 +127,10 @@ class Generate:
 
     def __call__(self, model: nn.Module) -> Tensor:
         ids = _checked(self.ids, model, fewest=1)
-        out: Tensor = generate(model, ids, **self.options)
-        return out[0, ids.shape[1] :]
+        out = generate(model, ids, **self.options)
+        # `return_dict_in_generate` may be set.
+        tokens: Tensor = out if isinstance(out, Tensor) else out.sequences
+        return tokens[0, ids.shape[1] :]
 
 
 def _checked(ids: Tensor, model: nn.Module, fewest: int = 2) -> Tensor:

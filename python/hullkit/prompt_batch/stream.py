@@ -16,6 +16,7 @@ from ..finetune.padding import ALONE, TOGETHER, bucket
 from ..finetune.schedule import reuse_schedule
 from ..language_model.interface import (
     IGNORED,
+    MODEL_ERRORS,
     check_predicted,
     check_token_ids,
     tells_labels,
@@ -30,8 +31,6 @@ _AHEAD = 4  # times as many queries as slots may be read before the answer that 
 # wait to be continued until more than this part of them does, or nobody learns. If nothing but
 # scores is left to do, at most this part of the slots is scored by calls.
 _IDLE = 1 / 4
-# A model raises such errors, perhaps for one prompt of several, which are then called alone.
-_OF_ONE_PROMPT = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -269,7 +268,7 @@ class Stream:
                 self._continuations.most = len(prompts) // 2
                 self._continue_together(prompts, plan)
                 return
-            except _OF_ONE_PROMPT as failure:
+            except MODEL_ERRORS as failure:  # perhaps of one prompt: each is called alone
                 clear_frames(failure.__traceback__)
             except Exception as failure:  # perhaps a signal's
                 error = failure
