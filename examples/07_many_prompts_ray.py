@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import hullkit
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
@@ -48,7 +49,8 @@ def setup() -> Setup:
         ids = tokens(row["text"])
         return {"bits_per_byte": hullkit.bits_per_byte(model, ids, len(ids) - 1)}
 
-    return Setup(hullkit.TestTimeFinetuner(model, lr=1e-4), choose, use)
+    tuner = hullkit.TestTimeFinetuner(model, lr=1e-4)
+    return Setup(tuner, choose, use, columns={"bits_per_byte": pa.float64()})
 
 
 def main(out: str) -> None:
@@ -61,6 +63,9 @@ def main(out: str) -> None:
         fn_constructor_args=[setup, ["id"]],
         compute=ray.data.ActorPoolStrategy(size=2),
         batch_size=4,
+        batch_format="pyarrow",  # columns that are kept keep their types
+        max_restarts=3,
+        max_task_retries=3,  # a row that ends its process each time ends the run
         num_cpus=0.5,  # a processor that no actor holds writes rows meanwhile
     ).write_parquet(out)
     ray.shutdown()

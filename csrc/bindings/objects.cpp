@@ -259,12 +259,15 @@ class StateLayouts {
     PyObject* other;  // the value, if it is no tensor
   };
 
-  // state: a dict for each parameter. Stops where visit returns false.
+  // state: a dict for each parameter, and other values that users keep there. Stops where visit returns false.
   template <typename Visit>
   static bool each_value(const py::dict& state, Visit&& visit) {
     PyObject *param = nullptr, *own = nullptr, *key = nullptr, *value = nullptr;
     for (Py_ssize_t outer = 0; PyDict_Next(state.ptr(), &outer, &param, &own);) {
-      if (!PyDict_Check(own)) throw py::type_error("state: expected a dict for each parameter");
+      if (!PyDict_Check(own)) {
+        if (!visit(param, param, own)) return false;
+        continue;
+      }
       for (Py_ssize_t inner = 0; PyDict_Next(own, &inner, &key, &value);) {
         if (!visit(param, key, value)) return false;
       }

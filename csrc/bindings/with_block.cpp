@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A with-block that is always left to the end, whatever raises meanwhile.
+// Work that goes on to its end, whatever raises meanwhile: a call, and the ends of a with-block.
 //
 // Python runs signal handlers between two bytecodes and as some functions of C return. What a
 // handler raises comes out there: also as `__exit__` is called, before its first line, where no
@@ -41,8 +41,13 @@ class HeldSignals {
       // Not `signal`: its functions are Python's, and look for an enum's member in every handler.
       signals_ = py::module_::import("_signal");
     }
+    const py::object getsignal = signals_.attr("getsignal");
     for (int signum = 1; signum < NSIG; ++signum) {
-      const py::object handler = signals_.attr("getsignal")(signum);
+      const py::object number = py::int_(signum);
+      PyObject* const argument = number.ptr();
+      const auto handler =
+          py::reinterpret_steal<py::object>(PyObject_Vectorcall(getsignal.ptr(), &argument, 1, nullptr));
+      if (!handler) throw py::error_already_set();
       if (handler.is(note_) || !PyCallable_Check(handler.ptr())) continue;
       replaced_[signum] = handler;  // first: setting may be cut short
       set(signum, note_);
@@ -140,9 +145,34 @@ class WithBlock {
   HeldSignals signals_;
 };
 
+// The result of `work`, which no handler cuts short. Handlers of signals that have arrived meanwhile run afterwards.
+py::object uninterrupted(const py::function& work) {
+  HeldSignals signals;
+  py::object result;
+  std::exception_ptr error;
+  try {
+    signals.hold();
+    result = work();
+  } catch (const py::error_already_set&) {
+    error = std::current_exception();
+  }
+  for (bool released = false; !released;) {
+    try {
+      signals.release();
+      released = true;
+    } catch (const py::error_already_set& latest) {
+      set_context(latest, error);
+      error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
+  return result;
+}
+
 }  // namespace
 
 void bind_with_block(py::module_& module) {
+  module.def("uninterrupted", &uninterrupted);
   py::class_<WithBlock>(module, "WithBlock")
       .def(py::init<>())
       .def("__enter__", [](const py::object& self) { return self.cast<WithBlock&>().enter(self); })

@@ -115,7 +115,9 @@ def check_cap(max_multiplicity: Any, positions: int, total: int, of: str = "cand
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    if value not in choices:
+    # Others may have no truth value, or no hash.
+    plain = value is None or isinstance(value, (str, int, float))
+    if not (plain or getattr(value, "ndim", None) == 0) or value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
 

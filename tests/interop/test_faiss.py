@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,12 @@ def test_refusals(corpus: Any) -> None:
         search(index, queries(1), 0)
     with pytest.raises(TypeError, match="embeddings: expected an array or a tensor, got str"):
         search(index, queries(1), 4, embeddings="corpus.npy")
-    with pytest.raises(ValueError, match=r"embeddings: expected shape \(600, 16\)"):
-        search(index, queries(1), 4, embeddings=corpus[1:])
+    with pytest.raises(ValueError, match=r"embeddings: expected shape \(M, 16\)"):
+        search(index, queries(1), 4, embeddings=corpus[:, 1:])
+    with pytest.raises(ValueError, match="embeddings: expected a row for each id of the index"):
+        search(index, queries(1), 4, embeddings=corpus[:1])
+    with pytest.raises(ValueError, match=r"query: expected numbers that torch\.float16 holds"):
+        select(index, 1e6 * queries(1), 4, embeddings=corpus.astype(np.float16))
     with pytest.raises(TypeError, match="lengths: the index says"):
         select(index, queries(1), 4, lengths=[3])
 
@@ -320,3 +325,33 @@ def test_texts_by_their_places(tmp_path: Path) -> None:
         Texts(path, [0.5, 2.0])
     with pytest.raises(FileNotFoundError):
         Texts(tmp_path / "missing", [0, 1])
+
+
+def test_texts_that_are_cut_or_counted_in_characters(tmp_path: Path) -> None:
+    path = tmp_path / "texts"
+    path.write_text("äbcd")
+    with pytest.raises(
+        ValueError, match=r"offsets\[0\]: expected a text in UTF-8, counted in bytes"
+    ):
+        Texts(path, [0, 1, 5])[0]
+    texts = Texts(path, [0, 2, 5])
+    again = pickle.loads(pickle.dumps(texts))
+    assert [*again] == [*texts] == ["ä", "bcd"]
+    path.write_text("a")
+    with pytest.raises(ValueError, match=r"offsets\[1\]: expected bytes 2 to 5, got 1 in all"):
+        texts[1]
+
+
+def test_an_index_of_a_part_of_the_corpus(corpus: Any) -> None:
+    """And no prompts at all."""
+    ids = np.arange(100, 300)
+    index = faiss.IndexIDMap(faiss.IndexFlatL2(D))
+    index.add_with_ids(corpus[ids], ids)
+    prompts = queries(3)
+    chosen = select(index, prompts, 5, num_candidates=20, embeddings=corpus)
+    found = index.search(prompts, 20)[1]
+    for rows, counts, own in zip(chosen.rows, chosen.counts, found, strict=True):
+        assert set(rows[counts > 0].tolist()) <= set(own.tolist())
+    for embeddings in (corpus, None):
+        own = index if embeddings is not None else filled("Flat", corpus)
+        assert select(own, prompts[:0], 5, embeddings=embeddings).rows.shape == (0, 5)

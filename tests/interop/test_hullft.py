@@ -301,3 +301,12 @@ def test_one_patch_at_a_time(patched: Any) -> None:
         RuntimeError, match=f"patch: expected no patched package, got {PACKAGE} patched"
     ):
         hullft.patch(patched)
+
+
+def test_the_rows_that_indices_name_are_asked_for() -> None:
+    pool = np.eye(5)
+    indices, weights = np.array([1, 3]), np.array([0.5, 0.5])
+    with pytest.raises(ValueError, match=r"support_embeddings: expected the 2 rows .* \(5, 5\)"):
+        hullft.integerize_by_geometry(indices, weights, pool, pool[1], 4)
+    with pytest.raises(ValueError, match=r"weights: expected one for each index, got shape \(1,\)"):
+        hullft.integerize_by_geometry(indices, weights[:1], pool[indices], pool[1], 4)

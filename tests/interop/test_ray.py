@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hullkit
@@ -18,8 +19,11 @@ import torch
 ray = pytest.importorskip("ray", reason="an extra is not installed")
 pytest.importorskip("ray.data", reason="an extra is not installed")
 
+import _ray_setups  # noqa: E402
 import hullkit.interop.ray as ray_adapter  # noqa: E402
+import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
+from _ray_setups import block, choose, low_rank, model, setup, use  # noqa: E402
 from hullkit.interop.ray import AdaptRows, Setup, unfinished  # noqa: E402
 
 # Ray leaves files and sockets to the end of its processes, and warns about itself.
@@ -28,28 +32,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 ROWS = 24
-
-
-def model() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64))
-
-
-def choose(block: Any) -> Any:
-    return [([torch.tensor([n, n + 1, n + 2])], [3]) for n in block["n"].tolist()]
-
-
-def use(adapted: torch.nn.Module, row: Any) -> dict[str, Any]:
-    return {"score": float(adapted[1].bias.detach().double().sum())}  # type: ignore[index]
-
-
-def setup() -> Setup:
-    torch.set_num_threads(1)
-    return Setup(hullkit.TestTimeFinetuner(model(), lr=0.1), choose, use)
-
-
-def block(*numbers: int) -> dict[str, Any]:
-    return {"n": np.array(numbers), "text": np.array([str(n) for n in numbers])}
 
 
 def alone(numbers: range) -> dict[int, float]:
@@ -90,11 +72,6 @@ def test_a_row_that_fails_is_its_own_error() -> None:
     assert errors[3] == "ZeroDivisionError: three"
     assert errors[99].startswith("ValueError: examples[0]: expected ids in")
     assert all(rows[n]["score"] is None for n in errors)
-
-
-def low_rank(slots: int = 2) -> Setup:
-    """A batch of several slots in place of the finetuner."""
-    return setup()._replace(tuner=hullkit.PromptBatch(model(), slots=slots, rank=2, lr=0.1))
 
 
 def test_a_block_by_a_batch_is_its_rows(one_thread: None) -> None:
@@ -173,11 +150,14 @@ def test_keep_is_a_list_of_names() -> None:
     ("used", "words"),
     [
         (0.5, "TypeError: use: expected a dict of new columns, got float"),
-        ({"score": torch.tensor(1.0)}, "use: expected numbers or strings, got a Tensor in 'score'"),
+        ({"score": torch.tensor(1.0)}, "or strings, got a value of Tensor in 'score'"),
         ({"n": 1}, "ValueError: use: expected names of new columns, got ['n']"),
         ({"error": "mine"}, "ValueError: use: expected names of new columns, got ['error']"),
         ({5: 1.0}, "TypeError: use: expected names of columns, got 5"),
-        ({"score": 1 << 70}, "use: expected numbers or strings, got a int in 'score'"),
+        (
+            {"score": 1 << 70},
+            "use: expected numbers that 64 bits hold, or strings, got a value of int",
+        ),
         (
             {"score": "high"},
             "use: expected double in the column 'score', as in earlier rows, got str",
@@ -242,6 +222,9 @@ def test_the_program_of_the_docstring_passes_every_argument(
     given = {"id": np.array([4])}
 
     class Rows:
+        def schema(self, fetch_if_missing: bool) -> None:
+            inspect.signature(ray.data.Dataset.schema).bind(self, fetch_if_missing)
+
         def map_batches(self, actor: Any, fn_constructor_args: Any, **options: Any) -> Rows:
             inspect.signature(ray.data.Dataset.map_batches).bind(self, actor, **options)
             self.done = actor(*fn_constructor_args)(given).to_pylist()
@@ -260,7 +243,8 @@ def test_the_program_of_the_docstring_passes_every_argument(
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    here = str(Path(__file__).parent)  # workers find the functions of this file by its name
+    # Workers find functions by the names of their files.
+    here = ":".join(str(Path(file).parent) for file in (__file__, _ray_setups.__file__))
     ray.init(
         num_cpus=2,
         include_dashboard=False,
@@ -313,9 +297,14 @@ def test_a_run_goes_on_where_it_stopped(cluster: None, tmp_path: Path) -> None:
     first, second, *others = sorted(tmp_path.glob("*.parquet"))
     first.write_bytes(first.read_bytes()[:-9])  # as a killed run leaves a file
     second.unlink()
-    run(tmp_path)
+    with pytest.raises(ValueError, match="key: expected a column of"):
+        unfinished(ray.data.from_items([{"id": 1}]), tmp_path, "id")
+    assert first.exists()
+    with pytest.warns(UserWarning, match="a file cannot be read, and is .*broken now"):
+        run(tmp_path)
     check(tmp_path)
     assert not first.exists()
+    assert first.with_name(f".{first.name}.broken").exists()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parquet")}
     run(tmp_path)  # nothing is left to do
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parquet")}
@@ -350,8 +339,12 @@ def test_a_folder_that_is_not_seen_is_no_empty_one(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         unfinished(None, tmp_path / "file", "n")
-    assert unfinished("rows", tmp_path / "new", "n") == "rows"
+    rows = SimpleNamespace(schema=lambda fetch_if_missing: pa.schema({"n": pa.int64()}))
+    assert unfinished(rows, tmp_path / "new", "n") is rows
+    with pytest.raises(ValueError, match=r"key: expected a column of the dataset, \['n'\], got"):
+        unfinished(rows, tmp_path / "new", "id")
     (tmp_path / "part=1").mkdir()
     pq.write_table(AdaptRows(setup, keep=["n"])(block(1)), tmp_path / "part=1" / "a.parquet")
-    with pytest.raises(ValueError, match="key: expected a column of"):
-        unfinished(None, tmp_path, "id")
+    rows.schema = lambda fetch_if_missing: None
+    with pytest.raises(ValueError, match=r"key: expected a column of .*a\.parquet"):
+        unfinished(rows, tmp_path, "id")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hullkit
@@ -264,10 +263,10 @@ def test_masks_are_refused() -> None:
         ),
         "queries": lambda masked: activeft.Retriever(flat).batch_search(masked(queries[None]), 3),
     }
-    flat = SimpleNamespace(d=6, metric_type=0, ntotal=0)
     for name, call in calls.items():
         if name == "queries":
-            pytest.importorskip("faiss", reason="faiss is not installed")
+            faiss = pytest.importorskip("faiss", reason="faiss is not installed")
+            flat = faiss.IndexFlatIP(6)
         else:
             call(np.asarray)
         for mask in (False, True):  # whether or not anything is masked

@@ -109,7 +109,9 @@ def accumulate(
         grads = trained.gradients()
         for parameter in grads.keys() - sums.keys():
             sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
-        accumulate_([sums[p] for p in grads], list(grads.values()), count / total)
+        for dtype in {grad.dtype for grad in grads.values()}:
+            alike = [p for p, grad in grads.items() if grad.dtype is dtype]
+            accumulate_([sums[p] for p in alike], [grads[p] for p in alike], count / total)
         del grads
         trained.zero_grad()
         clock.lap("updates")
@@ -133,8 +135,14 @@ def _pass(
         value = _backward(loss_of, inputs, recompute=plan.recomputes(inputs))
     check_finite(f"loss of examples[{example}]", value)
     gradients = trained.gradients().values()
+    for gradient in gradients:
+        if gradient.layout is not torch.strided:  # of functional.embedding(sparse=True), say
+            raise ValueError(
+                f"model: expected dense gradients, got {gradient.layout} for a parameter of shape "
+                f"{tuple(gradient.shape)} from examples[{example}]"
+            )
     grads = [gradient for gradient in gradients if gradient.numel() > 0]
-    if not math.isfinite(_largest(foreach_norm(grads, 2))):
+    if grads and not math.isfinite(_largest(foreach_norm(grads, 2))):
         # A square may have overflowed. The maximum norm tells, but takes a CPU eight times as long.
         largest = _largest(foreach_norm(grads, math.inf))
         check_finite(f"largest gradient entry of examples[{example}]", largest)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies, narrowed_tensors
 from ..language_model.product_settings import matmul_precision
+from ..optim._tensor_table import DTYPES, is_dense
 from . import eager_passes
 from .activations import ActivationPlan
 from .base_weights import NotCapturable, Weights, adam_options
@@ -225,6 +226,22 @@ class QueryRun:
             fused=self._fused,
             activations="recompute" if self._recomputed else "keep",
         )
+
+
+def check_trained(model: nn.Module) -> None:
+    """Refuses parameters with `requires_grad` that the optimizer would not update."""
+    trained_parameters(model.parameters())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dtype not in DTYPES:
+            expected = "float64, float32, float16 or bfloat16"
+            raise TypeError(f"model: expected dtype {expected}, got {parameter.dtype}: {name!r}")
+        if not is_dense(parameter):
+            raise ValueError(
+                "model: expected elements side by side in memory in parameters with requires_grad, "
+                f"got strides {parameter.stride()}: {name!r}"
+            )
 
 
 def trained_parameters(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

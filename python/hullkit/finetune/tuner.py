@@ -22,8 +22,9 @@ from ..language_model.interface import (
     forward_parameters,
     token_limits,
 )
+from ..optim._record import MAX_NUM_STEPS
 from .adaptation import Adaptation, is_adapted
-from .query_run import ModelPasses, QueryRun, trained_parameters
+from .query_run import ModelPasses, QueryRun, check_trained, trained_parameters
 from .report import AdaptReport
 from .schedule import reuse_schedule
 from .settings import Settings
@@ -225,9 +226,14 @@ class TestTimeFinetuner:
         # mode="accumulate" makes one burst of an example, whatever its count.
         interval = settings.refresh_interval if settings.mode == "reuse" else MAX_TOTAL
         schedule = reuse_schedule(counts, interval)
+        for example, num_steps in schedule if settings.mode == "reuse" else ():
+            check_int(
+                f"updates of examples[{example}] with one gradient", num_steps, 1, MAX_NUM_STEPS
+            )
         if len(examples) != len(counts):
             raise ValueError(f"examples: expected {len(counts)}, as counts, got {len(examples)}")
         check_trainable(self.model)
+        check_trained(self.model)
         limits = token_limits(self.model)
         inputs = [self._inputs(f"examples[{i}]", e, limits) for i, e in enumerate(examples)]
         if select_seconds is not None:
@@ -271,6 +277,9 @@ class TestTimeFinetuner:
             if key not in ("input_ids", "labels", *self._forward) and not self._open:
                 raise ValueError(f"{name}: expected inputs of the model's forward, got {key!r}")
             tensor = check_tensor(f"{name}[{key!r}]", value)
+            if tensor.is_meta:
+                what = "expected a tensor with values, got one on the meta device"
+                raise ValueError(f"{name}[{key!r}]: {what}")
             inputs[key] = tensor[None] if tensor.ndim == 1 else tensor
         ids = check_token_ids(f"{name}['input_ids']", inputs["input_ids"], limits)
         labels = inputs.setdefault("labels", ids)
@@ -311,6 +320,8 @@ class TestTimeFinetuner:
         """
         check_trainable(self.model)
         limits = token_limits(self.model)
+        if not isinstance(lengths, Iterable):
+            raise TypeError(f"lengths: expected integers, got {type(lengths).__name__}")
         sizes = [check_int("lengths", n, 2) for n in lengths]
         ids = [torch.zeros(size, dtype=torch.int64, device="cpu") for size in sizes]
         inputs = [self._inputs(f"lengths[{i}]", x, limits) for i, x in enumerate(ids)]

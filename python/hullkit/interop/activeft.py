@@ -80,8 +80,11 @@ class Retriever:
         self, query: Any, N: int, K: int | None = None, mean_pooling: bool = False, threads: int = 1
     ) -> tuple[Array, Indices, Array, RetrievalTime]:
         """:meth:`batch_search` for one prompt: query `(m, d)`; results without the leading B."""
+        query = to_numpy("query", query)
+        if query.ndim != 2 or query.shape[1] != self.index.d:
+            raise ValueError(f"query: expected shape (m, {self.index.d}), got {query.shape}")
         values, indices, embeddings, seconds = self.batch_search(
-            to_numpy("query", query)[None], N, K, mean_pooling, threads
+            query[None], N, K, mean_pooling, threads
         )
         return values[0], indices[0], embeddings[0], seconds
 

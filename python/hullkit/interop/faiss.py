@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selection from any faiss index: the pool is searched, the corpus is never loaded.
 
-An index may lie on disk: `faiss.read_index(path, faiss.IO_FLAG_MMAP)` reads only the lists that a
-search visits. Embeddings may be `numpy.load(path, mmap_mode="r")` or a tensor of safetensors'
+An IVF index may lie on disk: `faiss.read_index(path, faiss.IO_FLAG_MMAP)` reads only the lists that
+a search visits. Embeddings may be `numpy.load(path, mmap_mode="r")` or a tensor of safetensors'
 `safe_open`, of which only the candidates' rows are read. Needs faiss, which brings the index.
 """
 
 from __future__ import annotations
 
-import mmap
+import os
+import weakref
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -35,9 +36,9 @@ def search(
             as flat, IVF and HNSW indices do; quantized ones reconstruct approximations.
         query: `(B, d)` or `(d,)`, an array or a tensor on the CPU; faiss gets it in float32.
         num_candidates: n >= 1, the most for one prompt.
-        embeddings: `(M, d)`, the vector of each id of the index: an array or tensor of float64,
-            float32, float16 or bfloat16, also one that lies on disk. None for the vectors of the
-            index.
+        embeddings: `(M, d)`, row i the vector of id i of the index, which may have some of these
+            ids only: an array or tensor of float64, float32, float16 or bfloat16, also one that
+            lies on disk. None for the vectors of the index.
     Returns:
         ids `(B, n)` int64 in the index, -1 where faiss found no more; a pool of vectors; and each
         candidate's row in that pool, `(B, n)`, -1 = none. With `embeddings` the pool is these,
@@ -89,9 +90,8 @@ def _found(
         raise TypeError(f"embeddings: expected an array or a tensor, got {kind}")
     pool = embeddings if isinstance(embeddings, Tensor) else tensor_of("embeddings", embeddings)
     check_floating("embeddings", pool)
-    if pool.ndim != 2 or tuple(pool.shape) != (index.ntotal, index.d):
-        expected, got = (index.ntotal, index.d), tuple(pool.shape)
-        raise ValueError(f"embeddings: expected shape {expected}, as the index, got {got}")
+    if pool.ndim != 2 or pool.shape[1] != index.d:
+        raise ValueError(f"embeddings: expected shape (M, {index.d}), got {tuple(pool.shape)}")
     ids = torch.from_numpy(index.search(queries, num_candidates)[1])
     strange = ids[(ids < -1) | (ids >= len(pool))]  # an index may have ids of its own
     if len(strange):
@@ -145,6 +145,10 @@ def select(
         raise ValueError("index: expected at least one vector, got none")
     ids, pool, rows = _found(index, prompts, num_candidates, embeddings)
     vectors = prompts.to(pool.dtype)
+    if not vectors.isfinite().all():
+        raise ValueError(f"query: expected numbers that {pool.dtype} holds, as embeddings")
+    if not len(vectors):
+        pool = pool.new_zeros(1, pool.shape[1])  # which nobody reads
     if device is not None and torch.device(device) != pool.device:
         pool, rows = _gathered(pool, rows)
         pool, rows, vectors = (part.to(device) for part in (pool, rows, vectors))
@@ -217,14 +221,16 @@ def _unbatched(value: Any) -> Any:
 class Texts(Sequence[str]):
     """Texts of one file by their places in it; nothing but the text that is asked for is read.
 
-    Text i is the bytes `offsets[i]` to `offsets[i + 1]` of the file, in UTF-8.
+    Text i is the bytes `offsets[i]` to `offsets[i + 1]` of the file, in UTF-8. Pickled, it is the
+    path and the offsets.
 
     Args:
         path: the file.
         offsets: `(M + 1,)` integers, not falling, the last at most the file's size. An array that
             lies on disk is read at two places for each text; only its ends are checked at once.
     Raises:
-        TypeError, ValueError: bad offsets. OSError: no such file. IndexError: no such text.
+        TypeError, ValueError: bad offsets; bytes that are no text, or were cut off since. OSError:
+            no such file. IndexError: no such text.
 
     >>> import tempfile
     >>> from hullkit.interop.faiss import Texts
@@ -240,10 +246,10 @@ class Texts(Sequence[str]):
         if self._offsets.ndim != 1 or self._offsets.dtype.kind not in "iu" or not len(offsets):
             got = f"shape {self._offsets.shape} of {self._offsets.dtype}"
             raise TypeError(f"offsets: expected integers of shape (M + 1,), got {got}")
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            # A file without bytes cannot be mapped.
-            self._bytes = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+        self._path = path
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+        size = os.fstat(self._file).st_size
         first, last = int(self._offsets[0]), int(self._offsets[-1])
         if not 0 <= first <= last <= size:
             raise ValueError(f"offsets: expected places in {size} bytes, got {first} to {last}")
@@ -256,6 +262,21 @@ class Texts(Sequence[str]):
             return [self[i] for i in range(*place.indices(len(self)))]
         place = range(len(self))[place]
         begin, end = int(self._offsets[place]), int(self._offsets[place + 1])
-        if not 0 <= begin <= end <= len(self._bytes):
+        if not 0 <= begin <= end:
             raise ValueError(f"offsets[{place}]: expected not to fall, got {begin}, then {end}")
-        return self._bytes[begin:end].decode()
+        found = os.pread(self._file, end - begin, begin)
+        if len(found) < end - begin:
+            size = os.fstat(self._file).st_size
+            raise ValueError(
+                f"offsets[{place}]: expected bytes {begin} to {end}, got {size} in all"
+            )
+        try:
+            return found.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"offsets[{place}]: expected a text in UTF-8, counted in bytes, got bytes {begin} "
+                f"to {end}: {error}"
+            ) from error
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._path, self._offsets)

@@ -67,6 +67,15 @@ def integerize_by_geometry(
     if n_select <= 0 or len(indices) == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
     support = floating("support_embeddings", support_embeddings)
+    weights = to_numpy("weights", weights)
+    if indices.ndim != 1 or weights.shape != indices.shape:
+        got = f"shape {weights.shape} for indices of shape {indices.shape}"
+        raise ValueError(f"weights: expected one for each index, got {got}")
+    if support.ndim != 2 or len(support) != len(indices):
+        raise ValueError(
+            f"support_embeddings: expected the {len(indices)} rows that indices name, got shape "
+            f"{tuple(support.shape)}"
+        )
     query = tensor_of("target", to_numpy("target", target).reshape(-1)).to(support.dtype)
     convex: Any = SimpleNamespace(  # what round_multiplicities reads of a FrankWolfeResult
         indices=torch.arange(len(indices), device="cpu"), weights=floating("weights", weights)

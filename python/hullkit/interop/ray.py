@@ -6,20 +6,24 @@ rows are written to parquet as blocks are done:
 
     rows = unfinished(ray.data.read_parquet(prompts), "out", key="id")
     rows.map_batches(AdaptRows, fn_constructor_args=[setup, ["id"]], batch_size=8, num_gpus=1,
+                     batch_format="pyarrow", max_restarts=3, max_task_retries=3,
                      compute=ray.data.ActorPoolStrategy(size=2)).write_parquet("out")
 
-Here the column `id` names a prompt, each another. Ray writes blocks with processors that no actor
-holds. If there are none, it writes when the actors have ended, and a run that is killed before then
-has written nothing.
+Here the column `id` names a prompt, each another. With "pyarrow" the columns that are kept have the
+types of the dataset in every file; those of NumPy's blocks depend on a block's values. Ray writes
+blocks with processors that no actor holds. If there are none, it writes when the actors have ended,
+and a run that is killed before then has written nothing.
 
 Ray starts an actor anew if its process dies, and gives its block to it again: no row is lost or
-comes twice. A run that was killed goes on where it stopped: `unfinished` leaves out rows that are
-there already.
+comes twice. Without `max_restarts` and `max_task_retries` it does so for ever, also for a row that
+ends its process each time. A run that was killed goes on where it stopped: `unfinished` leaves out
+rows that are there already.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +38,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..finetune import TestTimeFinetuner
-from ..prompt_batch import PromptBatch, Query
+from ..prompt_batch import Answer, PromptBatch, Query
 
 Block = dict[str, NDArray[Any]]
 Choice = tuple[Sequence[Any], Sequence[int]]
@@ -50,11 +54,14 @@ class Setup(NamedTuple):
     choose: from a block of rows (a dict of columns) to the examples and counts of each row. It gets
         the whole block, so that all prompts' pools are one call of :func:`hullkit.select`.
     use: from the adapted model and one row to the new columns of that row: numbers or strings.
+    columns: the types of these columns. None: each has the type of its first value in an actor, so
+        that files may differ.
     """
 
     tuner: TestTimeFinetuner | PromptBatch
     choose: Callable[[Block], Sequence[Choice]]
     use: Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
+    columns: dict[str, pa.DataType] | None = None
 
 
 class AdaptRows:
@@ -69,10 +76,11 @@ class AdaptRows:
         setup: called once in the actor's process. It may load a model, map an index, set threads.
         keep: columns of the dataset to keep, among them one that names the row.
 
-    Calls take and return blocks. Rows come back in their order, with the columns `keep`, those of
-    `use`, and `num_updates`, `num_passes`, `error` (null for none). A column has the type of its
-    first value in an actor: return floats where some are. A block of which all rows fail has no
-    columns of `use` if its actor has not yet seen them.
+    Calls take blocks, dicts of NumPy's arrays or tables of pyarrow, and return tables. Rows come
+    back in their order, with the columns `keep`, those of `use`, and `num_updates`, `num_passes`,
+    `error` (null for none). Without `Setup.columns` a column has the type of its first value in an
+    actor: return floats where some are. A block of which all rows fail then has no columns of `use`
+    if its actor has not yet seen them.
 
     Raises:
         TypeError: `setup` returns no `Setup`, or one with something else in it; `keep` is no list
@@ -112,12 +120,21 @@ class AdaptRows:
                 kind = type(getattr(made, name)).__name__
                 raise TypeError(f"{name}: expected a callable, got {kind}")
         self._setup = made
-        self._types: dict[str, pa.DataType] = {}  # of the columns of `use` so far
+        self._types = dict(made.columns or {})  # of the columns of `use` so far
 
-    def __call__(self, block: Block) -> pa.Table:
+    def __call__(self, block: Block | pa.Table) -> pa.Table:
+        table = block if isinstance(block, pa.Table) else None
+        if isinstance(block, pa.Table):
+            from ray.data.block import BlockAccessor
+
+            block = BlockAccessor.for_block(block).to_batch_format("numpy")
         missing = [name for name in self._keep if name not in block]
         if missing:
             raise ValueError(f"keep: expected columns of {list(block)}, got {missing}")
+        columns = {
+            name: _array(name, block[name]) if table is None else table.column(name)
+            for name in self._keep
+        }
         rows = [
             dict(zip(block, values, strict=True))
             for values in zip(*(column.tolist() for column in block.values()), strict=True)
@@ -130,7 +147,6 @@ class AdaptRows:
                 self._alone(self._setup.tuner, row, *pair)
                 for row, pair in zip(rows, choices, strict=True)
             ]
-        columns = {name: pa.array([row[name] for row in rows]) for name in self._keep}
         results = [self._of_columns(result) for result in results]
         for name, of in (self._types | _REPORTED).items():
             columns[name] = pa.array([result.get(name) for result in results], of)
@@ -138,7 +154,11 @@ class AdaptRows:
 
     def _of_columns(self, result: dict[str, Any]) -> dict[str, Any]:
         """A row's result, or the error of one whose new values are not of the columns so far."""
+        declared = self._setup.columns
         for name in result.keys() - _REPORTED.keys():
+            if declared is not None and name not in declared:
+                what = f"use: expected columns of {[*declared]}, got {name!r}"
+                return _failed(ValueError(what))
             of = pa.array([result[name]]).type
             known = self._types.get(name, of)
             if pa.types.is_null(known):
@@ -196,13 +216,29 @@ class AdaptRows:
             results.append({})
             asked.append(Query(*choice, partial(self._used, row)))  # type: ignore[call-arg]
         left = iter([place for place, result in enumerate(results) if not result])
-        for query, answer in zip(asked, batch.map(asked), strict=True):
+        for query, answer in zip(asked, self._answers(batch, asked), strict=True):
             if answer.error is not None:
                 results[next(left)] = _failed(answer.error)
             else:
                 counted = {"num_updates": int(sum(query.counts)), "num_passes": len(answer.losses)}
                 results[next(left)] = answer.value | counted
         return results
+
+    @staticmethod
+    def _answers(batch: PromptBatch, queries: list[Query]) -> list[Answer]:
+        """A pass that raises ends `map`. Then each query that has no answer is alone."""
+        answers: list[Answer] = []
+        try:
+            for answer in batch.map(queries):
+                answers.append(answer)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception as error:
+            if len(queries) == 1:
+                return [Answer(0, None, (), error)]
+            for query in queries[len(answers) :]:
+                answers += AdaptRows._answers(batch, [query])
+        return answers
 
     def _used(self, row: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         """The new columns of a row, after checking that they can be some."""
@@ -220,9 +256,19 @@ class AdaptRows:
             except (pa.ArrowException, TypeError, ValueError, OverflowError):
                 kind = type(value).__name__
                 raise TypeError(
-                    f"use: expected numbers or strings, got a {kind} in {name!r}"
+                    "use: expected numbers that 64 bits hold, or strings, got a value of "
+                    f"{kind} in {name!r}"
                 ) from None
         return used
+
+
+def _array(name: str, column: NDArray[Any]) -> pa.Array:
+    try:
+        return pa.array(column if column.ndim == 1 else list(column))
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise TypeError(
+            f"keep: expected values of one type in the column {name!r}, got {error}"
+        ) from error
 
 
 def _checked(choice: Any) -> tuple[Any, Exception | None]:
@@ -241,8 +287,9 @@ def unfinished(
 ) -> Any:
     """The rows of a `ray.data.Dataset` that an earlier run has not written to `directory`.
 
-    Files that cannot be read are removed: a run that was killed while it wrote left them, and their
-    rows are not finished. Call it before a run starts, not beside one.
+    Files that cannot be read get hidden names that end in ".broken", with a warning: a run that was
+    killed while it wrote left them, and their rows are not finished. Call it before a run starts,
+    not beside one.
 
     Args:
         dataset: the rows.
@@ -252,7 +299,8 @@ def unfinished(
         retry: whether rows with an `error` are to be done again. They are taken out of their files.
 
     Raises:
-        ValueError: a file without that column; a `directory` that is an address of another storage.
+        ValueError: a file or a dataset without that column; a `directory` that is an address of
+            another storage.
         OSError: a `directory` that cannot be read.
 
     Cost: reads one or two columns of every file; the names of finished rows are held in memory.
@@ -263,23 +311,31 @@ def unfinished(
     finished: set[Any] = set()
     if os.path.lexists(folder):
         os.listdir(folder)  # a pattern finds nothing in a folder that cannot be read
+    schema = dataset.schema(fetch_if_missing=False)
+    if schema is not None and key not in schema.names:
+        raise ValueError(f"key: expected a column of the dataset, {schema.names}, got {key!r}")
     for path in Path(folder).rglob(".*.parquet.part"):  # of a call that was killed
         path.unlink()
+    broken, whole = [], []
     for path in sorted(Path(folder).rglob("*.parquet")):
         try:
-            file = pq.ParquetFile(path)
+            names = pq.read_schema(path).names
         except pa.ArrowInvalid:  # parquet's end is written last
-            path.unlink()
+            broken.append(path)
             continue
-        with file:
-            names = file.schema_arrow.names
-            if key not in names:
-                raise ValueError(f"key: expected a column of {path}, {names}, got {key!r}")
+        if key not in names:
+            raise ValueError(f"key: expected a column of {path}, {names}, got {key!r}")
+        whole.append((path, names))
+    for path in broken:
+        hidden = path.replace(path.with_name(f".{path.name}.broken"))  # readers skip such names
+        warnings.warn(f"a file cannot be read, and is {hidden} now", stacklevel=2)
+    for path, names in whole:
+        with pq.ParquetFile(path) as file:
             failed = retry and "error" in names
             kept = file.read() if failed else file.read([key])
         if failed and kept.column("error").null_count < len(kept):
             kept = kept.filter(pc.is_null(kept.column("error")))
-            written = path.with_name(f".{path.name}.part")  # who reads the folder skips such names
+            written = path.with_name(f".{path.name}.part")
             pq.write_table(kept, written)
             written.replace(path)
         finished.update(kept.column(key).to_pylist())

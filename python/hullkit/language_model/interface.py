@@ -127,6 +127,11 @@ def _check_memory(path: str, key: str, tensor: Tensor) -> None:
 
 
 def _check_autograd(path: str, key: str, parameter: Tensor) -> None:
+    if nn.parameter.is_lazy(parameter):
+        raise ValueError(
+            "model: expected parameters with a shape, got a lazy one that no forward has run "
+            f"yet: {_joined(path, key)!r}"
+        )
     if parameter.is_meta:
         raise ValueError(f"model: {_NOT_HERE.format(_joined(path, key))}")
     if parameter.is_inference():

@@ -85,9 +85,12 @@ class CausalLoss:
 
     def _of(self, call: Callable[..., Any], inputs: dict[str, Tensor], autocast: bool) -> Tensor:
         device = device_of(self._model, inputs["input_ids"])
-        moved: dict[str, Any] = {}
-        for key, tensor in inputs.items():  # autograd takes no inference tensor, but a copy of it
-            moved[key] = (tensor.clone() if tensor.is_inference() else tensor).to(device)
+        # Copies: a forward may write to labels, which may be ids, and the caller's. A graph has its
+        # own tensors. Autograd takes no tensor of inference mode, but a copy of it.
+        own = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        moved: dict[str, Any] = {
+            key: tensor.to(device, copy=not own) for key, tensor in inputs.items()
+        }
         moved = self._options | moved
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             if "labels" in self._forward:

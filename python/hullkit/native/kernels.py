@@ -23,6 +23,7 @@ except ImportError as error:  # a source tree on sys.path, or a build for anothe
 
 __version__ = _core.__version__
 WithBlock = _core.WithBlock
+uninterrupted = _core.uninterrupted
 DictCopies = _core.DictCopies
 
 # Numbers that cross for names, as the core declares them.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_int, check_number
+from ..native.kernels import uninterrupted
 from . import _kernels
 from ._buckets import Bucket, Launch, Params, SortedBuckets, check_grad
 from ._in_backward import update_in_backward
@@ -184,6 +185,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         checked = False
         for index, group in enumerate(self.param_groups):
             params = group["params"]
+            if type(params) is not list:
+                params = list(params)
             made = self._sorted.get((index, self._variant(group)))
             own = None
             if made is not None and made.holds(params):
@@ -204,6 +207,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Args:
             grads: for each parameter to update its gradient, of the parameter's shape and device
                 and any supported dtype: float32 sums for half-precision parameters, say.
+
+        Raises: as `step`; ValueError: a gradient of something else.
         """
         if watched(self):
             hooked = torch.optim.Optimizer.profile_hook_step(type(self)._step_with)
@@ -214,6 +219,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step_with(self, grads: Mapping[Tensor, Tensor], *, num_steps: int = 1) -> None:
         check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
+        self._check_keys(grads)
         self._forget_if_replaced()
         launches: list[Launch] = []
         if any((i, self._variant(g)) not in self._sorted for i, g in enumerate(self.param_groups)):
@@ -222,6 +228,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             own = [grads.get(param) for param in group["params"]]
             launches += self._launches(index, group, group["params"], own)
         self._run(launches, num_steps)
+
+    def _check_keys(self, grads: Mapping[Tensor, Tensor]) -> None:
+        strange = grads.keys() - set(self._params())
+        if strange:
+            got = next(iter(strange))
+            kind = f"one of shape {tuple(got.shape)}" if isinstance(got, Tensor) else repr(got)
+            raise ValueError(f"grads: expected gradients of the optimizer's parameters, got {kind}")
 
     def reset(self) -> None:
         """Forget all state, as if no step had been made; the memory is given back."""
@@ -301,9 +314,30 @@ class FusedOptimizer(torch.optim.Optimizer):
         return made
 
     def _run(self, launches: list[Launch], num_steps: int) -> None:
-        ready = [(launch.bucket, self._record(launch)) for launch in launches]
-        if self.max_grad_norm is not None and ready:
-            self._clip(ready, self.max_grad_norm)
+        try:
+            ready = [(launch.bucket, self._record(launch)) for launch in launches]
+            if self.max_grad_norm is not None and ready:
+                self._clip(ready, self.max_grad_norm)
+        except BaseException:
+            self._drop_fresh(launches)
+            raise
+        if len(ready) > 1 or any(bucket.fresh for bucket, _ in ready):
+            uninterrupted(lambda: self._update(ready, num_steps))
+        else:
+            self._update(ready, num_steps)
+
+    def _drop_fresh(self, launches: list[Launch]) -> None:
+        """Takes state back that was made for updates which did not come about: only the tables know
+        that it is yet to be set."""
+        fresh = [
+            param for launch in launches if launch.bucket.fresh for param in launch.bucket.params
+        ]
+        for param in fresh:
+            self.state.pop(param, None)
+        if fresh:
+            self._forget()
+
+    def _update(self, ready: list[tuple[Bucket, Tensor]], num_steps: int) -> None:
         for bucket, record in ready:
             self._kernel(bucket, record, num_steps)
             if bucket.fresh:

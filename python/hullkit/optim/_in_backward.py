@@ -57,7 +57,12 @@ def _begin(optimizer: Any, num_steps: int) -> tuple[dict[str, Any], list[Any]]:
                 "reentrant checkpointing)"
             )
         done.add(id(param))
-        assert grad is not None
+        if grad is None:
+            raise RuntimeError(
+                "update_in_backward: expected the gradient of a parameter of shape "
+                f"{tuple(param.shape)} as its hooks run, got None: another hook of the parameter, "
+                "or another such block, has taken it"
+            )
         launches = optimizer._launches(id(param), params[param], [param], [grad])
         optimizer._run(launches, num_steps)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from operator import is_
@@ -81,7 +81,7 @@ def accumulate_(
     """
     if len(into) != len(grads):
         raise ValueError(f"grads: expected {len(into)}, as many as into, got {len(grads)}")
-    if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+    if not isinstance(weight, (int, float)) or not abs(weight) <= sys.float_info.max:
         raise ValueError(f"weight: expected a finite number, got {weight!r}")
     pairs = [(a, g) for a, g in zip(into, grads, strict=True) if g is not None]
     if not pairs:

@@ -9,6 +9,7 @@ hand for the memory traffic of one, in one launch for all parameters of a group.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -31,7 +32,7 @@ _FLOAT16 = (
 )
 
 
-def _refuse_amsgrad(groups: list[dict[str, Any]]) -> None:
+def _refuse_amsgrad(groups: Iterable[dict[str, Any]]) -> None:
     if any(group["amsgrad"] for group in groups):
         raise ValueError("amsgrad: expected False, got True: use torch.optim for AMSGrad")
 
@@ -65,7 +66,14 @@ class _FusedAdam(FusedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but that moments of halves are taken over in bfloat16, without a
         detour through float16."""
-        super().load_state_dict(state_dict)
+        hooked: list[dict[str, Any]] = []
+        # The last of the hooks sees what the others have made of it.
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: hooked.append(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        [state_dict] = hooked
         indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(indices, params, strict=True):
@@ -94,6 +102,7 @@ class _FusedAdam(FusedOptimizer):
         return [*(state_like(state, name, param, dtype) for name in _MOMENTS), state["step"]], False
 
     def _options(self, group: dict[str, Any], lr: float) -> AdamOptions:
+        _refuse_amsgrad([group])
         beta1, beta2 = map(float, group["betas"])
         decay = float(group["weight_decay"])
         decoupled = group.get("decoupled_weight_decay", isinstance(self, torch.optim.AdamW))

@@ -93,8 +93,10 @@ def refuse_mask(name: str, value: Any) -> None:
 
 
 def to_numpy(name: str, value: Any, dtype: Any = None) -> Any:
-    """`numpy.asarray`, which forgets masks, for what has none."""
+    """`numpy.asarray`, which forgets masks, for what has none. Of bfloat16 it is in float32."""
     refuse_mask(name, value)
+    if isinstance(value, Tensor) and value.dtype is torch.bfloat16:
+        value = value.detach().float()
     return np.asarray(value, dtype=dtype)
 
 

@@ -130,11 +130,11 @@ def select(
     """
     check_choice("method", method, ("hull", "knn", "sift"))
     auto = isinstance(total, str) and total == "auto"
+    of_hull = (max_support, max_iters, tol, variant, gap_tol, exchange_passes)
     _check_options(
         method,
-        hull=(max_support, max_iters, tol, variant, gap_tol, exchange_passes)
-        != (None, 250, 1e-5, None, None, 2),
-        sift=noise != 0.01 or (alpha is not None and not auto),
+        hull=any(map(_is_set, of_hull, (None, 250, 1e-5, None, None, 2))),
+        sift=_is_set(noise, 0.01) or (alpha is not None and not auto),
     )
     if auto:
         most, alpha = _check_auto(method, max_total, alpha)
@@ -231,6 +231,11 @@ def _rounded_to_auto(
     return counts, torch.where(result.residual_norm.isnan(), -1, totals)
 
 
+def _is_set(value: Any, default: Any) -> bool:
+    """An array, which is a mistake, counts as set."""
+    return value is not default and not (isinstance(value, (int, float)) and value == default)
+
+
 def _check_options(method: str, *, hull: bool, sift: bool) -> None:
     """Which options were set, by whose they are: another method would silently not heed them."""
     for given, names, owner in (
@@ -243,8 +248,10 @@ def _check_options(method: str, *, hull: bool, sift: bool) -> None:
 
 def _without_copies(
     pool: Tensor, query: Tensor, candidates: Tensor | None, representatives: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """A shared pool, and candidates for it at the same positions: -1 where one is a copy."""
+    if candidates is None and len(pool) == 0:  # no entries, each with a pool of its own
+        return pool, None
     own = representatives == torch.arange(representatives.shape[-1], device=pool.device)
     if candidates is None:
         candidates = torch.arange(pool.shape[:-1].numel(), device=pool.device)
@@ -276,6 +283,11 @@ def _nearest(
     if lengths is None and candidates is None:
         return result, counts  # knn has checked that there are enough
     short = (result.indices < 0).any(-1)
+    if result.indices.ndim == 1 and bool(short):
+        raise ValueError(
+            f"total: expected at most {cap} for each of the valid candidates for "
+            f"method='knn', got {total}"
+        )
     if bool(short.any()):
         raise ValueError(
             f"total: expected at most {cap} for each of the valid candidates for "

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block of Ray's actors: the types of its columns, and rows that fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("ray.data", reason="an extra is not installed")
+
+import pyarrow as pa
+from _ray_setups import block, low_rank, setup
+from hullkit.interop.ray import AdaptRows
+
+
+def test_kept_columns_have_the_types_of_the_dataset() -> None:
+    """Of a table, whatever a block holds; of NumPy's arrays, what they hold."""
+    types = {"n": pa.uint64(), "source": pa.string(), "day": pa.timestamp("ns")}
+    types |= {"v": pa.list_(pa.float32())}
+    values = {"n": [1, 99], "source": [None, None], "day": [None, 5], "v": [[0.5, 1.0], [2.0]]}
+    table = pa.table({name: pa.array(values[name], of) for name, of in types.items()})
+    rows = AdaptRows(setup, keep=[*types])(table)
+    assert {name: rows.schema.field(name).type for name in types} == types
+    assert [row["error"] is None for row in rows.to_pylist()] == [True, False]
+    arrays = {"n": np.array([3, 1 << 63], np.uint64), "v": np.ones((2, 3), np.float32)}
+    rows = AdaptRows(setup, keep=["n", "v"])(arrays)
+    assert rows.schema.types[:2] == [pa.uint64(), pa.list_(pa.float32())]
+    mixed = {"n": np.array([1, 2]), "source": np.array(["a", 5], object)}
+    with pytest.raises(TypeError, match="keep: expected values of one type in the column 'source'"):
+        AdaptRows(setup, keep=["source"])(mixed)
+
+
+def test_declared_columns_are_in_every_block() -> None:
+    def own(adapted: torch.nn.Module, row: Any) -> dict[str, Any]:
+        return {"score": 1, "other": 2} if row["n"] == 5 else {"score": 1}
+
+    made = setup()._replace(use=own, columns={"score": pa.float64()})
+    actor = AdaptRows(lambda: made, keep=["n"])
+    failed, good = actor(block(99)), actor(block(1, 5))
+    assert failed.schema == good.schema
+    assert good.column("score").to_pylist() == [1.0, None]
+    assert "use: expected columns of ['score'], got 'other'" in good.column("error")[1].as_py()
+
+
+def test_a_row_for_which_the_model_raises_is_alone() -> None:
+    class Picky(torch.nn.Sequential):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            if (ids == 7).any():
+                raise ValueError("model: seven")
+            out: torch.Tensor = super().forward(ids)
+            return out
+
+    for made in (low_rank, setup):
+        own = made()
+        own.tuner.model.__class__ = Picky
+        rows = AdaptRows(lambda own=own: own, keep=["n"])(block(1, 7, 20)).to_pylist()
+        assert [row["error"] for row in rows] == [None, "ValueError: model: seven", None]

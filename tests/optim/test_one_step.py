@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step is one unit: signals come after it, and a step that fails has left nothing."""
+
+from __future__ import annotations
+
+import copy
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hullkit import optim
+from hullkit.native.kernels import uninterrupted
+from torch import Tensor, nn
+
+
+class Stop(Exception):
+    pass
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def parameters(*sizes: int) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.ones(size)) for size in sizes]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return params
+
+
+def stepping_signals(optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of updates so far at each kernel; a signal arrives in each of them."""
+    kernel, seen = optimizer._kernel, []
+
+    def interrupted(*arguments: Any) -> None:
+        kernel(*arguments)
+        seen.append(1)
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(optimizer, "_kernel", interrupted)
+    return seen
+
+
+@pytest.mark.parametrize("kind", [optim.Adam, optim.AdamW, optim.SGD])
+def test_a_signal_comes_when_all_groups_are_updated(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big, small = parameters(9, 3)
+    optimizer = kind([{"params": [big]}, {"params": [small], "weight_decay": 0.0}], lr=0.1)
+    seen = stepping_signals(optimizer, monkeypatch)
+    with signals_raise(), pytest.raises(Stop):
+        optimizer.step(num_steps=3)
+    assert len(seen) == 2
+    assert not torch.equal(big, torch.ones(9))
+    assert not torch.equal(small, torch.ones(3))
+
+
+def test_a_signal_in_the_first_step_with_dampening(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    [param], [other] = parameters(4), parameters(4)
+    optimizer, wanted = optim.SGD([param], **options), torch.optim.SGD([other], **options)
+    with monkeypatch.context() as patch, signals_raise():
+        stepping_signals(optimizer, patch)
+        with pytest.raises(Stop):
+            optimizer.step()
+    optimizer.step()
+    wanted.step()
+    wanted.step()
+    torch.testing.assert_close(param, other)
+
+
+def test_a_first_step_that_fails_leaves_no_buffer() -> None:
+    [param], [other] = parameters(4), parameters(4)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    optimizer, wanted = optim.SGD([param], **options), torch.optim.SGD([other], **options)
+    optimizer.param_groups[0]["lr"] = "fast"
+    with pytest.raises(ValueError, match="fast"):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.param_groups[0]["lr"] = 0.1
+    again = copy.deepcopy(optimizer)
+    [copied] = again.param_groups[0]["params"]
+    copied.grad = torch.ones(4)
+    again.step()
+    wanted.step()
+    torch.testing.assert_close(copied, other)
+
+
+def test_uninterrupted() -> None:
+    done: list[int] = []
+
+    def work(error: Exception | None = None) -> int:
+        signal.raise_signal(signal.SIGUSR1)
+        done.append(1)
+        if error is not None:
+            raise error
+        return 7
+
+    with signals_raise():
+        with pytest.raises(Stop):
+            uninterrupted(work)
+        with pytest.raises(Stop) as caught:
+            uninterrupted(lambda: work(ValueError("mine")))
+        assert str(caught.value.__context__) == "mine"
+        assert len(done) == 2
+        assert uninterrupted(lambda: 5) == 5
+        with pytest.raises(ValueError, match="mine"):
+            uninterrupted(lambda: int("mine"))
+        assert signal.getsignal(signal.SIGUSR1).__name__ == "stop"  # type: ignore[union-attr]
+
+
+KINDS = [optim.Adam, optim.AdamW, optim.SGD]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_and_state_that_torch_steps_with(kind: Any) -> None:
+    [param], [other] = parameters(4), parameters(4)
+    optimizer, wanted = kind([param], lr=0.1), kind([other], lr=0.1)
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = tuple(optimizer.param_groups[0]["params"])
+    optimizer.state["ema"] = 0.5
+    for _ in range(2):
+        optimizer.step()
+    optimizer.state["ema"] = [1]
+    optimizer.step()
+    for _ in range(4):
+        wanted.step()
+    assert torch.equal(param, other)
+
+
+@pytest.mark.parametrize("kind", [optim.Adam, optim.AdamW])
+def test_amsgrad_that_is_set_later_is_refused(kind: Any) -> None:
+    [param] = parameters(4)
+    optimizer = kind([param])
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="amsgrad: expected False, got True"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_hook_unwraps_what_is_loaded(rounded: bool) -> None:
+    def made() -> optim.Adam:
+        param = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        param.grad = torch.ones_like(param)
+        return optim.Adam([param], lr=0.5, stochastic_rounding=rounded)
+
+    source, target = made(), made()
+    source.step()
+    target.register_load_state_dict_pre_hook(lambda _, given: given["opt"])
+    target.load_state_dict({"opt": source.state_dict()})
+    [ours], [theirs] = target.state.values(), source.state.values()
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        assert ours[name].dtype is theirs[name].dtype
+        assert torch.equal(ours[name], theirs[name])
+    assert len(target._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_a_gradient_that_somebody_took_is_named() -> None:
+    param = nn.Parameter(torch.ones(2, 3))
+
+    def take(param: Tensor) -> None:
+        param.grad = None
+
+    param.register_post_accumulate_grad_hook(take)
+    optimizer = optim.SGD([param], lr=0.1)
+    with (
+        pytest.raises(RuntimeError, match=r"parameter of shape \(2, 3\) .* got None: another hook"),
+        optimizer.update_in_backward(),
+    ):
+        param.sum().backward()
+
+
+def test_gradients_of_others_are_refused() -> None:
+    [param] = parameters(4)
+    optimizer = optim.SGD([param], lr=0.1)
+    for strange, got in ((nn.Parameter(torch.ones(2)), r"one of shape \(2,\)"), ("x", "'x'")):
+        with pytest.raises(
+            ValueError, match=f"grads: expected .*optimizer's parameters, got {got}"
+        ):
+            optimizer.step_with({param: torch.ones(4), strange: torch.ones(2)})  # type: ignore[dict-item]
+    assert torch.equal(param, torch.ones(4))
+
+
+def test_a_weight_beyond_floats() -> None:
+    with pytest.raises(ValueError, match="weight: expected a finite number"):
+        optim.accumulate_([torch.zeros(2)], [torch.ones(2)], 10**400)
