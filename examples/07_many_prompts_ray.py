@@ -64,8 +64,6 @@ def main(out: str) -> None:
         compute=ray.data.ActorPoolStrategy(size=2),
         batch_size=4,
         batch_format="pyarrow",  # columns that are kept keep their types
-        max_restarts=3,
-        max_task_retries=3,  # a row that ends its process each time ends the run
         num_cpus=0.5,  # a processor that no actor holds writes rows meanwhile
     ).write_parquet(out)
     ray.shutdown()

@@ -6,7 +6,7 @@ rows are written to parquet as blocks are done:
 
     rows = unfinished(ray.data.read_parquet(prompts), "out", key="id")
     rows.map_batches(AdaptRows, fn_constructor_args=[setup, ["id"]], batch_size=8, num_gpus=1,
-                     batch_format="pyarrow", max_restarts=3, max_task_retries=3,
+                     batch_format="pyarrow",
                      compute=ray.data.ActorPoolStrategy(size=2)).write_parquet("out")
 
 Here the column `id` names a prompt, each another. With "pyarrow" the columns that are kept have the
@@ -15,9 +15,9 @@ blocks with processors that no actor holds. If there are none, it writes when th
 and a run that is killed before then has written nothing.
 
 Ray starts an actor anew if its process dies, and gives its block to it again: no row is lost or
-comes twice. Without `max_restarts` and `max_task_retries` it does so for ever, also for a row that
-ends its process each time. A run that was killed goes on where it stopped: `unfinished` leaves out
-rows that are there already.
+comes twice. It does so for ever, also for a row that ends its process each time, unless
+`map_batches` gets `max_restarts` and `max_task_retries`, of which new versions of Ray warn. A run
+that was killed goes on where it stopped: `unfinished` leaves out rows that are there already.
 """
 
 from __future__ import annotations
