@@ -16,6 +16,7 @@
 #include <exception>
 #include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace py = pybind11;
@@ -25,6 +26,12 @@ namespace {
 
 // No error of _leave comes this often, unless it comes for ever.
 constexpr int kMostAttempts = 100;
+
+// Whether Python lets only its main thread change handlers.
+bool refuses_thread(const py::error_already_set& error) {
+  return error.matches(PyExc_ValueError) &&
+         std::string(error.what()).find("signal only works in main thread") != std::string::npos;
+}
 
 // Python's handlers of signals, replaced for a time by one that notes what has arrived.
 class HeldSignals {
@@ -50,7 +57,14 @@ class HeldSignals {
       if (!handler) throw py::error_already_set();
       if (handler.is(note_) || !PyCallable_Check(handler.ptr())) continue;
       replaced_[signum] = handler;  // first: setting may be cut short
-      set(signum, note_);
+      try {
+        set(signum, note_);
+      } catch (const py::error_already_set& error) {
+        // `threading` may have been imported first by another thread than Python's main one.
+        if (!refuses_thread(error)) throw;
+        replaced_.clear();
+        return;
+      }
     }
   }
 

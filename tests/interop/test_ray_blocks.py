@@ -28,8 +28,14 @@ def test_kept_columns_have_the_types_of_the_dataset() -> None:
     arrays = {"n": np.array([3, 1 << 63], np.uint64), "v": np.ones((2, 3), np.float32)}
     rows = AdaptRows(setup, keep=["n", "v"])(arrays)
     assert rows.schema.types[:2] == [pa.uint64(), pa.list_(pa.float32())]
+    whole = {"n": np.array([1, 2]), "m": np.ones((2, 3, 4)), "h": np.array([5, 6], "datetime64[h]")}
+    rows = AdaptRows(setup, keep=["m", "n"])(whole)
+    assert rows.column("m").to_pylist() == np.ones((2, 3, 4)).tolist()
+    assert AdaptRows(setup, keep=["h"])(whole).column("h")[0].as_py().hour == 5
     mixed = {"n": np.array([1, 2]), "source": np.array(["a", 5], object)}
-    with pytest.raises(TypeError, match="keep: expected values of one type in the column 'source'"):
+    with pytest.raises(
+        TypeError, match="keep: expected values of pyarrow's types in the column 'source'"
+    ):
         AdaptRows(setup, keep=["source"])(mixed)
 
 
@@ -43,6 +49,22 @@ def test_declared_columns_are_in_every_block() -> None:
     assert failed.schema == good.schema
     assert good.column("score").to_pylist() == [1.0, None]
     assert "use: expected columns of ['score'], got 'other'" in good.column("error")[1].as_py()
+    for of, value in ((pa.float32(), 1.5), (pa.int32(), np.int64(3)), (pa.large_string(), "x")):
+        own = made._replace(use=lambda *_, v=value: {"s": v}, columns={"s": of})
+        rows = AdaptRows(lambda own=own: own, keep=["n"])(block(1))
+        assert rows.schema.field("s").type == of
+        assert rows.column("s").to_pylist() == [value]
+        own = made._replace(use=lambda *_: {"s": b"\xff"}, columns={"s": pa.int8()})
+        [row] = AdaptRows(lambda own=own: own, keep=["n"])(block(1)).to_pylist()
+        assert "use: expected int8 in the column 's', got" in row["error"]
+    for columns, words in (
+        ({"n": pa.int64()}, "columns: expected names of new columns, got 'n'"),
+        ({"error": pa.string()}, "columns: expected names of new columns, got 'error'"),
+        ({"s": "float"}, r"columns\['s'\]: expected a pyarrow.DataType, got str"),
+    ):
+        own = made._replace(columns=columns)  # type: ignore[arg-type]
+        with pytest.raises((TypeError, ValueError), match=words):
+            AdaptRows(lambda own=own: own, keep=["n"])
 
 
 def test_a_row_for_which_the_model_raises_is_alone() -> None:

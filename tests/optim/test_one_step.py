@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step is one unit: signals come after it, and a step that fails has left nothing."""
+"""A step is one unit: signals come after it, and one with a bad option has left nothing. And what
+callers do to groups, state, hooks and gradients."""
 
 from __future__ import annotations
 
@@ -97,6 +98,31 @@ def test_a_first_step_that_fails_leaves_no_buffer() -> None:
     torch.testing.assert_close(copied, other)
 
 
+def test_a_step_that_fails_keeps_the_buffers_of_others() -> None:
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    results = []
+    for fails in (True, False):
+        first, second = parameters(4, 4)
+        second.grad = None
+        optimizer = optim.SGD([first, second], **options)
+        optimizer.step()
+        optimizer.step()
+        second.grad = torch.ones(4)
+        if fails:
+            optimizer.param_groups[0]["lr"] = "fast"
+            with pytest.raises(ValueError, match="fast"):
+                optimizer.step()
+            optimizer.param_groups[0]["lr"] = 0.1
+            assert len(optimizer.state) == 1
+            optimizer = copy.deepcopy(optimizer)
+            first, second = optimizer.param_groups[0]["params"]
+            first.grad, second.grad = torch.ones(4), torch.ones(4)
+        optimizer.step()
+        results.append((first, second))
+    for ours, wanted in zip(*results, strict=True):
+        assert torch.equal(ours, wanted)
+
+
 def test_uninterrupted() -> None:
     done: list[int] = []
 
@@ -167,6 +193,16 @@ def test_a_hook_unwraps_what_is_loaded(rounded: bool) -> None:
         assert ours[name].dtype is theirs[name].dtype
         assert torch.equal(ours[name], theirs[name])
     assert len(target._optimizer_load_state_dict_pre_hooks) == 1
+    state, again = source.state_dict(), []
+
+    def reload(optimizer: Any) -> None:
+        if not again:
+            again.append(1)
+            optimizer.load_state_dict({"opt": state})
+
+    target.register_load_state_dict_post_hook(reload)
+    target.load_state_dict({"opt": state})
+    assert again == [1]
 
 
 def test_a_gradient_that_somebody_took_is_named() -> None:

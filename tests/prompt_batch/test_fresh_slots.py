@@ -77,7 +77,7 @@ def test_after_a_failed_pass_and_a_failed_then() -> None:
 def test_an_error_in_between(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a signal's handler raises one: when a slot was started, is reset, or has ended."""
     own = batch(2)
-    started = own.start
+    started = own._start
     end = stream.Stream._end
 
     def start(slot: int, run: Any) -> None:
@@ -94,11 +94,11 @@ def test_an_error_in_between(moment: str, monkeypatch: pytest.MonkeyPatch) -> No
             raise KeyboardInterrupt
 
     if moment == "start":
-        monkeypatch.setattr(own, "start", start)
+        monkeypatch.setattr(own, "_start", start)
     elif moment == "end":
         monkeypatch.setattr(stream.Stream, "_end", ended)
     else:
-        reset, calls = own.reset, []
+        reset, calls = own._reset, []
 
         def interrupted(slots: Iterable[int]) -> None:
             calls.append(1)
@@ -106,7 +106,7 @@ def test_an_error_in_between(moment: str, monkeypatch: pytest.MonkeyPatch) -> No
                 raise KeyboardInterrupt
             reset(slots)
 
-        monkeypatch.setattr(own, "reset", interrupted)
+        monkeypatch.setattr(own, "_reset", interrupted)
     with pytest.raises(KeyboardInterrupt):
         [*own.map([query(seed=9), query()])]
     monkeypatch.undo()

@@ -75,7 +75,7 @@ def test_a_first_text_of_zeros_hides_nothing() -> None:
     with pytest.raises(ValueError, match="rows of a batch that do not change each other"):
         next(batch.map([([zeros], [1])]))
     batch = batch_of(Mixing(1).to(DEVICE), 2, target=["inner"], capture=False, **TOGETHER)
-    assert not batch.pads(zeros)
+    assert not batch._pads(zeros)
 
 
 def test_an_offset_of_all_logits_hides_nothing_and_its_rounding_is_none() -> None:
@@ -86,10 +86,10 @@ def test_an_offset_of_all_logits_hides_nothing_and_its_rounding_is_none() -> Non
         return model.to(DEVICE)
 
     options: dict[str, Any] = {"target": ["inner"], "capture": False} | TOGETHER
-    assert not batch_of(shifted(1), 2, **options).pads(text(9, 0))
+    assert not batch_of(shifted(1), 2, **options)._pads(text(9, 0))
     with pytest.raises(ValueError, match="rows of a batch that do not change each other"):
-        batch_of(shifted(0, 1), 2, **options).pads(text(9, 0))
-    assert batch_of(shifted().to(torch.bfloat16), 2, **options).pads(text(9, 0))
+        batch_of(shifted(0, 1), 2, **options)._pads(text(9, 0))
+    assert batch_of(shifted().to(torch.bfloat16), 2, **options)._pads(text(9, 0))
     logits = torch.randn(5, 40) + 300.0
     assert difference(logits, logits.bfloat16(), torch.float32) > 0.3
     assert difference(logits, logits.bfloat16(), torch.bfloat16) == 0.0

@@ -287,13 +287,13 @@ def test_weights_that_changed_are_read_anew(inference: bool) -> None:
 def test_graphs_of_other_tensors_are_dropped() -> None:
     model = llama().to(DEVICE)
     batch = batch_of(model, 1)
-    batch.begin()
+    batch._begin()
     known: Any = batch._passes._graphs
     known[32] = None
-    batch.begin()
+    batch._begin()
     assert known
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
-    batch.begin()
+    batch._begin()
     assert not known
 
 

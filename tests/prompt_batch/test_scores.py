@@ -132,7 +132,7 @@ def test_what_shares_no_passes_is_called(
     batch = shared(2)
     batch._passes.scores = what != "no scores"
     if what == "one row":
-        monkeypatch.setattr(batch.room, "rows", lambda length: 1)
+        monkeypatch.setattr(batch._room, "rows", lambda length: 1)
     values([*batch.map([query(0), query(1)])])
     assert len(called) == 2
 
@@ -230,14 +230,14 @@ def test_a_score_without_memory_for_a_pass_is_called(
     wanted = by_calls(queries)
     called.clear()
     batch = shared(2)
-    step = batch.step
+    step = batch._step
 
     def lacking(tokens: Tensor, first: int, group: list[Any]) -> Any:
         if any(run is not None and run.scored is not None for run in group):
             raise torch.OutOfMemoryError("no more")
         return step(tokens, first, group)
 
-    monkeypatch.setattr(batch, "step", lacking)
+    monkeypatch.setattr(batch, "_step", lacking)
     assert values([*batch.map(queries)]) == pytest.approx(wanted, rel=ROUNDING)
     assert len(called) == 2
 

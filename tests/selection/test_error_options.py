@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import hullkit
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -387,27 +386,3 @@ def test_unknown_keywords_raise() -> None:
     for call in (_fw, _select, _round):
         with pytest.raises(TypeError, match="unexpected keyword"):
             call(momentum=0.9)
-
-
-def test_options_of_other_kinds_are_named() -> None:
-    pool, query = torch.eye(3), torch.ones(3)
-    for options, name in (
-        ({"method": np.array(["hull"])}, "method"),
-        ({"variant": ["away"]}, "variant"),
-        ({"tol": torch.tensor([1.0, 2.0])}, "tol"),
-        ({"noise": np.ones(2), "method": "sift"}, "noise"),
-    ):
-        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
-            hullkit.select(pool, query, 3, **options)
-    with pytest.raises(ValueError, match=r"total: expected .* got 5$"):
-        hullkit.select(pool, query, 5, method="knn", lengths=torch.tensor(2))
-
-
-@pytest.mark.parametrize("method", ["hull", "knn", "sift"])
-def test_no_queries_and_pools_of_their_own_merged(method: str) -> None:
-    chosen = hullkit.select(
-        torch.empty(0, 5, 3), torch.empty(0, 3), 3, method=method, merge_duplicates=0.1
-    )
-    plain = hullkit.select(torch.empty(0, 5, 3), torch.empty(0, 3), 3, method=method)
-    assert chosen.rows.shape == plain.rows.shape
-    assert chosen.counts.shape == plain.counts.shape

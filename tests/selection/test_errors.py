@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import hullkit
+import numpy as np
 import pytest
 import torch
 from _cases import DTYPES
@@ -285,3 +286,29 @@ def test_errors_leave_the_kernels_usable() -> None:
             hullkit.frank_wolfe(poisoned, query)
     for one, other in zip(hullkit.frank_wolfe(pool, query), expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_options_of_other_kinds_are_named() -> None:
+    pool, query = torch.eye(3), torch.ones(3)
+    for options, name in (
+        ({"method": np.array(["hull"])}, "method"),
+        ({"variant": ["away"]}, "variant"),
+        ({"tol": torch.tensor([1.0, 2.0])}, "tol"),
+        ({"noise": np.ones(2), "method": "sift"}, "noise"),
+        ({"noise": 2.0, "method": "knn"}, "method"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+            hullkit.select(pool, query, 3, **options)
+    with pytest.raises(ValueError, match=r"total: expected .* got 5$"):
+        hullkit.select(pool, query, 5, method="knn", lengths=torch.tensor(2))
+    hullkit.select(pool, query, 3, method="knn", max_iters=np.int64(250))  # the default
+
+
+@pytest.mark.parametrize("method", ["hull", "knn", "sift"])
+def test_no_queries_and_pools_of_their_own_merged(method: str) -> None:
+    chosen = hullkit.select(
+        torch.empty(0, 5, 3), torch.empty(0, 3), 3, method=method, merge_duplicates=0.1
+    )
+    plain = hullkit.select(torch.empty(0, 5, 3), torch.empty(0, 3), 3, method=method)
+    assert chosen.rows.shape == plain.rows.shape
+    assert chosen.counts.shape == plain.counts.shape

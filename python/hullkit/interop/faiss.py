@@ -246,7 +246,7 @@ class Texts(Sequence[str]):
         if self._offsets.ndim != 1 or self._offsets.dtype.kind not in "iu" or not len(offsets):
             got = f"shape {self._offsets.shape} of {self._offsets.dtype}"
             raise TypeError(f"offsets: expected integers of shape (M + 1,), got {got}")
-        self._path = path
+        self._path = os.path.abspath(path)  # another process may be in another folder
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
         size = os.fstat(self._file).st_size
@@ -264,7 +264,9 @@ class Texts(Sequence[str]):
         begin, end = int(self._offsets[place]), int(self._offsets[place + 1])
         if not 0 <= begin <= end:
             raise ValueError(f"offsets[{place}]: expected not to fall, got {begin}, then {end}")
-        found = os.pread(self._file, end - begin, begin)
+        found = b""
+        while part := os.pread(self._file, end - begin - len(found), begin + len(found)):
+            found += part
         if len(found) < end - begin:
             size = os.fstat(self._file).st_size
             raise ValueError(

@@ -25,6 +25,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..finetune import TestTimeFinetuner
+from ..language_model.interface import MODEL_ERRORS
 from ..prompt_batch import Answer, PromptBatch, Query
 
 Block = dict[str, NDArray[Any]]
@@ -119,6 +121,12 @@ class AdaptRows:
             if not callable(getattr(made, name)):
                 kind = type(getattr(made, name)).__name__
                 raise TypeError(f"{name}: expected a callable, got {kind}")
+        for name, of in (made.columns or {}).items():
+            if name in self._keep or name in _REPORTED:
+                raise ValueError(f"columns: expected names of new columns, got {name!r}")
+            if not isinstance(of, pa.DataType):
+                kind = type(of).__name__
+                raise TypeError(f"columns[{name!r}]: expected a pyarrow.DataType, got {kind}")
         self._setup = made
         self._types = dict(made.columns or {})  # of the columns of `use` so far
 
@@ -156,9 +164,11 @@ class AdaptRows:
         """A row's result, or the error of one whose new values are not of the columns so far."""
         declared = self._setup.columns
         for name in result.keys() - _REPORTED.keys():
-            if declared is not None and name not in declared:
-                what = f"use: expected columns of {[*declared]}, got {name!r}"
-                return _failed(ValueError(what))
+            if declared is not None:
+                error = _misfit(name, result[name], declared)
+                if error is not None:
+                    return _failed(error)
+                continue
             of = pa.array([result[name]]).type
             known = self._types.get(name, of)
             if pa.types.is_null(known):
@@ -233,7 +243,7 @@ class AdaptRows:
                 answers.append(answer)
         except OUT_OF_MEMORY:
             raise
-        except Exception as error:
+        except MODEL_ERRORS as error:
             if len(queries) == 1:
                 return [Answer(0, None, (), error)]
             for query in queries[len(answers) :]:
@@ -253,7 +263,7 @@ class AdaptRows:
                 raise TypeError(f"use: expected names of columns, got {name!r}")
             try:
                 pa.array([value])
-            except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            except _NOT_ARROWS:
                 kind = type(value).__name__
                 raise TypeError(
                     "use: expected numbers that 64 bits hold, or strings, got a value of "
@@ -262,13 +272,29 @@ class AdaptRows:
         return used
 
 
+_NOT_ARROWS = (pa.ArrowException, TypeError, ValueError, OverflowError)
+
+
 def _array(name: str, column: NDArray[Any]) -> pa.Array:
-    try:
+    with suppress(*_NOT_ARROWS):  # arrays in rows, and NumPy's own types: by Python's values
         return pa.array(column if column.ndim == 1 else list(column))
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+    try:
+        return pa.array(column.tolist())
+    except _NOT_ARROWS as error:
         raise TypeError(
-            f"keep: expected values of one type in the column {name!r}, got {error}"
+            f"keep: expected values of pyarrow's types in the column {name!r}, got {error}"
         ) from error
+
+
+def _misfit(name: str, value: Any, declared: dict[str, pa.DataType]) -> Exception | None:
+    """Why a value cannot be in a declared column."""
+    if name not in declared:
+        return ValueError(f"use: expected columns of {[*declared]}, got {name!r}")
+    try:
+        pa.array([value], declared[name])
+    except _NOT_ARROWS as error:
+        return TypeError(f"use: expected {declared[name]} in the column {name!r}, got {error}")
+    return None
 
 
 def _checked(choice: Any) -> tuple[Any, Exception | None]:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._layouts import Layouts, address, check_plain, layouts
+from ._record import is_fresh
 from ._tensor_table import DTYPES, TensorTable, same_layout
 
 Params = list[Tensor]
@@ -31,6 +33,11 @@ class Bucket:
         self.dtypes = dtypes
         self.table = table
         self.fresh = fresh  # whether state is set by the first launch, not read
+
+    def fresh_params(self) -> Params:
+        """Parameters whose state is yet to be set."""
+        pairs = zip(self.params, self.table.rows, strict=True)
+        return [param for param, row in pairs if self.fresh and is_fresh(row.flags)]
 
 
 class Launch(NamedTuple):
@@ -118,3 +125,12 @@ def check_grad(param: Tensor, grad: Tensor) -> None:
             f"{name}: expected that shape on {param.device}, got {tuple(grad.shape)} on "
             f"{grad.device}"
         )
+
+
+def check_keys(grads: Iterable[Any], params: Params) -> None:
+    """Raises ValueError for a key of `grads` that is no parameter."""
+    known = set(params)
+    for got in grads:
+        if got not in known:
+            kind = f"one of shape {tuple(got.shape)}" if isinstance(got, Tensor) else repr(got)
+            raise ValueError(f"grads: expected gradients of the optimizer's parameters, got {kind}")

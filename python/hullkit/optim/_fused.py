@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import check_int, check_number
 from ..native.kernels import uninterrupted
 from . import _kernels
-from ._buckets import Bucket, Launch, Params, SortedBuckets, check_grad
+from ._buckets import Bucket, Launch, Params, SortedBuckets, check_grad, check_keys
 from ._in_backward import update_in_backward
 from ._layouts import address, state_layouts
 from ._record import FACTOR, LR, MAX_NUM_STEPS, AdamOptions, SGDOptions, TensorRow, flags_of
@@ -219,22 +219,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _step_with(self, grads: Mapping[Tensor, Tensor], *, num_steps: int = 1) -> None:
         check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
-        self._check_keys(grads)
+        given = [[grads.get(p) for p in group["params"]] for group in self.param_groups]
+        if sum(grad is not None for own in given for grad in own) < len(grads):
+            check_keys(grads, self._params())
         self._forget_if_replaced()
         launches: list[Launch] = []
         if any((i, self._variant(g)) not in self._sorted for i, g in enumerate(self.param_groups)):
             self._check_gradients(grads)
-        for index, group in enumerate(self.param_groups):
-            own = [grads.get(param) for param in group["params"]]
+        for index, (group, own) in enumerate(zip(self.param_groups, given, strict=True)):
             launches += self._launches(index, group, group["params"], own)
         self._run(launches, num_steps)
-
-    def _check_keys(self, grads: Mapping[Tensor, Tensor]) -> None:
-        strange = grads.keys() - set(self._params())
-        if strange:
-            got = next(iter(strange))
-            kind = f"one of shape {tuple(got.shape)}" if isinstance(got, Tensor) else repr(got)
-            raise ValueError(f"grads: expected gradients of the optimizer's parameters, got {kind}")
 
     def reset(self) -> None:
         """Forget all state, as if no step had been made; the memory is given back."""
@@ -329,9 +323,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _drop_fresh(self, launches: list[Launch]) -> None:
         """Takes state back that was made for updates which did not come about: only the tables know
         that it is yet to be set."""
-        fresh = [
-            param for launch in launches if launch.bucket.fresh for param in launch.bucket.params
-        ]
+        fresh = [param for launch in launches for param in launch.bucket.fresh_params()]
         for param in fresh:
             self.state.pop(param, None)
         if fresh:

@@ -67,12 +67,19 @@ class _FusedAdam(FusedOptimizer):
         """As in torch.optim, but that moments of halves are taken over in bfloat16, without a
         detour through float16."""
         hooked: list[dict[str, Any]] = []
+        depth = self._loads = self.__dict__.get("_loads", 0) + 1  # a hook may load, too
+
+        def note(_: Any, given: dict[str, Any]) -> None:
+            if self._loads == depth:
+                hooked.append(given)
+
         # The last of the hooks sees what the others have made of it.
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: hooked.append(given))
+        handle = self.register_load_state_dict_pre_hook(note)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+            self._loads = depth - 1
         [state_dict] = hooked
         indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)

@@ -143,7 +143,7 @@ class PromptBatch(Settings):
         scale = _SCALE if dtype is torch.float16 else 1.0
         share = alpha / (math.sqrt(rank) if rslora else rank)
         self._forwards = SlotForwards(self._layers, share, backend)
-        self.longest = longest_padded(model)  # the length up to which texts are padded
+        self._longest = longest_padded(model)  # the length up to which texts are padded
         self._busy = False
 
         def make(number: int) -> None:
@@ -161,7 +161,7 @@ class PromptBatch(Settings):
         if isinstance(slots, str):
             assert limit is not None
             make(1)
-            text = self._passes.held(min(PLANNED, self.longest or PLANNED)) * self._passes.shares
+            text = self._passes.held(min(PLANNED, self._longest or PLANNED)) * self._passes.shares
             own = self._factors.num_bytes
             if apart:  # one text at a time; where passes are captured, half as much as a slot more
                 slots = slots_within(limit - text - own // 2 * captures, own)
@@ -173,10 +173,10 @@ class PromptBatch(Settings):
             if limit <= own:
                 raise ValueError(f"memory: expected more than the {own} bytes of {slots} slots")
             limit = (limit - own) // self._passes.shares
-        self.room = Room(slots, limit, self._passes.held)
+        self._room = Room(slots, limit, self._passes.held)
         modules = (layer.module for layer in self._layers)
         self._steps = CapturedSteps(model, modules, self._passes.memory)
-        self._neighbours = Neighbours(self._passes.logits, slots, apart, captures)
+        self._neighbours = Neighbours(self._passes.logits, half, slots, apart, captures)
         self._factors.reset_(range(slots), seed)
 
     @property
@@ -240,46 +240,46 @@ class PromptBatch(Settings):
 
     # What a stream needs.
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Follows the model, and makes all slots fresh, whatever an `adapt_` has left in them."""
         self._passes.follow()
-        self.reset(range(self.slots))
+        self._reset(range(self.slots))
 
-    def start(self, slot: int, run: Run) -> None:
+    def _start(self, slot: int, run: Run) -> None:
         """Gives a slot that is fresh the query's seed, if it became so with another one."""
         seed = self.seed if run.query.seed is None else run.query.seed
         if self._factors.seeds[slot] != seed:
             self._factors.reset_([slot], seed)
 
-    def reset(self, slots: Iterable[int]) -> None:
+    def _reset(self, slots: Iterable[int]) -> None:
         self._factors.reset_(slots, self.seed)
 
     @property
-    def apart(self) -> bool:
+    def _apart(self) -> bool:
         """Whether every text has a pass of its own."""
         return self._passes.apart
 
-    def pads(self, text: Tensor) -> bool:
+    def _pads(self, text: Tensor) -> bool:
         """Whether texts are padded. The first text shows whether they may be."""
         return self._neighbours.pads(text)
 
-    def num_logits(self, text: Tensor) -> int:
+    def _num_logits(self, text: Tensor) -> int:
         """How many logits a token has, of a model that does not tell. It runs on two tokens."""
         return self._passes.logits(text[None, :2]).shape[2]
 
-    def scores(self, length: int) -> bool:
+    def _scores(self, length: int) -> bool:
         """Whether a text to score, padded to this length, may be one more of a pass."""
-        return self._passes.scores and (self.rows(length) > 1 or self.slots == 1)
+        return self._passes.scores and (self._rows(length) > 1 or self.slots == 1)
 
-    def rows(self, length: int) -> int:  # slots of a pass of texts that are padded to this length
-        return 1 if self.apart else self.room.rows(length)
+    def _rows(self, length: int) -> int:  # slots of a pass of texts that are padded to this length
+        return 1 if self._apart else self._room.rows(length)
 
-    def step(self, tokens: Tensor, first: int, group: list[Run | None]) -> tuple[Tensor, Tensor]:
+    def _step(self, tokens: Tensor, first: int, group: list[Run | None]) -> tuple[Tensor, Tensor]:
         """One pass and its updates; each slot's loss and whether a gradient was not finite.
 
         group: what the slots from `first` on have to do. tokens (2, R, T): their texts and labels.
         """
-        self.room.check(tokens.shape[2])
+        self._room.check(tokens.shape[2])
         others = self.slots - first - len(group)
         runs = [*[None] * first, *group, *[None] * others]
         steps = [0 if run is None else run.num_steps for run in runs]
@@ -300,9 +300,9 @@ class PromptBatch(Settings):
             TypeError: k is no int. IndexError: no such slot.
         """
         self._check_slot(k)
-        return self.using(k, 1)
+        return self._using(k, 1)
 
-    def using(self, first: int, slots: int) -> Borrowed:
+    def _using(self, first: int, slots: int) -> Borrowed:
         """As `slot`, of batches whose row i runs with slot first + i."""
         # A stream has refreshed the copies as it began.
         fresh = nullcontext() if self._busy else self._forwards.refreshed(self.model)
@@ -316,7 +316,7 @@ class PromptBatch(Settings):
             TypeError, ValueError: bad ids; rows of a batch change each other in this model.
         """
         self._check_rows(input_ids)
-        with torch.no_grad(), self.using(0, self.slots):
+        with torch.no_grad(), self._using(0, self.slots):
             return logits_of(self.model(input_ids, **inputs), input_ids)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
@@ -325,7 +325,7 @@ class PromptBatch(Settings):
         Raises: as a call.
         """
         self._check_rows(input_ids)
-        with self.using(0, self.slots):
+        with self._using(0, self.slots):
             out: Tensor = generate(self.model, input_ids, **options)
             return out
 

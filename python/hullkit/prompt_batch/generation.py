@@ -114,7 +114,7 @@ class Continuations:
         rows = [prompts.get(slot, some) for slot in range(first, last + 1)]
         idle = [slot not in prompts for slot in range(first, last + 1)]
         end = {"eos_token_id": list(plan.end)} if plan.end else {}
-        with self._batch.using(first, len(rows)) as model, torch.no_grad():
+        with self._batch._using(first, len(rows)) as model, torch.no_grad():
             ids, mask, padding = _left_padded(rows, longest, model)
             ends = [_Idle(torch.tensor(idle, device=ids.device))] if any(idle) else []
             out = generate(
@@ -133,7 +133,7 @@ class Continuations:
         found = []
         self.refused = True  # should there be an error
         for length in (len(prompt), longest):
-            with self._batch.using(slot, 1) as model, torch.no_grad():
+            with self._batch._using(slot, 1) as model, torch.no_grad():
                 ids, mask, padding = _left_padded([prompt], length, model)
                 out = model.generate(
                     ids, attention_mask=mask, max_new_tokens=1, do_sample=False,

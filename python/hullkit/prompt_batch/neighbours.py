@@ -19,12 +19,14 @@ Logits = Callable[[Tensor], Tensor]  # of ids (R, T): (R, T, V), the model's own
 class Neighbours:
     """What the first text shows of the model.
 
-    logits: the model's own. slots: of a batch. apart: whether every text has a pass of its own, in
-    full float32. graphs: whether passes are recorded, for padded lengths.
+    logits: the model's own. dtype: of products. slots: of a batch. apart: whether every text has a
+    pass of its own, in full float32. graphs: whether passes are recorded, for padded lengths.
     """
 
-    def __init__(self, logits: Logits, slots: int, apart: bool, graphs: bool) -> None:
-        self._logits = logits
+    def __init__(
+        self, logits: Logits, dtype: torch.dtype, slots: int, apart: bool, graphs: bool
+    ) -> None:
+        self._logits, self._dtype = logits, dtype
         self._apart = apart
         self._bound = _BOUND if apart else _BOUND_OF_HALVES
         self._checked = slots == 1
@@ -49,7 +51,7 @@ class Neighbours:
         text = text[:_TOKENS]
         both = torch.stack([text, _others(text)])
         alone, beside = self._logits(text[None])[0], self._logits(both)[0]
-        moved = difference(alone, beside, alone.dtype)
+        moved = difference(alone, beside, self._dtype)
         if moved > self._bound:
             raise ValueError(
                 "model: expected rows of a batch that do not change each other, got logits that "
@@ -70,7 +72,7 @@ class Neighbours:
             raise
         except Exception:
             return True
-        return difference(alone, padded, alone.dtype) > self._bound
+        return difference(alone, padded, self._dtype) > self._bound
 
 
 def _others(text: Tensor) -> Tensor:

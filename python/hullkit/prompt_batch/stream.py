@@ -59,7 +59,7 @@ class Stream:
         self._ended = False
 
     def __iter__(self) -> Iterator[Answer]:
-        self._batch.begin()
+        self._batch._begin()
         while True:
             self._reset()
             yield from self._ready()  # first: the next query may be long in coming
@@ -103,7 +103,7 @@ class Stream:
                     self._free.append(slot)
                 continue
             self._runs[slot] = run  # first: a signal may come meanwhile
-            self._batch.start(slot, run)
+            self._batch._start(slot, run)
 
     def _checked(self, index: int, query: Any) -> Run:
         if not isinstance(query, (tuple, list)) or not 2 <= len(query) <= len(Query._fields):
@@ -133,7 +133,7 @@ class Stream:
         """Checked ids (T,) on the host, which the caller's changes do not reach."""
         tokens = check_token_ids(name, ids, self._limits)
         if not self._told:
-            self._limits = self._limits._replace(labels=self._batch.num_logits(tokens[0]))
+            self._limits = self._limits._replace(labels=self._batch._num_logits(tokens[0]))
             self._told = True
         check_predicted(name, tokens, self._limits)
         return tokens[0].to("cpu", copy=True)
@@ -158,22 +158,22 @@ class Stream:
                     self._finish(slot, run)
             return
         oldest = min(busy, key=lambda run: run.index)
-        any_length = self._batch.apart or self._batch.pads(oldest.text)
+        any_length = self._batch._apart or self._batch._pads(oldest.text)
         runs = [
             run if run is not None and (any_length or len(run.text) == len(oldest.text)) else None
             for run in others
         ]
         length = max(self._padded(run.text) for run in runs if run is not None)
-        rows = self._batch.rows(length)
+        rows = self._batch._rows(length)
         for first in range(0, len(runs), rows):
             group = runs[first : first + rows]
             if any(run is not None for run in group) and not self._group(first, group):
                 return  # the rest goes on in smaller groups
 
     def _padded(self, text: Tensor) -> int:
-        if not self._batch.pads(text):
+        if not self._batch._pads(text):
             return len(text)
-        return bucket(len(text), self._batch.longest, ALONE if self._batch.apart else TOGETHER)
+        return bucket(len(text), self._batch._longest, ALONE if self._batch._apart else TOGETHER)
 
     def _group(self, first: int, group: list[Run | None]) -> bool:
         """One pass; whether there was memory for it. Without any for a single text, its query has
@@ -187,7 +187,7 @@ class Stream:
                 row[1, : len(run.text)] = run.text
         lacking: Exception | None = None
         try:
-            losses, broken = self._batch.step(tokens, first, group)
+            losses, broken = self._batch._step(tokens, first, group)
         except _OUT_OF_MEMORY as error:
             clear_frames(error.__traceback__)
             lacking = error
@@ -200,7 +200,7 @@ class Stream:
                 if run is not None and run.learned:
                     self._finish(slot, run, may_wait=run.score is None)
         elif len(group) > 1:
-            self._batch.room.note_too_large(len(group), length)
+            self._batch._room.note_too_large(len(group), length)
             return False
         else:
             [run] = group
@@ -220,19 +220,19 @@ class Stream:
             text = self._ids("ids", then.ids)
         except (TypeError, ValueError):
             return None  # a call raises the same
-        if self._limits.vocabulary is None or not self._batch.pads(text):
+        if self._limits.vocabulary is None or not self._batch._pads(text):
             return None  # a bad id would end the pass, or nobody has a text of this length
         others = [other for other in self._runs if other is not None]
         texts = [o.text for o in others if o.scored is not None or not o.learned]
         if all(o.learned for o in others):
             texts.append(run.longest)
         length = max(self._padded(known) for known in texts)
-        return text if self._padded(text) <= length and self._batch.scores(length) else None
+        return text if self._padded(text) <= length and self._batch._scores(length) else None
 
     def _to_continue(self, run: Run) -> Plan | None:
         """How a `Generate` is continued that may be with others, and its prompt."""
         then = run.query.then
-        if type(then) is not Generate or self._batch.apart:
+        if type(then) is not Generate or self._batch._apart:
             return None
         try:
             ids = check_token_ids("ids", then.ids, self._limits, fewest=1)
@@ -317,7 +317,7 @@ class Stream:
 
     def _reset(self) -> None:
         if self._stale:
-            self._batch.reset(self._stale)
+            self._batch._reset(self._stale)
             self._stale = []
 
     def close(self) -> None:

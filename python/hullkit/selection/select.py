@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Number
 from typing import Any, Literal
 
 import torch
@@ -233,7 +234,7 @@ def _rounded_to_auto(
 
 def _is_set(value: Any, default: Any) -> bool:
     """An array, which is a mistake, counts as set."""
-    return value is not default and not (isinstance(value, (int, float)) and value == default)
+    return value is not default and not (isinstance(value, Number) and value == default)
 
 
 def _check_options(method: str, *, hull: bool, sift: bool) -> None:
