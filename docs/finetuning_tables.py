@@ -78,7 +78,8 @@ def finetune_cpu() -> str:
         cells = [figure(float(row["p50"]) / 1000), ratio]
         lines.append([model, tokens, name, row["commit"], *cells])
     header = ["model", "example", "passes", "commit", "s a query", "times published"]
-    return table(header, lines, 4) + "\n\n" + source(find("cpu", op="finetune")[0])
+    of_first = source(find("cpu", op="finetune")[0], several=True)
+    return table(header, lines, 4) + "\n\n" + of_first
 
 
 @generated
@@ -133,7 +134,7 @@ def long_texts() -> str:
         lines.append([model, row["dtype"], row["commit"], sizes.split()[0], activations, *cells])
     header = ["model", "weights", "commit", "tokens", "activations"]
     header += ["ms, one pass and two updates", "GiB"]
-    return table(header, lines, 3) + "\n\n" + source(found[-1])
+    return table(header, lines, 3) + "\n\n" + source(found[-1], several=True)
 
 
 @generated
@@ -164,7 +165,7 @@ def _measured(name: str, rival: Row | tuple[Row, str], ours: Row, page: str) -> 
 def headline() -> str:
     gpu = {"dtype": "float32", **selection_tables.GPU}
     near = "neighbours n=200 d=384 total=50"
-    naive, ours, _ = selection_tables._run("select", near, **selection_tables.CPU)
+    naive, ours, _ = selection_tables._runs("select", near)[-1]
     batch = {"shape": "clustered B=512 n=200 d=1024 total=50", **gpu}
     lines = [
         _measured("`select`, one prompt, 200 candidates", (naive, "NumPy"), ours, "selection_cpu"),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rows import H100, Row, figure, find, generated, gib, gpu_name, source, table
 
@@ -77,23 +77,19 @@ def _size_table(
     names: Sequence[str] = tuple(SIZES),
     first: str = "model",
     snapshot: str = "device",
-    pairs: Sequence[tuple[Row, Row]] = (),
 ) -> str:
-    """pairs: of two builds; where a cell has one, the new build's figure follows an arrow."""
-    header = [first]
-    for name in names:
-        header += [f"{name}, ms", "GiB"]
     lines = []
     for model in models:
         line = [model]
         for name in names:
             line += _size_cells(_size(model, name, snapshot=snapshot))
-            for old, new in pairs:
-                if (*_model_and_kind(new), new["dtype"]) == (model, *SIZES[name]):
-                    line[-2:] = [f"{_ms(old)} → {_ms(new)}", gib(new["peak_mb"])]
         if any(line[1:]):
             lines.append(line)
-    return table(header, lines)
+    return table(_size_header(first, names), lines)
+
+
+def _size_header(first: str, names: Iterable[str]) -> list[str]:
+    return [first, *(cell for name in names for cell in (f"{name}, ms", "GiB"))]
 
 
 @generated
@@ -107,15 +103,21 @@ def model_sizes_latest() -> str:
     return "\n\n".join(_latest(device) for device in (H100, "NVIDIA H200"))
 
 
-def _latest(device: str) -> str:
-    first = {_setting(row): row["p50"] for row in find("gpu", op=FIRST)}
+def _newest(device: str) -> dict[tuple[str, ...], Row]:
+    """The newest row of each model, dtype and what was trained; the newest of all is the last."""
     newest: dict[tuple[str, ...], Row] = {}
     for row in find("gpu", op="finetune by size", device=device):
         build, trained, _, snapshot, _ = row["provider"].split(", ", 4)
         if row["p50"] and snapshot == "device snapshot" and build != "old build":
             key = _model_and_kind(row)[0], row["dtype"], trained
-            newest.pop(key, None)  # so that the newest of all is the last one
+            newest.pop(key, None)
             newest[key] = row
+    return newest
+
+
+def _latest(device: str) -> str:
+    first = {_setting(row): row["p50"] for row in find("gpu", op=FIRST)}
+    newest = _newest(device)
     newest = {k: row for k, row in newest.items() if row["commit"] != SIZES_RUN["commit"]}
     *_, last = newest.values()
     lines = []
@@ -124,7 +126,7 @@ def _latest(device: str) -> str:
         lines.append([model, trained, dtype, row["commit"], *_size_cells(row), seconds])
     lines.sort(key=lambda cells: _place(*cells[:3]))
     header = ["model", "trained", "weights", "commit", "ms", "GiB", "first query, s"]
-    return table(header, lines, 4) + "\n\n" + source(last)
+    return table(header, lines, 4) + "\n\n" + source(last, several=True)
 
 
 def _place(model: str, trained: str, dtype: str) -> tuple[int, bool, bool]:
@@ -137,10 +139,16 @@ def _setting(row: Row) -> tuple[str, ...]:
 
 @generated
 def model_sizes_short() -> str:
-    """The first table's build, and the newest one that ran beside it on the same device."""
-    run = {"device": H100, **SIZES_RUN}
-    pairs = [pair for pair in _pairs() if all(pair[0][key] == run[key] for key in run)]
-    return _size_table(["SmolLM2-135M", "Llama-3.2-1B", "Mistral-7B"], pairs=pairs)
+    """Of each model and kind the newest row; where there was no memory, the first table's."""
+    newest = _newest(H100)
+    lines = []
+    for model in ("SmolLM2-135M", "Llama-3.2-1B", "Mistral-7B"):
+        line = [model]
+        for name, (kind, dtype) in SIZES.items():
+            key = model, dtype, kind.partition(", ")[0]
+            line += _size_cells(newest.get(key) or _size(model, name))
+        lines.append(line)
+    return table(_size_header("model", SIZES), lines)
 
 
 @generated

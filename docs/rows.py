@@ -68,13 +68,14 @@ def gpu_name(row: Row) -> str:
     return row["device"].replace(" 80GB HBM3", "")
 
 
-def source(row: Row) -> str:
-    """Where rows like this one were measured."""
+def source(row: Row, *, several: bool = False) -> str:
+    """Where rows like this one were measured. several: their table says which commits."""
     place = [row["device"]]
     if row["device"].startswith("AMD"):
         place += [row["simd"]] if row.get("simd") else []
         place += {"1": ["one thread"], "2": ["two threads"]}.get(row.get("threads", ""), [])
-    torch, commit = f"torch {row['torch']}", f"commit {row['commit']}"
+    torch = f"torch {row['torch']}"
+    commit = "commits as in the table" if several else f"commit {row['commit']}"
     return ", ".join([*place, torch, commit, f"`{row['command']}`"]) + "."
 
 

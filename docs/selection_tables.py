@@ -102,14 +102,20 @@ def small_operations() -> str:
 @generated
 def sift_cpu() -> str:
     lines = []
+    ran = {(row["shape"], row["commit"]) for row in find("cpu", op="sift", provider="activeft")}
     for name, shape in PROBLEMS.items():
-        values = [
-            median("cpu", op="sift", provider=provider, shape=shape, commit="f024c71")
-            for provider in ("numpy", "activeft", "hullkit")
-        ]
-        lines.append([name, *map(figure, values), times(values[1] / values[2])])
-    header = ["`sift`, ms a prompt", "NumPy", "activeft", "hullkit", "against activeft"]
-    return table(header, lines) + "\n\n" + source(find("cpu", op="sift", provider="hullkit")[0])
+        for commit, instructions in (("f024c71", "avx512"), ("538ee16", "avx2")):
+            if (shape, commit) not in ran:
+                continue
+            run = {"op": "sift", "shape": shape, "commit": commit}
+            assert find("cpu", provider="hullkit", **run)[0]["simd"] == instructions
+            values = [median("cpu", provider=p, **run) for p in ("numpy", "activeft", "hullkit")]
+            cells = [*map(figure, values), times(values[1] / values[2])]
+            lines.append([name, instructions, commit, *cells])
+    header = ["`sift`, ms a prompt", "wide instructions", "commit"]
+    header += ["NumPy", "activeft", "hullkit", "against activeft"]
+    first = find("cpu", op="sift", provider="hullkit")[0] | {"simd": ""}
+    return table(header, lines, 3) + "\n\n" + source(first, several=True)
 
 
 @generated
