@@ -23,7 +23,14 @@ Array = NDArray[Any]
 
 
 class KNNSelector:
-    """The nearest neighbours: :func:`hullkit.knn`."""
+    """The nearest neighbours: :func:`hullkit.knn`.
+
+    Args:
+        use_faiss: neighbours by inner products, as of a faiss index; else by cosines. There is no
+            faiss in it.
+
+    Cost: O(n d) a call.
+    """
 
     name = "knn"
 
@@ -49,7 +56,14 @@ class KNNSelector:
 
 
 class SIFTSelector:
-    """SIFT: :func:`hullkit.sift` with `noise=llambda`, over all embeddings."""
+    """SIFT: :func:`hullkit.sift` with `noise=llambda`, over all embeddings.
+
+    Args:
+        llambda: the noise, > 0.
+        fast: values are what a choice takes off the variance. Choices are the same.
+
+    Cost: that of :func:`hullkit.sift`.
+    """
 
     name = "sift"
 
@@ -65,6 +79,7 @@ class SIFTSelector:
         embeddings (n, d); query_embedding (d,), or (k, d), whose variances are summed. Values are
         minus the variance after each choice or, with fast, what the choice takes off it. Choices
         are the same either way, and gains that tie go to the lowest index.
+        Raises ValueError for n_points below 1.
         """
         pool = floating("embeddings", embeddings)
         rows = np.atleast_2d(to_numpy("query_embedding", query_embedding))
@@ -77,6 +92,11 @@ class SIFTSelector:
 
 class FWSelector:
     """The Frank-Wolfe selector: :func:`hullkit.frank_wolfe`.
+
+    Args:
+        max_iter, tol: as `max_iters` and `tol` there.
+
+    Cost: that of :func:`hullkit.frank_wolfe`.
 
     >>> import numpy as np
     >>> from hullkit.interop.hullft import FWSelector

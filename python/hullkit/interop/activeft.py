@@ -44,6 +44,9 @@ class Retriever:
         only_faiss: return the N nearest of the index.
         device: where to choose; None for CUDA if there is any, else the CPU.
 
+    Raises:
+        TypeError: an index that is none of faiss. NotImplementedError: an `acquisition_function`.
+
     >>> import faiss, numpy as np
     >>> from hullkit.interop.activeft import Retriever
     >>> index = faiss.IndexFlatIP(3)

@@ -93,6 +93,8 @@ class PromptBatch(Settings):
     Cost: for K slots with the sum N of rank (D_in + D_out): 16 N K bytes of factors, gradients and
     moments, 2 N K more for copies where products are in half precision, 8 N more where passes in
     full float32 are captured, and the pass's activations.
+
+    Source: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732; HullFT's loop, arXiv 2605.30337.
     """
 
     @torch.inference_mode(False)  # tensors of that mode could not be written to outside of it
