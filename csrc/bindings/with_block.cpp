@@ -24,7 +24,7 @@ namespace py = pybind11;
 namespace hullkit {
 namespace {
 
-// No error of _leave comes this often, unless it comes for ever.
+// No error of _leave, or of a handler, comes this often, unless it comes for ever.
 constexpr int kMostAttempts = 100;
 
 // Whether Python lets only its main thread change handlers.
@@ -170,7 +170,8 @@ py::object uninterrupted(const py::function& work) {
   } catch (const py::error_already_set&) {
     error = std::current_exception();
   }
-  for (bool released = false; !released;) {
+  bool released = false;
+  for (int attempt = 0; !released && attempt < kMostAttempts; ++attempt) {
     try {
       signals.release();
       released = true;

@@ -14,6 +14,8 @@ import pytest
 import torch
 from hullkit import optim
 from hullkit.native.kernels import uninterrupted
+from hullkit.optim import _fused
+from hullkit.optim._tensor_table import TensorTable
 from torch import Tensor, nn
 
 
@@ -121,6 +123,48 @@ def test_a_step_that_fails_keeps_the_buffers_of_others() -> None:
         results.append((first, second))
     for ours, wanted in zip(*results, strict=True):
         assert torch.equal(ours, wanted)
+
+
+def test_a_table_that_cannot_be_made_leaves_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of no group. On a GPU a capture cannot be the first step."""
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    params, others = parameters(4, 3), parameters(4, 3)
+    groups = [{"params": [param]} for param in params]
+    optimizer, wanted = optim.SGD(groups, **options), torch.optim.SGD(others, **options)
+    made: list[int] = []
+
+    class Failing(TensorTable):
+        def __init__(self, *arguments: Any) -> None:
+            made.append(1)
+            if len(made) == 2:
+                raise RuntimeError("expected a first step")
+            super().__init__(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_fused, "TensorTable", Failing)
+        with pytest.raises(RuntimeError, match="expected a first step"):
+            optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    wanted.step()
+    for ours, theirs in zip(params, others, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
+def test_a_first_step_in_a_capture_leaves_no_state() -> None:
+    param = nn.Parameter(torch.ones(4, device="cuda"))
+    param.grad = torch.ones_like(param)
+    optimizer = optim.Adam([param], lr=0.1)
+    with (
+        pytest.raises(RuntimeError, match="expected a first step on these tensors before"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    torch.testing.assert_close(param.detach().cpu(), torch.full((4,), 0.9))
 
 
 def test_uninterrupted() -> None:

@@ -179,7 +179,7 @@ def test_a_step_that_is_not_recorded(error: type[BaseException], refused: bool |
     batch = adapted(llama(), 2)
     wanted = eager(batch, lambda: batch.generate(ids(2), **GREEDY))
     memory: Any = batch._steps.memory
-    record, pool = memory.record, memory.pool
+    record = memory.record
 
     def failing(*_: Any) -> None:
         raise error("no more")
@@ -192,9 +192,62 @@ def test_a_step_that_is_not_recorded(error: type[BaseException], refused: bool |
         assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
         assert batch._steps.refused is refused
     memory.record = record
-    assert memory.pool != pool  # that of a capture which failed cannot be used
+    assert (batch._steps.too_many is not None) == (error is torch.OutOfMemoryError)
     assert "forward" not in vars(batch.model)
     assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
+
+
+@gpu
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_step_that_asks_the_device_is_not_captured(sampled: bool) -> None:
+    """Random numbers can be drawn afterwards."""
+
+    def asking() -> Any:
+        model: Any = llama()
+        forward = type(model).forward
+
+        def asked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            out = forward(self, *args, **kwargs)
+            out.logits[..., 5] += float(out.logits.detach()[0, -1, 3].item() > 1e9)
+            return out
+
+        model.__class__ = type("Asking", (type(model),), {"forward": asked})
+        return model
+
+    # Its passes cannot be captured either.
+    with pytest.warns(UserWarning, match="passes run eagerly"):
+        batch = adapted(asking(), 2)
+
+    def run() -> Tensor:
+        torch.manual_seed(7)
+        return batch.generate(ids(2), **GREEDY | {"do_sample": sampled})
+
+    wanted = eager(batch, run)
+    for _ in range(2):
+        assert torch.equal(run(), wanted)
+    assert batch._steps.refused
+    assert torch.rand(3, device=DEVICE).shape == (3,)
+
+
+@gpu
+def test_an_output_that_somebody_keeps() -> None:
+    """As the traceback of an error does."""
+    batch = adapted(llama(), 2, capture=None)
+    batch.release()
+    kept: list[Any] = []
+    record = batch._steps.memory.record  # type: ignore[union-attr]
+
+    def keeping(held: int, body: Callable[[], None]) -> Any:
+        graph = record(held, body)
+        kept.append(body.__closure__)
+        return graph
+
+    batch._steps.memory.record = keeping  # type: ignore[union-attr]
+    wanted = eager(batch, lambda: batch.generate(ids(2), **GREEDY))
+    for _ in range(3):
+        assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
+    assert len(kept) == 3
+    assert not batch._steps.refused
 
 
 @gpu

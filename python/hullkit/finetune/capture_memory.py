@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -88,10 +89,21 @@ class CaptureMemory:
                 gc.enable()
         try:
             if failure is not None:
+                self._end_captures()
                 raise failure
         finally:
             failure = None  # the error holds this frame, and its frames hold a pass's tensors
         return graph
+
+    def _end_captures(self) -> None:
+        """After a capture that was broken off, torch before 2.13 believes that random numbers are
+        still drawn in it, and refuses to draw any. A capture of nothing ends that."""
+        with suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is empty
+            with torch.cuda.graph(
+                torch.cuda.CUDAGraph(), stream=self.stream, capture_error_mode="thread_local"
+            ):
+                pass
 
     def reserve(self, num_bytes: int) -> None:
         """Takes memory for a whole pass in one piece, as its capture begins.

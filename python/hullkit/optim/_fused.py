@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -269,7 +269,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _sort(
         self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]
     ) -> SortedBuckets:
-        """Buckets for these parameters; state is made where it is missing."""
+        """Buckets for these parameters. State is made where it is missing; an error leaves none."""
+        known = [param in self.state for param in params]
+        try:
+            return self._sort_anew(key, group, params, grads)
+        except BaseException:  # during a capture, say, state was made and not written
+            for param, had in zip(params, known, strict=True):
+                if not had:
+                    self.state.pop(param, None)
+            self._drop_fresh(b for made in self._sorted.values() for b in made.buckets)
+            raise
+
+    def _sort_anew(
+        self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]
+    ) -> SortedBuckets:
         self._check_params()  # torch may have moved or retyped them since
         salts = {id(p): self._salt(place, p) for place, p in enumerate(self._params())}
         places: dict[Any, list[int]] = {}  # by kind
@@ -282,20 +295,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             for place in chosen:
                 param = params[place]
                 states, fresh = self._state_of(group, param)
-                state1, state2, step = (
-                    0 if state is None else address("state", state) for state in states
-                )
+                of_states = (0 if state is None else address("state", state) for state in states)
+                state1, state2, step = of_states
                 any_fresh |= fresh
-                rows.append(
-                    TensorRow(
-                        param=address("params", param),
-                        state1=state1,
-                        state2=state2,
-                        step=step,
-                        numel=param.numel(),
-                        flags=flags_of(salts[id(param)], fresh),
-                    )
-                )
+                flags = flags_of(salts[id(param)], fresh)
+                at, numel = address("params", param), param.numel()
+                rows.append(TensorRow(at, state1, state2, step, numel, flags))
             table = TensorTable(rows, device, uses_triton("params", device, self.backend))
             own = [params[place] for place in chosen]
             dtypes = (dtype, grad_dtype, self._state_dtype(own[0]))
@@ -313,17 +318,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             if self.max_grad_norm is not None and ready:
                 self._clip(ready, self.max_grad_norm)
         except BaseException:
-            self._drop_fresh(launches)
+            self._drop_fresh(launch.bucket for launch in launches)
             raise
         if len(ready) > 1 or any(bucket.fresh for bucket, _ in ready):
             uninterrupted(lambda: self._update(ready, num_steps))
         else:
             self._update(ready, num_steps)
 
-    def _drop_fresh(self, launches: list[Launch]) -> None:
+    def _drop_fresh(self, buckets: Iterable[Bucket]) -> None:
         """Takes state back that was made for updates which did not come about: only the tables know
         that it is yet to be set."""
-        fresh = [param for launch in launches for param in launch.bucket.fresh_params()]
+        fresh = [param for bucket in buckets for param in bucket.fresh_params()]
         for param in fresh:
             self.state.pop(param, None)
         if fresh:

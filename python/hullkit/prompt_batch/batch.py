@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice, check_finite, check_int, check_positive, check_tensor
+from ..finetune.capture_memory import CaptureMemory
 from ..language_model.interface import (
     check_module,
     check_token_ids,
@@ -177,7 +178,7 @@ class PromptBatch(Settings):
             limit = (limit - own) // self._passes.shares
         self._room = Room(slots, limit, self._passes.held)
         modules = (layer.module for layer in self._layers)
-        self._steps = CapturedSteps(model, modules, self._passes.memory)
+        self._steps = CapturedSteps(model, modules, CaptureMemory(device) if captures else None)
         self._neighbours = Neighbours(self._passes.logits, half, slots, apart, captures)
         self._factors.reset_(range(slots), seed)
 

@@ -40,16 +40,18 @@ def generate(model: Any, ids: Tensor, **options: Any) -> Any:
     steps = vars(model).get("forward")
     if isinstance(steps, _Steps) and steps.owner.takes(ids, options):
         try:
-            with steps.recording(model):
+            with steps.recording(model, positions(ids, options)):
                 return model.generate(ids, **options | _STATIC)
         except MODEL_ERRORS as error:
+            lacks = isinstance(error, torch.OutOfMemoryError)
+            if lacks:
+                steps.owner.too_many = positions(ids, options)
             if steps.taken:
                 raise
             clear_frames(error.__traceback__)
-            lacks = isinstance(error, torch.OutOfMemoryError)
         # No token had been taken, so nothing of the caller's ran. His own error comes again here.
         out = model.generate(ids, **options)
-        steps.owner.note_failure(positions(ids, options) if lacks else None)
+        steps.owner.refused |= not lacks
         return out
     return model.generate(ids, **options)
 
@@ -64,8 +66,9 @@ class CapturedSteps:
     """Of a model in a batch.
 
     layers: modules whose forwards the batch replaces.
-    memory: of captures; None where nothing is captured.
+    memory: of captures, its own; None where nothing is captured.
     refused: whether steps are not captured, as one turned out to be no good.
+    too_many: positions of a static cache for which there was no memory.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class CapturedSteps:
         self._layers = set(layers)
         self.memory = memory
         self.refused = memory is None or not _has_static_cache(model)
-        self._too_many: int | None = None  # positions for which there was no memory
+        self.too_many: int | None = None
 
     @contextmanager
     def block(self) -> Iterator[None]:
@@ -93,17 +96,12 @@ class CapturedSteps:
         most = options.get("max_new_tokens")
         if self.refused or not isinstance(most, int) or most < _FEWEST or self._has_hooks():
             return False
-        if self._too_many is not None and positions(ids, options) >= self._too_many:
+        if self.too_many is not None and positions(ids, options) >= self.too_many:
             return False
         settings: dict[str, Any] = self._model.generation_config.to_diff_dict() | options
         if settings.get("use_cache") is False:
             return False
         return all(is_off(name, settings[name]) for name in settings.keys() - _SETTINGS)
-
-    def note_failure(self, too_many: int | None) -> None:
-        """Of a call with a static cache. too_many: positions for which there was no memory."""
-        self.refused = self.refused or too_many is None
-        self._too_many = too_many
 
     def _has_hooks(self) -> bool:
         """Whether modules run what a replay would not."""
@@ -133,15 +131,16 @@ class _Steps:
         self.owner = owner
         self._forward = forward
         self._on = self.taken = False
+        self._positions = 0
         self._facts: Any = None
         self._graph: _Graph | None = None
         self._compared = False
 
     @contextmanager
-    def recording(self, model: nn.Module) -> Iterator[None]:
+    def recording(self, model: nn.Module, positions: int) -> Iterator[None]:
         kept = {name: vars(model).pop(name) for name in _KEPT if name in vars(model)}
         try:
-            self._on, self.taken = True, False
+            self._on, self.taken, self._positions = True, False, positions
             yield
         finally:
             self._on, self._facts, self._graph = False, None, None
@@ -171,16 +170,17 @@ class _Steps:
     def _record(self, kwargs: dict[str, Any]) -> None:
         memory = self.owner.memory
         assert memory is not None
+        memory.renew()  # somebody may hold the output of an earlier graph
         try:
             with memory.apart():
                 self._graph = _Graph(self._forward, kwargs, memory)
-        except BaseException as error:
-            memory.renew()
-            self._on = False
-            if not isinstance(error, MODEL_ERRORS):
-                raise
+        except MODEL_ERRORS as error:
             clear_frames(error.__traceback__)
-            self.owner.refused = not isinstance(error, torch.OutOfMemoryError)
+            self._on = False
+            if isinstance(error, torch.OutOfMemoryError):
+                self.owner.too_many = self._positions
+            else:
+                self.owner.refused = True
 
     def _both(self, kwargs: dict[str, Any]) -> Any:
         assert self._graph is not None
