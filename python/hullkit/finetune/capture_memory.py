@@ -96,8 +96,8 @@ class CaptureMemory:
         return graph
 
     def _end_captures(self) -> None:
-        """After a capture that was broken off, torch before 2.13 believes that random numbers are
-        still drawn in it, and refuses to draw any. A capture of nothing ends that."""
+        """After a capture that was broken off, the generator of some versions of torch still counts
+        as captured, and refuses to draw. A capture of nothing ends that."""
         with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is empty
             with torch.cuda.graph(
