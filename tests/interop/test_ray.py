@@ -333,6 +333,15 @@ def test_rows_that_failed_are_done_again_if_asked_for(cluster: None, tmp_path: P
     assert not (tmp_path / ".3.parquet.part").exists()
 
 
+def test_what_is_left_has_the_types_of_the_dataset(cluster: None, tmp_path: Path) -> None:
+    names = pa.array([1, 2**63 + 5, 3], pa.uint64())
+    table = pa.table({"n": names, "source": pa.array([None] * 3, pa.string())})
+    pq.write_table(table.slice(0, 1), tmp_path / "done.parquet")
+    left = unfinished(ray.data.from_arrow(table), tmp_path, "n")
+    [found] = [ray.get(ref) for ref in left.to_arrow_refs()]
+    assert found.equals(table.slice(1))
+
+
 def test_a_folder_that_is_not_seen_is_no_empty_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="directory: expected a folder that this process sees"):
         unfinished(None, "s3://bucket/out", "n")

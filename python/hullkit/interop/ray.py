@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -368,9 +367,8 @@ def unfinished(
     if not finished:
         return dataset
 
-    def missing(block: Block) -> NDArray[np.bool_]:
-        return np.array([name not in finished for name in block[key].tolist()], dtype=bool)
+    def missing(table: pa.Table) -> pa.Table:
+        left = [name not in finished for name in table.column(key).to_pylist()]
+        return table.filter(pa.array(left, pa.bool_()))
 
-    return dataset.map_batches(
-        lambda block: {name: column[missing(block)] for name, column in block.items()}
-    )
+    return dataset.map_batches(missing, batch_format="pyarrow")  # columns keep their types
