@@ -9,7 +9,6 @@ hand for the memory traffic of one, in one launch for all parameters of a group.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -32,7 +31,7 @@ _FLOAT16 = (
 )
 
 
-def _refuse_amsgrad(groups: Iterable[dict[str, Any]]) -> None:
+def _refuse_amsgrad(groups: list[dict[str, Any]]) -> None:
     if any(group["amsgrad"] for group in groups):
         raise ValueError("amsgrad: expected False, got True: use torch.optim for AMSGrad")
 

@@ -284,14 +284,11 @@ def _nearest(
     if lengths is None and candidates is None:
         return result, counts  # knn has checked that there are enough
     short = (result.indices < 0).any(-1)
-    if result.indices.ndim == 1 and bool(short):
-        raise ValueError(
-            f"total: expected at most {cap} for each of the valid candidates for "
-            f"method='knn', got {total}"
-        )
     if bool(short.any()):
+        entries = short.nonzero().flatten().tolist()
+        where = f" for entries {entries} with fewer" if short.ndim else ""
         raise ValueError(
             f"total: expected at most {cap} for each of the valid candidates for "
-            f"method='knn', got {total} for entries {short.nonzero().flatten().tolist()} with fewer"
+            f"method='knn', got {total}{where}"
         )
     return result, counts
