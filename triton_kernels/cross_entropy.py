@@ -3,6 +3,9 @@
 
 A program for every row. Rows whose target is -100 are not scored: their loss and gradient are 0.
 The loss of another target without a logit is NaN.
+
+A gradient that is wanted at once is written by the kernel of the loss. Its programs have many
+threads, so that few rows are under way and a row is still in the L2 cache when it is read again.
 """
 
 import triton
@@ -11,6 +14,7 @@ import triton.language as tl
 from .dependent_launch import after_previous_kernel
 
 BLOCK_SIZE = 2048
+LARGE_BLOCK_SIZE, LARGE_NUM_WARPS = 8192, 16  # of the loss with its gradient (H100)
 
 IGNORED = tl.constexpr(-100)
 
@@ -22,11 +26,17 @@ def _origin(highest):
 
 
 @triton.jit
-def _summed(top, total, x):
-    """x among the exponentials that each lane has summed: their maximum, and the sum over it."""
-    higher = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
+def _summed(top, total, x, GROUP: tl.constexpr):
+    """x among the exponentials that each lane has summed: their maximum, and the sum over it.
+
+    A lane takes GROUP neighbours at once, so that few exponentials go into moving its maximum. A
+    NaN may be missing from the maximum, but not from the sum.
+    """
+    groups = tl.reshape(x, (x.shape[0] // GROUP, GROUP))
+    higher = tl.maximum(top, tl.max(groups, 1))
     origin = _origin(higher)
-    return higher, total * tl.exp(top - origin) + tl.exp(x - origin)
+    terms = tl.exp(groups - origin[:, None])
+    return higher, total * tl.exp(top - origin) + tl.sum(terms, 1)
 
 
 @triton.jit
@@ -38,31 +48,70 @@ def _gradient(x, column, target, normaliser, factor):
 
 
 @triton.jit
+def _write_gradient(at, target, normaliser, factor, columns, BLOCK: tl.constexpr):
+    """Over the logits of a row."""
+    dtype = at.dtype.element_ty
+    whole = columns // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(at + column).to(normaliser.dtype)
+        tl.store(at + column, _gradient(x, column, target, normaliser, factor).to(dtype))
+    column = whole + tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(at + column, mask=inside, other=float("-inf")).to(normaliser.dtype)
+    gradient = _gradient(x, column, target, normaliser, factor).to(dtype)
+    tl.store(at + column, gradient, mask=inside)
+
+
+@triton.jit
+def _write_zeros(at, columns, BLOCK: tl.constexpr):
+    zero = tl.zeros((BLOCK,), at.dtype.element_ty)
+    whole = columns // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        tl.store(at + start + tl.arange(0, BLOCK), zero)
+    column = whole + tl.arange(0, BLOCK)
+    tl.store(at + column, zero, mask=column < columns)
+
+
+@triton.jit
 def cross_entropy_kernel(
-    logits, targets, losses, normalisers, stride, columns, MATH: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    logits, targets, losses, of_rows, stride, columns, MATH: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """losses [T], normalisers [T]: log sum exp of a row. Nothing is written for unscored rows."""
+    """losses [T] is written where rows are scored.
+
+    of_rows [T]: gets log sum exp of each scored row. With GRADIENT it holds the gradient of each
+    row's loss, and the kernel writes that of the logits.
+    """
     after_previous_kernel(EARLY)
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
+    at = logits + row * stride
     if target != IGNORED:
-        at = logits + row * stride
-        top = tl.full((BLOCK,), float("-inf"), MATH)
-        total = tl.zeros((BLOCK,), MATH)
+        known = (target >= 0) & (target < columns)
+        own = tl.load(at + target, known, float("nan")).to(MATH)  # before it is written to
+        # As many as a thread loads at a time.
+        group: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth
+        top = tl.full((BLOCK // group,), float("-inf"), MATH)
+        total = tl.zeros((BLOCK // group,), MATH)
         whole = columns // BLOCK * BLOCK
         for start in range(0, whole, BLOCK):
             x = tl.load(at + start + tl.arange(0, BLOCK)).to(MATH)
-            top, total = _summed(top, total, x)
+            top, total = _summed(top, total, x, group)
         column = whole + tl.arange(0, BLOCK)
         x = tl.load(at + column, mask=column < columns, other=float("-inf")).to(MATH)
-        top, total = _summed(top, total, x)
+        top, total = _summed(top, total, x, group)
         highest = tl.max(top)
         origin = _origin(highest)
         normaliser = tl.log(tl.sum(total * tl.exp(top - origin))) + origin
-        tl.store(normalisers + row, normaliser)
-        known = (target >= 0) & (target < columns)
-        tl.store(losses + row, normaliser - tl.load(at + target, known, float("nan")).to(MATH))
+        tl.store(losses + row, normaliser - own)
+        if GRADIENT:
+            factor = tl.load(of_rows + row).to(MATH)
+            _write_gradient(at, target, normaliser, factor, columns, BLOCK)
+        else:
+            tl.store(of_rows + row, normaliser)
+    elif GRADIENT:
+        _write_zeros(at, columns, BLOCK)
 
 
 @triton.jit
@@ -75,25 +124,12 @@ def cross_entropy_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     at = logits + row * stride
-    dtype = logits.dtype.element_ty
-    whole = columns // BLOCK * BLOCK
-    last = whole + tl.arange(0, BLOCK)
-    inside = last < columns
     if target != IGNORED:
         normaliser = tl.load(normalisers + row)
         factor = tl.load(scale + row).to(MATH)
-        for start in range(0, whole, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = tl.load(at + column).to(MATH)
-            tl.store(at + column, _gradient(x, column, target, normaliser, factor).to(dtype))
-        x = tl.load(at + last, mask=inside, other=float("-inf")).to(MATH)
-        gradient = _gradient(x, last, target, normaliser, factor).to(dtype)
-        tl.store(at + last, gradient, mask=inside)
+        _write_gradient(at, target, normaliser, factor, columns, BLOCK)
     else:
-        zero = tl.zeros((BLOCK,), dtype)
-        for start in range(0, whole, BLOCK):
-            tl.store(at + start + tl.arange(0, BLOCK), zero)
-        tl.store(at + last, zero, mask=inside)
+        _write_zeros(at, columns, BLOCK)
 
 
 @triton.jit

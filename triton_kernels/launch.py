@@ -25,6 +25,10 @@ KERNELS = {
     "accumulate": (accumulate_kernel, _CHUNKS),
     "squares": (squares_kernel, _CHUNKS),
     "cross_entropy": (cross_entropy.cross_entropy_kernel, _ROWS),
+    "cross_entropy_and_gradient": (
+        cross_entropy.cross_entropy_kernel,
+        {"BLOCK": cross_entropy.LARGE_BLOCK_SIZE},
+    ),
     "cross_entropy_gradient": (cross_entropy.cross_entropy_gradient_kernel, _ROWS),
     "rescale": (cross_entropy.rescale_kernel, _ROWS),
     "norm": (norm.norm_kernel, {}),
@@ -51,6 +55,7 @@ KERNELS = {
         {"BLOCK": BLOCK_SIZE, "BLOCKS": stacked_adam.BLOCKS},
     ),
 }
+_NUM_WARPS = {"cross_entropy_and_gradient": cross_entropy.LARGE_NUM_WARPS}  # of others: NUM_WARPS
 
 
 def launch(
@@ -75,7 +80,7 @@ def launch(
     }
     values |= sizes | {"EARLY": early}
     # No fusion but the kernels' own tl.fma, so that every path through them gives the same bits.
-    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": _NUM_WARPS.get(name, NUM_WARPS), "enable_fp_fusion": False}
     if early:
         options["launch_pdl"] = True
     compiled = kernel[grid](*arguments, **values, **options)

@@ -150,7 +150,7 @@ def linear_problem(dtype: torch.dtype, length: int, vocabulary: int) -> tuple[Te
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("vocabulary", [3, 64, 4999])
+@pytest.mark.parametrize("vocabulary", [3, 64, 4999, 8200])
 @pytest.mark.parametrize("rows", [100, 5, 1])
 @pytest.mark.parametrize("scale", [1.0, -3.0])
 def test_a_loss_without_all_logits(
@@ -174,6 +174,27 @@ def test_a_loss_without_all_logits(
         found, torch.autograd.grad(scale * wanted, (hidden, weight)), strict=True
     ):
         assert float((grad - other).norm()) <= bound * float(other.norm())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, in Triton's interpreter
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_without_all_logits_that_are_finite(value: float) -> None:
+    """One in a whole block of the kernel, one in the rest; the row that is not scored has none."""
+    hidden, weight, labels = linear_problem(torch.float32, 5, 8200)
+    with torch.no_grad():
+        hidden[:] = hidden.abs()
+        hidden[0, 2] = 0.0  # its label is not scored, and 0 times infinity is NaN
+        for column in (0, 2500, 8199):
+            kept = weight[column].clone()
+            weight[column] = value
+            labels[0, 1] = (column + 1) % 8200
+            loss = linear_next_token_loss(hidden, weight, labels)
+            assert math.isfinite(loss.item()) == (value == -math.inf)
+            if value == -math.inf:
+                torch.testing.assert_close(loss, plain(F.linear(hidden, weight), labels))
+            weight[column] = kept
+        labels[0, 1] = 8200
+    assert linear_next_token_loss(hidden, weight, labels).isnan()
 
 
 def test_what_needs_no_gradient_gets_none() -> None:

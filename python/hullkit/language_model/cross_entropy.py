@@ -144,7 +144,7 @@ class _Fused(torch.autograd.Function):
         ctx.saved = saved
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         losses, normalisers, shares = _row_results(logits.dtype, targets)
-        _launch("cross_entropy", logits, targets, losses, normalisers)
+        _launch("cross_entropy", logits, targets, losses, normalisers, GRADIENT=False)
         ctx.save_for_backward(logits, targets, normalisers, shares)
         return _means(ctx, losses, shares)
 
@@ -235,8 +235,12 @@ def _of_chunks(
     length, columns = len(hidden), len(weight)
     stride = -(-columns // _ALIGNED) * _ALIGNED
     step = -(-length // -(-length // _rows_at_once(stride * hidden.itemsize)))
-    of_all = _row_results(hidden.dtype, targets)
-    losses, normalisers, scale, rows_of = (t.flatten() for t in (*of_all, targets))
+    losses, normalisers, shares = _row_results(hidden.dtype, targets)
+    gradient = of_hidden or of_weight
+    kernel, of_rows = (
+        ("cross_entropy_and_gradient", shares) if gradient else ("cross_entropy", normalisers)
+    )
+    flat = [t.flatten() for t in (targets, losses, of_rows)]
     d_hidden = torch.empty_like(hidden) if of_hidden else None
     # This outlives the logits, so it is allocated before them.
     d_weight = torch.empty_like(weight, dtype=wide) if of_weight else None
@@ -245,20 +249,18 @@ def _of_chunks(
         rows = slice(first, min(first + step, length))
         x = hidden[rows]
         logits = memory[: len(x), :columns]
-        of_rows = (rows_of[rows], losses[rows], normalisers[rows])
         for part in _parts(columns):
             torch.mm(x, weight[part].t(), out=logits[:, part])
-        _launch("cross_entropy", logits, *of_rows)
-        if not (of_hidden or of_weight):
+        _launch(kernel, logits, *(t[rows] for t in flat), GRADIENT=gradient)
+        if not gradient:
             continue
-        _launch("cross_entropy_gradient", logits, of_rows[0], of_rows[2], scale[rows])
         for part in _parts(columns):
             if d_hidden is not None:
                 beta = int(part.start > 0)
                 d_hidden[rows].addmm_(logits[:, part], weight[part], beta=beta)
             if d_weight is not None:
                 add_product(d_weight[part], logits[:, part].t(), x, fresh=first == 0)
-    return of_all[0], of_all[2], d_hidden, d_weight
+    return losses, shares, d_hidden, d_weight
 
 
 def _rows_at_once(row_bytes: int) -> int:
@@ -289,13 +291,13 @@ def _means(ctx: Any, losses: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     return means.sum(), means
 
 
-def _launch(name: str, logits: Tensor, *arguments: Tensor) -> None:
+def _launch(name: str, logits: Tensor, *arguments: Tensor, **flags: bool) -> None:
     from ..triton_kernels.launch import launch
 
     math = _kernels.arithmetic_dtype(logits.dtype)
     sizes = (logits.stride(0), logits.shape[1])
     with torch.cuda.device_of(logits):  # does nothing for a CPU tensor
-        launch(name, len(logits), (logits, *arguments, *sizes), {"MATH": math})
+        launch(name, len(logits), (logits, *arguments, *sizes), {"MATH": math} | flags)
 
 
 def _rescale(values: Tensor, scale: Tensor) -> None:
