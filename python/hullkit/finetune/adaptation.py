@@ -99,6 +99,7 @@ class Adaptation(WithBlock):
                     module.training = False
             snapshot.drop_gradients()
             report = query.run(snapshot, clock)
+        torch.clear_autocast_cache()  # the caller's autocast has cast the base weights
         self._settings = None  # no torch setting was left behind; the block may set its own
         if self._keeping:
             snapshot.forget_values()
@@ -118,6 +119,7 @@ class Adaptation(WithBlock):
         if self._snapshot is not None:
             self._failure = self._snapshot.restore()
             self._snapshot = None
+        torch.clear_autocast_cache()  # and in the block the adapted ones
         self._layouts.put_back()
         for module in self._claimed:
             if _OWNERS.get(module) is self._key:

@@ -14,7 +14,7 @@ from .cross_entropy import next_token_loss, plain_next_token_loss
 from .fused_modules import stand_ins
 from .interface import device_of, forward_parameters, logits_of, without_cache
 from .pass_copies import PassCopies
-from .product_settings import matmul_precision
+from .product_settings import autocast_of_pass, matmul_precision
 from .products import WeightProducts
 from .recompute import REPLACED, checkpointed_layers, checkpointing
 from .recomputed_layers import recomputing, repeated_layers
@@ -92,7 +92,7 @@ class CausalLoss:
             key: tensor.to(device, copy=not own) for key, tensor in inputs.items()
         }
         moved = self._options | moved
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with autocast_of_pass(device.type, autocast):
             if "labels" in self._forward:
                 loss = getattr(call(**moved), "loss", None)
                 if not isinstance(loss, Tensor) or loss.ndim != 0:

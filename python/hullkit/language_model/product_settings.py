@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's settings of the precision of float32 products, through both of its interfaces."""
+"""The precision of products: torch's settings for float32, through both interfaces; autocast."""
 
 from __future__ import annotations
 
@@ -60,6 +60,16 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         before.put_back()
+
+
+def autocast_of_pass(device_type: str, enabled: bool) -> torch.autocast:
+    """Autocast to bfloat16 for one pass, or none. Weights are cast anew in it.
+
+    torch keeps what it has cast until the outermost autocast ends, also when weights have changed
+    by then. The caller, or the model's own forward, may have begun another one.
+    """
+    torch.clear_autocast_cache()
+    return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
 
 
 def _backends() -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from ..language_model.experts import without_questions
 from ..language_model.fused_modules import fused_head_weight, stand_ins
 from ..language_model.host_constants import HostConstants
 from ..language_model.interface import logits_of, without_cache
-from ..language_model.product_settings import matmul_precision
+from ..language_model.product_settings import autocast_of_pass, matmul_precision
 from ..language_model.products import SharedInputs
 from .borrowed import Borrowed
 from .factors import SlotFactors, to_device
@@ -81,8 +81,7 @@ class SlotPasses:
         return matmul_precision("tf32" if self._precision == "tf32" else "float32")
 
     def autocast(self) -> torch.autocast:
-        on = self._precision == "bf16"
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=on)
+        return autocast_of_pass(self._device.type, self._precision == "bf16")
 
     def run(self, tokens: Tensor, first: int, control: Tensor) -> tuple[Tensor, Tensor]:
         """Each slot's loss (K,), and 1 (K,) int32 where a gradient was not finite.
