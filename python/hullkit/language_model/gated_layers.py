@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..optim._tensor_table import HALVES
 from .fused_functions import ACTIVATIONS
@@ -33,7 +33,11 @@ def gate_parts(module: nn.Module) -> tuple[list[str], list[str]]:
     A linear part has `in_features` and `out_features`, as adapters around linear layers have too.
     """
     parts = module._modules
-    linear = [name for name, part in parts.items() if hasattr(part, "in_features")]
+    linear = [
+        name
+        for name, part in parts.items()
+        if hasattr(part, "in_features") and hasattr(part, "out_features")
+    ]
     others = [name for name in parts if name not in linear]
     if len(linear) != 3 or len(others) != 1 or module._parameters or module._buffers:
         return [], []
@@ -60,32 +64,29 @@ def proven_gated_layer(module: Any) -> GatedLayer | None:
     x = random_tensor(random, len(_SIZES), _IN) * column(_SIZES)
     layers = {name: random_linear(_IN, _INNER, random) for name in (first, second)}
     layers[down] = random_linear(_INNER, _IN, random)
-    try:
-        got = trial(module, x, layers)
-    except Exception:
+    tried = trial(module, x, layers)
+    if tried is None or tried.y.shape != x.shape:
         return None
-    if not isinstance(got, Tensor) or got.shape != x.shape or got.dtype is not x.dtype:
-        return None
-    for (gate, up), name in product(((first, second), (second, first)), ACTIVATIONS):
-        with torch.no_grad():
+    x = tried.leaves[0]
+    with torch.inference_mode(False), torch.enable_grad():
+        for (gate, up), name in product(((first, second), (second, first)), ACTIVATIONS):
             inner = ACTIVATIONS[name](layers[gate](x)) * layers[up](x)
             wanted = layers[down](inner)
             # Each of the few steps and sums rounds once; orders may differ.
-            bound = 64.0 * torch.finfo(x.dtype).eps * (inner.abs() @ layers[down].weight.abs().t())
-        if bool(((got - wanted).abs() <= bound).all()):
-            return GatedLayer(gate, up, down, act, name)
+            size = inner.detach().abs() @ layers[down].weight.detach().abs().t()
+            bound = 64.0 * torch.finfo(x.dtype).eps * size
+            if bool(((tried.y - wanted).abs() <= bound).all()):
+                same = tried.has_gradients_of(wanted, 1e-3)
+                return GatedLayer(gate, up, down, act, name) if same else None
     return None
 
 
 def _keeps_halves(act: Any) -> bool:
     """Whether an activation without parameters returns halves for halves, as the kernel does."""
-    if next(act.parameters(), None) is not None:
+    if act is None or next(act.parameters(), None) is not None:
         return False
-    try:
-        halves = [torch.zeros(1, 1, dtype=kind, device="cpu") for kind in HALVES]
-        return all(trial(act, x).dtype is x.dtype for x in halves)
-    except Exception:
-        return False
+    halves = [torch.zeros(1, 1, dtype=kind, device="cpu") for kind in HALVES]
+    return all(trial(act, x, writes=True) is not None for x in halves)
 
 
 def _size(part: Any) -> tuple[int, int]:

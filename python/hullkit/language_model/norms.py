@@ -211,23 +211,28 @@ def proven_rms_norm(module: nn.Module, dtype: torch.dtype) -> Norm | None:
     generator = torch.Generator(device="cpu").manual_seed(0)
     noise = random_tensor(generator, 1, 12, len(weight))
     sizes = column([1e-4, 3e-3, 0.1, 1.0, 1.0, 30.0] * 2)
-    x = (noise * sizes + column([0.0, 0.5] * 6) * sizes).to(weight.device, dtype)
-    try:
-        wanted = trial(module, x)
-    except Exception:
+    x = (noise * sizes + column([0.0, 0.5] * 6) * sizes).to(dtype)
+    # Not the module's own, of which many functions agree while it is 0 or 1.
+    weight = nn.Parameter(random_tensor(generator, len(weight)).to(dtype))
+    tried = trial(module, x, parameters={"weight": weight})
+    if tried is None or tried.y.shape != x.shape:
         return None
-    if not isinstance(wanted, Tensor) or wanted.shape != x.shape or wanted.dtype is not x.dtype:
-        return None
+    x, wanted = tried.leaves[0], tried.y.detach()
     found, least = None, math.inf
     for eps in numbers:
         for offset in (0.0, 1.0):
             for rounded in (False, True):
                 formula = Norm(eps, offset=offset, rounded=rounded)
-                error = _error(_rms(x, weight, formula), wanted)
+                error = _error(_rms(x.detach(), weight.detach(), formula), wanted)
                 if error < least:
                     found, least = formula, error
     # Two roundings of the result, or of the normalised row. A NaN is no proof.
-    return found if least <= 2.0 * torch.finfo(dtype).eps else None
+    eps = torch.finfo(dtype).eps
+    if found is None or not least <= 2.0 * eps:
+        return None
+    with torch.inference_mode(False), torch.enable_grad():
+        same = tried.has_gradients_of(_rms(x, weight, found), max(8.0 * eps, 1e-4))
+    return found if same else None
 
 
 def _rms(x: Tensor, weight: Tensor, formula: Norm) -> Tensor:
@@ -235,9 +240,11 @@ def _rms(x: Tensor, weight: Tensor, formula: Norm) -> Tensor:
     y = wide * (wide.square().mean(-1, keepdim=True) + formula.eps).rsqrt()
     if formula.rounded:
         y = y.to(x.dtype).double()
-    return y * (weight.detach().double() + formula.offset)
+    return y * (weight.double() + formula.offset)
 
 
 def _error(exact: Tensor, found: Tensor) -> float:
-    """The largest difference, relative to the element; tiny elements count as 1e-6."""
-    return float(((found.double() - exact).abs() / exact.abs().clamp_min(1e-6)).max())
+    """The largest difference, relative to the element; tiny elements count as 1e-6, or as the
+    dtype's least that has all digits."""
+    least = max(1e-6, torch.finfo(found.dtype).tiny)
+    return float(((found.double() - exact).abs() / exact.abs().clamp_min(least)).max())

@@ -13,6 +13,7 @@ from .fused_functions import proven_activation
 from .gated_layers import GatedLayer, gate_parts, proven_gated_layer
 from .low_rank import LowRank, is_watched, proven_low_rank
 from .norms import Norm, proven_rms_norm
+from .trials import Same, facts
 
 Formula = Norm | LowRank | GatedLayer | str
 
@@ -20,8 +21,6 @@ Formula = Norm | LowRank | GatedLayer | str
 _PROOFS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Formula | None]] = (
     weakref.WeakKeyDictionary()
 )
-_DEEPEST = 4  # containers within containers
-_PLAIN = (int, float, str, bool, type(None))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parts, hooks and the like
 
 
@@ -40,23 +39,21 @@ def proof(module: nn.Module) -> Formula | None:
     simple = not (module._modules or module._buffers or len(parameters) > 1)
     if not (adapted or activations or simple):
         return None
-    facts: Any = (kind.forward, *((p.dtype, p.shape, p.device) for p in parameters))
-    for name, value in vars(module).items():
-        if name not in _OF_EVERY_MODULE:
-            facts += (name, _fact(value))
+    found_with: Any = (kind.forward, *((p.dtype, p.shape, p.device) for p in parameters))
+    found_with += facts(module, _OF_EVERY_MODULE)
     if adapted:  # its parts, which may be replaced or watched, and whether they train: dropout does
         for part in module.modules():
             own = tuple(name for name, p in part._parameters.items() if p is not None)
-            facts += (id(part), type(part), part.training, own, is_watched(part))
+            found_with += (Same(part), type(part), part.training, own, is_watched(part))
     acts = [act for name in activations if (act := module._modules[name]) is not None]
     for act in acts:  # the linear parts are called as they are
-        facts += (*module._modules, id(act), type(act).forward, is_watched(act))
-        facts += tuple((name, _fact(value)) for name, value in vars(act).items())
+        found_with += (*module._modules, Same(act), type(act).forward, is_watched(act))
+        found_with += facts(act)
     known = _PROOFS.get(module)
-    if known is not None and known[0] == facts:
+    if known is not None and known[0] == found_with:
         return known[1]
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return None  # a proof waits for the device
+        return None  # a forward that is tried might wait for the device
     found: Formula | None
     if adapted:
         found = proven_low_rank(module)
@@ -66,16 +63,5 @@ def proof(module: nn.Module) -> Formula | None:
         found = proven_rms_norm(module, parameters[0].dtype)
     else:
         found = proven_activation(module, torch.float32, torch.device("cpu"))
-    _PROOFS[module] = (facts, found)
+    _PROOFS[module] = (found_with, found)
     return found
-
-
-def _fact(value: Any, depth: int = 0) -> Any:
-    """Something that changes when the value does. Deep containers count as they are, not by
-    content: one may hold itself."""
-    if isinstance(value, _PLAIN):
-        return value
-    if depth < _DEEPEST and isinstance(value, (list, tuple, set, frozenset, dict)):
-        items = value.items() if isinstance(value, dict) else value
-        return tuple(_fact(item, depth + 1) for item in items)
-    return id(value)

@@ -4,11 +4,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+_DEEPEST = 4  # containers within containers
+_PLAIN = (int, float, str, bool, type(None))
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+_OPAQUE = (nn.Module, type, FunctionType, MethodType, ModuleType)  # no content is looked at
 
 
 def random_linear(columns: int, rows: int, random: torch.Generator) -> nn.Linear:
@@ -28,13 +35,136 @@ def column(numbers: Sequence[float]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32, device="cpu")[:, None]
 
 
-def trial(module: nn.Module, x: Tensor, parts: Mapping[str, nn.Module] | None = None) -> Any:
-    """What the forward of the module's class returns for x, with these parts instead of its own.
+class Trial(NamedTuple):
+    """What a forward returned.
 
-    The module stays as it is, and nobody who watches it is told.
+    leaves: the input and the weights that it was given.
     """
-    tried = copy.copy(module)  # a forward may count its calls
-    if parts is not None:
-        tried.__dict__["_modules"] = {**module._modules, **parts}
-    with torch.no_grad():
-        return type(module).forward(tried, x)
+
+    y: Tensor
+    leaves: list[Tensor]
+
+    def has_gradients_of(self, formula: Tensor, bound: float) -> bool:
+        """Whether y's gradients by the leaves are those of a formula's result, made of them too.
+
+        bound: of a row's difference, relative to the row.
+
+        A forward can return the formula's value with other gradients: one that is detached, scaled,
+        or passed straight through.
+        """
+        random = torch.Generator(device="cpu").manual_seed(1)
+        # Along y itself, too: across it a norm's gradient hardly shows a detached root.
+        direction = 0.1 * (random_tensor(random, *self.y.shape) + self.y.detach().float().sign())
+        pairs = []
+        for of in (self.y, formula):
+            given = direction.to(of.dtype)
+            pairs.append(torch.autograd.grad(of, self.leaves, given, allow_unused=True))
+        for found, wanted in zip(*pairs, strict=True):
+            if found is None or wanted is None:
+                return False
+            error = torch.linalg.vector_norm(found.double() - wanted.double(), dim=-1)
+            if not bool((error <= bound * torch.linalg.vector_norm(wanted.double(), dim=-1)).all()):
+                return False
+        return True
+
+
+def trial(
+    module: nn.Module,
+    x: Tensor,
+    parts: Mapping[str, nn.Module] | None = None,
+    parameters: Mapping[str, nn.Parameter] | None = None,
+    *,
+    writes: bool = False,
+) -> Trial | None:
+    """What the forward of the module's class makes of x, with these parts instead of its own.
+
+    None if it fails, returns no tensor like x but for the columns, or leaves something behind: who
+    reads that would miss it. The module stays as it is, and nobody who watches it is told.
+
+    writes: whether it may write to its input.
+    """
+    parts, parameters = parts or {}, parameters or {}
+    x = x.detach().requires_grad_()
+    copies: list[nn.Module] = []
+    try:
+        tried = _copied(module, parts, copies)
+        tried.__dict__["_parameters"].update(parameters)
+        before = [facts(one) for one in copies]
+        with torch.inference_mode(False), torch.enable_grad():
+            given = x.clone()
+            y = type(module).forward(tried, given)
+        changed = [facts(one) for one in copies] != before or (given._version > 0 and not writes)
+    except Exception:
+        return None
+    if changed or not isinstance(y, Tensor) or not y.requires_grad:
+        return None
+    if y.dtype is not x.dtype or y.shape[:-1] != x.shape[:-1]:
+        return None
+    weights = [p for part in parts.values() for p in part.parameters()]
+    return Trial(y, [x, *weights, *parameters.values()])
+
+
+def _copied(
+    module: nn.Module, parts: Mapping[str, nn.Module], copies: list[nn.Module]
+) -> nn.Module:
+    """A copy with copies of its parts, in which a forward may write without reaching the module."""
+    tried = copy.copy(module)
+    copies.append(tried)
+    for name, value in tried.__dict__.items():
+        tried.__dict__[name] = _apart(value)
+    tried.__dict__["_modules"] = {
+        name: parts.get(name) or (part if part is None else _copied(part, {}, copies))
+        for name, part in module._modules.items()
+    }
+    return tried
+
+
+def _apart(value: Any, depth: int = 0) -> Any:
+    """Containers and tensors anew."""
+    if isinstance(value, Tensor):
+        return value if isinstance(value, nn.Parameter) else value.detach().clone()
+    if depth < _DEEPEST and type(value) is dict:
+        return {key: _apart(item, depth + 1) for key, item in value.items()}
+    if depth < _DEEPEST and type(value) in (list, set):
+        return type(value)(_apart(item, depth + 1) for item in value)
+    return value
+
+
+def facts(module: nn.Module, without: Collection[str] = ("_modules",)) -> tuple[Any, ...]:
+    """Something that changes when an attribute of the module does, but for those named."""
+    return tuple(
+        (name, _fact(value)) for name, value in vars(module).items() if name not in without
+    )
+
+
+class Same:
+    """Equal to what was made of the same object, while that lives."""
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self._of: Any = weakref.ref(value)
+        except TypeError:
+            self._of = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        own = self._of()
+        return isinstance(other, Same) and own is not None and own is other._of()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _fact(value: Any, depth: int = 0) -> Any:
+    """Deep containers count as they are, not by content: one may hold itself."""
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, Tensor):
+        return Same(value), value._version
+    if depth < _DEEPEST and isinstance(value, _CONTAINERS):
+        items = (
+            [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
+        )
+        return type(value), tuple(_fact(item, depth + 1) for item in items)
+    content = None if isinstance(value, _OPAQUE) else getattr(value, "__dict__", None)
+    if depth == 0 and type(content) is dict:  # of a configuration, say
+        return Same(value), _fact(content, 1)
+    return Same(value)
