@@ -158,7 +158,7 @@ def _fact(value: Any, depth: int = 0) -> Any:
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, Tensor):
-        return Same(value), value._version
+        return Same(value), None if value.is_inference() else value._version
     if depth < _DEEPEST and isinstance(value, _CONTAINERS):
         items = (
             [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
