@@ -7,16 +7,31 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _models import COUNTS, Before, FailingCall, gpt2, injected, llama, same_bits, state, texts
+import torch.nn.functional as F
+from _models import (
+    COUNTS,
+    VOCABULARY,
+    Before,
+    FailingCall,
+    gpt2,
+    injected,
+    llama,
+    same_bits,
+    state,
+    texts,
+)
 from hullkit.finetune import TestTimeFinetuner
 from hullkit.finetune.activations import CHOICES, ActivationPlan, ActivationsTooLarge
 from hullkit.finetune.capture_memory import HeldTensors
 from hullkit.language_model.loss import CausalLoss
 from hullkit.language_model.recomputed_layers import recomputing, repeated_layers
-from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated"),
+]
 
 
 def test_layers_are_found_by_what_they_are() -> None:
@@ -49,6 +64,72 @@ def test_recomputed_passes_have_the_same_bits(
         before.check()
     kept, again = results
     assert all(same_bits(kept[name], again[name]) for name in kept)
+
+
+class Random(nn.Module):
+    """Its layers have dropout in eval mode too, as where uncertainty is estimated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+        self.layers = nn.ModuleList([Dropped(), Dropped()])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+class Dropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.dropout(torch.tanh(self.linear(x)), 0.5, training=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_layers_draw_the_same_random_numbers_again(device: str) -> None:
+    results = []
+    for activations in ("keep", "recompute"):
+        tuner = TestTimeFinetuner(
+            Random().to(device), activations=activations, lr=1e-2, capture=False
+        )
+        torch.manual_seed(1)
+        tuner.adapt_(texts(), COUNTS)
+        results.append(state(tuner.model))
+    assert all(same_bits(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.gpu
+def test_random_layers_are_not_recorded_to_run_again() -> None:
+    """A capture could not set the random numbers back."""
+    tuner = TestTimeFinetuner(Random().cuda(), activations="recompute", lr=1e-2)
+    with pytest.warns(UserWarning, match="not captured: .*Dropped draws random numbers"):
+        report = tuner.adapt_(texts(), COUNTS)
+    assert report.path == "eager"
+    tuner = TestTimeFinetuner(Random().cuda(), lr=1e-2)
+    assert tuner.adapt_(texts(), COUNTS).path == "captured"
+
+
+def test_a_checkpointed_layer_draws_the_same_random_numbers_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: F.dropout(own(self, x), 0.5))
+    results = []
+    for on in (False, True):
+        model = llama()
+        if on:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(1)
+        TestTimeFinetuner(model, lr=1e-2, fuse=False).adapt_(texts(), COUNTS)
+        results.append(state(model))
+    assert all(same_bits(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_layers_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,16 @@ def check_scorable(model: nn.Module) -> None:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuses parameters and buffers with which torch would fail in a pass or later."""
+    """Refuses encoder-decoders, and what torch or a snapshot would fail with in a pass or later."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
+        raise ValueError(
+            f"model: expected a causal language model, got an encoder-decoder, {name_of(model)}"
+        )
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"model: expected modules of Python, got one of torch.jit: {path or 'the model'!r}"
+            )
         for slots in (module._parameters, module._buffers):
             for key, tensor in slots.items():
                 # Subclasses may keep their values elsewhere, as quantised weights do.
@@ -112,6 +120,10 @@ def check_trainable(model: nn.Module) -> None:
             raise ValueError(
                 f"model: expected dense gradients, got an embedding with sparse=True: {path!r}"
             )
+
+
+def name_of(model: nn.Module) -> str:
+    return type(getattr(model, "_orig_mod", model)).__name__
 
 
 def _check_memory(path: str, key: str, tensor: Tensor) -> None:

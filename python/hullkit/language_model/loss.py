@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .cross_entropy import next_token_loss, plain_next_token_loss
-from .fused_modules import stand_ins
-from .interface import device_of, forward_parameters, logits_of, without_cache
+from .fused_modules import fused_head_weight, stand_ins
+from .interface import device_of, forward_parameters, logits_of, name_of, without_cache
+from .own_loss import scores_in_place, sees_later_tokens
 from .pass_copies import PassCopies
 from .product_settings import autocast_of_pass, matmul_precision
 from .products import WeightProducts
@@ -27,7 +28,8 @@ class CausalLoss:
     """The loss of an example's keyword inputs, a batch of one.
 
     It is the model's own `.loss` if its forward takes `labels`, else the mean next-token cross
-    entropy of its logits, in float32.
+    entropy of its logits, in float32. It is that too where the model's own is not of next tokens:
+    the first pass in which both can be told apart finds out.
 
     fuse: whether passes run cheaper pieces in place of the model's own (`fused_modules.py`).
     """
@@ -38,7 +40,9 @@ class CausalLoss:
         self.fused: tuple[str, ...] = ()  # names of what the latest pass replaced
         self._of_logits = next_token_loss if fuse else plain_next_token_loss
         self.autocast = precision == "bf16"
-        self._forward = forward_parameters(model)
+        self._takes_labels = "labels" in forward_parameters(model)
+        self._loss_is_known = not self._takes_labels
+        self._is_causal: bool | None = True  # as the caller says; None while it is in doubt
         self._options = without_cache(model)
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
         self.compiled = compile
@@ -61,12 +65,16 @@ class CausalLoss:
         """
         if self.compiled:  # the compiler decides itself what is saved, and checkpoints nothing
             self.fused = ()
-            return self._of(self._call, inputs, self.autocast)
+            loss = self._of(self._call, inputs, self.autocast)
+            self._check_causal(inputs)
+            return loss
         layers = checkpointed_layers(self._model)
         # Layers that the user's checkpointing runs again are not run a third time.
         repeated = repeated_layers(self._model) if recompute and not layers else []
         pieces: AbstractContextManager[set[str]] = nullcontext(set())
         if self.fuses:
+            # There the output has no logits, and the loss is one of next tokens.
+            self._loss_is_known |= fused_head_weight(self._model) is not None
             plain = inputs.keys() <= {"input_ids", "labels"}
             again = [*layers, *repeated]
             pieces = stand_ins(
@@ -75,13 +83,16 @@ class CausalLoss:
         hooks = nullcontext() if saved is None else saved.hooks()
         with pieces as names, checkpointing(layers), recomputing(repeated), hooks:
             loss = self._of(self._call, inputs, self.autocast)
+        self._check_causal(inputs)
         self.fused = tuple(sorted((*names, REPLACED) if layers else names))
         return loss
 
     def plain(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss of the model as it is: not compiled, and in the model's own precision."""
         with matmul_precision("float32"):
-            return self._of(self._model, inputs, autocast=False)
+            loss = self._of(self._model, inputs, autocast=False)
+            self._check_causal(inputs)
+            return loss
 
     def _of(self, call: Callable[..., Any], inputs: dict[str, Tensor], autocast: bool) -> Tensor:
         device = device_of(self._model, inputs["input_ids"])
@@ -93,11 +104,33 @@ class CausalLoss:
         }
         moved = self._options | moved
         with autocast_of_pass(device.type, autocast):
-            if "labels" in self._forward:
-                loss = getattr(call(**moved), "loss", None)
-                if not isinstance(loss, Tensor) or loss.ndim != 0:
-                    got = type(loss).__name__
-                    raise TypeError(f"model output: expected .loss, a scalar tensor, got {got}")
-                return loss
             ids, labels = moved.pop("input_ids"), moved.pop("labels")
-            return self._of_logits(logits_of(call(ids, **moved), ids), labels)
+            if not self._takes_labels:
+                return self._of_logits(logits_of(call(ids, **moved), ids), labels)
+            output = call(input_ids=ids, labels=labels, **moved)
+            loss = getattr(output, "loss", None)
+            if not isinstance(loss, Tensor) or loss.ndim != 0:
+                got = type(loss).__name__
+                raise TypeError(f"model output: expected .loss, a scalar tensor, got {got}")
+            if own or self._loss_is_known or not self._is_of_other_tokens(output, labels):
+                return loss
+            self._takes_labels, self._is_causal = False, None
+            return self._of_logits(logits_of(output, ids), labels)
+
+    def _is_of_other_tokens(self, output: Any, labels: Tensor) -> bool:
+        """Whether the model's own loss turns out to be of the tokens in their places."""
+        found = scores_in_place(output, labels)
+        self._loss_is_known = found is not None
+        return found is True
+
+    def _check_causal(self, inputs: dict[str, Tensor]) -> None:
+        """After a pass in which the model's own loss was of other tokens: masked models' is too."""
+        if self._is_causal is None:
+            options = {k: v for k, v in inputs.items() if k not in ("input_ids", "labels")}
+            ids = inputs["input_ids"].to(device_of(self._model, inputs["input_ids"]))
+            self._is_causal = not sees_later_tokens(self._model, ids, self._options | options)
+        if not self._is_causal:
+            raise ValueError(
+                f"model: expected a causal language model, got {name_of(self._model)}, "
+                "whose logits depend on later tokens"
+            )

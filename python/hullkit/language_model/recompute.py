@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.utils.checkpoint
 from torch import nn
 
@@ -16,6 +18,32 @@ from torch import nn
 _LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 _FUNCTION = "_gradient_checkpointing_func"
 REPLACED = f"{_LAYER}.{_FUNCTION}"  # the name under which reports list it
+
+# Layers that drew random numbers on a CUDA device when they ran last.
+_RANDOM: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@contextmanager
+def same_random_numbers(layer: nn.Module) -> Iterator[bool]:
+    """A block for a layer's checkpoint; the value is for its `preserve_rng_state`.
+
+    A capture does not allow reading the state of random numbers. So a layer that drew some in the
+    pass before is refused there.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if layer in _RANDOM:
+            raise RuntimeError(
+                f"{type(layer).__name__} draws random numbers and runs again in the backward pass"
+            )
+        yield False
+        return
+    generators = torch.cuda.default_generators
+    before = [generator.get_offset() for generator in generators]
+    yield True
+    if before == [generator.get_offset() for generator in generators]:
+        _RANDOM.discard(layer)
+    else:
+        _RANDOM.add(layer)
 
 
 def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
@@ -59,13 +87,15 @@ class _InEvalMode:
     def __init__(self, layer: nn.Module, checkpoint: Callable[..., Any]) -> None:
         self._layer = layer
         self._checkpoint = checkpoint
-        # Nothing is random, and a capture does not allow reading the state of random numbers.
-        function = getattr(checkpoint, "func", checkpoint)
-        own = function is torch.utils.checkpoint.checkpoint
-        self._options = {"preserve_rng_state": False} if own else {}
+        self._is_torchs = (
+            getattr(checkpoint, "func", checkpoint) is torch.utils.checkpoint.checkpoint
+        )
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self._checkpoint(functools.partial(self._run, function), *args, **self._options)
+        with same_random_numbers(self._layer) as preserved:
+            # What somebody has chosen stays, where it can.
+            options = {"preserve_rng_state": False} if self._is_torchs and not preserved else {}
+            return self._checkpoint(functools.partial(self._run, function), *args, **options)
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         before = self._layer.training

@@ -14,6 +14,8 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
+from .recompute import same_random_numbers
+
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """The members of every outermost `nn.ModuleList` of two or more modules of one class.
@@ -40,7 +42,7 @@ def recomputing(layers: list[nn.Module]) -> Iterator[None]:
         for layer in layers:
             own = layer.forward
             replaced.append((layer, "forward" in layer.__dict__, own))
-            layer.__dict__["forward"] = _Recomputed(own)
+            layer.__dict__["forward"] = _Recomputed(layer, own)
         yield
     finally:
         for layer, had_own, own in replaced:
@@ -53,14 +55,15 @@ def recomputing(layers: list[nn.Module]) -> Iterator[None]:
 class _Recomputed:
     """A forward whose inner tensors are computed again in the backward pass."""
 
-    def __init__(self, own: Callable[..., Any]) -> None:
+    def __init__(self, layer: nn.Module, own: Callable[..., Any]) -> None:
+        self._layer = layer
         self._own = own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Nothing is random, and a capture does not allow reading the state of random numbers.
-        return torch.utils.checkpoint.checkpoint(
-            functools.partial(self._own, **kwargs),
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        with same_random_numbers(self._layer) as preserved:
+            return torch.utils.checkpoint.checkpoint(
+                functools.partial(self._own, **kwargs),
+                *args,
+                use_reentrant=False,
+                preserve_rng_state=preserved,
+            )
