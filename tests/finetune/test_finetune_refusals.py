@@ -39,6 +39,28 @@ def test_one_adaptation_at_a_time() -> None:
         pass
 
 
+@pytest.mark.parametrize("share", [lambda weight: weight, lambda weight: nn.Parameter(weight.data)])
+def test_weights_that_other_modules_share(share: Callable[[Tensor], nn.Parameter]) -> None:
+    """By one parameter, or by two of one memory. What the other one only reads may be shared."""
+    one, other = llama(), llama()
+    other.model.embed_tokens.weight = share(one.model.embed_tokens.weight)
+    before = Before(one)
+    tuner = TestTimeFinetuner(other)
+    with (
+        TestTimeFinetuner(one).adapted(texts(), COUNTS),
+        pytest.raises(RuntimeError, match="shares some with a model inside an adapted"),
+    ):
+        tuner.adapted(texts(), COUNTS).__enter__()
+    before.check()
+    with tuner.adapted(texts(), COUNTS):
+        pass
+    before.check()
+    other.model.embed_tokens.weight = nn.Parameter(one.lm_head.weight.data, requires_grad=False)
+    with TestTimeFinetuner(one).adapted(texts(), COUNTS), tuner.adapted(texts(), COUNTS):
+        pass
+    before.check()
+
+
 @pytest.mark.parametrize("build", [plain, llama])
 def test_loss_that_is_not_finite(build: Callable[[], nn.Module]) -> None:
     model = build()

@@ -53,6 +53,7 @@ class Adaptation(WithBlock):
         self._query = query
         self._owner = owner
         self._claimed: list[nn.Module] = []
+        self._claimed_memory: list[int] = []
         self._layouts = FirstLayouts()
         self._key = object()
         self._keeping = False
@@ -78,6 +79,14 @@ class Adaptation(WithBlock):
                 raise RuntimeError(
                     "adapted(): expected a model that is not being adapted, got one inside an "
                     "adapted() block of this tuner or of one that shares modules with it"
+                )
+        # Other modules may have the same weights. What is read alone may be read by others, too.
+        self._claimed_memory = sorted({address for m in self._claimed for address in _trained(m)})
+        for address in self._claimed_memory:
+            if _OWNERS_OF_MEMORY.setdefault(address, self._key) is not self._key:
+                raise RuntimeError(
+                    "adapted(): expected a model whose trained weights are not being adapted, got "
+                    "one that shares some with a model inside an adapted() block"
                 )
         self._layouts.take(self._claimed)
 
@@ -124,6 +133,9 @@ class Adaptation(WithBlock):
         for module in self._claimed:
             if _OWNERS.get(module) is self._key:
                 _OWNERS.pop(module, None)
+        for address in self._claimed_memory:
+            if _OWNERS_OF_MEMORY.get(address) is self._key:
+                _OWNERS_OF_MEMORY.pop(address, None)
         self._settings.put_back()
         clock, self._clock = self._clock, None
         failure, self._failure = self._failure, None
@@ -183,11 +195,20 @@ class TorchSettings:
 # The adaptation that a module is part of. There is no lock, since a signal could leave one locked:
 # each claim is a single operation of the dictionary.
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
+# The same of trained weights, by the addresses of their storages.
+_OWNERS_OF_MEMORY: dict[int, object] = {}
 
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether the module is inside an adapted() block."""
     return module in _OWNERS
+
+
+def _trained(module: nn.Module) -> list[int]:
+    """Where the memory of a module's own trained parameters begins."""
+    parameters = [p for p in module._parameters.values() if p is not None]
+    found = [p.untyped_storage().data_ptr() for p in parameters if p.requires_grad]
+    return [address for address in found if address]
 
 
 def _autocast_depth() -> int:
