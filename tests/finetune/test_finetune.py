@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from _models import COUNTS, MODELS, Before, llama, plain, state, texts
+from _models import COUNTS, MODELS, VOCABULARY, Before, distance, llama, plain, state, texts
 from hullkit.finetune import TestTimeFinetuner
 from hullkit.optim import Adam
 from hullkit.reference.finetune import finetune as oracle
-from torch import nn
+from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -240,3 +240,36 @@ def test_attributes_are_followed_when_they_are_set(settings: dict[str, Any]) -> 
         setattr(tuner, name, value)
     with tuner.adapted(texts(), COUNTS) as adapted:
         assert all(torch.equal(t, other[0][name]) for name, t in state(adapted).items())
+
+
+class Routed(nn.Module):
+    """Each text goes through one of two experts; the other one gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+        self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        out: Tensor = self.head(x + torch.tanh(self.experts[int(ids[0, 0] % 2)](x)))
+        return out
+
+
+def test_weights_without_a_gradient_stay() -> None:
+    """As torch.optim leaves them: no momentum moves them, and their steps are not counted."""
+    examples = [torch.tensor([first, 5, 6, 7]) for first in (0, 1, 2)]
+    counts, models = [2, 3, 2], [Routed().double() for _ in range(3)]
+    TestTimeFinetuner(models[0], lr=0.01).adapt_(examples, counts)
+    oracle(models[1], examples, counts, lr=0.01)
+    optimizer = torch.optim.Adam(models[2].parameters(), lr=0.01)
+    for ids, count in zip(examples, counts, strict=True):
+        for update in range(count):
+            if update % 2 == 0:
+                optimizer.zero_grad()
+                logits = models[2](ids[None])[0, :-1]
+                nn.functional.cross_entropy(logits, ids[1:]).backward()
+            optimizer.step()
+    for model in models[:2]:
+        assert distance(model.state_dict(), models[2].state_dict()) < 1e-12

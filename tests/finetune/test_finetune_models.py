@@ -199,3 +199,22 @@ def test_offloaded_by_accelerate(tmp_path: Path) -> None:
     assert all(p.is_meta for p in model.parameters())
     refused(model, "model: expected parameters in memory, got")
     assert bits_per_byte(model, texts()[0], 9) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_forward_that_somebody_replaces_between_queries() -> None:
+    """Labels, options and inputs are those of the forward that runs."""
+    model: Any = llama()
+    tuner = TestTimeFinetuner(model)
+    wanted = tuner.adapt_(texts(1), [1]).losses
+    model.load_state_dict(llama().state_dict())
+    own = model.forward
+
+    def logits(input_ids: Tensor, scale: Tensor | None = None) -> Tensor:
+        out: Tensor = own(input_ids).logits
+        return out if scale is None else out * scale
+
+    model.forward = logits
+    assert tuner.adapt_(texts(1), [1]).losses == pytest.approx(wanted)
+    tuner.adapt_([{"input_ids": texts(1)[0], "scale": torch.tensor(2.0)}], [1])
+    with pytest.raises(ValueError, match="expected inputs of the model's forward, got 'factor'"):
+        tuner.adapted([{"input_ids": texts(1)[0], "factor": torch.tensor(2.0)}], [1])

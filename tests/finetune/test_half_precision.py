@@ -171,6 +171,45 @@ def test_float32_adapters_on_a_half_precision_base(dtype: torch.dtype, device: s
     assert any(not torch.equal(inside[name], inside[name].bfloat16().float()) for name in moved)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_adapters_that_are_no_lora_keep_their_factors(dtype: torch.dtype) -> None:
+    """AdaLoRA multiplies with a third factor, in float32; others may call anything use_dora."""
+    config = peft.AdaLoraConfig(
+        init_r=4, target_modules=["q_proj"], total_step=10, init_lora_weights=False
+    )
+    model = peft.get_peft_model(llama().to(dtype), config)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inside = adapted(model)
+    assert equal(base, model.state_dict())
+    assert any("lora_E" in name and not torch.equal(inside[name], base[name]) for name in inside)
+    own: Any = llama().to(dtype)
+    layer = own.model.layers[0].mlp
+    layer.base_layer, layer.lora_A, layer.use_dora = nn.Identity(), nn.ModuleDict(), False
+    adapted(own)
+
+
+def test_a_float16_model_with_a_table_of_its_own() -> None:
+    """An attribute that is no buffer; passes are in bfloat16."""
+
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+            self.places = torch.randn(64, 8).half()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.head(self.embedding(ids) + self.places[: ids.shape[1]])
+            return out
+
+    model = Placed().half()
+    before, places = model.places, model.places.clone()
+    adapted(model)
+    assert model.places is before
+    assert torch.equal(before, places)
+
+
 def test_interrupted_passes_leave_the_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama().half()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}

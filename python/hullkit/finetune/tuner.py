@@ -46,7 +46,8 @@ class TestTimeFinetuner:
     is the mean over the multiset, `sum_i counts_i g_i / sum_i counts_i`, summed in float32.
 
     The loss is the model's own `.loss` if its forward takes `labels`, as in transformers. Otherwise
-    it is the mean next-token cross entropy, in float32, of the logits `model(input_ids)`.
+    it is the mean next-token cross entropy, in float32, of the logits `model(input_ids)`; also if
+    the model's own scores labels in their places, as that of Bart's decoder does.
 
     The model runs in eval mode, so there is no dropout; the published code leaves it on. Gradient
     checkpointing of transformers works in eval mode too, but not with `compile`.
@@ -151,8 +152,6 @@ class TestTimeFinetuner:
     def _set_up(self) -> None:
         """Makes what depends on the arguments alone, and is not copied or pickled."""
         self._passes = ModelPasses(self.model, self._settings())
-        self._forward = forward_parameters(self.model)
-        self._open = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._forward.values())
 
     def __getstate__(self) -> dict[str, Any]:
         if any(is_adapted(module) for module in self.model.modules()):
@@ -160,8 +159,7 @@ class TestTimeFinetuner:
                 "copying or pickling a tuner: expected a model that is not being adapted, got one "
                 "inside an adapted() block"
             )
-        made = ("_passes", "_forward", "_open")
-        return {name: value for name, value in self.__dict__.items() if name not in made}
+        return {name: value for name, value in self.__dict__.items() if name != "_passes"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -273,8 +271,10 @@ class TestTimeFinetuner:
         if "input_ids" not in example:
             raise ValueError(f"{name}: expected the key 'input_ids', got {list(example)}")
         inputs: dict[str, Tensor] = {}
+        forward = forward_parameters(self.model)
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward.values())
         for key, value in example.items():
-            if key not in ("input_ids", "labels", *self._forward) and not self._open:
+            if key not in ("input_ids", "labels", *forward) and not takes_any:
                 raise ValueError(f"{name}: expected inputs of the model's forward, got {key!r}")
             tensor = check_tensor(f"{name}[{key!r}]", value)
             if tensor.is_meta:

@@ -40,10 +40,9 @@ class CausalLoss:
         self.fused: tuple[str, ...] = ()  # names of what the latest pass replaced
         self._of_logits = next_token_loss if fuse else plain_next_token_loss
         self.autocast = precision == "bf16"
-        self._takes_labels = "labels" in forward_parameters(model)
-        self._loss_is_known = not self._takes_labels
+        self._in_place = False  # the model's own loss scores labels so
+        self._loss_is_known = False
         self._is_causal: bool | None = True  # as the caller says; None while it is in doubt
-        self._options = without_cache(model)
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
         self.compiled = compile
 
@@ -102,33 +101,33 @@ class CausalLoss:
         moved: dict[str, Any] = {
             key: tensor.to(device, copy=not own) for key, tensor in inputs.items()
         }
-        moved = self._options | moved
+        moved = without_cache(self._model) | moved
         with autocast_of_pass(device.type, autocast):
             ids, labels = moved.pop("input_ids"), moved.pop("labels")
-            if not self._takes_labels:
+            if self._in_place or "labels" not in forward_parameters(self._model):
                 return self._of_logits(logits_of(call(ids, **moved), ids), labels)
             output = call(input_ids=ids, labels=labels, **moved)
             loss = getattr(output, "loss", None)
             if not isinstance(loss, Tensor) or loss.ndim != 0:
                 got = type(loss).__name__
                 raise TypeError(f"model output: expected .loss, a scalar tensor, got {got}")
-            if own or self._loss_is_known or not self._is_of_other_tokens(output, labels):
+            if own or self._loss_is_known:
                 return loss
-            self._takes_labels, self._is_causal = False, None
+            found = scores_in_place(output, labels)
+            self._loss_is_known = found is not None
+            if not found:
+                return loss
+            self._in_place, self._is_causal = True, None
             return self._of_logits(logits_of(output, ids), labels)
-
-    def _is_of_other_tokens(self, output: Any, labels: Tensor) -> bool:
-        """Whether the model's own loss turns out to be of the tokens in their places."""
-        found = scores_in_place(output, labels)
-        self._loss_is_known = found is not None
-        return found is True
 
     def _check_causal(self, inputs: dict[str, Tensor]) -> None:
         """After a pass in which the model's own loss was of other tokens: masked models' is too."""
         if self._is_causal is None:
             options = {k: v for k, v in inputs.items() if k not in ("input_ids", "labels")}
             ids = inputs["input_ids"].to(device_of(self._model, inputs["input_ids"]))
-            self._is_causal = not sees_later_tokens(self._model, ids, self._options | options)
+            self._is_causal = not sees_later_tokens(
+                self._model, ids, without_cache(self._model) | options
+            )
         if not self._is_causal:
             raise ValueError(
                 f"model: expected a causal language model, got {name_of(self._model)}, "

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from ..native.torch_private import foreach_copy_
 
-# The attributes under which PEFT's layers keep their factors.
-_LORA_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+# The attributes under which PEFT's LoRA layers keep their factors. Others of its adapters keep
+# theirs in containers of other kinds, and take them as they are.
+_LORA_FACTORS = {
+    "lora_A": nn.ModuleDict, "lora_B": nn.ModuleDict,
+    "lora_embedding_A": nn.ParameterDict, "lora_embedding_B": nn.ParameterDict,
+}  # fmt: skip
 
 
 class PassCopies:
@@ -61,11 +65,13 @@ class PassCopies:
 def narrowed_tensors(model: nn.Module) -> list[Tensor]:
     """The tensors that every pass reads in bfloat16, whatever its precision.
 
-    These are the float16 tensors of a float16 model: in a float16 backward pass gradients below
-    6e-8 would be 0, and activations beyond 65504 infinite. They are also the float32 factors of
-    PEFT's adapters on a half-precision base, for which PEFT would cast activations to float32.
+    These are the float16 tensors of a float16 model, plain attributes of modules among them: in a
+    float16 backward pass gradients below 6e-8 would be 0, and activations beyond 65504 infinite.
+    They are also the float32 factors of PEFT's adapters on a half-precision base, for which PEFT
+    would cast activations to float32.
     """
-    tensors = dict.fromkeys((*model.parameters(), *model.buffers()))
+    attributes = (t for m in model.modules() for t in vars(m).values() if type(t) is Tensor)
+    tensors = dict.fromkeys((*model.parameters(), *model.buffers(), *attributes))
     base = _main_dtype(model)
     if base not in (torch.float16, torch.bfloat16):
         return []
@@ -106,10 +112,11 @@ def _lora_factors(model: nn.Module) -> set[Tensor]:
     found: set[Tensor] = set()
     for module in model.modules():
         # DoRA takes the norm of the factors' product, which needs all bits.
-        if not hasattr(module, "base_layer") or any(getattr(module, "use_dora", {}).values()):
+        dora = getattr(module, "use_dora", None)
+        if not hasattr(module, "base_layer") or not isinstance(dora, dict) or any(dora.values()):
             continue
-        for name in _LORA_FACTORS:
+        for name, kind in _LORA_FACTORS.items():
             held: Any = getattr(module, name, None)
-            if isinstance(held, (nn.ModuleDict, nn.ParameterDict)):
+            if isinstance(held, kind):
                 found.update(held.parameters())
     return found

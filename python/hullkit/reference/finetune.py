@@ -34,24 +34,28 @@ def finetune(
     parameters = [p for p in model.parameters() if p.requires_grad]
     m = [torch.zeros_like(p) for p in parameters]
     v = [torch.zeros_like(p) for p in parameters]
-    cached: list[Tensor] = []
+    t = [0] * len(parameters)
+    cached: list[Tensor | None] = []
     losses = []
-    for t, (example, refresh) in enumerate(updates(counts, refresh_interval), start=1):
+    for example, refresh in updates(counts, refresh_interval):
         if refresh:
             ids = examples[example]
             output = model(ids[None])
             logits = output if isinstance(output, Tensor) else output.logits
             log_p = torch.log_softmax(logits[0, :-1], dim=-1)
             loss = -log_p[torch.arange(len(ids) - 1, device=ids.device), ids[1:]].mean()
-            # Of a parameter that the loss does not depend on it is zero.
-            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            cached = [g.clone() for g in gradients]
+            # A parameter that the loss does not depend on has none, and is not updated.
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            cached = [None if g is None else g.clone() for g in gradients]
             losses.append(loss.item())
         with torch.no_grad():
             for i, (p, g) in enumerate(zip(parameters, cached, strict=True)):
+                if g is None:
+                    continue
+                t[i] += 1
                 m[i] = betas[0] * m[i] + (1 - betas[0]) * g
                 v[i] = betas[1] * v[i] + (1 - betas[1]) * g * g
-                m_hat = m[i] / (1 - betas[0] ** t)
-                v_hat = v[i] / (1 - betas[1] ** t)
+                m_hat = m[i] / (1 - betas[0] ** t[i])
+                v_hat = v[i] / (1 - betas[1] ** t[i])
                 p.sub_(lr * m_hat / (v_hat.sqrt() + eps))
     return losses
