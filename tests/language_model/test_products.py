@@ -7,7 +7,8 @@ import pytest
 import torch
 from hullkit.language_model import products
 from hullkit.language_model.fused_functions import FusedFunctions
-from hullkit.language_model.products import NarrowGradient, add_into, add_product
+from hullkit.language_model.products import add_into, add_product
+from hullkit.language_model.residuals import NarrowGradient
 from torch import Tensor, nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..native.torch_private import is_transformed
 from ..optim._tensor_table import HALVES, uses_triton
 from . import short_attention
 from .adapted_layers import AdaptedLayers
@@ -26,16 +27,15 @@ from .low_rank import LowRank, add_low_rank_, factors
 from .norms import WIDEST, Norm, norm
 from .pass_modes import PassMode
 from .products import (
-    NarrowGradient,
     SharedInput,
     SharedInputs,
     WeightProducts,
-    add_residual,
     linear,
     share,
 )
 from .recent_tensors import RecentTensors, has_hooks
 from .residual_norms import NormCall, ResidualNorms
+from .residuals import NarrowGradient, add_residual
 from .rotary import Rotation
 from .saved_tensors import Saved
 from .trials import trial
@@ -48,8 +48,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether x is torch's own tensor. A class of somebody else's has functions of its own."""
-    return type(x) in (Tensor, nn.Parameter)
+    """Whether x is torch's own tensor, and stands for no others as in torch.vmap.
+
+    A class of somebody else's has functions of its own.
+    """
+    return type(x) in (Tensor, nn.Parameter) and not is_transformed(x)
 
 
 def _is_row(x: Any) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .products import NarrowGradient, SharedInput, column_sums
+from .products import SharedInput, column_sums
+from .residuals import NarrowGradient
 from .trials import column, random_tensor, trial
 
 WIDEST = 16384  # columns that a program holds

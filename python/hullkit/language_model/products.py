@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..optim._tensor_table import HALVES, uses_triton
+from .one_backward import OneBackward
 from .recent_tensors import RecentTensors, has_hooks
 
 # Whether torch multiplies halves into float32.
@@ -92,7 +93,7 @@ class SharedInput:
 
     Autograd would make a gradient for every linear layer that reads it, cast each to the tensor's
     dtype and add them one by one. Here every layer adds its product in place. A backward pass of
-    the whole graph takes it; one of a part of the graph would leave a rest for the next.
+    the whole graph takes it. What one of a part of the graph has left is nobody's, and forgotten.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -100,6 +101,11 @@ class SharedInput:
         self._gradient: Tensor | None = None
         self._deferred: list[Any] = []
         self._finish: Finish | None = None
+        self._backward = OneBackward()
+
+    def _follow(self) -> None:
+        if self._backward.is_another():
+            self._gradient, self._deferred, self._finish = None, [], None
 
     def defer(self, part: Any, finish: Finish, most: int) -> None:
         """Before the gradient is taken, `finish` gets this object and all parts, and adds to it.
@@ -109,6 +115,7 @@ class SharedInput:
         finish: the same function for all parts. It holds no reference to this object, which would
             live on with a pass's tensors if the pass fails.
         """
+        self._follow()
         self._deferred.append(part)
         self._finish = finish
         if len(self._deferred) == most:
@@ -121,6 +128,7 @@ class SharedInput:
 
     def total(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, bool]:
         """The gradient so far, for a caller who adds to it, and whether it has no value yet."""
+        self._follow()
         fresh = self._gradient is None
         if self._gradient is None:
             self._gradient = torch.empty(rows, columns, dtype=self.dtype, device=device)
@@ -138,6 +146,7 @@ class SharedInput:
             finish(self, parts)
 
     def take(self) -> Tensor | None:
+        self._follow()
         self._finish_deferred()
         gradient, self._gradient = self._gradient, None
         return gradient
@@ -165,83 +174,6 @@ class _Enter(torch.autograd.Function):
     def backward(ctx: Any, _: None) -> tuple[Tensor | None, None, None]:
         taken = ctx.shared.take()  # nobody gives autograd a gradient of the result
         return (None if taken is None else taken.view(ctx.shape)), None, None
-
-
-class NarrowGradient:
-    """The gradient of a sum in the dtype of its narrower part.
-
-    A norm that reads the sum last makes both at once; else the sum casts.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._made: tuple[Tensor, int, Tensor] | None = None
-
-    def put(self, gradient: Tensor, narrow: Tensor) -> None:
-        """`narrow` is the gradient in `dtype`, as it is now. No copy is made of either."""
-        self._made = gradient, gradient._version, narrow
-
-    def take(self, gradient: Tensor) -> Tensor:
-        """The gradient in `dtype`: what was put if that was this gradient, unchanged since."""
-        made, self._made = self._made, None
-        if made is not None:
-            # The object may be another one. Memory of a tensor that is kept is nobody else's.
-            wide, version, narrow = made
-            one = (gradient.data_ptr(), gradient.shape, gradient.stride(), gradient._version)
-            if one == (wide.data_ptr(), wide.shape, wide.stride(), version):
-                return narrow
-        return gradient.to(self.dtype)
-
-
-def add_residual(
-    x: Tensor,
-    around: SharedInput,
-    other: Tensor,
-    narrowed: NarrowGradient | None,
-    made: Tensor | None = None,
-) -> Tensor:
-    """x + other in x's dtype. The gradient of x is left in `around`, of which x came by `share`.
-
-    narrowed: of other's dtype, if that is not x's. made: the sum, if somebody has it; it becomes
-    the result.
-    """
-    result: Tensor = _AddResidual.apply(  # type: ignore[no-untyped-call]
-        x, other, around, narrowed, None if made is None else [made]
-    )  # in a list, as no input: what a function returns of those is a view
-    return result
-
-
-class _AddResidual(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        other: Tensor,
-        around: SharedInput,
-        narrowed: NarrowGradient | None,
-        made: list[Tensor] | None,
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.around, ctx.narrowed = around, narrowed
-        if made is not None:
-            return made[0]
-        if narrowed is None or not (x.is_cuda and x.is_contiguous() and other.is_contiguous()):
-            return x + other
-        result = torch.empty_like(x)
-        add_into(result, x, other, fresh=True)
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, Tensor | None, None, None, None]:
-        if gradient is None:
-            return None, None, None, None, None
-        if ctx.needs_input_grad[0]:
-            ctx.around.put(gradient)
-        to_other = None
-        if ctx.needs_input_grad[1]:
-            to_other = gradient if ctx.narrowed is None else ctx.narrowed.take(gradient)
-        return None, to_other, None, None, None
 
 
 class SharedInputs:

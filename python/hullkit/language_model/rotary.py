@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .one_backward import OneBackward
 from .replaced_globals import Replacement
 from .trials import random_tensor
 
@@ -24,7 +25,7 @@ class Rotation:
 
     Attention reads both results. It can compute the gradients of what was rotated as it makes those
     of the results, and leaves them here instead of giving autograd any. A backward pass of the
-    whole graph takes them; one of a part of the graph would leave a rest for the next.
+    whole graph takes them. What one of a part of the graph has left is forgotten.
 
     dtype: of q and k before the rotation, and of these gradients.
     """
@@ -32,6 +33,7 @@ class Rotation:
     def __init__(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> None:
         self.cos, self.sin, self.dtype = cos, sin, dtype
         self._left: tuple[Tensor, Tensor] | None = None
+        self._backward = OneBackward()
 
     def leave(self, d_q: Tensor, d_k: Tensor) -> None:
         """Gradients of q and k before the rotation. Nobody else has them: autograd gets them."""
@@ -40,7 +42,7 @@ class Rotation:
 
     def take(self) -> tuple[Tensor, Tensor] | None:
         left, self._left = self._left, None
-        return left
+        return None if self._backward.is_another() else left
 
 
 class _Rotary(torch.autograd.Function):

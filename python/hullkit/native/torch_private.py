@@ -69,6 +69,24 @@ def watch_storage(storage: torch.UntypedStorage) -> StorageWatch:
     return watch
 
 
+def _no_backward() -> int:
+    return -1
+
+
+# A number for the backward pass that runs now, -1 outside of one; always that from a torch without.
+current_backward: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _no_backward)
+
+
+def _never(tensor: Tensor) -> bool:
+    return False
+
+
+# Whether a tensor stands for others inside torch.vmap, torch.func.grad and the like.
+is_transformed: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", _never
+)
+
+
 # One call for a list of tensors: on a CUDA device, a launch for many instead of one for each.
 
 
