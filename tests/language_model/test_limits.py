@@ -40,6 +40,7 @@ BERT = {
 }
 GPT = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS}
 XLM = {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": POSITIONS}
+XLM["causal"] = True  # else it sees later tokens
 # The class's name without "Config", its options, the longest sequence (None: there is none).
 ARCHITECTURES: list[tuple[str, dict[str, Any], int | None]] = [
     ("OPT", {**BERT, "ffn_dim": 16, "word_embed_proj_dim": 16}, POSITIONS),

@@ -38,7 +38,7 @@ from .residual_norms import NormCall, ResidualNorms
 from .residuals import NarrowGradient, add_residual
 from .rotary import Rotation
 from .saved_tensors import Saved
-from .trials import trial
+from .trials import trial, with_gradients
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -359,7 +359,7 @@ def proven_activation(module: Any, dtype: torch.dtype, device: torch.device) -> 
         return None
     # Each of the few steps of a written-out function rounds once.
     bound = 8.0 * torch.finfo(dtype).eps * x.double().abs().clamp_min(1.0)
-    with torch.inference_mode(False), torch.enable_grad():
+    with with_gradients():
         for name, function in ACTIVATIONS.items():
             wanted = function(tried.leaves[0].double())
             if bool(((wanted - tried.y.double()).abs() <= bound).all()):

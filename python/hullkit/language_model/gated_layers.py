@@ -11,7 +11,7 @@ from torch import nn
 
 from ..optim._tensor_table import HALVES
 from .fused_functions import ACTIVATIONS
-from .trials import column, random_linear, random_tensor, trial
+from .trials import column, random_linear, random_tensor, trial, with_gradients
 
 _IN, _INNER = 5, 7  # columns of a proof
 _SIZES = (1e-3, 0.1, 1.0, 1.0, 1.0, 10.0, 1e3)  # of its rows: a clip or a scale shows
@@ -68,7 +68,7 @@ def proven_gated_layer(module: Any) -> GatedLayer | None:
     if tried is None or tried.y.shape != x.shape:
         return None
     x = tried.leaves[0]
-    with torch.inference_mode(False), torch.enable_grad():
+    with with_gradients():
         for (gate, up), name in product(((first, second), (second, first)), ACTIVATIONS):
             inner = ACTIVATIONS[name](layers[gate](x)) * layers[up](x)
             wanted = layers[down](inner)

@@ -19,7 +19,7 @@ from .low_rank_products import (
     shrink_gradients,
 )
 from .products import SharedInput
-from .trials import random_linear, random_tensor, trial
+from .trials import random_linear, random_tensor, trial, with_gradients
 
 _PARTS = ("base_layer", "lora_A", "lora_B")
 _ROWS, _IN, _RANK, _OUT = 4, 6, 3, 5  # of a proof
@@ -60,7 +60,7 @@ def proven_low_rank(module: Any) -> LowRank | None:
     if tried is None:
         return None
     x = tried.leaves[0]
-    with torch.inference_mode(False), torch.enable_grad():
+    with with_gradients():
         wanted = base(x) + adapter.scale * b(a(x))
         # Sums of a few products of numbers of size 1; orders may differ.
         bound = 64.0 * torch.finfo(x.dtype).eps * (1.0 + abs(adapter.scale))

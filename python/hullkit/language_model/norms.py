@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .products import SharedInput, column_sums
 from .residuals import NarrowGradient
-from .trials import column, random_tensor, trial
+from .trials import column, random_tensor, trial, with_gradients
 
 WIDEST = 16384  # columns that a program holds
 _MOST_PROGRAMS = 256  # of the gradient: each has a part of the weight's
@@ -231,7 +231,7 @@ def proven_rms_norm(module: nn.Module, dtype: torch.dtype) -> Norm | None:
     eps = torch.finfo(dtype).eps
     if found is None or not least <= 2.0 * eps:
         return None
-    with torch.inference_mode(False), torch.enable_grad():
+    with with_gradients():
         same = tried.has_gradients_of(_rms(x, weight, found), max(8.0 * eps, 1e-4))
     return found if same else None
 

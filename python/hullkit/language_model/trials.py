@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -33,6 +34,18 @@ def random_tensor(random: torch.Generator, *shape: int) -> Tensor:
 def column(numbers: Sequence[float]) -> Tensor:
     """A factor for each row, float32 on the CPU."""
     return torch.tensor(numbers, dtype=torch.float32, device="cpu")[:, None]
+
+
+@contextmanager
+def with_gradients() -> Iterator[None]:
+    """A block for a trial and for its formula, whatever modes and hooks of torch a pass is in."""
+    kept = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+    with torch.inference_mode(False), torch.enable_grad(), kept:
+        yield
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Trial(NamedTuple):
@@ -90,7 +103,7 @@ def trial(
         tried = _copied(module, parts, copies)
         tried.__dict__["_parameters"].update(parameters)
         before = [facts(one) for one in copies]
-        with torch.inference_mode(False), torch.enable_grad():
+        with with_gradients():
             given = x.clone()
             y = type(module).forward(tried, given)
         changed = [facts(one) for one in copies] != before or (given._version > 0 and not writes)
