@@ -85,7 +85,8 @@ def test_each_pass_casts_the_weights_it_finds(
     with torch.autocast(device, torch.bfloat16, enabled=outer):
         losses = tuner.adapt_(texts(3), COUNTS).losses
     wanted = losses_of_torch(MODELS[kind](llama()).to(device), device)
-    assert losses == pytest.approx(wanted, rel=2e-3)  # halves, in other orders
+    # Halves, in other orders; fused kernels round less often.
+    assert losses == pytest.approx(wanted, rel=2e-3 if device == "cpu" else 5e-3)
     assert losses[0] - losses[1] > 0.02  # stale weights would repeat a text's loss
 
 

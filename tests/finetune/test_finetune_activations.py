@@ -13,6 +13,7 @@ from _models import (
     VOCABULARY,
     Before,
     FailingCall,
+    distance,
     gpt2,
     injected,
     llama,
@@ -102,7 +103,8 @@ def test_layers_draw_the_same_random_numbers_again(device: str) -> None:
         torch.manual_seed(1)
         tuner.adapt_(texts(), COUNTS)
         results.append(state(tuner.model))
-    assert all(same_bits(results[0][name], results[1][name]) for name in results[0])
+    # A GPU adds up an embedding's gradient in any order.
+    assert distance(*results) <= (0.0 if device == "cpu" else 1e-5)
 
 
 @pytest.mark.gpu
