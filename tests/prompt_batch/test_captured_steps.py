@@ -336,6 +336,31 @@ def test_a_cache_for_which_there_is_no_memory() -> None:
 
 
 @gpu
+@pytest.mark.parametrize("call", [4, 5])
+def test_memory_that_runs_out_beside_a_recorded_step(call: int) -> None:
+    """The step goes on without the graph, and later calls without captures of such a size."""
+    batch = adapted(llama(), 2)
+    wanted = eager(batch, lambda: batch.generate(ids(2), **GREEDY))
+    model: Any = batch.model
+    forward, calls = type(model).forward, []
+
+    def lacking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)  # the cache has counted the token
+        calls.append(torch.cuda.is_current_stream_capturing())
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("no more")
+        return out
+
+    model.__class__ = type("Lacking", (type(model),), {"forward": lacking})
+    assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
+    assert calls[:call] == [False, False, True, False, False][:call]
+    assert batch._steps.too_many is not None
+    assert not batch._steps.refused
+    assert torch.equal(batch.generate(ids(2), **GREEDY), wanted)
+    assert sum(calls) == 1
+
+
+@gpu
 def test_windows_are_not_captured() -> None:
     from transformers import MistralConfig, MistralForCausalLM
 

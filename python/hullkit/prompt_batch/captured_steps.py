@@ -165,6 +165,23 @@ class _Steps:
             return self._graph.replay(kwargs)
         else:
             return self._both(kwargs)
+        return self._alone(kwargs)
+
+    def _alone(self, kwargs: dict[str, Any]) -> Any:
+        """The model's own forward; without the graph if there is no memory beside it."""
+        before = [(counter, counter.clone()) for counter in _counters(kwargs)]
+        try:
+            return self._forward(**kwargs)
+        except torch.OutOfMemoryError as error:
+            if self._graph is None:
+                raise
+            clear_frames(error.__traceback__)
+        self._on, self._graph = False, None
+        self.owner.too_many = self._positions
+        assert self.owner.memory is not None
+        self.owner.memory.renew()
+        for counter, value in before:
+            counter.copy_(value)
         return self._forward(**kwargs)
 
     def _record(self, kwargs: dict[str, Any]) -> None:
@@ -189,7 +206,9 @@ class _Steps:
         replayed = self._graph.replay(kwargs).logits
         for counter, value in zip(counters, before, strict=True):
             counter.copy_(value)
-        out = self._forward(**kwargs)  # writes the cache again
+        out = self._alone(kwargs)  # writes the cache again
+        if not self._on:
+            return out
         self._compared = torch.allclose(replayed, out.logits, rtol=0, atol=0, equal_nan=True)
         self.owner.refused = not self._compared
         return out
