@@ -342,6 +342,22 @@ def test_texts_that_are_cut_or_counted_in_characters(tmp_path: Path) -> None:
         texts[1]
 
 
+def test_offsets_that_are_mapped_are_pickled_by_their_file(tmp_path: Path) -> None:
+    """A part of them by its values: a file's beginning would be other texts."""
+    path, file = tmp_path / "texts", tmp_path / "offsets.npy"
+    count = 5000
+    path.write_text("".join(f"{i:04}" for i in range(count)))
+    np.save(file, 4 * np.arange(count + 1))
+    mapped = np.load(file, mmap_mode="r")
+    whole, part = Texts(path, mapped), Texts(path, mapped[10:21])
+    pickled = pickle.dumps(whole)
+    assert len(pickled) < 1000
+    for texts in (whole, part):
+        again = pickle.loads(pickle.dumps(texts))
+        assert [*again] == [*texts]
+        assert len(again) in (count, 10)
+
+
 def test_an_index_of_a_part_of_the_corpus(corpus: Any) -> None:
     """And no prompts at all."""
     ids = np.arange(100, 300)

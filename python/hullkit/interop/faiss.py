@@ -8,6 +8,7 @@ a search visits. Embeddings may be `numpy.load(path, mmap_mode="r")` or a tensor
 
 from __future__ import annotations
 
+import mmap
 import os
 import weakref
 from collections.abc import Sequence
@@ -222,7 +223,7 @@ class Texts(Sequence[str]):
     """Texts of one file by their places in it; nothing but the text that is asked for is read.
 
     Text i is the bytes `offsets[i]` to `offsets[i + 1]` of the file, in UTF-8. Pickled, it is the
-    path and the offsets.
+    path and the offsets, or the path of a file of offsets that is mapped as a whole.
 
     Args:
         path: the file.
@@ -281,4 +282,12 @@ class Texts(Sequence[str]):
             ) from error
 
     def __reduce__(self) -> Any:
-        return type(self), (self._path, self._offsets)
+        mapped = self._offsets.base
+        if not isinstance(mapped, np.memmap) or not isinstance(mapped.base, mmap.mmap):
+            return type(self), (self._path, self._offsets)  # of a part of a file, too
+        where = (mapped.filename, mapped.dtype, "r", mapped.offset, mapped.shape)
+        return _with_mapped_offsets, (type(self), self._path, where)
+
+
+def _with_mapped_offsets(kind: type[Texts], path: str, where: Any) -> Texts:
+    return kind(path, np.memmap(*where))
