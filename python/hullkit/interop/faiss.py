@@ -282,9 +282,11 @@ class Texts(Sequence[str]):
             ) from error
 
     def __reduce__(self) -> Any:
-        mapped = self._offsets.base
-        if not isinstance(mapped, np.memmap) or not isinstance(mapped.base, mmap.mmap):
-            return type(self), (self._path, self._offsets)  # of a part of a file, too
+        mapped: Any = self._offsets.base
+        # A part of a mapped file has another array for its base.
+        whole = isinstance(mapped, np.memmap) and isinstance(mapped.base, mmap.mmap)
+        if not whole or mapped.filename is None:
+            return type(self), (self._path, self._offsets)
         where = (mapped.filename, mapped.dtype, "r", mapped.offset, mapped.shape)
         return _with_mapped_offsets, (type(self), self._path, where)
 
