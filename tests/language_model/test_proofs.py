@@ -143,6 +143,14 @@ def test_what_a_forward_leaves_behind(leave: Callable[[Any, Tensor], None]) -> N
     assert {name: str(value) for name, value in vars(act).items()} == before
 
 
+def test_a_trial_draws_no_random_numbers_of_the_callers() -> None:
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    assert proof(Act(lambda x: F.dropout(F.gelu(x), 0.5))) is None
+    assert torch.equal(torch.rand(3), wanted)
+
+
 class Setting:
     slope = 1.0
 

@@ -103,7 +103,7 @@ def trial(
         tried = _copied(module, parts, copies)
         tried.__dict__["_parameters"].update(parameters)
         before = [facts(one) for one in copies]
-        with with_gradients():
+        with with_gradients(), torch.random.fork_rng(devices=[]):  # x is on the CPU
             given = x.clone()
             y = type(module).forward(tried, given)
         changed = [facts(one) for one in copies] != before or (given._version > 0 and not writes)
