@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType, ModuleType
@@ -136,8 +137,8 @@ def _apart(value: Any, depth: int = 0) -> Any:
     """Containers and tensors anew."""
     if isinstance(value, Tensor):
         return value if isinstance(value, nn.Parameter) else value.detach().clone()
-    if depth < _DEEPEST and type(value) is dict:
-        return {key: _apart(item, depth + 1) for key, item in value.items()}
+    if depth < _DEEPEST and type(value) in (dict, OrderedDict):
+        return type(value)((key, _apart(item, depth + 1)) for key, item in value.items())
     if depth < _DEEPEST and type(value) in (list, set):
         return type(value)(_apart(item, depth + 1) for item in value)
     return value
