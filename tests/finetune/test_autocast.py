@@ -86,7 +86,7 @@ def test_each_pass_casts_the_weights_it_finds(
         losses = tuner.adapt_(texts(3), COUNTS).losses
     wanted = losses_of_torch(MODELS[kind](llama()).to(device), device)
     # Halves, in other orders; fused kernels round less often.
-    assert losses == pytest.approx(wanted, rel=2e-3 if device == "cpu" else 5e-3)
+    assert losses == pytest.approx(wanted, rel=2e-3 if device == "cpu" else 1e-2)
     assert losses[0] - losses[1] > 0.02  # stale weights would repeat a text's loss
 
 
