@@ -55,6 +55,107 @@ def test_texts_that_feel_padding_share_passes_with_those_as_long() -> None:
     assert len(model.lengths) < sum(len(losses) for losses in alone)  # some shared a pass
 
 
+class TokensFirst(nn.Module):
+    """Its layers get (T, R, C), as torch's own encoder layers by default, or sorted tokens."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.inner = nn.Embedding(VOCABULARY, 12), nn.Linear(12, 12)
+        self.head = nn.Linear(12, VOCABULARY)
+        self.order = order
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        if self.order == "tokens first":
+            x = self.inner(x.transpose(0, 1)).transpose(0, 1)
+        elif self.order == "tokens first, flat":
+            x = self.inner(x.transpose(0, 1).flatten(0, 1)).unflatten(0, ids.shape[::-1])
+            x = x.transpose(0, 1)
+        else:
+            places = ids.flatten().argsort(stable=True)
+            x = torch.empty_like(x.flatten(0, 1)).index_copy(
+                0, places, self.inner(x.flatten(0, 1)[places])
+            )
+            x = x.view(*ids.shape, -1)
+        out: Tensor = self.head(x)
+        return out
+
+
+@pytest.mark.parametrize("order", ["tokens first", "tokens first, flat", "sorted"])
+def test_rows_that_layers_get_in_another_order_are_refused(order: str) -> None:
+    """They would go through the factors of other slots. Only with factors does it show."""
+    model = TokensFirst(order).to(DEVICE)
+    options: dict[str, Any] = {"target": ["inner"], "capture": False}
+    queries = [hullkit.Query([text(16, seed)], [2]) for seed in range(2)]
+    with pytest.raises(ValueError, match="one after the other in all layers"):
+        next(batch_of(model, 2, **options, **TOGETHER).map(queries))
+    batch = batch_of(model, 2, **options)  # in full float32 no pass has two rows
+    assert [a.error for a in batch.adapt_(queries)] == [None] * 2
+    before = [factor.clone() for factor in batch._factors.of_slot(1)["inner"]]
+    with pytest.raises(ValueError, match="one after the other in all layers"):
+        batch(torch.stack([text(16, 5), text(16, 6)]).to(DEVICE))
+    after = batch._factors.of_slot(1)["inner"]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+class InnerGradient(nn.Module):
+    """Its forward differentiates `inner` by its input; the loss depends on the result alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.inner = nn.Embedding(VOCABULARY, 12), nn.Linear(12, 12)
+        self.outer, self.head = nn.Linear(12, 12), nn.Linear(12, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids).detach()
+        with torch.enable_grad():
+            leaf = x.requires_grad_()
+            (g,) = torch.autograd.grad(self.inner(leaf).square().sum(), leaf)
+        out: Tensor = self.head(self.outer(x.detach() + g.detach()))
+        return out
+
+
+def test_a_gradient_that_a_forward_takes_for_itself_trains_nothing() -> None:
+    model = InnerGradient().to(DEVICE)
+    batch = batch_of(model, 1, target=["inner", "outer"], capture=False)
+    before = {name: [f.clone() for f in fs] for name, fs in batch._factors.of_slot(0).items()}
+    [answer] = batch.adapt_([query(0)])
+    assert answer.error is None
+    after = batch._factors.of_slot(0)
+    same = {n: all(torch.equal(*p) for p in zip(before[n], after[n], strict=True)) for n in after}
+    assert same == {"inner": True, "outer": False}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_gradient_by_an_input_of_an_adapted_model(precision: str) -> None:
+    """Inside of a block, as PEFT's adapter gives it. No factor learns."""
+
+    class Embedded(Mixing):
+        def forward(self, ids: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+            x = self.embedding(ids) if x is None else x
+            out: Tensor = self.head(torch.tanh(self.inner(x)))
+            return out
+
+    model = Embedded().to(DEVICE)
+    batch = batch_of(model, 2, target=["inner", "head"], capture=False, precision=precision)
+    batch.adapt_([query(0), query(1)])
+    x = torch.randn(1, 5, 12, device=DEVICE, requires_grad=True)
+    direction = torch.randn(1, 5, VOCABULARY, device=DEVICE)
+    with batch.slot(1) as adapted:
+        (found,) = torch.autograd.grad(adapted(x=x), x, direction.to(adapted(x=x).dtype))
+    h = x
+    for name, act in (("inner", torch.tanh), ("head", lambda y: y)):
+        a, b = batch._factors.of_slot(1)[name]
+        layer: Any = model.get_submodule(name)
+        h = act(layer(h) + batch._forwards._scale * (h @ a.T) @ b.T)
+    (wanted,) = torch.autograd.grad(h, x, direction)
+    bound = 1e-5 if precision == "float32" else 0.03
+    assert found.dtype is x.dtype
+    assert float((found - wanted).norm() / wanted.norm()) < bound
+
+
 def test_rows_that_change_each_other_are_refused() -> None:
     model = Mixing(0, 1).to(DEVICE)
     batch = batch_of(model, 2, target=["inner"], **TOGETHER)

@@ -179,7 +179,10 @@ class PromptBatch(Settings):
         self._room = Room(slots, limit, self._passes.held)
         modules = (layer.module for layer in self._layers)
         self._steps = CapturedSteps(model, modules, CaptureMemory(device) if captures else None)
-        self._neighbours = Neighbours(self._passes.logits, half, slots, apart, captures)
+        passes = self._passes
+        self._neighbours = Neighbours(
+            passes.logits, passes.logits_of_tried_slots, half, slots, apart, captures
+        )
         self._factors.reset_(range(slots), seed)
 
     @property

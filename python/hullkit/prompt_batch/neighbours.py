@@ -14,19 +14,28 @@ _TOKENS = 64  # of the text that is tried
 _BOUND, _BOUND_OF_HALVES = 1e-3, 0.1
 
 Logits = Callable[[Tensor], Tensor]  # of ids (R, T): (R, T, V), the model's own
+# The same, where row i goes through the first slot + i of two with large factors.
+SlotLogits = Callable[[Tensor, int], Tensor]
 
 
 class Neighbours:
     """What the first text shows of the model.
 
-    logits: the model's own. dtype: of products. slots: of a batch. apart: whether every text has a
-    pass of its own, in full float32. graphs: whether passes are recorded, for padded lengths.
+    logits: the model's own. of_slots: with factors. dtype: of products. slots: of a batch.
+    apart: whether every text has a pass of its own, in full float32. graphs: whether passes are
+    recorded, for padded lengths.
     """
 
     def __init__(
-        self, logits: Logits, dtype: torch.dtype, slots: int, apart: bool, graphs: bool
+        self,
+        logits: Logits,
+        of_slots: SlotLogits,
+        dtype: torch.dtype,
+        slots: int,
+        apart: bool,
+        graphs: bool,
     ) -> None:
-        self._logits, self._dtype = logits, dtype
+        self._logits, self._of_slots, self._dtype = logits, of_slots, dtype
         self._apart = apart
         self._bound = _BOUND if apart else _BOUND_OF_HALVES
         self._checked = slots == 1
@@ -45,17 +54,23 @@ class Neighbours:
         return self._pads
 
     def check_rows(self, text: Tensor) -> None:
-        """Raises ValueError if another row of a batch changes what the model says of a text."""
+        """Raises ValueError if another row of a batch changes what the model says of a text.
+
+        The model may mix rows, or lay them out so that a layer's rows are not its slots': tokens
+        first, say, or sorted.
+        """
         if self._checked:
             return
         text = text[:_TOKENS]
         both = torch.stack([text, _others(text)])
-        alone, beside = self._logits(text[None])[0], self._logits(both)[0]
-        moved = difference(alone, beside, self._dtype)
+        beside = self._of_slots(both, 0)
+        alone = (self._of_slots(both[k : k + 1], k)[0] for k in range(2))
+        moved = max(difference(*pair, self._dtype) for pair in zip(alone, beside, strict=True))
         if moved > self._bound:
             raise ValueError(
-                "model: expected rows of a batch that do not change each other, got logits that "
-                f"differ by {moved:.1e} beside another row"
+                "model: expected rows of a batch that do not change each other, one after the "
+                "other in all layers, got logits that differ by "
+                f"{moved:.1e} beside another row"
             )
         self._checked = True
 

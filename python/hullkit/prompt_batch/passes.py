@@ -136,6 +136,11 @@ class SlotPasses:
             ids = ids.to(self._device)
             return logits_of(self._model(ids, **self._options), ids)
 
+    def logits_of_tried_slots(self, ids: Tensor, first: int) -> Tensor:
+        """As `logits`, where row i goes through slot first + i of `SlotForwards.tried`."""
+        with self._forwards.tried(), self._forwards.some(first, len(ids)):
+            return self.logits(ids)
+
     def held(self, length: int) -> int:
         """The bytes that a pass of one text of this length holds at a time."""
         held = HeldTensors(self._model, _BOUNDLESS, None)
@@ -162,6 +167,7 @@ class SlotPasses:
                     total, losses = linear_next_token_losses(out, head, labels)
             if not total.requires_grad:
                 raise RuntimeError("model: expected chosen layers to run in a pass, but none did")
+            self._forwards.forget()
             (total * self._scale).backward()
         self._forwards.clear_unlearned()
         return losses

@@ -148,6 +148,23 @@ class SlotForwards:
             yield
 
     @contextmanager
+    def tried(self) -> Iterator[None]:
+        """Inside the block there are two slots with large factors at random, not the batch's."""
+        kept = [(layer, layer.a, layer.b) for layer in self._layers]
+        random = torch.Generator(kept[0][1].device).manual_seed(0)
+        try:
+            for layer, a, b in kept:
+                of_a = torch.randn(2, *a.shape[1:], device=a.device, generator=random)
+                of_b = torch.randn(2, *b.shape[1:], device=b.device, generator=random)
+                # What they add is about as large as the output of a layer that has just been made.
+                layer.a = (of_a / layer.inputs**0.5).to(a.dtype)
+                layer.b = (of_b / (self._scale * b.shape[2] ** 0.5)).to(b.dtype)
+            yield
+        finally:
+            for layer, a, b in kept:
+                layer.a, layer.b = a, b
+
+    @contextmanager
     def learning(
         self, first: int, shape: torch.Size, anchor: Tensor, inputs: SharedInputs
     ) -> Iterator[None]:
@@ -159,14 +176,18 @@ class SlotForwards:
         inputs: of the layers in that pass.
         """
         self._used = set()
-        for layer in self._layers:
-            layer.learned = False
         rows, length = shape
         of = slice(first, first + rows)
         call = _Call(of, rows * length, anchor, inputs, self._scale, self._backend)
         with self._replaced(call):
             yield
         call.note_readers()
+
+    def forget(self) -> None:
+        """Before a pass's backward half: gradients that its forward took for itself are no
+        layer's."""
+        for layer in self._layers:
+            layer.learned = False
 
     def clear_unlearned(self) -> None:
         """Sets gradients of layers to 0 that took no part in the latest pass."""
@@ -236,13 +257,24 @@ class _Stacked(torch.autograd.Function):
             ctx.save_for_backward(call.stacked(x), *inner)
             ctx.layer, ctx.of, ctx.shared = layer, call.of, shared
             ctx.scale, ctx.backend = call.scale, call.backend
+        elif ctx.needs_input_grad[0]:  # somebody differentiates by an input
+            ctx.save_for_backward(layer.a[call.of], layer.b[call.of])
+            ctx.layer, ctx.shared, ctx.scale = layer, shared, call.scale
+        ctx.learns = anchor is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[None, ...]:
-        x, *inner = ctx.saved_tensors
         layer: Layer = ctx.layer
+        if not ctx.learns:
+            a, b = ctx.saved_tensors
+            d = d.reshape(len(a), -1, layer.outputs)
+            d_x = d @ layer.rows_of_weight(d.dtype)
+            d_x.baddbmm_(d @ b.to(d.dtype), a.to(d.dtype), alpha=ctx.scale)
+            ctx.shared.put(d_x.flatten(0, 1).to(ctx.shared.dtype))
+            return (None,) * 5
+        x, *inner = ctx.saved_tensors
         of: slice = ctx.of
         layer.learned = True
         weight, of_weight = layer.weight_or_shape(d.dtype), layer.of_weight(d.dtype)
