@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,28 @@ def test_weights_that_other_modules_share(share: Callable[[Tensor], nn.Parameter
     with TestTimeFinetuner(one).adapted(texts(), COUNTS), tuner.adapted(texts(), COUNTS):
         pass
     before.check()
+
+
+def test_weights_of_one_memory_that_do_not_overlap() -> None:
+    """Models of one flat storage, and one at the place of another whose block nobody left."""
+    flat = torch.randn(2, 8, 8)
+    models = []
+    for part in flat:
+        model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False))
+        model[1].weight.data = part
+        models.append(model)
+    text = torch.tensor([1, 2, 3])
+    one, other = (TestTimeFinetuner(model) for model in models)
+    with one.adapted([text], [1]), other.adapted([text], [1]):
+        pass
+    block = one.adapted([text], [1])
+    block.__enter__()
+    del block, one, model, models
+    gc.collect()
+    again = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False))
+    again[1].weight.data = flat[0]
+    with TestTimeFinetuner(again).adapted([text], [1]):
+        pass
 
 
 @pytest.mark.parametrize("build", [plain, llama])

@@ -204,7 +204,9 @@ def test_a_float16_model_with_a_table_of_its_own() -> None:
             return out
 
     model = Placed().half()
+    model.also = model.head.weight.data  # of a parameter's memory, which nobody reads here
     before, places = model.places, model.places.clone()
+    assert not any(model.also is tensor for tensor in narrowed_tensors(model))
     adapted(model)
     assert model.places is before
     assert torch.equal(before, places)

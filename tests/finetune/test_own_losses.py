@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from _models import VOCABULARY, Before, texts
 from hullkit import PromptBatch, TestTimeFinetuner
+from hullkit.language_model.own_loss import scores_in_place
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -89,6 +90,69 @@ def test_it_is_found_out_when_it_can_be() -> None:
     assert model.labelled == 3
 
 
+def test_labels_that_were_shifted_for_such_a_model_are_refused() -> None:
+    """They would be shifted once more."""
+    ids = texts(1)[0]
+    shifted = torch.cat([ids[1:], torch.tensor([-100])])
+    masked = ids.masked_fill(torch.arange(len(ids)) < 5, -100)
+    for first in (False, True):
+        tuner = TestTimeFinetuner(bart())
+        if first:
+            tuner.adapt_([{"input_ids": ids, "labels": masked}], [1])
+        with pytest.raises(ValueError, match=r"labels.*: expected the token ids, or -100"):
+            tuner.adapt_([{"input_ids": ids, "labels": shifted}], [1])
+
+
+class Careless(OwnLoss):
+    """It writes to its inputs, drops out in eval mode, and multiplies halves under autocast."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, mask: Any = None) -> Any:
+        x = self.embedding(input_ids.clone())
+        input_ids.fill_(7)
+        x = F.dropout(x.cumsum(1), 0.5)
+        logits = self.head(x if mask is None else x * mask[..., None])
+        loss = None if labels is None else F.cross_entropy(logits[0].float(), labels[0])
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def test_the_trial_of_later_tokens_runs_the_model_as_a_pass_does() -> None:
+    model = Careless(0)
+    model.head.bfloat16()
+    ids = texts(1)[0]
+    mask = torch.ones(1, len(ids))
+    tuner = TestTimeFinetuner(model, precision="bf16")
+    given = ids.clone()
+    assert len(tuner.adapt_([{"input_ids": given, "mask": mask}], [1]).losses) == 1
+    assert torch.equal(given, ids)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated")
+def test_learned_positions_before_the_tokens() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(bart(), config).eval()
+    ids = texts(1)[0]
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0, 3:]
+    losses = TestTimeFinetuner(model).adapt_([ids], [1]).losses
+    assert losses == pytest.approx([float(F.cross_entropy(logits[:-1], ids[1:]))], rel=1e-4)
+
+
+def test_what_tells_both_losses_apart() -> None:
+    logits, labels = torch.randn(1, 6, 9), torch.arange(6)[None]
+
+    def found(loss: Tensor) -> bool | None:
+        return scores_in_place(SimpleNamespace(logits=logits, loss=loss), labels)
+
+    here = F.cross_entropy(logits[0], labels[0])
+    shifted = F.cross_entropy(logits[0, :-1], labels[0, 1:])
+    assert [found(here), found(shifted), found(here + 0.5)] == [True, False, False]
+    logits = logits * 1e-4  # the two are near each other
+    here = F.cross_entropy(logits[0], labels[0])
+    shifted = F.cross_entropy(logits[0, :-1], labels[0, 1:])
+    assert found((here + shifted) / 2) is None
+
+
 def test_a_model_that_sees_later_tokens_is_refused() -> None:
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -97,10 +161,15 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
     model = BertForMaskedLM(config)
     before = Before(model)
     tuner = TestTimeFinetuner(model)
-    for _ in range(2):
+    masked = {"input_ids": texts(1)[0], "attention_mask": torch.ones(17, dtype=torch.int64)}
+    masked["attention_mask"][-1] = 0
+    for example in (texts(1)[0], texts(1)[0], masked):
         with pytest.raises(ValueError, match=r"causal .* BertForMaskedLM, whose logits depend on"):
-            tuner.adapt_(texts(2), [1, 1])
+            tuner.adapt_([example], [1])
         before.check()
+    with pytest.raises(ValueError, match="whose logits depend on"):
+        TestTimeFinetuner(model).adapt_([masked], [1])
+    before.check()
 
 
 @pytest.mark.parametrize("take", [TestTimeFinetuner, lambda model: PromptBatch(model, slots=1)])

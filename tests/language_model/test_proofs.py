@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,9 +49,10 @@ class RMSNorm(nn.Module):
         of_weight: Callable[[Tensor], Tensor] = lambda w: w,
         of_root: Callable[[Tensor], Tensor] = lambda r: r,
         weight: float = 1.0,
+        width: int = 64,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((64,), weight))
+        self.weight = nn.Parameter(torch.full((width,), weight))
         self.eps = 1e-6
         self.of_weight, self.of_root = of_weight, of_root
 
@@ -77,6 +79,18 @@ def test_another_gradient_is_another_function() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert proof(RMSNorm(of_root=Tensor.detach).to(dtype)) is None
         assert proof(RMSNorm(Tensor.detach).to(dtype)) is None
+        # Among many columns a detached root hardly shows in a gradient along a random direction.
+        assert proof(RMSNorm(of_root=Tensor.detach, width=4096).to(dtype)) is None
+
+
+@pytest.mark.parametrize("width", [64, 3072, 5376, 16384])
+@pytest.mark.parametrize("eps", [1e-3, 1e-5, 1e-6])
+def test_norms_of_real_sizes_are_known(width: int, eps: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for of_weight, weight in ((lambda w: w, 1.0), (lambda w: 1.0 + w, 0.0)):
+            norm = RMSNorm(of_weight, weight=weight, width=width).to(dtype)
+            norm.eps = eps
+            assert proof(norm) is not None
 
 
 @pytest.mark.parametrize(
@@ -143,14 +157,6 @@ def test_what_a_forward_leaves_behind(leave: Callable[[Any, Tensor], None]) -> N
     assert {name: str(value) for name, value in vars(act).items()} == before
 
 
-def test_a_trial_draws_no_random_numbers_of_the_callers() -> None:
-    torch.manual_seed(0)
-    wanted = torch.rand(3)
-    torch.manual_seed(0)
-    assert proof(Act(lambda x: F.dropout(F.gelu(x), 0.5))) is None
-    assert torch.equal(torch.rand(3), wanted)
-
-
 class Setting:
     slope = 1.0
 
@@ -176,10 +182,55 @@ def test_another_function_at_the_address_of_one_before() -> None:
         assert proof(act) is None
 
 
+class Slots:
+    """No weak reference to it can be made."""
+
+    __slots__ = ("owner",)
+
+
+class Unbound:
+    """As a name of a context that is not there."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(f"unbound: {name}")
+
+
+def test_attributes_of_any_kind() -> None:
+    many = [torch.zeros(1) for _ in range(10_000)]
+    act = Act(two=many, three=float("nan"), four=torch.eye(2).to_sparse())
+    act.__dict__["one"] = Unbound()
+    assert proof(act) == proof(act) == "gelu"
+
+
+@pytest.mark.parametrize(
+    "block", [torch.inference_mode, lambda: torch.autocast("cpu"), torch.no_grad]
+)
+def test_the_callers_modes_do_not_matter(block: Callable[[], Any]) -> None:
+    with block():
+        assert proof(Act()) == "gelu"
+        assert isinstance(proof(Gated()), GatedLayer)
+        assert proof(RMSNorm()) == Norm(1e-6)
+
+
+def test_a_trial_leaves_weights_in_dicts_of_other_kinds() -> None:
+    class Own(dict[str, Any]):
+        pass
+
+    norm = RMSNorm()
+    norm.__dict__["_parameters"] = Own(norm._parameters)
+    weight = norm.weight
+    assert proof(norm) == Norm(1e-6)
+    assert norm.weight is weight
+    assert bool((weight == 1.0).all())
+
+
 def test_a_proof_keeps_no_module() -> None:
     act = Act()
     act.owner = [act]  # type: ignore[assignment]
     act.method = act.float  # type: ignore[assignment]
+    act.slots = Slots()  # type: ignore[assignment]
+    act.slots.owner = act  # type: ignore[union-attr]
+    act.space = SimpleNamespace(owner=act, deep=[[[[[act]]]]])  # type: ignore[assignment]
     assert proof(act) == "gelu"
     gone = weakref.ref(act)
     del act

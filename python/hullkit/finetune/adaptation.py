@@ -81,9 +81,14 @@ class Adaptation(WithBlock):
                     "adapted() block of this tuner or of one that shares modules with it"
                 )
         # Other modules may have the same weights. What is read alone may be read by others, too.
-        self._claimed_memory = sorted({address for m in self._claimed for address in _trained(m)})
+        trained = {p.data_ptr(): p for module in self._claimed for p in _trained(module)}
+        self._claimed_memory = sorted(trained)
         for address in self._claimed_memory:
-            if _OWNERS_OF_MEMORY.setdefault(address, self._key) is not self._key:
+            mine = (self._key, weakref.ref(trained[address]))
+            owner, weight = _OWNERS_OF_MEMORY.setdefault(address, mine)
+            if weight() is None:  # a block that nobody has left; other weights are there by now
+                _OWNERS_OF_MEMORY[address] = mine
+            elif owner is not self._key:
                 raise RuntimeError(
                     "adapted(): expected a model whose trained weights are not being adapted, got "
                     "one that shares some with a model inside an adapted() block"
@@ -134,7 +139,7 @@ class Adaptation(WithBlock):
             if _OWNERS.get(module) is self._key:
                 _OWNERS.pop(module, None)
         for address in self._claimed_memory:
-            if _OWNERS_OF_MEMORY.get(address) is self._key:
+            if _OWNERS_OF_MEMORY.get(address, (None,))[0] is self._key:
                 _OWNERS_OF_MEMORY.pop(address, None)
         self._settings.put_back()
         clock, self._clock = self._clock, None
@@ -195,8 +200,8 @@ class TorchSettings:
 # The adaptation that a module is part of. There is no lock, since a signal could leave one locked:
 # each claim is a single operation of the dictionary.
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
-# The same of trained weights, by the addresses of their storages.
-_OWNERS_OF_MEMORY: dict[int, object] = {}
+# The same of trained weights, by their addresses.
+_OWNERS_OF_MEMORY: dict[int, tuple[object, weakref.ref[Tensor]]] = {}
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -204,11 +209,10 @@ def is_adapted(module: nn.Module) -> bool:
     return module in _OWNERS
 
 
-def _trained(module: nn.Module) -> list[int]:
-    """Where the memory of a module's own trained parameters begins."""
-    parameters = [p for p in module._parameters.values() if p is not None]
-    found = [p.untyped_storage().data_ptr() for p in parameters if p.requires_grad]
-    return [address for address in found if address]
+def _trained(module: nn.Module) -> list[Tensor]:
+    """A module's own trained parameters that have memory."""
+    own = [p for p in module._parameters.values() if type(p) in (Tensor, nn.Parameter)]
+    return [p for p in own if p is not None and p.requires_grad and p.numel() and not p.is_meta]
 
 
 def _autocast_depth() -> int:

@@ -22,6 +22,7 @@ from ..language_model.interface import (
     forward_parameters,
     token_limits,
 )
+from ..language_model.own_loss import check_own_labels
 from ..optim._record import MAX_NUM_STEPS
 from .adaptation import Adaptation, is_adapted
 from .query_run import ModelPasses, QueryRun, check_trained, trained_parameters
@@ -292,6 +293,8 @@ class TestTimeFinetuner:
         if not scored.any():
             raise ValueError(f"{name}['labels']: expected a scored token, got only {IGNORED}")
         check_labels(f"{name}['labels']", labels.where(labels != IGNORED, 0), limits)
+        if self._passes.loss.in_place:
+            check_own_labels(f"{name}['labels']", labels, ids)
         return inputs
 
     def warmup(self, lengths: Iterable[int]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..optim._tensor_table import HALVES
 from .fused_functions import ACTIVATIONS
-from .trials import column, random_linear, random_tensor, trial, with_gradients
+from .trials import column, random_linear, random_tensor, trial
 
 _IN, _INNER = 5, 7  # columns of a proof
 _SIZES = (1e-3, 0.1, 1.0, 1.0, 1.0, 10.0, 1e3)  # of its rows: a clip or a scale shows
@@ -68,16 +68,15 @@ def proven_gated_layer(module: Any) -> GatedLayer | None:
     if tried is None or tried.y.shape != x.shape:
         return None
     x = tried.leaves[0]
-    with with_gradients():
-        for (gate, up), name in product(((first, second), (second, first)), ACTIVATIONS):
-            inner = ACTIVATIONS[name](layers[gate](x)) * layers[up](x)
-            wanted = layers[down](inner)
-            # Each of the few steps and sums rounds once; orders may differ.
-            size = inner.detach().abs() @ layers[down].weight.detach().abs().t()
-            bound = 64.0 * torch.finfo(x.dtype).eps * size
-            if bool(((tried.y - wanted).abs() <= bound).all()):
-                same = tried.has_gradients_of(wanted, 1e-3)
-                return GatedLayer(gate, up, down, act, name) if same else None
+    for (gate, up), name in product(((first, second), (second, first)), ACTIVATIONS):
+        inner = ACTIVATIONS[name](layers[gate](x)) * layers[up](x)
+        wanted = layers[down](inner)
+        # Each of the few steps and sums rounds once; orders may differ.
+        size = inner.detach().abs() @ layers[down].weight.detach().abs().t()
+        bound = 64.0 * torch.finfo(x.dtype).eps * size
+        if bool(((tried.y - wanted).abs() <= bound).all()):
+            same = tried.has_gradients_of(wanted, 1e-3)
+            return GatedLayer(gate, up, down, act, name) if same else None
     return None
 
 

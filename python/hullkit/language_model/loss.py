@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from .cross_entropy import next_token_loss, plain_next_token_loss
 from .fused_modules import fused_head_weight, stand_ins
-from .interface import device_of, forward_parameters, logits_of, name_of, without_cache
-from .own_loss import scores_in_place, sees_later_tokens
+from .interface import (
+    device_of,
+    forward_parameters,
+    logits_of,
+    name_of,
+    without_cache,
+)
+from .own_loss import check_own_labels, logits_of_tokens, scores_in_place, sees_later_tokens
 from .pass_copies import PassCopies
 from .product_settings import autocast_of_pass, matmul_precision
 from .products import WeightProducts
@@ -40,7 +46,7 @@ class CausalLoss:
         self.fused: tuple[str, ...] = ()  # names of what the latest pass replaced
         self._of_logits = next_token_loss if fuse else plain_next_token_loss
         self.autocast = precision == "bf16"
-        self._in_place = False  # the model's own loss scores labels so
+        self.in_place = False  # the model's own loss scores labels so
         self._loss_is_known = False
         self._is_causal: bool | None = True  # as the caller says; None while it is in doubt
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
@@ -104,8 +110,13 @@ class CausalLoss:
         moved = without_cache(self._model) | moved
         with autocast_of_pass(device.type, autocast):
             ids, labels = moved.pop("input_ids"), moved.pop("labels")
-            if self._in_place or "labels" not in forward_parameters(self._model):
+            takes_labels = "labels" in forward_parameters(self._model)
+            if takes_labels and self.in_place and not own:
+                check_own_labels("labels", inputs["labels"], inputs["input_ids"])
+            if not takes_labels:
                 return self._of_logits(logits_of(call(ids, **moved), ids), labels)
+            if self.in_place:
+                return self._of_logits(logits_of_tokens(call(ids, **moved), ids), labels)
             output = call(input_ids=ids, labels=labels, **moved)
             loss = getattr(output, "loss", None)
             if not isinstance(loss, Tensor) or loss.ndim != 0:
@@ -117,17 +128,19 @@ class CausalLoss:
             self._loss_is_known = found is not None
             if not found:
                 return loss
-            self._in_place, self._is_causal = True, None
-            return self._of_logits(logits_of(output, ids), labels)
+            check_own_labels("labels", inputs["labels"], inputs["input_ids"])
+            self.in_place, self._is_causal = True, None
+            return self._of_logits(logits_of_tokens(output, ids), labels)
 
     def _check_causal(self, inputs: dict[str, Tensor]) -> None:
         """After a pass in which the model's own loss was of other tokens: masked models' is too."""
         if self._is_causal is None:
-            options = {k: v for k, v in inputs.items() if k not in ("input_ids", "labels")}
-            ids = inputs["input_ids"].to(device_of(self._model, inputs["input_ids"]))
-            self._is_causal = not sees_later_tokens(
-                self._model, ids, without_cache(self._model) | options
-            )
+            device = device_of(self._model, inputs["input_ids"])
+            options = without_cache(self._model)
+            with autocast_of_pass(device.type, self.autocast):
+                self._is_causal = not sees_later_tokens(
+                    lambda ids: self._model(ids, **options), inputs["input_ids"].to(device)
+                )
         if not self._is_causal:
             raise ValueError(
                 f"model: expected a causal language model, got {name_of(self._model)}, "

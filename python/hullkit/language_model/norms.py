@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .products import SharedInput, column_sums
 from .residuals import NarrowGradient
-from .trials import column, random_tensor, trial, with_gradients
+from .trials import column, random_tensor, trial
 
 WIDEST = 16384  # columns that a program holds
 _MOST_PROGRAMS = 256  # of the gradient: each has a part of the weight's
@@ -213,8 +213,12 @@ def proven_rms_norm(module: nn.Module, dtype: torch.dtype) -> Norm | None:
     noise = random_tensor(generator, 1, 12, len(weight))
     sizes = column([1e-4, 3e-3, 0.1, 1.0, 1.0, 30.0] * 2)
     x = (noise * sizes + column([0.0, 0.5] * 6) * sizes).to(dtype)
-    # Not the module's own, of which many functions agree while it is 0 or 1.
-    weight = nn.Parameter(random_tensor(generator, len(weight)).to(dtype))
+    # Not the module's own, of which many functions agree while it is 0 or 1. None of them is small,
+    # nor is one plus 1: their rounding would be large.
+    own = random_tensor(generator, len(weight))
+    own = own.sign() * (0.3 + own.abs())
+    own = own.where((own + 1.0).abs() > 0.3, own - 0.6)
+    weight = nn.Parameter(own.to(dtype))
     tried = trial(module, x, parameters={"weight": weight})
     if tried is None or tried.y.shape != x.shape:
         return None
@@ -227,12 +231,12 @@ def proven_rms_norm(module: nn.Module, dtype: torch.dtype) -> Norm | None:
                 error = _error(_rms(x.detach(), weight.detach(), formula), wanted)
                 if error < least:
                     found, least = formula, error
-    # Two roundings of the result, or of the normalised row. A NaN is no proof.
+    # Two roundings of the result, or of the normalised row; float32 rounds the statistics, too.
+    # A NaN is no proof.
     eps = torch.finfo(dtype).eps
-    if found is None or not least <= 2.0 * eps:
+    if found is None or not least <= (8.0 if dtype is torch.float32 else 2.0) * eps:
         return None
-    with with_gradients():
-        same = tried.has_gradients_of(_rms(x, weight, found), max(8.0 * eps, 1e-4))
+    same = tried.has_gradients_of(_rms(x, weight, found), max(8.0 * eps, 1e-4))
     return found if same else None
 
 

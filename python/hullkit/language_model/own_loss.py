@@ -26,10 +26,11 @@ def scores_in_place(output: Any, labels: Tensor) -> bool | None:
     for the device.
     """
     logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != labels.shape:
+    length = labels.shape[1]
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[1] < length:
         return False
     loss = float(output.loss.detach())
-    rows, targets = logits.detach()[0], labels[0]
+    rows, targets = logits.detach()[0, -length:], labels[0]  # learned positions come before
     here = abs(_mean_loss(rows, targets) - loss)
     next_one = abs(_mean_loss(rows[:-1], targets[1:]) - loss)
     size = max(1.0, abs(loss))
@@ -41,13 +42,38 @@ def scores_in_place(output: Any, labels: Tensor) -> bool | None:
     return here < next_one if min(here, next_one) <= 0.1 * max(here, next_one) else None
 
 
-def sees_later_tokens(call: Callable[..., Any], ids: Tensor, options: dict[str, Any]) -> bool:
-    """Whether the logits of ids (1, T) but for the last depend on the last."""
-    changed = torch.cat([ids[:, :-1], (ids[:, -1:] == 0).to(ids.dtype)], 1)
-    with torch.no_grad():
-        one, other = (
-            logits_of(call(part, **options), part)[0, : ids.shape[1] - 1] for part in (ids, changed)
+def logits_of_tokens(output: Any, ids: Tensor) -> Tensor:
+    """The logits (1, T, V) of ids (1, T). Learned positions come before, and have some, too."""
+    length = ids.shape[1]
+    logits = getattr(output, "logits", None)
+    before = logits.shape[1] - length if isinstance(logits, Tensor) and logits.ndim == 3 else 0
+    return logits_of(output, ids, max(0, before))[:, -length:]
+
+
+def check_own_labels(name: str, labels: Tensor, ids: Tensor) -> None:
+    """Raises ValueError for labels that such a model's own loss would rightly get: shifted ones.
+
+    This waits for the device.
+    """
+    if not bool(((labels == ids) | (labels == IGNORED)).all()):
+        raise ValueError(
+            f"{name}: expected the token ids, or {IGNORED}, for a model whose own loss scores "
+            "labels in their places, got others: hullkit takes the loss of next tokens"
         )
+
+
+def sees_later_tokens(call: Callable[[Tensor], Any], ids: Tensor) -> bool:
+    """Whether the logits of ids (1, T) but for the last depend on the last.
+
+    call: the model, of ids that it may write to. Both calls get the same random numbers.
+    """
+    changed = torch.cat([ids[:, :-1], (ids[:, -1:] == 0).to(ids.dtype)], 1)
+    found = []
+    for part in (ids.clone(), changed):
+        with torch.no_grad(), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+            torch.manual_seed(0)
+            found.append(logits_of_tokens(call(part), ids)[0, :-1])
+    one, other = found
     bound = 1e-4 if _is_wide(one) else 0.02
     return bool((one - other).abs().max() > bound * one.abs().max())
 

@@ -20,6 +20,9 @@ _LORA_FACTORS = {
 }  # fmt: skip
 
 
+_WITH_MEMORY = (Tensor, nn.Parameter)
+
+
 class PassCopies:
     """Copies of some tensors of a model. Inside `in_place` they are the tensors' `.data`.
 
@@ -70,11 +73,16 @@ def narrowed_tensors(model: nn.Module) -> list[Tensor]:
     They are also the float32 factors of PEFT's adapters on a half-precision base, for which PEFT
     would cast activations to float32.
     """
+    tensors = dict.fromkeys((*model.parameters(), *model.buffers()))
     attributes = (t for m in model.modules() for t in vars(m).values() if type(t) is Tensor)
-    tensors = dict.fromkeys((*model.parameters(), *model.buffers(), *attributes))
     base = _main_dtype(model)
     if base not in (torch.float16, torch.bfloat16):
         return []
+    if base is torch.float16:  # but what shows a parameter's memory, which has one copy
+        known = {t.untyped_storage().data_ptr() for t in tensors if type(t) in _WITH_MEMORY}
+        halves = [t for t in attributes if t.dtype is base and t.layout is torch.strided]
+        own = (t for t in halves if t.untyped_storage().data_ptr() not in known)
+        tensors |= dict.fromkeys(own)
     narrowed = {t for t in tensors if t.dtype is torch.float16 and base is torch.float16}
     narrowed |= {t for t in _lora_factors(model) if t.dtype in (torch.float32, torch.float16)}
     return [t for t in tensors if t in narrowed]

@@ -13,7 +13,7 @@ from .fused_functions import proven_activation
 from .gated_layers import GatedLayer, gate_parts, proven_gated_layer
 from .low_rank import LowRank, is_watched, proven_low_rank
 from .norms import Norm, proven_rms_norm
-from .trials import Same, facts
+from .trials import Same, facts, plain_modes
 
 Formula = Norm | LowRank | GatedLayer | str
 
@@ -54,14 +54,23 @@ def proof(module: nn.Module) -> Formula | None:
         return known[1]
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return None  # a forward that is tried might wait for the device
-    found: Formula | None
-    if adapted:
-        found = proven_low_rank(module)
-    elif activations:
-        found = None if any(map(is_watched, acts)) else proven_gated_layer(module)
-    elif parameters:
-        found = proven_rms_norm(module, parameters[0].dtype)
-    else:
-        found = proven_activation(module, torch.float32, torch.device("cpu"))
+    with plain_modes():
+        found = _found(module, adapted, acts if activations else None, parameters)
     _PROOFS[module] = (found_with, found)
     return found
+
+
+def _found(
+    module: nn.Module,
+    adapted: bool,
+    acts: list[nn.Module] | None,
+    parameters: list[nn.Parameter],
+) -> Formula | None:
+    """acts: the activations of what may be a gated layer."""
+    if adapted:
+        return proven_low_rank(module)
+    if acts is not None:
+        return None if any(map(is_watched, acts)) else proven_gated_layer(module)
+    if parameters:
+        return proven_rms_norm(module, parameters[0].dtype)
+    return proven_activation(module, torch.float32, torch.device("cpu"))

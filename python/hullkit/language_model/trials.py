@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 _DEEPEST = 4  # containers within containers
-_PLAIN = (int, float, str, bool, type(None))
+_MOST = 1000  # items of a module's attributes
+_PLAIN = {int, float, complex, str, bytes, bool, type(None)}
 _CONTAINERS = (list, tuple, set, frozenset, dict)
 _OPAQUE = (nn.Module, type, FunctionType, MethodType, ModuleType)  # no content is looked at
 
@@ -38,10 +39,11 @@ def column(numbers: Sequence[float]) -> Tensor:
 
 
 @contextmanager
-def with_gradients() -> Iterator[None]:
-    """A block for a trial and for its formula, whatever modes and hooks of torch a pass is in."""
+def plain_modes() -> Iterator[None]:
+    """A block for trials and their formulas, whatever modes and hooks of torch a pass is in."""
     kept = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-    with torch.inference_mode(False), torch.enable_grad(), kept:
+    off = torch.autocast("cpu", enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), kept, off:
         yield
 
 
@@ -93,7 +95,8 @@ def trial(
     """What the forward of the module's class makes of x, with these parts instead of its own.
 
     None if it fails, returns no tensor like x but for the columns, or leaves something behind: who
-    reads that would miss it. The module stays as it is, and nobody who watches it is told.
+    reads that would miss it. Nobody who watches the module is told, and what it keeps in tensors,
+    lists, sets and dicts stays as it is. Inside `plain_modes`.
 
     writes: whether it may write to its input.
     """
@@ -102,11 +105,10 @@ def trial(
     copies: list[nn.Module] = []
     try:
         tried = _copied(module, parts, copies)
-        tried.__dict__["_parameters"].update(parameters)
+        tried.__dict__["_parameters"] = {**module._parameters, **parameters}
         before = [facts(one) for one in copies]
-        with with_gradients(), torch.random.fork_rng(devices=[]):  # x is on the CPU
-            given = x.clone()
-            y = type(module).forward(tried, given)
+        given = x.clone()
+        y = type(module).forward(tried, given)
         changed = [facts(one) for one in copies] != before or (given._version > 0 and not writes)
     except Exception:
         return None
@@ -121,11 +123,14 @@ def trial(
 def _copied(
     module: nn.Module, parts: Mapping[str, nn.Module], copies: list[nn.Module]
 ) -> nn.Module:
-    """A copy with copies of its parts, in which a forward may write without reaching the module."""
+    """A copy with copies of its parts, tensors and containers, which a forward may write to."""
     tried = copy.copy(module)
     copies.append(tried)
     for name, value in tried.__dict__.items():
         tried.__dict__[name] = _apart(value)
+    for name in ("_parameters", "_buffers"):  # of classes of their own under some libraries
+        held = getattr(module, name).items()
+        tried.__dict__[name] = {key: _apart(value) for key, value in held}
     tried.__dict__["_modules"] = {
         name: parts.get(name) or (part if part is None else _copied(part, {}, copies))
         for name, part in module._modules.items()
@@ -135,50 +140,60 @@ def _copied(
 
 def _apart(value: Any, depth: int = 0) -> Any:
     """Containers and tensors anew."""
-    if isinstance(value, Tensor):
-        return value if isinstance(value, nn.Parameter) else value.detach().clone()
-    if depth < _DEEPEST and type(value) in (dict, OrderedDict):
-        return type(value)((key, _apart(item, depth + 1)) for key, item in value.items())
-    if depth < _DEEPEST and type(value) in (list, set):
-        return type(value)(_apart(item, depth + 1) for item in value)
+    kind = type(value)  # an object may tell another class
+    if issubclass(kind, Tensor):
+        return value if issubclass(kind, nn.Parameter) else value.detach().clone()
+    if depth < _DEEPEST and kind in (dict, OrderedDict):
+        return kind((key, _apart(item, depth + 1)) for key, item in value.items())
+    if depth < _DEEPEST and kind in (list, set):
+        return kind(_apart(item, depth + 1) for item in value)
     return value
 
 
 def facts(module: nn.Module, without: Collection[str] = ("_modules",)) -> tuple[Any, ...]:
     """Something that changes when an attribute of the module does, but for those named."""
+    room = [_MOST]
     return tuple(
-        (name, _fact(value)) for name, value in vars(module).items() if name not in without
+        (name, _fact(value, room)) for name, value in vars(module).items() if name not in without
     )
 
 
 class Same:
-    """Equal to what was made of the same object, while that lives."""
+    """Equal to what was made of the same object, while that lives. It does not keep it alive."""
 
     def __init__(self, value: Any) -> None:
         try:
             self._of: Any = weakref.ref(value)
         except TypeError:
-            self._of = lambda: value
+            self._of = None
+        self._kind, self._place = type(value), id(value)
 
     def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Same) or self._kind is not other._kind:
+            return False
+        if self._of is None or other._of is None:
+            return self._of is other._of and self._place == other._place
         own = self._of()
-        return isinstance(other, Same) and own is not None and own is other._of()
+        return own is not None and own is other._of()
 
     __hash__ = None  # type: ignore[assignment]
 
 
-def _fact(value: Any, depth: int = 0) -> Any:
-    """Deep containers count as they are, not by content: one may hold itself."""
-    if isinstance(value, _PLAIN):
-        return type(value), value
-    if isinstance(value, Tensor):
+def _fact(value: Any, room: list[int], depth: int = 0) -> Any:
+    """Of a value. Deep containers, and what no room is left for, count as the objects they are."""
+    kind = type(value)  # an object may tell another class
+    if kind in _PLAIN:
+        return kind, value
+    if issubclass(kind, Tensor):
         return Same(value), None if value.is_inference() else value._version
-    if depth < _DEEPEST and isinstance(value, _CONTAINERS):
-        items = (
-            [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
-        )
-        return type(value), tuple(_fact(item, depth + 1) for item in items)
-    content = None if isinstance(value, _OPAQUE) else getattr(value, "__dict__", None)
-    if depth == 0 and type(content) is dict:  # of a configuration, say
-        return Same(value), _fact(content, 1)
+    if depth < _DEEPEST and issubclass(kind, _CONTAINERS) and len(value) <= room[0]:
+        room[0] -= len(value)
+        items = [part for pair in value.items() for part in pair] if kind is dict else value
+        return kind, tuple(_fact(item, room, depth + 1) for item in items)
+    if depth == 0 and not issubclass(kind, _OPAQUE):
+        try:
+            content = vars(value)  # of a configuration, say
+        except Exception:
+            return Same(value)
+        return Same(value), _fact(content, room, 1)
     return Same(value)
