@@ -47,7 +47,7 @@ class PoolTeam {
   int size() const { return static_cast<int>(rows_.size()); }
   double base(int i) const { return base_[i]; }
   double query_squared() const { return query_squared_; }
-  double squared(int i) const { return columns_.known_column(i)[i]; }
+  double squared(int i) const { return columns_.known(i) ? columns_.known_column(i)[i] : support_.own_product(i); }
   const T* column(int i) const { return columns_.known_column(i); }
 
   void touch(int i, const double* scores) {
