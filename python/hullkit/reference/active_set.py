@@ -108,7 +108,7 @@ def _toward(s: _State) -> _Moved | None:
     direction = s.vertex @ s.pool - s.iterate
     slope = s.vertex @ s.scores - s.weights @ s.scores
     length_squared = direction @ direction
-    if length_squared < 1e-12 or slope <= s.gain(s.vertex @ s.lengths):
+    if length_squared < 1e-12 or slope <= s.gain(float(s.vertex @ s.lengths)):
         return None
     step = min(float(slope / length_squared), 1.0)
     weights = np.minimum((1 - step) * s.weights + step * s.vertex, s.cap)
