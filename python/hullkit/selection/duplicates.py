@@ -67,9 +67,10 @@ def duplicates(
             any_row = any_row.expand(per_entry.shape[0], -1)
     problem = check_pool_query(pool, any_row, lengths, candidates)
     check_device("duplicates", problem.pool, backend)
-    if not 0.0 < check_number("eps", eps, 0.0) <= 2.0:
+    eps = check_number("eps", eps, 0.0)
+    if not 0.0 < eps <= 2.0:
         raise ValueError(f"eps: expected a number in (0, 2], got {eps}")
     out = problem.empty(torch.int64, problem.positions())
     run: Callable[..., None] = operators.duplicates if backend is None else batched.duplicates
-    run(problem.pool, problem.lengths, problem.candidates, float(eps), out)
+    run(problem.pool, problem.lengths, problem.candidates, eps, out)
     return out

@@ -87,7 +87,7 @@ def sift(
     """
     problem = check_pool_query(pool, query, lengths, candidates, several=True)
     check_device("sift", problem.pool, backend)
-    check_total(total)
+    total = check_total(total)
     noise = check_positive("noise", noise)
     alpha = 0.0 if alpha is None else check_positive("alpha", alpha)  # 1 / (0 t): never
     cap = check_cap(max_multiplicity, problem.positions(), total)
