@@ -31,10 +31,10 @@ class PoolTeam {
         iterate_(rows.size()) {
     std::vector<T> products(rows.size());
     rows.dots(query, products.data(), num_threads);
-    const int64_t broken = first_not_finite(products.data(), rows.size());
+    const int64_t broken = first_overflow(products.data(), rows.size());
     if (broken < rows.size()) rows.explain_not_finite(broken, "query");
     std::copy(products.begin(), products.end(), base_.begin());
-    query_squared_ = support_.squared_norm(query);
+    query_squared_ = support_.query_squared();
   }
 
   template <typename Task>
@@ -52,7 +52,7 @@ class PoolTeam {
 
   void touch(int i, const double* scores) {
     const T* const column = columns_.column(i, scores, max_support_ - ++num_touched_);
-    const int64_t broken = first_not_finite(column, rows_.size());
+    const int64_t broken = first_overflow(column, rows_.size());
     if (broken < rows_.size()) rows_.explain_not_finite(broken, "candidate " + std::to_string(rows_.position(i)));
   }
 
