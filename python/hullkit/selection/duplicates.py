@@ -58,7 +58,9 @@ def duplicates(
     tensor([0, 1, 0])
 
     Numerics: float32 and half types resolve cosines to about 1e-6; equal rows are found with every
-    eps, and rows of length 0 have no duplicates. Cost: O(n r d) for r representatives.
+    eps. Rows whose squared norm is 0 have no duplicates: those of length 0, and in float32 those
+    below about 1e-22. Cost: O(n r d) for r representatives, and O(n) memory; on CUDA the whole Gram
+    matrix.
     """
     pool = check_floating("pool", pool)
     any_row = pool if pool.ndim < 2 or pool.shape[-2] == 0 else pool[..., 0, :]
