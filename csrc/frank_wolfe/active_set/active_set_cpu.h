@@ -27,6 +27,7 @@ class PoolTeam {
         columns_(rows, num_threads),
         support_(rows, query),
         base_(rows.size()),
+        squares_(rows.size(), -1.0),
         order_(rows.size()),
         iterate_(rows.size()) {
     std::vector<T> products(rows.size());
@@ -47,7 +48,10 @@ class PoolTeam {
   int size() const { return static_cast<int>(rows_.size()); }
   double base(int i) const { return base_[i]; }
   double query_squared() const { return query_squared_; }
-  double squared(int i) const { return columns_.known(i) ? columns_.known_column(i)[i] : support_.own_product(i); }
+  double squared(int i) {
+    if (squares_[i] < 0.0) squares_[i] = columns_.known(i) ? columns_.known_column(i)[i] : support_.own_product(i);
+    return squares_[i];
+  }
   const T* column(int i) const { return columns_.known_column(i); }
 
   void touch(int i, const double* scores) {
@@ -115,6 +119,7 @@ class PoolTeam {
   GramColumns<T> columns_;
   Support<T> support_;
   std::vector<double> base_;
+  std::vector<double> squares_;  // -1: not asked for yet. Every step asks for those of all touched rows
   std::vector<int> order_;
   std::vector<double> iterate_;  // [n] its products with the rows
   double query_squared_;
