@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // How an operation's arguments arrive from Python, and how Python learns their names.
 //
-// An operation lists its arguments once, in each_argument(visit) (operations.cpp). Three visitors go over this list:
+// An operation lists its arguments once, in each_argument(visit) (operations.cpp). Visitors go over this list:
 // Signature writes the operator's schema and the arguments' names, from which Python defines the operator and checks
 // its own records as it is imported; Reader reads the values of a call in that order; Batched gives every tensor its
-// batch dimension. So an argument has one name and one place on both sides.
+// batch dimension; Apart looks at where outputs lie. So an argument has one name and one place on both sides.
 //
 // The methods of a visitor are the roles that an argument can have:
 //   shared    a tensor that a batch may share: the pool
@@ -149,6 +149,36 @@ class Batched : public ArgumentVisitor<Batched> {
 
   bool unbatched_;
   int64_t batch_;
+};
+
+// Refuses outputs that share memory: each would be written over by another. They are contiguous.
+class Apart : public ArgumentVisitor<Apart> {
+ public:
+  void shared(const char*, TensorView&) {}
+  void input(const char*, TensorView&) {}
+  void optional(const char*, TensorView&) {}
+  void output(const char* name, TensorView& view) {
+    int64_t bytes = element_bytes(view.dtype);
+    for (int axis = 0; axis < view.rank; ++axis) bytes *= view.shape[axis];
+    if (bytes == 0) return;
+    const char* const begin = static_cast<const char*>(view.data);
+    for (int i = 0; i < count_; ++i) {
+      HULLKIT_CHECK(begin + bytes <= pieces_[i].begin || pieces_[i].end <= begin, name,
+                    ": expected memory of its own, got a part of that of ", pieces_[i].name);
+    }
+    pieces_[count_++] = {name, begin, begin + bytes};
+  }
+  template <typename Value>
+  void option(const char*, Value&) {}
+
+ private:
+  struct Piece {
+    const char* name;
+    const char* begin;
+    const char* end;
+  };
+  Piece pieces_[16];  // select has the most outputs: nine
+  int count_ = 0;
 };
 
 }  // namespace hullkit

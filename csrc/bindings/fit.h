@@ -77,12 +77,12 @@ inline void check_pool(const PoolSpec& pool, int64_t batch) {
                 "shape ", shape_of(rows));
   check_unit_stride("pool", rows);
   const TensorView& lengths = pool.lengths;
-  if (lengths.rank > 0) {  // an absent tensor has rank 0
+  if (lengths.defined()) {
     check_dtype("lengths", lengths, DType::kInt64, "int64");
     check_shape("lengths", lengths, {batch});
   }
   const TensorView& candidates = pool.candidates;
-  if (candidates.rank > 0) {
+  if (candidates.defined()) {
     HULLKIT_CHECK(candidates.rank == 2 && candidates.shape[0] == batch && candidates.shape[1] > 0,
                   "candidates: expected shape (", batch, ", n) with n >= 1, got ", shape_of(candidates));
     check_dtype("candidates", candidates, DType::kInt64, "int64");

@@ -291,6 +291,8 @@ Op read(const py::args& arguments, Where& where) {
   Batched batched(operation.lead());
   operation.each_argument(batched);
   operation.check();
+  Apart apart;
+  operation.each_argument(apart);
   return operation;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace hullkit {
 
@@ -11,5 +12,8 @@ inline constexpr int64_t kMaxOnDevice = 4096;
 
 // Neighbours of one query among more than kMaxOnDevice candidates.
 inline constexpr int64_t kMaxNeighbours = 2048;
+
+// A float64 product that sums are made of: a few of the largest are finite still.
+inline constexpr double kLargestProduct = std::numeric_limits<double>::max() / 16;
 
 }  // namespace hullkit

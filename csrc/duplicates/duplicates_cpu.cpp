@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <numeric>
 #include <vector>
 
 #include "hullkit/duplicates.h"
 #include "hullkit/parallel.h"
-#include "pool/gram_columns.h"
 #include "pool/pool_rows.h"
+#include "simd/simd.h"
 
 namespace hullkit {
 namespace {
@@ -29,19 +29,37 @@ void duplicates_one(const PoolSpec& pool, int64_t b, double eps, int64_t width, 
   const PoolRows<T> rows(pool, b, /*reuse=*/true);
   const int64_t n = rows.size();
   const std::vector<double> norms = norms_of(rows, num_threads);
-  GramColumns<T> columns(rows, num_threads);
   std::vector<int64_t> representative(n, -1);
-  std::vector<double> likely(n);  // the first ones not yet spoken for are asked for next
-  for (int64_t i = 0; i < n; ++i) likely[i] = -static_cast<double>(i);
-  for (int64_t r = 0; r < n; ++r) {
-    if (representative[r] >= 0) continue;
-    representative[r] = r;
-    const T* const column = columns.column(r, likely.data(), n - r - 1);
-    for (int64_t i = r + 1; i < n; ++i) {
-      if (representative[i] >= 0 || !(column[i] > (1.0 - eps) * norms[r] * norms[i])) continue;
-      representative[i] = r;
-      likely[i] = -std::numeric_limits<double>::infinity();
+  std::vector<int64_t> open(n);  // rows without a representative
+  std::iota(open.begin(), open.end(), int64_t{0});
+  std::vector<const void*> sources = rows.sources();  // aligned with open
+  PackedRows<T> packed(rows);
+  std::vector<T> products(kMaxDotVectors * n);
+  // A pass over the open rows compares them with the first few. What it found is needed by no later one.
+  while (!open.empty()) {
+    const auto size = static_cast<int64_t>(open.size());
+    const int count = static_cast<int>(std::min<int64_t>(kMaxDotVectors, size));
+    packed.pack(open.data(), count);
+    T* columns[kMaxDotVectors];
+    for (int k = 0; k < count; ++k) columns[k] = products.data() + k * n;
+    rows.dots(sources.data(), size, packed, columns, num_threads);
+    for (int k = 0; k < count; ++k) {
+      const int64_t r = open[k];
+      if (representative[r] >= 0) continue;  // a copy of another of the few
+      representative[r] = r;
+      for (int64_t t = k + 1; t < size; ++t) {
+        const int64_t i = open[t];
+        if (representative[i] < 0 && columns[k][t] > (1.0 - eps) * norms[r] * norms[i]) representative[i] = r;
+      }
     }
+    int64_t left = 0;
+    for (int64_t t = count; t < size; ++t) {
+      if (representative[open[t]] >= 0) continue;
+      open[left] = open[t];
+      sources[left++] = sources[t];
+    }
+    open.resize(left);
+    sources.resize(left);
   }
   for (int64_t i = 0; i < width; ++i) out[i] = -1;
   for (int64_t i = 0; i < n; ++i) out[rows.position(i)] = rows.position(representative[i]);

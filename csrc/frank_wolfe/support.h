@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "frank_wolfe/capped_simplex.h"
+#include "hullkit/check.h"
 #include "hullkit/frank_wolfe.h"
 #include "pool/gram_columns.h"
 #include "pool/pool_rows.h"
@@ -36,10 +37,18 @@ class Support {
     return product;
   }
 
+  double query_squared() const {
+    const T squared = static_cast<T>(squared_norm(query_));
+    HULLKIT_CHECK(first_overflow(&squared, 1) == 1,
+                  "query: expected a squared norm within the range of the arithmetic, got an overflow in entry ",
+                  rows_.batch_entry(), "; scale the embeddings down");
+    return squared;
+  }
+
   double own_product(int64_t i) const {
     std::vector<T> buffer(rows_.dim());
-    const double product = squared_norm(rows_.row(i, buffer.data()));
-    if (!std::isfinite(product)) rows_.explain_not_finite(i, "itself");
+    const T product = static_cast<T>(squared_norm(rows_.row(i, buffer.data())));
+    if (first_overflow(&product, 1) == 0) rows_.explain_not_finite(i, "itself");
     return product;
   }
 
@@ -83,6 +92,10 @@ class Support {
     const Difference residual = minus_iterate(query_);
     std::vector<T> scores(rows_.size());
     rows_.dots(residual.vector.data(), scores.data(), num_threads);
+    const int64_t broken = first_not_finite(scores.data(), rows_.size());
+    // A support of one asks for no norm, so it is an answer without a gap where norms overflow.
+    const bool asked = status != Status::kMaxSupport || touched.size() > 1;
+    if (broken < rows_.size() && asked) rows_.explain_not_finite(broken, "the residual");
     double best = 0.0;
     if (simplex.size == 1) {
       best = *std::max_element(scores.begin(), scores.end());

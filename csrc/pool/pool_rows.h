@@ -12,20 +12,36 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/limits.h"
 #include "hullkit/pool_spec.h"
 #include "simd/simd.h"
 
 namespace hullkit {
 
-// Where the first NaN or Inf stands, `count` if there is none.
+// Where the first NaN, or value beyond `largest`, stands; `count` if there is none.
 template <typename T>
-int64_t first_not_finite(const T* values, int64_t count) {
+int64_t first_beyond(T largest, const T* values, int64_t count) {
   int broken = 0;  // no branch on a single element: the compiler vectorises this
-  for (int64_t i = 0; i < count; ++i) broken |= !(std::abs(values[i]) <= std::numeric_limits<T>::max());
+  for (int64_t i = 0; i < count; ++i) broken |= !(std::abs(values[i]) <= largest);
   if (!broken) return count;
   int64_t i = 0;
-  while (std::isfinite(values[i])) ++i;
+  while (std::abs(values[i]) <= largest) ++i;
   return i;
+}
+
+template <typename T>
+int64_t first_not_finite(const T* values, int64_t count) {
+  return first_beyond(std::numeric_limits<T>::max(), values, count);
+}
+
+// The same for products that float64 sums are made of; those of any float32 are finite.
+template <typename T>
+int64_t first_overflow(const T* products, int64_t count) {
+  if constexpr (std::is_same_v<T, double>) {
+    return first_beyond(kLargestProduct, products, count);
+  } else {
+    return first_not_finite(products, count);
+  }
 }
 
 template <typename T>
@@ -54,6 +70,7 @@ class PoolRows {
 
   int64_t size() const { return static_cast<int64_t>(sources_.size()); }
   int64_t dim() const { return dim_; }
+  int64_t batch_entry() const { return batch_entry_; }
   // Position 0..n-1 of valid candidate i; increasing in i, so ties may be decided on i.
   int64_t position(int64_t i) const { return all_valid_ ? i : positions_[i]; }
 

@@ -11,7 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "common/limits.h"
 #include "hullkit/apportion.h"
+#include "hullkit/check.h"
 #include "hullkit/interrupt.h"
 
 namespace hullkit {
@@ -49,6 +51,10 @@ class Rounding {
       counts_[i] = static_cast<int64_t>(whole);
       remaining_ -= counts_[i];
       if (whole > 0.0) add_to_slope(i, whole);
+    }
+    for (const double h : slope_) {
+      HULLKIT_CHECK(std::abs(h) <= kLargestProduct, "pool: expected inner products with query, times total = ", total,
+                    ", within the range of float64, got an overflow; scale the embeddings down");
     }
   }
 

@@ -74,6 +74,9 @@ def check_total(value: Any) -> Any:
 
 
 def check_number(name: str, value: Any, minimum: float) -> float:
+    """A float, of any real number, also one of NumPy's, or the symbol for one."""
+    if not isinstance(value, (int, float, torch.SymFloat)) and isinstance(value, numbers.Real):
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r})")
     if not value >= minimum:  # also refuses NaN
@@ -105,7 +108,7 @@ def check_cap(max_multiplicity: Any, positions: int, total: int, of: str = "cand
     """How often one of `positions` candidates may be taken, so that `total` can be reached."""
     if max_multiplicity is None:
         return total
-    check_int("max_multiplicity", max_multiplicity, 1)
+    max_multiplicity = check_int("max_multiplicity", max_multiplicity, 1)
     if max_multiplicity * positions < total:
         raise ValueError(
             f"max_multiplicity: expected at least total / {positions} for total = {total} and "
@@ -115,9 +118,9 @@ def check_cap(max_multiplicity: Any, positions: int, total: int, of: str = "cand
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    # Others may have no truth value, or no hash.
-    plain = value is None or isinstance(value, (str, int, float))
-    if not (plain or getattr(value, "ndim", None) == 0) or value not in choices:
+    # Others, arrays of no dimension among them, may have no truth value, or no hash.
+    plain = value is None or isinstance(value, (str, numbers.Number))
+    if not plain or value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
 
@@ -144,6 +147,14 @@ def as_readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether its values may be looked at: a device would have to be waited for, and there are none
+    while torch traces, nor in a fake tensor (a subclass that takes all operations itself)."""
+    if not tensor.is_cpu or torch.compiler.is_compiling():
+        return False
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def as_int64(name: str, tensor: Tensor) -> Tensor:
     """An integer tensor as int64.
 
@@ -157,7 +168,7 @@ def as_int64(name: str, tensor: Tensor) -> Tensor:
     if tensor.dtype is not torch.uint64:
         return tensor.to(torch.int64)
     signed = tensor.view(torch.int64)
-    if signed.is_cpu and not torch.compiler.is_compiling():
+    if has_values(signed):
         beyond = signed[signed < -1]
         if len(beyond):
             check_below_2_63(name, int(beyond[0]) + 2**64)

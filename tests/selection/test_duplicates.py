@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import hullkit
@@ -163,3 +166,19 @@ def test_equal_rows_are_found_with_every_eps(eps: float, dtype: torch.dtype, dev
     assert torch.equal(hullkit.duplicates(torch.cat([rows, rows]), eps=eps), expected)
     answer = hullkit.duplicates(torch.cat([rows, rows]), eps=eps, backend="reference")
     assert torch.equal(answer, expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_memory_grows_with_rows_alone() -> None:
+    """8000 rows have a Gram matrix of 256 MB, half of it without its mirror image."""
+    script = """
+import re, torch, hullkit
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) >> 10
+pool = torch.randn(8000, 4)
+hullkit.duplicates(pool[:9], eps=1e-9)
+before = peak()
+assert (hullkit.duplicates(pool, eps=1e-9) == torch.arange(8000)).all()
+assert peak() - before < 30, peak() - before
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import hullkit
@@ -270,6 +271,44 @@ for copies in range(1, 70):
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
     assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr.decode()}"
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "away", "pairwise", "fully_corrective"])
+def test_overflow_of_sums_says_so(variant: str) -> None:
+    """Products that are finite, but whose sums or differences are not."""
+    unit = [[0.6, 0.8], [1.0, 0.0], [-0.8, 0.6]]
+    for dtype, pool, query in (
+        (torch.float64, [[1.2e154, 0], [-1.2e154, 1e153], [0, 1.2e154]], [0.6e154, 0.5e154]),
+        (torch.float64, [[1.3e154, 0], [-1.3e154, 0]], [-1.3e154, 0.0]),
+        (torch.float32, [[1.5e19, 0], [1.5e19, 1e18]], [-1.5e19, 0.0]),
+        (torch.float64, unit, [1e160, 0.9e160]),
+        (torch.float32, unit, [1e20, 0.9e20]),
+    ):
+        for call in (hullkit.frank_wolfe, partial(hullkit.select, total=3)):
+            with pytest.raises(
+                ValueError, match=r"overflow in entry 0.*; scale the embeddings down"
+            ):
+                call(
+                    torch.tensor(pool, dtype=dtype),
+                    torch.tensor(query, dtype=dtype),
+                    variant=variant,
+                )
+    long = 1e150 * torch.tensor(unit, dtype=torch.float64)  # as far as the docstrings go
+    result = hullkit.frank_wolfe(long, long[0] / 2, variant=variant)
+    assert all(field.isfinite().all() for field in result)
+
+
+def test_overflow_of_total_times_products_says_so() -> None:
+    pool = 1e150 * torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    query = pool[0] / 2
+    assert hullkit.select(pool, query, 10**5).counts.sum() == 10**5
+    result = hullkit.frank_wolfe(1e3 * pool, 1e3 * query)
+    for call in (
+        lambda: hullkit.select(1e3 * pool, 1e3 * query, 10**5),
+        lambda: hullkit.round_multiplicities(1e3 * pool, 1e3 * query, result, 10**5),
+    ):
+        with pytest.raises(ValueError, match=r"total = 100000, .* overflow; scale the embeddings"):
+            call()
 
 
 def test_errors_leave_the_kernels_usable() -> None:

@@ -155,6 +155,7 @@ def test_a_support_of_one_asks_for_no_norm() -> None:
     pool = torch.tensor([[1e25, 0.0], [2e25, 0.0]])  # squared norms beyond float32
     query = torch.tensor([1.0, 0.0])
     assert hullkit.frank_wolfe(pool, query, max_support=1).indices.tolist() == [1]
+    assert hullkit.frank_wolfe(pool / 1e24, 1e25 * query, max_support=1).indices.tolist() == [1]
     with pytest.raises(ValueError, match="scale the embeddings down"):
         hullkit.frank_wolfe(pool, query, max_support=2)
 

@@ -61,6 +61,35 @@ def test_what_does_not_fit_is_named(changed: dict[str, Any], message: str) -> No
         _frank_wolfe(**changed)
 
 
+@pytest.mark.parametrize("name", ["lengths", "candidates"])
+def test_a_number_is_no_entry_of_a_batch(name: str) -> None:
+    """It has no dimensions, as an absent tensor, but it has memory: of one value."""
+    given = {"lengths": None, "candidates": None} | {name: _ints()}
+    with pytest.raises(ValueError, match=f"{name}: expected shape"):
+        OPERATORS.lmo(torch.randn(9, 4), torch.randn(3, 4), *given.values(), _ints(3), _floats(3))
+
+
+def test_outputs_lie_where_inputs_do() -> None:
+    pool, query = torch.randn(9, 4), torch.randn(3, 4)
+    with pytest.raises(ValueError, match="index: expected device cpu, got meta"):
+        OPERATORS.lmo(pool, query, None, None, _ints(3).to("meta"), _floats(3))
+    on_meta = [tensor.to("meta") for tensor in (pool, query, _ints(3), _floats(3))]
+    OPERATORS.lmo(*on_meta[:2], None, None, *on_meta[2:])
+
+
+def test_outputs_share_no_memory() -> None:
+    pool, query = torch.randn(9, 4), torch.randn(3, 4)
+    memory = _ints(9)
+    OPERATORS.lmo(pool, query, None, None, memory[:3], memory[3:6].view(torch.float64))
+    for start in (0, 2):
+        values = memory[start : start + 3].view(torch.float64)
+        with pytest.raises(ValueError, match=r"value: expected memory of its own, .* of index"):
+            OPERATORS.lmo(pool, query, None, None, memory[:3], values)
+    number = _ints()
+    with pytest.raises(ValueError, match=r"num_iters: .* of support_size"):
+        _frank_wolfe(size=number, num_iters=number)
+
+
 def test_rounding_needs_a_support_for_its_total() -> None:
     problem = [torch.randn(20, 8), torch.randn(8), None, None]
     support: list[Any] = [_ints(20), _floats(20), _ints(), _floats(), _floats(), _ints(), _ints()]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import hullkit
@@ -140,3 +141,66 @@ def test_numbers_of_numpy(kind: type[np.integer[Any]]) -> None:
         hullkit.select(pool, query, np.bool_(True))
     with pytest.raises(TypeError, match="total: expected an int, got float64"):
         hullkit.select(pool, query, np.float64(3.0))
+
+
+def test_narrow_numbers_of_numpy() -> None:
+    """They are ints before anything is computed: twice an int8 of 100 is not -56."""
+    pool, query = torch.randn(70, 4), torch.randn(4)
+    small, large = np.int8(100), 100
+    for ours, wanted in (
+        (
+            hullkit.select(pool, query, kind(large), max_multiplicity=kind(4), max_iters=kind(20))
+            for kind in (np.int8, int)
+        ),
+        (
+            hullkit.select(pool, query, 7, max_support=kind(3), exchange_passes=kind(1))
+            for kind in (np.int8, int)
+        ),
+        (
+            hullkit.select(pool, query, kind(large), method="knn", max_multiplicity=kind(2))
+            for kind in (np.int8, int)
+        ),
+        (
+            hullkit.frank_wolfe(pool, query, max_iters=kind(large), max_support=kind(5))
+            for kind in (np.int8, int)
+        ),
+        (
+            hullkit.sift(pool, query, kind(large), max_multiplicity=kind(large))
+            for kind in (np.int8, int)
+        ),
+        (hullkit.knn(pool, query, kind(70)) for kind in (np.uint8, int)),
+    ):
+        assert_same(ours, wanted)
+    result = hullkit.frank_wolfe(pool, query, max_support=5)
+    rounded = (
+        hullkit.round_multiplicities(
+            pool, query, result, total, exchange_passes=total, max_multiplicity=total
+        )
+        for total in (small, large)
+    )
+    assert torch.equal(*rounded)
+    assert torch.equal(*(hullkit.apportion(result.weights, total) for total in (small, large)))
+
+
+def test_real_numbers_of_other_kinds() -> None:
+    pool, query = torch.randn(9, 4), torch.randn(4)
+    for number in (np.float32(0.25), np.float16(0.25), Fraction(1, 4)):
+        options = {"tol": number, "gap_tol": number, "max_weight": number}
+        ours = hullkit.frank_wolfe(pool, query, **options)
+        assert_same(ours, hullkit.frank_wolfe(pool, query, **dict.fromkeys(options, 0.25)))
+        assert_same(
+            hullkit.sift(pool, query, 5, noise=number, alpha=number),
+            hullkit.sift(pool, query, 5, noise=0.25, alpha=0.25),
+        )
+        assert torch.equal(hullkit.duplicates(pool, eps=number), hullkit.duplicates(pool, eps=0.25))
+    for wrong in (np.bool_(True), True, 1 + 0j, np.float32("nan")):
+        with pytest.raises((TypeError, ValueError), match="tol: expected a number"):
+            hullkit.frank_wolfe(pool, query, tol=wrong)
+
+
+def test_an_array_of_no_dimension_is_no_option() -> None:
+    pool, query = torch.randn(9, 4), torch.randn(4)
+    with pytest.raises(ValueError, match=r"variant: expected one of .* got array"):
+        hullkit.frank_wolfe(pool, query, variant=np.array("vanilla"))
+    with pytest.raises(ValueError, match=r"method: expected one of .* got array"):
+        hullkit.select(pool, query, 3, method=np.array("hull"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from _cases import batch
 from torch import library
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytestmark = [
     pytest.mark.plain_memory,
@@ -131,6 +132,9 @@ def _functions() -> dict[str, Callable[..., Any]]:
         ),
         "duplicates": lambda pool, query: hullkit.duplicates(pool, eps=0.5),
         "select knn": lambda pool, query: selected(pool, query, 5, method="knn"),
+        "select knn with lengths": lambda pool, query: selected(
+            pool, query, 5, method="knn", lengths=torch.tensor([9, 5, 6])
+        ),
         "sift": lambda pool, query: hullkit.sift(pool, query, 7, alpha=0.3),
         "select sift": lambda pool, query: selected(pool, query, 5, method="sift"),
         "apportion": lambda pool, query: hullkit.apportion((pool @ query[0]).softmax(-1), 20),
@@ -154,6 +158,48 @@ def test_compiles_as_one_graph(name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     _assert_compiled_equals(function, compiled)
+
+
+class _Nearest(torch.nn.Module):
+    def forward(self, pool: Any, query: Any, lengths: Any) -> Any:
+        chosen = hullkit.select(pool, query, 5, method="knn", lengths=lengths)
+        return chosen.indices, chosen.counts, chosen.result.values
+
+
+@pytest.mark.parametrize("way", ["compile", "export"])
+def test_traced_too_few_candidates_mark_their_entry(way: str) -> None:
+    """Values cannot be asked for there, nor can an error be raised: as on a CUDA device."""
+    pool, query = batch(torch.float32, b=3, n=9, d=17)
+    lengths = torch.tensor([9, 4, 5])
+    module = _Nearest()
+    if way == "compile":
+        torch._dynamo.reset()
+        traced = torch.compile(module, fullgraph=True, backend="aot_eager")
+    else:
+        traced = torch.export.export(module, (pool, query, lengths)).module()
+    indices, counts, values = traced(pool, query, lengths)
+    assert indices[1].tolist() == [-1] * 5
+    assert counts[1].tolist() == [0] * 5
+    assert values[1].isnan().all()
+    others = torch.tensor([0, 2])
+    for ours, wanted in zip(
+        (indices, counts, values),
+        module(pool[others], query[others], lengths[others]),
+        strict=True,
+    ):
+        assert torch.equal(ours[others], wanted)
+    with pytest.raises(ValueError, match=r"total: expected at most 1 .* for entries \[1\]"):
+        module(pool, query, lengths)
+
+
+def test_fake_tensors_have_no_values() -> None:
+    with FakeTensorMode():
+        pool, query = torch.randn(9, 4), torch.randn(3, 4)
+        lengths = torch.ones(3, dtype=torch.int64)
+        chosen = hullkit.select(pool, query, 5, method="knn", lengths=lengths)
+        assert chosen.counts.shape == (3, 5)
+        candidates = torch.zeros(3, 6, dtype=torch.uint64)
+        assert hullkit.knn(pool, query, 5, candidates=candidates).indices.shape == (3, 5)
 
 
 def test_compiles_with_inductor() -> None:

@@ -216,3 +216,19 @@ def test_large_totals() -> None:
         assert_counts(counts, total)
         quota = result.weights * total
         assert ((counts - quota).abs() <= len(quota)).all()
+
+
+def test_exact_data_break_no_tie_by_rounding() -> None:
+    """Integer rows have many ties, and neither kernel nor oracle rounds there: both take the lowest
+    index, where shares of the total would be rounded."""
+    rng = np.random.default_rng(0)
+    for total in (3, 7, 20, 49) * 100:
+        pool = rng.integers(-1, 2, (8, 3)).astype(np.float64)
+        query = rng.integers(-1, 2, 3).astype(np.float64)
+        weights = rng.integers(0, 3, 8) / 8.0
+        support = SimpleNamespace(indices=torch.arange(8), weights=torch.from_numpy(weights))
+        ours = hullkit.round_multiplicities(
+            torch.from_numpy(pool), torch.from_numpy(query), support, total
+        )
+        wanted = reference.round_multiplicities(pool, query, weights, total)
+        assert ours.tolist() == wanted.tolist()

@@ -196,6 +196,30 @@ def test_captured_and_replayed() -> None:
     assert equal_bits(least, hullkit.lmo(pool, query))
 
 
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("ragged", [False, True])
+def test_nearest_rows_of_broken_and_short_entries(ragged: bool) -> None:
+    """Nothing waits for the device, so it works in a capture, and a bad entry is alone."""
+    pool, query = (tensor.cuda() for tensor in problem(3, 100, 64, torch.float32))
+    good = hullkit.select(pool, query, 20, method="knn")
+    pool[1, 7, 3] = float("nan")
+    options = {"lengths": torch.tensor([100, 100, 12]).cuda()} if ragged else {}
+    hullkit.select(pool, query, 20, method="knn", **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chosen = hullkit.select(pool, query, 20, method="knn", **options)
+    graph.replay()
+    torch.cuda.synchronize()
+    bad = [1, 2] if ragged else [1]
+    assert (chosen.indices[bad] == -1).all()
+    assert (chosen.rows[bad] == -1).all()
+    assert (chosen.counts[bad] == 0).all()
+    assert chosen.result.values[bad].isnan().all()
+    others = sorted({0, 1, 2} - set(bad))
+    for ours, wanted in zip(chosen[:3], good[:3], strict=True):
+        assert torch.equal(ours[others], wanted[others])
+
+
 def test_other_device() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one device")

@@ -3,6 +3,9 @@
 // GPU's block of threads. All state is weights and scores of the candidates; sums are over touched vertices, in order.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
 #include "frank_wolfe/active_set/cholesky.h"
 #include "frank_wolfe/capped_simplex.h"
 #include "frank_wolfe/step.h"
@@ -25,9 +28,10 @@ struct ActiveSetMemory {
 };
 
 // Problem: a Team (cholesky.h) that knows the candidates.
-//   size(), base(i) = <x_i, query>, query_squared(), rough(): products are float32 sums
+//   size(), base(i) = <x_i, query>, query_squared(), squared(i), rough(): products are float32 sums
 //   touch(i, scores): its column is wanted, those of the best scores may be next; column(i)[j] = <x_i, x_j> of a
-//   touched i; squared(i) best(f): the largest f(i) and where (lowest index on a tie); -inf: not a candidate
+//   touched i
+//   best(f): the largest f(i) and where (lowest index on a tie); -inf: not a candidate
 //   rank(scores, k, out): the k best candidates, best first
 //   subtract_iterate(touched, weights, count, scores): scores = base - X iterate
 //   residual_squared(touched, weights, count): from the rows themselves
@@ -63,10 +67,18 @@ class ActiveSetRun {
   HULLKIT_DEVICE int64_t num_iters() const { return num_iters_; }
 
  private:
-  // A step that gains less than gain() by the unit gains rounding only; a pivot below pivot() of a squared norm is
-  // rounding.
-  HULLKIT_DEVICE double gain() const { return (rough_ ? 1e-7 : 1e-14) * scale_squared_; }
-  HULLKIT_DEVICE double pivot() const { return rough_ ? 1e-6 : 2e-14; }
+  // What a step that brings in or moves a row of this length must gain by the unit: less is rounding. Scores are
+  // float64 sums of products with the query and with the rows that have weight. Rough products are wrong by themselves:
+  // by 1e-7 of those that the iterate consists of. A row that enters adds nothing to that. Its products may be rough
+  // too, but they do not change: the step puts its score right, and the next one moves another row.
+  HULLKIT_DEVICE double gain(double length) const {
+    const double sums = 1e-14 * larger(length, mean_length_) * larger(root(p_.query_squared()), mean_length_);
+    return rough_ ? larger(sums, 1e-7 * larger(mean_base_, mean_length_ * mean_length_)) : sums;
+  }
+  HULLKIT_DEVICE double length(int i) const { return root(p_.squared(i)); }
+  // What is left of squared norms, once it is below pivot() of them, is rounding.
+  HULLKIT_DEVICE double pivot() const { return rough_ ? 1e-6 : kPivot; }
+  static constexpr double kPivot = 2e-14;
   static constexpr double kAtBound = 1e-14;
 
   HULLKIT_DEVICE bool support_full() const { return num_touched_ >= params_.max_support; }
@@ -74,7 +86,6 @@ class ActiveSetRun {
   HULLKIT_DEVICE void touch(int i) {
     if (m_.slot[i] >= 0) return;
     p_.touch(i, m_.scores);
-    scale_squared_ = larger(scale_squared_, p_.squared(i));
     p_.sync();
     p_.each(0, 1, [&](int) {
       m_.slot[i] = num_touched_;
@@ -84,12 +95,19 @@ class ActiveSetRun {
   }
 
   HULLKIT_DEVICE static double larger(double a, double b) { return a > b ? a : b; }
+  // The square root or up to 7 % more: half the exponent. A threshold needs no more, and a GPU is slow at roots.
+  HULLKIT_DEVICE static double root(double squared) {
+    uint64_t bits;
+    std::memcpy(&bits, &squared, sizeof(bits));
+    bits = (bits >> 1) + (uint64_t{1023} << 51);
+    std::memcpy(&squared, &bits, sizeof(bits));
+    return squared;
+  }
   HULLKIT_DEVICE static double smaller(double a, double b) { return a < b ? a : b; }
 
   // The vertex of the capped simplex with the largest product with the query.
   HULLKIT_DEVICE void start() {
     const int n = p_.size(), k = static_cast<int>(simplex_.size);
-    scale_squared_ = p_.query_squared();
     p_.each(0, n, [&](int i) {
       m_.weights[i] = 0.0;
       m_.scores[i] = p_.base(i);
@@ -124,17 +142,20 @@ class ActiveSetRun {
   }
 
   HULLKIT_DEVICE void measure() {
-    query_iterate_ = residual_iterate_ = 0.0;
+    query_iterate_ = residual_iterate_ = mean_base_ = mean_length_ = 0.0;
     for (int t = 0; t < num_touched_; ++t) {
       const int i = m_.touched[t];
-      query_iterate_ += m_.weights[i] * p_.base(i);
+      const double product = m_.weights[i] * p_.base(i);
+      query_iterate_ += product;
       residual_iterate_ += m_.weights[i] * m_.scores[i];
+      mean_base_ += larger(product, -product);
+      mean_length_ += m_.weights[i] * length(i);
     }
   }
 
   HULLKIT_DEVICE bool converged() {
     double squared = p_.query_squared() - query_iterate_ - residual_iterate_;
-    if (squared <= (rough_ ? 1e-5 : 1e-10) * scale_squared_)
+    if (squared <= (rough_ ? 1e-5 : 1e-10) * larger(p_.query_squared(), mean_length_ * mean_length_))
       squared = p_.residual_squared(m_.touched, m_.weights, num_touched_);
     return std::sqrt(larger(squared, 0.0)) < params_.tol;
   }
@@ -167,16 +188,17 @@ class ActiveSetRun {
       const double weight = vertex_weight(r);
       p_.each(0, n, [&](int j) { products[j] += weight * static_cast<double>(column[j]); });
     }
-    double vertex_squared = 0.0, vertex_iterate = 0.0;
+    double vertex_squared = 0.0, vertex_iterate = 0.0, vertex_length = 0.0;
     for (int r = 0; r < k; ++r) {
       const int i = m_.vertex[r];
       vertex_squared += vertex_weight(r) * products[i];
       vertex_iterate += vertex_weight(r) * (p_.base(i) - m_.scores[i]);
+      vertex_length += vertex_weight(r) * length(i);
     }
     const double iterate_squared = query_iterate_ - residual_iterate_;
     const double length_squared = vertex_squared - 2.0 * vertex_iterate + iterate_squared;
     const double slope = vertex_score_ - residual_iterate_;
-    if (length_squared < kStalledSquaredNorm || slope <= gain()) return Step::kStalled;
+    if (length_squared < kStalledSquaredNorm || slope <= gain(vertex_length)) return Step::kStalled;
     const double step = smaller(slope / length_squared, 1.0);
     p_.sync();
     p_.each(0, n, [&](int j) {
@@ -204,13 +226,13 @@ class ActiveSetRun {
   HULLKIT_DEVICE Step away_step() {
     const int best = m_.vertex[0], worst = this->worst();
     const double toward = vertex_score_ - residual_iterate_, away = residual_iterate_ - m_.scores[worst];
-    if (toward <= gain()) return Step::kStalled;
+    if (toward <= gain(length(best))) return Step::kStalled;
     const bool forward = toward >= away;
     const int i = forward ? best : worst;
     touch(i);
     const double own = m_.weights[i], iterate_squared = query_iterate_ - residual_iterate_;
-    const double length_squared =
-        larger(p_.squared(i) - 2.0 * (p_.base(i) - m_.scores[i]) + iterate_squared, pivot() * scale_squared_);
+    const double length_squared = larger(p_.squared(i) - 2.0 * (p_.base(i) - m_.scores[i]) + iterate_squared,
+                                         pivot() * larger(p_.squared(i), mean_length_ * mean_length_));
     const double longest = forward ? 1.0 : own / (1.0 - own);
     const double step = smaller((forward ? toward : away) / length_squared, longest);
     const double share = forward ? step : -step;  // of the vertex in the new iterate
@@ -229,12 +251,12 @@ class ActiveSetRun {
     const auto best = p_.best([&](int i) { return m_.weights[i] < simplex_.cap ? m_.scores[i] : -INFINITY; });
     const int to = best.index, from = worst();
     const double slope = best.value - m_.scores[from];
-    if (to < 0 || slope <= gain()) return Step::kStalled;
+    if (to < 0 || slope <= gain(larger(length(to), length(from)))) return Step::kStalled;
     touch(to);
     const auto* const gained = p_.column(to);
     const auto* const lost = p_.column(from);
-    const double length_squared =
-        larger(p_.squared(to) + p_.squared(from) - 2.0 * static_cast<double>(gained[from]), pivot() * scale_squared_);
+    const double length_squared = larger(p_.squared(to) + p_.squared(from) - 2.0 * static_cast<double>(gained[from]),
+                                         pivot() * larger(p_.squared(to), p_.squared(from)));
     const double room = simplex_.cap - m_.weights[to], own = m_.weights[from];
     const double step = smaller(slope / length_squared, smaller(room, own));
     p_.sync();
@@ -253,20 +275,24 @@ class ActiveSetRun {
       join(worst());
     }
     double level = 0.0, least = INFINITY, most = -INFINITY;  // scores of the free ones, all alike at their optimum
+    double longest_squared = 0.0;
     for (int r = 0; r < factor_.size(); ++r) {
       const double score = m_.scores[m_.free[r]];
       level += score / factor_.size();
       least = smaller(least, score);
       most = larger(most, score);
+      longest_squared = larger(longest_squared, p_.squared(m_.free[r]));
     }
+    const double longest = root(longest_squared);
     const auto up = p_.best([&](int i) { return m_.weights[i] == 0.0 && !m_.is_free[i] ? m_.scores[i] : -INFINITY; });
     const auto down = p_.best([&](int i) { return at_cap(i) ? -m_.scores[i] : -INFINITY; });
     const double rise = up.value - level, fall = down.value + level;
-    int entering = -1;
-    if (larger(rise, fall) > gain()) {
-      entering = rise >= fall ? up.index : down.index;
+    int entering = rise >= fall ? up.index : down.index;
+    if (entering >= 0 && larger(rise, fall) > gain(larger(longest, length(entering)))) {
       join(entering);
-    } else if (most - least <= gain()) {
+    } else if (most - least > gain(longest)) {
+      entering = -1;
+    } else {
       return Step::kStalled;
     }
     const bool moved = correct();
@@ -286,7 +312,8 @@ class ActiveSetRun {
     const auto* const column = p_.column(i);
     p_.each(0, size, [&](int r) { m_.direction[r] = static_cast<double>(column[m_.free[r]]) + lift_; });
     const double own = p_.squared(i) + lift_;
-    factor_.append(m_.direction, own, pivot() * own);
+    // Of the constant only float64 rounding is left.
+    factor_.append(m_.direction, own, larger(pivot() * p_.squared(i), kPivot * own));
     p_.each(0, 1, [&](int) {
       m_.free[size] = i;
       m_.is_free[i] = 1;
@@ -358,9 +385,9 @@ class ActiveSetRun {
   const ActiveSetMemory m_;
   Cholesky<Problem> factor_;
   const bool rough_;
-  double scale_squared_ = 0.0;  // largest squared norm among the query and the touched vertices
   double lift_ = 0.0;
   double query_iterate_ = 0.0, residual_iterate_ = 0.0;
+  double mean_base_ = 0.0, mean_length_ = 0.0;  // by weight, of |<x_i, query>| and of ||x_i||
   double vertex_score_ = 0.0;
   int num_touched_ = 0;
   int64_t num_iters_ = 0;

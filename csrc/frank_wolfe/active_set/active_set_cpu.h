@@ -27,14 +27,15 @@ class PoolTeam {
         columns_(rows, num_threads),
         support_(rows, query),
         base_(rows.size()),
+        squares_(rows.size(), -1.0),
         order_(rows.size()),
         iterate_(rows.size()) {
     std::vector<T> products(rows.size());
     rows.dots(query, products.data(), num_threads);
-    const int64_t broken = first_not_finite(products.data(), rows.size());
+    const int64_t broken = first_overflow(products.data(), rows.size());
     if (broken < rows.size()) rows.explain_not_finite(broken, "query");
     std::copy(products.begin(), products.end(), base_.begin());
-    query_squared_ = support_.squared_norm(query);
+    query_squared_ = support_.query_squared();
   }
 
   template <typename Task>
@@ -47,12 +48,15 @@ class PoolTeam {
   int size() const { return static_cast<int>(rows_.size()); }
   double base(int i) const { return base_[i]; }
   double query_squared() const { return query_squared_; }
-  double squared(int i) const { return columns_.known_column(i)[i]; }
+  double squared(int i) {
+    if (squares_[i] < 0.0) squares_[i] = columns_.known(i) ? columns_.known_column(i)[i] : support_.own_product(i);
+    return squares_[i];
+  }
   const T* column(int i) const { return columns_.known_column(i); }
 
   void touch(int i, const double* scores) {
     const T* const column = columns_.column(i, scores, max_support_ - ++num_touched_);
-    const int64_t broken = first_not_finite(column, rows_.size());
+    const int64_t broken = first_overflow(column, rows_.size());
     if (broken < rows_.size()) rows_.explain_not_finite(broken, "candidate " + std::to_string(rows_.position(i)));
   }
 
@@ -115,6 +119,7 @@ class PoolTeam {
   GramColumns<T> columns_;
   Support<T> support_;
   std::vector<double> base_;
+  std::vector<double> squares_;  // -1: not asked for yet. Every step asks for those of all touched rows
   std::vector<int> order_;
   std::vector<double> iterate_;  // [n] its products with the rows
   double query_squared_;

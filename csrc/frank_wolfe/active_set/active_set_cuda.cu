@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/limits.h"
 #include "cuda/gram/gram.h"
 #include "cuda/primitives/device_pool.cuh"
 #include "cuda/primitives/group.cuh"
@@ -28,7 +29,7 @@ class GramTeam {
 
   // How many candidates there are; -1 if one of them, or the query, is not finite or out of range.
   __device__ int prepare() {
-    bool broken = !isfinite(query_squared());
+    bool broken = !(query_squared() <= kLargestProduct);
     int count = 0;
     const int64_t length = pool_.length(b_);
 #pragma unroll 1
@@ -40,7 +41,7 @@ class GramTeam {
         broken |= row == DevicePool::kBroken;
         valid = row >= 0;
         valid_[i] = valid;
-        broken |= valid && (!isfinite(base(i)) || !isfinite(squared(i)));
+        broken |= valid && (!(fabs(base(i)) <= kLargestProduct) || !(squared(i) <= kLargestProduct));
       }
       count += __syncthreads_count(valid);
     }

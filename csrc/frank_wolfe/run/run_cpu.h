@@ -73,11 +73,11 @@ class FrankWolfeRun {
     const int64_t n = rows_.size();
     std::vector<T> products(n);
     rows_.dots(query_, products.data(), num_threads_);
-    const int64_t broken = first_not_finite(products.data(), n);
+    const int64_t broken = first_overflow(products.data(), n);
     if (broken < n) rows_.explain_not_finite(broken, "query");
     std::copy(products.begin(), products.end(), base_.begin());
     best_ = std::max_element(base_.begin(), base_.end()) - base_.begin();
-    query_squared_ = support_.squared_norm(query_);
+    query_squared_ = params_.max_support > 1 ? support_.query_squared() : support_.squared_norm(query_);
     scale_squared_ = query_squared_;
     // A support of one takes no step, so nothing is asked of its vertex.
     const Vertex nearest = params_.max_support > 1 ? examine(best_, base_.data()) : Vertex{0.0, nullptr};
@@ -132,7 +132,7 @@ class FrankWolfeRun {
     // The last vertex needs no column: nothing is scored after it.
     if (untouched == 1 && !gram_.known(i)) return {support_.own_product(i), nullptr};
     const T* const column = gram_.column(i, scores, untouched - 2);
-    const int64_t broken = first_not_finite(column, n);
+    const int64_t broken = first_overflow(column, n);
     if (broken < n) rows_.explain_not_finite(broken, "candidate " + std::to_string(rows_.position(i)));
     const int64_t place = static_cast<int64_t>(support_.touched.size()) % kTargetsPerBlock;
     if (place == 0) targets_.emplace_back(new double[kTargetsPerBlock * n]);

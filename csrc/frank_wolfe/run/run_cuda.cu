@@ -98,10 +98,10 @@ struct Run {
       bases[i] = base[k] = product(n, i);
       squares[i] = product(i, i);
       largest = fmax(largest, squares[i]);
-      broken |= !isfinite(base[k]) || !isfinite(squares[i]);
+      broken |= !(fabs(base[k]) <= kLargestProduct) || !(squares[i] <= kLargestProduct);
     }
     query_squared = product(n, n);
-    broken |= !isfinite(query_squared);
+    broken |= !(query_squared <= kLargestProduct);
     if (__syncthreads_or(broken) || !__syncthreads_or(valid != 0)) return false;
     largest = -value_of(contest.least({key_of(-largest), threadIdx.x, 0}).key);
     doubtful = (pool.rough() ? 1e-5 : 1e-10) * fmax(query_squared, largest);

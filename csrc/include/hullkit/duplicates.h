@@ -14,8 +14,8 @@ inline constexpr double kLeastEps = 0x1p-50;
 
 // 0 < eps <= 2; one below kLeastEps counts as kLeastEps. representatives [B, n] int64: a position, at most the
 // candidate's own; -1 for no candidate. Numerics: products as in lmo.h, the comparison in float64. Equal rows have
-// equal products, so they are duplicates for every eps; rows of length 0 have none. Cost: O(n r d) for r
-// representatives.
+// equal products, so they are duplicates for every eps; rows whose squared norm is 0 have none. Cost: O(n r d) for r
+// representatives, and memory of a few numbers for each row.
 void duplicates_cpu(const PoolSpec& pool, double eps, const TensorView& representatives, int num_threads);
 
 // The same on a GPU, for up to kMaxOnDevice candidates (common/limits.h), from their Gram matrix; for more the

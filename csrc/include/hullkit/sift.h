@@ -31,12 +31,11 @@ HULLKIT_FIELDS(SiftResult, order, variance, indices, counts, num_steps)
 
 // query [B, d], or [B, m, d]: prompts of m vectors, whose variances add up.
 // Fewer than total / max_multiplicity valid candidates are a ValueError, and so are gains beyond float64.
-// Numerics: everything is float64, so variances are right to within the rounding of ||query||^2. Inner products
-// accumulate in an order that depends on d alone. In float32 they would not do: where rows nearly depend on one
-// another, conditioning magnifies their rounding by max ||row||^2 / noise. Cost: O(n d) for each candidate chosen: one
-// column of the pool's Gram matrix, computed once. Step t costs O(n (m + min(t, n))), and O(n m) if it chooses as the
-// step before. Memory: at most n min(total, n) float64 a query, twice that where total > n; and a copy of the rows in
-// float64 where this has at most 32 MiB.
+// Numerics: everything is float64. Where rows nearly depend on one another, conditioning magnifies the rounding of
+// ||query||^2 by up to max ||row||^2 / noise; so products in float32 would not do. Inner products accumulate in an
+// order that depends on d alone. Cost: O(n d) for each candidate chosen: one column of the pool's Gram matrix, computed
+// once. Step t costs O(n (m + min(t, n))), and O(n m) if it chooses as the step before. Memory: at most n min(total, n)
+// float64 a query, twice that where total > n; and a copy of the rows in float64 where this has at most 32 MiB.
 void sift_cpu(const PoolSpec& pool, const TensorView& query, const SiftParams& params, const SiftResult& result,
               int num_threads);
 

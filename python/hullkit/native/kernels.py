@@ -55,6 +55,12 @@ def cpu_kernel(operation: str) -> Callable[..., None]:
     return run
 
 
+def check_devices(operation: str, first: Tensor, *others: Any) -> None:
+    for name, argument in zip(argument_names(operation)[1:], others, strict=True):
+        if isinstance(argument, Tensor) and argument.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device}, got {argument.device}")
+
+
 def cuda_kernel(operation: str) -> Callable[..., None]:
     """Runs on the current stream of the device of its first tensor, in a workspace of torch's."""
     native = _core.operations[operation].cuda
@@ -67,9 +73,7 @@ def cuda_kernel(operation: str) -> Callable[..., None]:
                 "build is without CUDA. Build with HULLKIT_CUDA=ON, move the inputs with .cpu(), "
                 "or pass backend='reference' (slow)"
             )
-        for name, argument in zip(argument_names(operation)[1:], others, strict=True):
-            if isinstance(argument, Tensor) and argument.device != device:
-                raise ValueError(f"{name}: expected device {device}, got {argument.device}")
+        check_devices(operation, first, *others)
 
         def allocate(size: int) -> Tensor:
             return torch.empty(size, dtype=torch.uint8, device=device)

@@ -27,13 +27,18 @@ def _operator(name: str) -> Callable[..., None]:
     _LIBRARY.define(kernels.schema(name))
     _LIBRARY.impl(name, kernels.cpu_kernel(name), "CPU")
     _LIBRARY.impl(name, kernels.cuda_kernel(name), "CUDA")
-    library.register_fake(f"hullkit::{name}", _fake, lib=_LIBRARY)
+    library.register_fake(f"hullkit::{name}", _fake(name), lib=_LIBRARY)
     overload: Callable[..., None] = getattr(torch.ops.hullkit, name).default
     return overload
 
 
-def _fake(*_: Any) -> None:
-    """Outputs are arguments: there is nothing to shape."""
+def _fake(name: str) -> Callable[..., None]:
+    def run(*arguments: Any) -> None:
+        """Outputs are arguments: there is nothing to shape. But one on the meta device brings a
+        call here whose inputs have values."""
+        kernels.check_devices(name, *arguments)
+
+    return run
 
 
 lmo = _operator("lmo")

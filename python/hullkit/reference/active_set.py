@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .lmo import Array, row_dots
 
-_GAIN = 1e-14  # what a step must gain by the unit, of the largest squared norm: more than rounding
+_GAIN = 1e-14  # what a step must gain by the unit, of the products that its score is a sum of
 _AT_BOUND = 1e-14  # a weight so close to a bound has met it
 _TINY = np.finfo(np.float64).tiny
 
@@ -23,8 +23,15 @@ class _State(NamedTuple):
     iterate: Array
     vertex: Array  # [n] weights of the LMO's answer
     cap: float
-    gain: float
     free: list[int]  # weights strictly between the bounds, or about to be; fully corrective only
+    lengths: Array  # [n] norms of the rows
+    query_length: float
+
+    def gain(self, length: float) -> float:
+        """What a step must gain by the unit that brings in or moves a row of this length: less is
+        rounding. Scores are sums of products with the query and with the rows that have weight."""
+        mean = float(self.weights @ self.lengths)
+        return _GAIN * max(length, mean) * max(self.query_length, mean)
 
 
 def capped_vertex(scores: Array, max_weight: float) -> tuple[Array, NDArray[np.int64]]:
@@ -58,6 +65,7 @@ def active_set(
     cap = max_weight if len(best) > 1 else np.inf
     touched = set(best.tolist())
     free = [int(i) for i in best[-1:] if weights[i] < cap]
+    lengths, query_length = np.linalg.norm(pool, axis=1), float(np.linalg.norm(query))
     num_iters = 0
     status = "MAX_ITERS"
     while len(touched) < limit and num_iters < max_iters:
@@ -71,8 +79,7 @@ def active_set(
         if vertex @ scores - residual @ iterate <= gap_tol:
             status = "GAP_TOL"
             break
-        scale = max(query @ query, (pool[sorted(touched)] ** 2).sum(1).max())
-        state = _State(pool, weights, scores, iterate, vertex, cap, _GAIN * scale, free)
+        state = _State(pool, weights, scores, iterate, vertex, cap, free, lengths, query_length)
         moved = _STEPS[variant](state)
         if moved is None:
             status = "STALLED"
@@ -101,7 +108,7 @@ def _toward(s: _State) -> _Moved | None:
     direction = s.vertex @ s.pool - s.iterate
     slope = s.vertex @ s.scores - s.weights @ s.scores
     length_squared = direction @ direction
-    if length_squared < 1e-12 or slope <= s.gain:
+    if length_squared < 1e-12 or slope <= s.gain(float(s.vertex @ s.lengths)):
         return None
     step = min(float(slope / length_squared), 1.0)
     weights = np.minimum((1 - step) * s.weights + step * s.vertex, s.cap)
@@ -115,7 +122,7 @@ def _worst(s: _State) -> int:
 def _away(s: _State) -> _Moved | None:
     best, worst = int(np.argmax(s.scores)), _worst(s)
     level = s.weights @ s.scores
-    if s.scores[best] - level <= s.gain:
+    if s.scores[best] - level <= s.gain(s.lengths[best]):
         return None
     forward = s.scores[best] - level >= level - s.scores[worst]
     i = best if forward else worst
@@ -131,7 +138,7 @@ def _away(s: _State) -> _Moved | None:
 def _pairwise(s: _State) -> _Moved | None:
     below = np.where(s.weights < s.cap, s.scores, -np.inf)
     best, worst = int(np.argmax(below)), _worst(s)
-    if below[best] - s.scores[worst] <= s.gain:
+    if below[best] - s.scores[worst] <= s.gain(s.lengths[[best, worst]].max()):
         return None
     direction = s.pool[best] - s.pool[worst]
     room, own = s.cap - s.weights[best], s.weights[worst]
@@ -153,10 +160,11 @@ def _corrective(s: _State) -> _Moved | None:
     rises = np.where(bound & (s.weights == 0), s.scores - level, -np.inf)
     falls = np.where(bound & (s.weights == s.cap), level - s.scores, -np.inf)
     entering = int(np.argmax(rises if rises.max() >= falls.max() else falls))
-    joined = max(rises.max(), falls.max()) > s.gain
+    longest = s.lengths[free].max()
+    joined = max(rises.max(), falls.max()) > s.gain(max(longest, s.lengths[entering]))
     if joined:
         free.append(entering)
-    elif np.ptp(s.scores[free]) <= s.gain:
+    elif np.ptp(s.scores[free]) <= s.gain(longest):
         return None
     weights = s.weights.copy()
     residual_scores = s.scores[free]

@@ -33,7 +33,8 @@ def round_multiplicities(
     most = total if max_multiplicity is None else max_multiplicity
 
     def loss(counts: NDArray[np.int64]) -> float:
-        difference = query - (counts / total) @ support
+        """total^2 L(c): shares would be rounded, so that ties in exact data broke at random."""
+        difference = total * query - counts @ support
         return float(difference @ difference)
 
     def moved(
@@ -64,7 +65,7 @@ def round_multiplicities(
                     continue
                 candidate = moved(counts, i, j)
                 candidate_loss = loss(candidate)
-                if candidate_loss + 1e-14 < current:
+                if candidate_loss + 1e-14 * total**2 < current:
                     counts, current, any_moved = candidate, candidate_loss, True
         if not any_moved:
             break

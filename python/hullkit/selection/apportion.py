@@ -41,7 +41,7 @@ def apportion(weights: Tensor, total: int, *, backend: str | None = None) -> Ten
     """
     weights = check_floating("weights", weights)
     check_device("apportion", weights, backend)
-    check_total(total)
+    total = check_total(total)
     if weights.ndim not in (1, 2) or weights.shape[-1] == 0:
         raise ValueError(
             f"weights: expected shape (S,) or (B, S) with S >= 1, got {tuple(weights.shape)}"

@@ -58,7 +58,9 @@ def duplicates(
     tensor([0, 1, 0])
 
     Numerics: float32 and half types resolve cosines to about 1e-6; equal rows are found with every
-    eps, and rows of length 0 have no duplicates. Cost: O(n r d) for r representatives.
+    eps. Rows whose squared norm is 0 have no duplicates: those of length 0, and in float32 those
+    below about 1e-22. Cost: O(n r d) for r representatives, and O(n) memory; on CUDA the whole Gram
+    matrix.
     """
     pool = check_floating("pool", pool)
     any_row = pool if pool.ndim < 2 or pool.shape[-2] == 0 else pool[..., 0, :]
@@ -67,9 +69,10 @@ def duplicates(
             any_row = any_row.expand(per_entry.shape[0], -1)
     problem = check_pool_query(pool, any_row, lengths, candidates)
     check_device("duplicates", problem.pool, backend)
-    if not 0.0 < check_number("eps", eps, 0.0) <= 2.0:
+    eps = check_number("eps", eps, 0.0)
+    if not 0.0 < eps <= 2.0:
         raise ValueError(f"eps: expected a number in (0, 2], got {eps}")
     out = problem.empty(torch.int64, problem.positions())
     run: Callable[..., None] = operators.duplicates if backend is None else batched.duplicates
-    run(problem.pool, problem.lengths, problem.candidates, float(eps), out)
+    run(problem.pool, problem.lengths, problem.candidates, eps, out)
     return out

@@ -104,17 +104,17 @@ def frank_wolfe(
     """
     problem = check_pool_query(pool, query, lengths, candidates)
     check_device("frank_wolfe", problem.pool, backend)
-    check_max_weight(max_weight, problem.positions())
+    max_weight = check_max_weight(max_weight, problem.positions())
     options, out = frank_wolfe_options(
-        problem, max_support, max_iters, tol, gap_tol, variant, float(max_weight)
+        problem, max_support, max_iters, tol, gap_tol, variant, max_weight
     )
     run: Callable[..., None] = operators.frank_wolfe if backend is None else batched.frank_wolfe
     run(*problem, *options, *out)
     return out
 
 
-def check_max_weight(max_weight: float, positions: int) -> None:
-    check_number("max_weight", max_weight, 0.0)
+def check_max_weight(max_weight: float, positions: int) -> float:
+    max_weight = check_number("max_weight", max_weight, 0.0)
     if not 0.0 < max_weight <= 1.0:
         raise ValueError(f"max_weight: expected a number in (0, 1], got {max_weight}")
     if max_weight * positions < 1.0 - 1e-12:
@@ -122,6 +122,7 @@ def check_max_weight(max_weight: float, positions: int) -> None:
             f"max_weight: expected at least 1 / {positions} for {positions} candidates, "
             f"got {max_weight}"
         )
+    return max_weight
 
 
 def frank_wolfe_options(
@@ -134,7 +135,7 @@ def frank_wolfe_options(
     max_weight: float,
 ) -> tuple[FrankWolfeOptions, FrankWolfeResult]:
     """Checked options, and the outputs to fill."""
-    check_int("max_iters", max_iters, 0)
+    max_iters = check_int("max_iters", max_iters, 0)
     tol = check_number("tol", tol, 0.0)
     gap_tol = -math.inf if gap_tol is None else check_number("gap_tol", gap_tol, 0.0)
     check_choice("variant", variant, VARIANTS)
@@ -152,7 +153,8 @@ def frank_wolfe_options(
     if max_support is None:
         max_support = problem.positions() + 1  # never reached
     else:
-        width = min(width, check_int("max_support", max_support, at_start))
+        max_support = check_int("max_support", max_support, at_start)
+        width = min(width, max_support)
     indices = problem.empty(torch.int64, width)
     count = problem.empty(torch.int64)
     length = torch.empty_like(count, dtype=torch.float64)

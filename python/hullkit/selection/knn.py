@@ -61,7 +61,7 @@ def knn(
     """
     problem = check_pool_query(pool, query, lengths, candidates)
     check_device("knn", problem.pool, backend)
-    check_int("k", k, 1, problem.positions())
+    k = check_int("k", k, 1, problem.positions())
     out = KNNResult(problem.empty(torch.int64, k), problem.empty(torch.float64, k))
     run = operators.knn if backend is None else batched.knn
     run(*problem, *out)

@@ -102,9 +102,11 @@ class Multiset(NamedTuple):
     rows: Tensor  # [B, S] int64 rows of the pool: indices, looked up in candidates if there are any
     result: FrankWolfeResult | KNNResult | SIFTResult  # counts were made from it; certificates
     # [B] float64 ||query - sum_j counts[j] / total * rows[j]||, to be compared with
-    # result.residual_norm: rounding cost the difference. None for methods that do not round.
+    # result.residual_norm: rounding cost the difference. None for methods that do not round and for
+    # "auto".
     residual_norm: Tensor | None = None
-    # [B, n] int64, the answer of hullkit.duplicates if near copies were merged
+    # [B, n] int64, the answer of hullkit.duplicates if near copies were merged; [n] for a pool that
+    # a batch shares without lengths and candidates
     representatives: Tensor | None = None
     # [B] int64, the totals that "auto" chose; None for a total that was given
     total: Tensor | None = None

@@ -93,8 +93,8 @@ def round_multiplicities(
     """
     problem = check_pool_query(pool, query, None, candidates)
     check_device("round_multiplicities", problem.pool, backend)
-    check_total(total)
-    check_int("exchange_passes", exchange_passes, 0)
+    total = check_total(total)
+    exchange_passes = check_int("exchange_passes", exchange_passes, 0)
     leading = problem.query.shape[:-1]
     for field in ("indices", "weights"):
         if not hasattr(result, field):

@@ -19,6 +19,7 @@ from .._checks import (
     check_int,
     check_positive,
     check_total,
+    has_values,
 )
 from ..native import operators
 from ..reference import batched, ladder
@@ -111,13 +112,14 @@ def select(
         backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
         Multiset: train on pool row `rows[b, j]` with `counts[b, j]` updates, in this order. The
-        counts were made from `result`. They leave `residual_norm[b]` of the query, to be compared
-        with `result.residual_norm` ("hull"). "auto" chose `total[b]`. Without B for an unbatched
-        call.
+        counts were made from `result`. For the hull and a given total they leave
+        `residual_norm[b]` of the query, to be compared with `result.residual_norm`; else it is
+        None. "auto" chose `total[b]`. Without B for an unbatched call.
     Raises:
         TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf,
             and for lengths or candidates out of range. A CUDA call does not wait for values: there
-            such an entry gets status BROKEN (hull), indices -1 instead, and the others are right.
+            such an entry gets status BROKEN (hull), indices -1 and counts 0 instead, and the others
+            are right. So does one with too few candidates for total.
         NotImplementedError: the device has no kernels, or S > 4096 with n > 4096 on CUDA.
 
     >>> import hullkit, torch
@@ -155,7 +157,7 @@ def select(
     if method == "hull":
         problem = check_pool_query(pool, query, lengths, candidates)
         check_device("select", problem.pool, backend)
-        check_int("exchange_passes", exchange_passes, 0)
+        exchange_passes = check_int("exchange_passes", exchange_passes, 0)
         cap = check_cap(max_multiplicity, problem.positions(), most)
         if max_support is None:
             max_support = 2 * most if cap < most else most
@@ -281,14 +283,19 @@ def _nearest(
     result = knn(pool, query, k, lengths=lengths, candidates=candidates, backend=backend)
     counts = torch.full_like(result.indices, cap)
     counts[..., -1] = total - cap * (k - 1)
-    if lengths is None and candidates is None:
-        return result, counts  # knn has checked that there are enough
-    short = (result.indices < 0).any(-1)
-    if bool(short.any()):
-        entries = short.nonzero().flatten().tolist()
-        where = f" for entries {entries} with fewer" if short.ndim else ""
-        raise ValueError(
-            f"total: expected at most {cap} for each of the valid candidates for "
-            f"method='knn', got {total}{where}"
-        )
-    return result, counts
+    if result.indices.is_cpu and lengths is None and candidates is None:
+        return result, counts  # knn has checked that there are enough, and finite
+    short = (result.indices < 0).any(-1, keepdim=True)
+    if has_values(short):
+        if bool(short.any()):
+            entries = short.nonzero()[:, 0].tolist()
+            where = f" for entries {entries} with fewer" if short.ndim > 1 else ""
+            raise ValueError(
+                f"total: expected at most {cap} for each of the valid candidates for "
+                f"method='knn', got {total}{where}"
+            )
+        return result, counts
+    marked = KNNResult(
+        result.indices.masked_fill(short, -1), result.values.masked_fill(short, float("nan"))
+    )
+    return marked, counts.masked_fill(short, 0)

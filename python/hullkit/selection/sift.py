@@ -80,14 +80,15 @@ def sift(
     >>> hullkit.sift(torch.eye(3), torch.tensor([0.8, 0.6, 0.0]), total=3).order
     tensor([0, 1, 0])
 
-    Numerics: everything is float64; a variance is right to within the rounding of `||query||^2`.
-    CUDA sums products of half-precision rows in float32: there an error is magnified by up to
-    `max ||pool_i||^2 / noise`. Cost: O(n d) for each distinct row, O(n (m + min(t, n))) for step t.
+    Numerics: everything is float64; a variance is right to within the rounding of `||query||^2`,
+    magnified by up to `max ||pool_i||^2 / noise`. CUDA sums products of half-precision rows in
+    float32, and the same factor magnifies that rounding. Cost: O(n d) for each distinct row,
+    O(n (m + min(t, n))) for step t.
     Source: Huebotter et al., arXiv 2410.08020.
     """
     problem = check_pool_query(pool, query, lengths, candidates, several=True)
     check_device("sift", problem.pool, backend)
-    check_total(total)
+    total = check_total(total)
     noise = check_positive("noise", noise)
     alpha = 0.0 if alpha is None else check_positive("alpha", alpha)  # 1 / (0 t): never
     cap = check_cap(max_multiplicity, problem.positions(), total)
