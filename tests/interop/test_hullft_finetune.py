@@ -107,6 +107,27 @@ def test_batches_and_truncation(tokenizer: Any) -> None:
         torch.testing.assert_close(adapted[1][name], tensor, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batches_in_half_precision(tokenizer: Any, dtype: torch.dtype) -> None:
+    """Updates below the weights' last digit move them, on average, as they move float32's."""
+    moved: dict[torch.dtype, torch.Tensor] = {}
+    for kind in (torch.float32, dtype):
+        model = _model("llama").to(kind)
+        before = _models.state(model)
+        hullft.finetune_on_texts(model, tokenizer, TEXTS, batch_size=2, max_length=24, lr=2e-5)
+        after = model.state_dict()
+        assert {tensor.dtype for tensor in after.values()} == {kind}
+        assert all(p.grad is None for p in model.parameters())
+        apart = [(after[name].double() - before[name].double()).flatten() for name in after]
+        moved[kind] = torch.cat(apart)
+        model.model.norm.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            hullft.finetune_on_texts(model, tokenizer, TEXTS, batch_size=2, max_length=24)
+        assert {p.dtype for p in model.parameters()} == {kind}
+    wanted = moved[torch.float32]
+    assert 0.85 < float(moved[dtype] @ wanted / wanted.square().sum()) < 1.15
+
+
 def test_a_tokenizer_without_a_pad_token(tokenizer: Any) -> None:
     """It finetunes as with one wherever no text is shorter than its neighbours in a batch."""
     bare = copy.deepcopy(tokenizer)

@@ -144,6 +144,9 @@ def test_keep_is_a_list_of_names() -> None:
     for keep in ("n", [1]):
         with pytest.raises(TypeError, match="keep: expected a list of names, got"):
             AdaptRows(setup, keep=keep)  # type: ignore[arg-type]
+    for name in ("error", "num_updates", "num_passes"):
+        with pytest.raises(ValueError, match=f"keep: expected other names .* got '{name}'"):
+            AdaptRows(setup, keep=["n", name])
 
 
 @pytest.mark.parametrize(

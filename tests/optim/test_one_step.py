@@ -100,6 +100,23 @@ def test_a_first_step_that_fails_leaves_no_buffer() -> None:
     torch.testing.assert_close(copied, other)
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_step_with_that_fails_leaves_no_buffer_of_a_new_parameter(fails: bool) -> None:
+    """Of a group that was known, before another group's gradient turns out to be bad."""
+    first, new, other = parameters(2, 2, 3)
+    optimizer = optim.SGD(
+        [{"params": [first, new]}, {"params": [other]}], lr=0.1, momentum=0.9, dampening=0.5
+    )
+    optimizer.step_with({first: torch.ones(2), other: torch.ones(3)})
+    if fails:
+        bad = {first: torch.ones(2), new: torch.ones(2), other: torch.ones(4)}
+        with pytest.raises(ValueError, match="expected that shape"):
+            optimizer.step_with(bad)
+        assert new not in optimizer.state
+    optimizer.step_with({new: torch.ones(2)})
+    torch.testing.assert_close(new.detach(), torch.full((2,), 0.9))  # its first gradient, whole
+
+
 def test_a_step_that_fails_keeps_the_buffers_of_others() -> None:
     options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
     results = []
@@ -247,6 +264,24 @@ def test_a_hook_unwraps_what_is_loaded(rounded: bool) -> None:
     target.register_load_state_dict_post_hook(reload)
     target.load_state_dict({"opt": state})
     assert again == [1]
+
+
+def test_what_a_hook_makes_of_loaded_moments_stays() -> None:
+    param = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    param.grad = torch.ones_like(param)
+    optimizer = optim.Adam([param], lr=0.5, stochastic_rounding=True)
+    optimizer.step()
+    state = optimizer.state_dict()
+
+    def clear(loaded: Any) -> None:
+        loaded.state[param]["exp_avg"].zero_()
+
+    optimizer.register_load_state_dict_post_hook(clear)
+    optimizer.load_state_dict(state)
+    assert optimizer.state[param]["exp_avg"].dtype is torch.bfloat16
+    assert not optimizer.state[param]["exp_avg"].any()
+    assert optimizer.state[param]["exp_avg_sq"].all()
+    assert len(optimizer._optimizer_load_state_dict_post_hooks) == 1
 
 
 def test_a_gradient_that_somebody_took_is_named() -> None:

@@ -14,7 +14,7 @@ from _models import VOCABULARY, gpt2, llama
 from _prompts import DEVICE, LR, PRECISIONS, RANK, ROUNDING, batch_of, is_fresh, query, text
 from hullkit.language_model.cross_entropy import next_token_losses
 from hullkit.prompt_batch import Generate, Score
-from torch import nn
+from torch import Tensor, nn
 
 peft = pytest.importorskip("peft", reason="an extra is not installed")
 
@@ -77,6 +77,31 @@ def test_a_slot_learns_what_an_adapter_of_peft_learns(
     assert isinstance(loaded, peft.PeftModelForCausalLM)
     with torch.no_grad():
         torch.testing.assert_close(together[1], loaded(ids[1:]).logits[0], rtol=bound, atol=bound)
+
+
+def test_an_exported_adapter_is_of_its_own_layers(tmp_path: Path) -> None:
+    """Where another module's name ends with a layer's."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.proj = nn.Embedding(VOCABULARY, 12), nn.Linear(12, 12)
+            self.block = nn.ModuleDict({"proj": nn.LayerNorm(12)})
+            self.head = nn.Linear(12, VOCABULARY)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.head(self.block["proj"](self.proj(self.embedding(ids))))
+            return out
+
+    batch = batch_of(Named(), 1, target=["proj"], capture=False)
+    batch.adapt_([query(0)])
+    batch.export(0, tmp_path)
+    ids = text(9, 0)[None]
+    wanted = batch(ids)
+    loaded = peft.PeftModel.from_pretrained(Named(), str(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -14,7 +14,9 @@ import torch
 from .._checks import check_choice
 from ..finetune import TestTimeFinetuner
 from ..language_model.interface import IGNORED, without_cache
+from ..language_model.pass_copies import PassCopies, narrowed_tensors
 from ..optim import Adam
+from ..optim._tensor_table import HALVES
 from ._arguments import integer
 
 METHODS = ("standard", "gradient_refresh", "sift_global_refresh", "sift_consecutive_refresh")
@@ -120,15 +122,24 @@ def _finetune_in_place(
         examples = [batch["input_ids"] for batch in batches]
         _tuner_of(model, lr, interval).adapt_(examples, [count for _, count in groups])
         return
-    # Batches of several texts, which a tuner does not take; each makes one update.
+    # Batches of several texts, which a tuner does not take; each makes one update. Halves are
+    # treated as there.
     options = without_cache(model)
-    optimizer = Adam(model.parameters(), lr=lr)
+    parameters = list(model.parameters())
+    halves = any(p.dtype in HALVES for p in parameters)
+    optimizer = Adam(parameters, lr=lr, stochastic_rounding=halves)
+    copies = PassCopies(narrowed_tensors(model))
     for batch in batches:
         inputs = {key: tensor.to(device) for key, tensor in batch.items()}
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
-        model(**inputs, labels=labels, **options).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        copies.refresh()
+        with copies.in_place():
+            try:
+                model(**inputs, labels=labels, **options).loss.backward()
+                gradients = {p: p.grad for p in parameters if p.grad is not None}
+            finally:
+                model.zero_grad()
+        optimizer.step_with(gradients)
 
 
 def _tokens(tokenizer: Any, texts: list[str], max_length: int) -> Any:

@@ -109,6 +109,9 @@ class AdaptRows:
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"keep: expected a list of names, got {keep!r}")
         self._keep = list(keep)
+        for name in self._keep:
+            if name in _REPORTED:
+                raise ValueError(f"keep: expected other names than {list(_REPORTED)}, got {name!r}")
         made: Any = setup()
         if not isinstance(made, Setup):
             raise TypeError(f"setup: expected it to return a Setup, got {type(made).__name__}")

@@ -175,7 +175,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None, *, num_steps: int = 1) -> Any:
-        check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
+        num_steps = check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -218,7 +218,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._opt_called = True  # what torch's schedulers look for
 
     def _step_with(self, grads: Mapping[Tensor, Tensor], *, num_steps: int = 1) -> None:
-        check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
+        num_steps = check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
         given = [[grads.get(p) for p in group["params"]] for group in self.param_groups]
         if sum(grad is not None for own in given for grad in own) < len(grads):
             check_keys(grads, self._params())
@@ -255,14 +255,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             return []
         present, given = [p for p, _ in pairs], [grad for _, grad in pairs]
         key = (key, self._variant(group))
-        made = self._sorted.get(key)
-        if made is None or not made.holds(present):
-            made = self._sort(key, group, present, given)
-        launches = made.launches(group, given)
-        if launches is None:
-            launches = made.first_launches(group, given)
-        if launches is None:  # gradients of other dtypes than last time
-            launches = self._sort(key, group, present, given).first_launches(group, given)
+        try:
+            made = self._sorted.get(key)
+            if made is None or not made.holds(present):
+                made = self._sort(key, group, present, given)
+            launches = made.launches(group, given)
+            if launches is None:
+                launches = made.first_launches(group, given)
+            if launches is None:  # gradients of other dtypes than last time
+                launches = self._sort(key, group, present, given).first_launches(group, given)
+        except BaseException:  # other groups may have new state, too
+            self._drop_fresh(b for made in self._sorted.values() for b in made.buckets)
+            raise
         assert launches is not None
         return launches
 
@@ -277,7 +281,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             for param, had in zip(params, known, strict=True):
                 if not had:
                     self.state.pop(param, None)
-            self._drop_fresh(b for made in self._sorted.values() for b in made.buckets)
             raise
 
     def _sort_anew(

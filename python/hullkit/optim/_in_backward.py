@@ -29,7 +29,7 @@ def update_in_backward(optimizer: Any, num_steps: int) -> Iterator[None]:
 @untraced
 def _begin(optimizer: Any, num_steps: int) -> tuple[dict[str, Any], list[Any]]:
     """The arguments that hooks of steps see, and handles of the parameters' own hooks."""
-    check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
+    num_steps = check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
     if optimizer.max_grad_norm is not None:
         raise ValueError(
             "max_grad_norm: expected None for an update in backward, got "

@@ -72,14 +72,22 @@ class _FusedAdam(FusedOptimizer):
             if self._loads == depth:
                 hooked.append(given)
 
-        # The last of the hooks sees what the others have made of it.
-        handle = self.register_load_state_dict_pre_hook(note)
+        def take_over(_: Any) -> None:
+            if self._loads == depth:
+                self._take_over_moments(hooked[-1])
+
+        # The last hook before sees what the others have made of it, the first one after comes
+        # before what they make of the moments.
+        before = self.register_load_state_dict_pre_hook(note)
+        after = self.register_load_state_dict_post_hook(take_over, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
+            before.remove()
+            after.remove()
             self._loads = depth - 1
-        [state_dict] = hooked
+
+    def _take_over_moments(self, state_dict: dict[str, Any]) -> None:
         indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(indices, params, strict=True):

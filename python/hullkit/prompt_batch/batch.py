@@ -356,7 +356,7 @@ class PromptBatch(Settings):
         """Writes slot k as an adapter that `peft.PeftModel.from_pretrained` loads.
 
         It takes the extra packages peft and safetensors. The logits are the same but for rounding,
-        if no hook of a layer changes its output: PEFT adds the adapter after it.
+        if no hook of a layer changes its input or output: PEFT's adapter is around it.
 
         Raises:
             TypeError: k is no int. IndexError: no such slot. ImportError: a package is missing.

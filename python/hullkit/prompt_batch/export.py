@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -28,12 +29,16 @@ def write_adapter(
 
     # PEFT's class for language models expects the methods of transformers' models.
     causal = hasattr(model, "prepare_inputs_for_generation")
+    # PEFT takes a name for that of every module which ends with it, but an expression as a whole.
+    others = [name for name, _ in model.named_modules() if name not in factors]
+    ends = tuple(f".{name}" for name in factors)
+    exact = any(name.endswith(ends) for name in others)
     directory.mkdir(parents=True, exist_ok=True)
     peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides; a fraction is fine
         use_rslora=rslora,
-        target_modules=[*factors],
+        target_modules="|".join(map(re.escape, factors)) if exact else [*factors],
         fan_in_fan_out=not all(isinstance(layer.module, nn.Linear) for layer in layers),
         inference_mode=True,
         task_type="CAUSAL_LM" if causal else None,
