@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,21 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    shares = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+    return {key: round(sorted(values)[int(len(values) * of)], 5) for key, of in shares.items()}
+
+
 def timings(
     times: dict[tuple[str, str, str, str], list[float]], device: str, command: str
 ) -> list[dict[str, Any]]:
     """A row for each (op, provider, dtype, shape): quantiles of its milliseconds."""
     rows = []
     for (op, provider, dtype, shape), values in times.items():
-        p20, p50, p80 = (sorted(values)[int(len(values) * share)] for share in (0.2, 0.5, 0.8))
         rows.append(
             {"op": op, "provider": provider, "shape": shape, "dtype": dtype}
-            | {"p20": round(p20, 5), "p50": round(p50, 5), "p80": round(p80, 5), "unit": "ms"}
+            | quantiles(values)
+            | {"unit": "ms"}
             | {"rounds": len(values), "device": device, "torch": torch.__version__}
             | {"commit": commit(), "command": command}
         )

@@ -11,6 +11,7 @@ tokens, with --generated it continues a prompt of 48 tokens greedily by 128.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,13 @@ RANK = 16
 PROMPT, CONTINUATION = 48, 128  # tokens
 
 
+def check(losses: Sequence[float]) -> None:
+    """No time of a query that lost a pass or diverged. That answers are right is measured by
+    bench.quality.many_prompts."""
+    if len(losses) != sum(map(bool, COUNTS)) or not all(map(math.isfinite, losses)):
+        raise AssertionError(f"expected {len(COUNTS)} finite losses, got {losses}")
+
+
 def alone(model: Any, queries: list[Any]) -> Callable[[], None]:
     tuner = hullkit.TestTimeFinetuner(model)
 
@@ -36,6 +44,8 @@ def alone(model: Any, queries: list[Any]) -> Callable[[], None]:
         with tuner.adapted(examples, counts):
             for then in uses:
                 then(model)
+        assert tuner.last_report is not None
+        check(tuner.last_report.losses)
 
     return run
 
@@ -47,6 +57,7 @@ def together(model: Any, queries: list[Any], slots: int) -> Callable[[], None]:
         for answer in batch.map(queries[:slots]):
             if answer.error is not None:
                 raise answer.error
+            check(answer.losses)
 
     return run
 

@@ -3,8 +3,9 @@
 
 On a GPU also against the copy bandwidth measured in the same run, with the host's time for a step,
 and stochastically rounded halves, of GPT-2 small and of Llama-3.2-1B, against copies of their own
-bytes. Every provider passes the gate first: k updates of ours equal k of torch's. Ratios are within
-the run; providers take turns, so that a machine that slows down slows all of them.
+bytes. The gate comes first: one, three and eight updates of our Adam equal as many of torch's, and
+so do sums and halves. Ratios are within the run; providers take turns, so that a machine that slows
+down slows all of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """activeft's Retriever and ours over one faiss index, whole calls: `make bench-retriever`.
 
-200 prompts over 20,000 vectors, 50 choices of 200 candidates each. The gate comes first: the same
-choices for every prompt, and the same values to float32 rounding.
+200 prompts over 20,000 vectors, 50 choices of 200 candidates each. No time is told unless both made
+the same choices for every prompt, with the same values to float32 rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hullkit.interop.activeft import Retriever
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness.rows import append, commit, processor
+from bench.harness.rows import append, commit, processor, quantiles
 
 SIZE, K, N = 20_000, 200, 50
 BAR = 100
@@ -82,8 +82,8 @@ def main() -> None:
         shape = f"M={SIZE} d={d} K={K} N={N} prompts={prompts}"
         rows = [
             {"op": "interop.activeft", "provider": name, "shape": shape, "dtype": "float32"}
-            | {"p20": round(min(values), 5), "p50": round(p50[name], 5)}
-            | {"p80": round(max(values), 5), "unit": "ms", "rounds": len(values)}
+            | quantiles(values)
+            | {"unit": "ms", "rounds": len(values)}
             | {"device": processor(), "torch": torch.__version__, "numpy": np.__version__}
             | {"commit": commit(), "command": "make bench-retriever"}
             for name, values in times.items()
