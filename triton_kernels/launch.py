@@ -55,7 +55,7 @@ KERNELS = {
         {"BLOCK": BLOCK_SIZE, "BLOCKS": stacked_adam.BLOCKS},
     ),
 }
-_NUM_WARPS = {"cross_entropy_and_gradient": cross_entropy.LARGE_NUM_WARPS}  # of others: NUM_WARPS
+OTHER_WARPS = {"cross_entropy_and_gradient": cross_entropy.LARGE_NUM_WARPS}  # than NUM_WARPS
 
 
 def launch(
@@ -80,7 +80,7 @@ def launch(
     }
     values |= sizes | {"EARLY": early}
     # No fusion but the kernels' own tl.fma, so that every path through them gives the same bits.
-    options = {"num_warps": _NUM_WARPS.get(name, NUM_WARPS), "enable_fp_fusion": False}
+    options = {"num_warps": OTHER_WARPS.get(name, NUM_WARPS), "enable_fp_fusion": False}
     if early:
         options["launch_pdl"] = True
     compiled = kernel[grid](*arguments, **values, **options)

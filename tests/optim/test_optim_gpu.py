@@ -207,7 +207,7 @@ def test_kernels_compile_for_a_gpu() -> None:
         import triton
         import triton.language as tl
         from hullkit.triton_kernels.dependent_launch import gdc_wait
-        from hullkit.triton_kernels.launch import KERNELS
+        from hullkit.triton_kernels.launch import KERNELS, OTHER_WARPS
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
@@ -274,6 +274,7 @@ def test_kernels_compile_for_a_gpu() -> None:
                     constants |= {"EARLY": EARLY} if argument == "EARLY" else {}
                     constants |= {"STOCHASTIC": False} if argument == "STOCHASTIC" else {}
                     constants |= {"COPY": tl.bfloat16} if argument == "COPY" else {}
+                    constants |= {"GRADIENT": "and" in name} if argument == "GRADIENT" else {}
                     signature[argument] = "constexpr"
                 elif argument in ("num_steps", "size", "rows", "stride", "columns"):
                     signature[argument] = "i32"
@@ -281,8 +282,8 @@ def test_kernels_compile_for_a_gpu() -> None:
                         attributes[(place,)] = [["tt.divisibility", 16]]
                 else:
                     floats = argument in (
-                        "coefficients", "squares", "logits", "losses", "normalisers", "scale",
-                        "values",
+                        "coefficients", "squares", "logits", "losses", "normalisers", "of_rows",
+                        "scale", "values",
                     )
                     kind = "fp32" if floats else "i32" if argument == "chunks" else "i64"
                     signature[argument] = "*" + kind
@@ -293,7 +294,7 @@ def test_kernels_compile_for_a_gpu() -> None:
             compiled = triton.compile(
                 source,
                 target=GPUTarget("cuda", 90, 32),
-                options={"num_warps": 4, "enable_fp_fusion": False},
+                options={"num_warps": OTHER_WARPS.get(name, 4), "enable_fp_fusion": False},
             )
             assert "cubin" in compiled.asm, name
             if name != "adam_coefficients":
@@ -309,4 +310,4 @@ def test_kernels_compile_for_a_gpu() -> None:
         env=environment,
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 26
+    assert len(result.stdout.split()) == 27
