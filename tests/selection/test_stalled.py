@@ -49,7 +49,7 @@ def _rounding(result: hullkit.FrankWolfeResult, pool: Tensor, query: Tensor) -> 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ROUGH)
+@pytest.mark.parametrize("dtype", [*ROUGH, torch.float64])
 @pytest.mark.parametrize("max_weight", [1.0, 0.1])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stalled_is_optimal(

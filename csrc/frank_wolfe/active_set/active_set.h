@@ -76,6 +76,9 @@ class ActiveSetRun {
     return rough_ ? larger(sums, 1e-7 * larger(mean_base_, mean_length_ * mean_length_)) : sums;
   }
   HULLKIT_DEVICE double length(int i) const { return root(p_.squared(i)); }
+  // Whether candidate i, whose score is so much above the free ones' level, gets weight if it is freed. A row much
+  // longer than the rest would come and go for ever where its weight is so little that it counts as none.
+  HULLKIT_DEVICE bool enters(int i, double rise) const { return rise > 0.0 && rise > kAtBound * p_.squared(i); }
   // What is left of squared norms, once it is below pivot() of them, is rounding.
   HULLKIT_DEVICE double pivot() const { return rough_ ? 1e-6 : kPivot; }
   static constexpr double kPivot = 2e-14;
@@ -284,7 +287,10 @@ class ActiveSetRun {
       longest_squared = larger(longest_squared, p_.squared(m_.free[r]));
     }
     const double longest = root(longest_squared);
-    const auto up = p_.best([&](int i) { return m_.weights[i] == 0.0 && !m_.is_free[i] ? m_.scores[i] : -INFINITY; });
+    const auto up = p_.best([&](int i) {
+      const bool waits = m_.weights[i] == 0.0 && !m_.is_free[i];
+      return waits && enters(i, m_.scores[i] - level) ? m_.scores[i] : -INFINITY;
+    });
     const auto down = p_.best([&](int i) { return at_cap(i) ? -m_.scores[i] : -INFINITY; });
     const double rise = up.value - level, fall = down.value + level;
     int entering = rise >= fall ? up.index : down.index;

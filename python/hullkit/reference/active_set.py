@@ -157,7 +157,10 @@ def _corrective(s: _State) -> _Moved | None:
         free.append(_worst(s))
     level = s.scores[free].mean()
     bound = ~np.isin(np.arange(len(s.weights)), free)
-    rises = np.where(bound & (s.weights == 0), s.scores - level, -np.inf)
+    # A row much longer than the rest would come and go for ever where its weight is so little that
+    # it counts as none.
+    enters = s.scores - level > _AT_BOUND * s.lengths**2
+    rises = np.where(bound & (s.weights == 0) & enters, s.scores - level, -np.inf)
     falls = np.where(bound & (s.weights == s.cap), level - s.scores, -np.inf)
     entering = int(np.argmax(rises if rises.max() >= falls.max() else falls))
     longest = s.lengths[free].max()
