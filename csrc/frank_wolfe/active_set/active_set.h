@@ -69,15 +69,13 @@ class ActiveSetRun {
  private:
   // What a step that brings in or moves a row of this length must gain by the unit: less is rounding. Scores are
   // float64 sums of products with the query and with the rows that have weight. Rough products are wrong by themselves:
-  // by 1e-7 of those that the iterate consists of. A row that enters adds nothing to that. Its products may be rough
-  // too, but they do not change: the step puts its score right, and the next one moves another row.
+  // by 1e-7 of those that the iterate consists of. A row that enters adds nothing: its own step puts its score right.
   HULLKIT_DEVICE double gain(double length) const {
     const double sums = 1e-14 * larger(length, mean_length_) * larger(root(p_.query_squared()), mean_length_);
     return rough_ ? larger(sums, 1e-7 * larger(mean_base_, mean_length_ * mean_length_)) : sums;
   }
   HULLKIT_DEVICE double length(int i) const { return root(p_.squared(i)); }
-  // Whether candidate i, whose score is so much above the free ones' level, gets weight if it is freed. A row much
-  // longer than the rest would come and go for ever where its weight is so little that it counts as none.
+  // Whether candidate i gets weight if it is freed: that of a much longer row may be so little that it counts as none.
   HULLKIT_DEVICE bool enters(int i, double rise) const { return rise > 0.0 && rise > kAtBound * p_.squared(i); }
   // What is left of squared norms, once it is below pivot() of them, is rounding.
   HULLKIT_DEVICE double pivot() const { return rough_ ? 1e-6 : kPivot; }
