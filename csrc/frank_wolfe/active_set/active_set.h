@@ -285,10 +285,10 @@ class ActiveSetRun {
       longest_squared = larger(longest_squared, p_.squared(m_.free[r]));
     }
     const double longest = root(longest_squared);
-    const auto up = p_.best([&](int i) {
-      const bool waits = m_.weights[i] == 0.0 && !m_.is_free[i];
-      return waits && enters(i, m_.scores[i] - level) ? m_.scores[i] : -INFINITY;
-    });
+    const auto waits = [&](int i) { return m_.weights[i] == 0.0 && !m_.is_free[i]; };
+    auto up = p_.best([&](int i) { return waits(i) ? m_.scores[i] : -INFINITY; });
+    if (up.index >= 0 && !enters(up.index, up.value - level))  // mostly the first one does
+      up = p_.best([&](int i) { return waits(i) && enters(i, m_.scores[i] - level) ? m_.scores[i] : -INFINITY; });
     const auto down = p_.best([&](int i) { return at_cap(i) ? -m_.scores[i] : -INFINITY; });
     const double rise = up.value - level, fall = down.value + level;
     int entering = rise >= fall ? up.index : down.index;
