@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +171,15 @@ def test_a_change_is_seen() -> None:
     scaled.scale = torch.tensor(1.0)
     assert proof(scaled) == "gelu"
     scaled.setting.slope = 2.0
+    assert proof(scaled) is None
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, lambda d: defaultdict(float, d)])
+def test_a_change_in_a_dict_is_seen(kind: Callable[[Any], dict[str, float]]) -> None:
+    scaled = Act(scales=kind({"all": 1.0}))
+    scaled.function = lambda x: F.gelu(x) * scaled.scales["all"]
+    assert proof(scaled) == "gelu"
+    scaled.scales["all"] = 2.0
     assert proof(scaled) is None
 
 

@@ -18,8 +18,6 @@ _LORA_FACTORS = {
     "lora_A": nn.ModuleDict, "lora_B": nn.ModuleDict,
     "lora_embedding_A": nn.ParameterDict, "lora_embedding_B": nn.ParameterDict,
 }  # fmt: skip
-
-
 _WITH_MEMORY = (Tensor, nn.Parameter)
 
 
@@ -74,13 +72,13 @@ def narrowed_tensors(model: nn.Module) -> list[Tensor]:
     would cast activations to float32.
     """
     tensors = dict.fromkeys((*model.parameters(), *model.buffers()))
-    attributes = (t for m in model.modules() for t in vars(m).values() if type(t) is Tensor)
     base = _main_dtype(model)
     if base not in (torch.float16, torch.bfloat16):
         return []
     if base is torch.float16:  # but what shows a parameter's memory, which has one copy
         known = {t.untyped_storage().data_ptr() for t in tensors if type(t) in _WITH_MEMORY}
-        halves = [t for t in attributes if t.dtype is base and t.layout is torch.strided]
+        attributes = (t for m in model.modules() for t in vars(m).values() if type(t) is Tensor)
+        halves = (t for t in attributes if t.dtype is base and t.layout is torch.strided)
         own = (t for t in halves if t.untyped_storage().data_ptr() not in known)
         tensors |= dict.fromkeys(own)
     narrowed = {t for t in tensors if t.dtype is torch.float16 and base is torch.float16}

@@ -8,6 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -188,7 +189,7 @@ def _fact(value: Any, room: list[int], depth: int = 0) -> Any:
         return Same(value), None if value.is_inference() else value._version
     if depth < _DEEPEST and issubclass(kind, _CONTAINERS) and len(value) <= room[0]:
         room[0] -= len(value)
-        items = [part for pair in value.items() for part in pair] if kind is dict else value
+        items = chain.from_iterable(value.items()) if issubclass(kind, dict) else value
         return kind, tuple(_fact(item, room, depth + 1) for item in items)
     if depth == 0 and not issubclass(kind, _OPAQUE):
         try:
