@@ -8,7 +8,11 @@ from statistics import median
 from rows import H100, Row, find, generated, gib, gpu_name, one, source, table, times
 
 Times = dict[tuple[str, str], float]
-ALONE = ("TestTimeFinetuner, LoRA r=16", "TestTimeFinetuner, all weights")
+TORCH = {"PEFT, LoRA r=16": "PEFT, LoRA r=16, one at a time"}  # without our kernels
+TORCH["PEFT, LoRA r=16, CUDA graphs"] = "PEFT, LoRA r=16, CUDA graphs, one at a time"
+OURS = {"TestTimeFinetuner, LoRA r=16": "LoRA r=16, one at a time"}
+OURS["TestTimeFinetuner, all weights"] = "all weights, one at a time"
+ALONE = TORCH | OURS
 
 
 def _last_runs() -> list[Row]:
@@ -36,17 +40,17 @@ def prompts_a_second() -> str:
     for row in found:
         model, slots = _model(row), row["shape"].split()[1]
         device, rate = gpu_name(row).removeprefix("NVIDIA "), float(row["p50"])
-        if row["provider"] in ALONE:
-            baselines[device, model, row["provider"]] = rate
-            name, ratios = row["provider"].partition(", ")[2] + ", one at a time", ["", ""]
-        else:
-            name = f"PromptBatch, {slots.removeprefix('slots=')} slots"
-            own = [baselines.get((device, model, alone)) for alone in ALONE]
-            ratios = ["" if base is None else times(rate / base) for base in own]
+        provider = row["provider"]
+        if provider in ALONE:
+            baselines[device, model, provider] = rate
+        name = ALONE.get(provider, f"PromptBatch, {slots.removeprefix('slots=')} slots")
+        others = TORCH if provider in OURS else {} if provider in TORCH else ALONE
+        own = [baselines.get((device, model, base)) if base in others else None for base in ALONE]
+        ratios = ["" if base is None else times(rate / base) for base in own]
         cells = [f"{rate:.2f}", *ratios, gib(row["peak_mb"]), row["commit"]]
         lines.append([device, model, name, *cells])
-    header = ["device", "model", "how", "prompts a second", "of LoRA alone"]
-    header += ["of all weights alone", "GiB", "commit"]
+    header = ["device", "model", "how", "prompts a second", "of PEFT", "of PEFT, CUDA graphs"]
+    header += ["of LoRA alone", "of all weights alone", "GiB", "commit"]
     said = dict.fromkeys(source(row) for row in found)
     return table(header, lines, 3) + "\n\n" + "\n".join(said)
 

@@ -29,7 +29,8 @@ def bench() -> Iterator[Any]:
 # PEFT asks transformers by a name that transformers has since deprecated.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    ("base", "then"), [("bfloat16", "scored"), ("bfloat16", "generated"), ("nf4", "")]
+    ("base", "then"),
+    [("bfloat16", "scored"), ("bfloat16", "generated"), ("bfloat16", ""), ("nf4", "")],
 )
 def test_rows_of_both_ways(
     bench: Any, base: str, then: str, tmp_path: Path, one_thread: None
@@ -45,7 +46,22 @@ def test_rows_of_both_ways(
         rows = list(csv.DictReader(file))
     wanted = ["TestTimeFinetuner, LoRA r=16", "TestTimeFinetuner, all weights", "PromptBatch r=16"]
     if base == "nf4":  # quantised weights cannot be trained
-        del wanted[1]
+        wanted[1:2] = []
+    if not then:
+        wanted[:0] = ["PEFT, LoRA r=16"]
     assert [row["provider"] for row in rows] == wanted
     assert all(float(row["p50"]) > 0.0 and row["dtype"] == base for row in rows)
     assert all(row["shape"].endswith(then or "gradients=30") for row in rows)
+
+
+def test_other_losses_are_not_timed(bench: Any) -> None:
+    losses = bench.Losses()
+    losses.check([4.0] * 30)
+    losses.check([4.05] * 30)
+    losses.check([4.05] + [3.0] * 29, passes=1)
+    with pytest.raises(AssertionError, match="near"):
+        losses.check([4.0] * 29 + [3.0])
+    with pytest.raises(AssertionError, match="30 finite"):
+        losses.check([4.0] * 29, passes=0)
+    with pytest.raises(AssertionError, match="30 finite"):
+        losses.check([4.0] * 29 + [float("nan")], passes=0)
