@@ -50,7 +50,7 @@ def optimizers_others() -> str:
         ("`torch._foreach_add_`", "torch _foreach_add_"),
         ("`accumulate_`, float32 gradients", "hullkit accumulate_ float32"),
         ("`accumulate_`, bfloat16 gradients", "hullkit accumulate_ bfloat16"),
-        ("torch's SGD with momentum, one update", "torch SGD, momentum"),
+        ("torch's SGD with momentum (foreach, its default), one update", "torch SGD, momentum"),
         ("`SGD` with momentum, four updates", "hullkit SGD k=4, momentum"),
         ("`Adam`, two updates, gradient clipped", "hullkit Adam k=2, clipped"),
     ):

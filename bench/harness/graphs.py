@@ -46,7 +46,6 @@ def compare(
     ways: Mapping[str, Callable[[], Any]],
     *,
     rounds: int,
-    command: str,
     out: Path | None,
     parts: int = 1,
 ) -> None:
@@ -62,4 +61,4 @@ def compare(
     )
     print(f"{shape}: {'; '.join(said)}", flush=True)
     if out is not None:
-        append(out, timings(times, torch.cuda.get_device_name(), command))
+        append(out, timings(times, "cuda"))

@@ -10,23 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness.rows import ROOT, append, commit, processor
+from bench.harness.rows import ROOT, append, row
 
-# (op, start of the shape, provider, rival, least ratio of their medians)
+# (op, start of the shape, provider, rival with any number of threads for N, least ratio of their
+# medians)
 BARS = (
-    ("sift", "gaussian n=200 d=1024", "hullkit", "activeft 2 threads", 300),
-    ("sift", "neighbours n=200 d=1024", "hullkit", "activeft 2 threads", 300),
+    ("sift", "gaussian n=200 d=1024", "hullkit", "activeft N threads", 300),
+    ("sift", "neighbours n=200 d=1024", "hullkit", "activeft N threads", 300),
     ("select", "gaussian n=200 d=1024", "hullkit", "numpy", 120),
     ("select", "gaussian n=200 d=384", "hullkit", "numpy", 150),
     ("interop.hullft", "gaussian n=200 d=1024", "hullkit", "numpy", 60),
@@ -66,31 +66,26 @@ def _measure(keyword: str) -> list[dict[str, Any]]:
 def _rows(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from hullkit import build_info
 
-    common = {
-        "unit": "ms",
-        "peak_mb": "",  # measured on GPUs only
-        "device": processor(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "simd": build_info()["simd"],
-        "commit": commit(),
-        "command": "make bench",
-    }
     rows = []
     for entry in benchmarks:
         info, times = entry["extra_info"], entry["stats"]["data"]
-        p20, p50, p80 = (round(1e3 * q, 5) for q in np.quantile(times, (0.2, 0.5, 0.8)))
-        threads = 2 if info["provider"].endswith("2 threads") else 1
+        threads = re.search(r"(\d+) threads?$", info["provider"])
         rows.append(
-            common | info | dict(p20=p20, p50=p50, p80=p80, rounds=len(times), threads=threads)
+            row(**info, values=[1e3 * time for time in times], peak_mb="")
+            | {"threads": int(threads[1]) if threads else 1, "simd": build_info()["simd"]}
         )
     return rows
 
 
 def _median(rows: list[dict[str, Any]], op: str, shape: str, provider: str) -> float | None:
-    for row in rows:
-        if row["op"] == op and row["shape"].startswith(shape) and row["provider"] == provider:
-            return float(row["p50"])
+    name = re.escape(provider).replace("N", r"\d+")
+    for own in rows:
+        if (
+            own["op"] == op
+            and own["shape"].startswith(shape)
+            and re.fullmatch(name, own["provider"])
+        ):
+            return float(own["p50"])
     return None
 
 
@@ -102,11 +97,11 @@ def _print(rows: list[dict[str, Any]], console: Console) -> None:
         table.add_column(
             column, justify="left" if column in ("op", "shape", "provider") else "right"
         )
-    for row in rows:
-        own = [r for r in rows if (r["op"], r["shape"]) == (row["op"], row["shape"])]
-        base = next(r for r in own if r["provider"].startswith("hullkit"))
-        ratio = row["p50"] / base["p50"]
-        table.add_row(row["op"], row["shape"], row["provider"], f"{row['p50']:.4f}", f"{ratio:.2f}")
+    for entry in rows:
+        op, shape, provider, p50 = (entry[key] for key in ("op", "shape", "provider", "p50"))
+        own = [other for other in rows if (other["op"], other["shape"]) == (op, shape)]
+        base = next(other for other in own if other["provider"].startswith("hullkit"))
+        table.add_row(op, shape, provider, f"{p50:.4f}", f"{p50 / base['p50']:.2f}")
     console.print(table)
     for op, shape, provider, rival, least in BARS:
         ours, theirs = _median(rows, op, shape, provider), _median(rows, op, shape, rival)

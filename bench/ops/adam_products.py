@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             compare(
                 "Adam products", str(case.dtype).removeprefix("torch."), shape,
                 {"fused": problem.fused, "product and Adam": problem.apart},
-                rounds=arguments.rounds, command="python -m bench.ops.adam_products",
-                out=arguments.out, parts=len(problem.state[0]),
+                rounds=arguments.rounds, out=arguments.out, parts=len(problem.state[0]),
             )  # fmt: skip
 
 

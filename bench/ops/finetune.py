@@ -3,7 +3,8 @@
 
 Adapt and put the weights back: 50 updates with 30 gradients. GPT-2 small with random weights, or
 the model in --model; texts of 400 and of 1024 tokens on a GPU, of their natural length on a CPU.
-The gate comes first: without dropout our weights after a query are the published procedure's.
+The gate comes first: without dropout our weights after a query are the published procedure's, and
+all our ways find the same losses.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.harness.rows import append, commit, processor
+from bench.harness.losses import agree
+from bench.harness.rows import append, processor, row
 from bench.rivals import published
 
 COUNTS = [9, 7, 6, 5, 5, 4, 3, 3, 2, 2, 1, 1, 1, 1]
@@ -83,10 +85,15 @@ def ours(tuner: hullkit.TestTimeFinetuner, examples: list[Tensor]) -> None:
 
 
 def gate(
-    model: nn.Module, examples: list[Tensor], state: dict[str, Tensor], **options: Any
+    model: nn.Module,
+    examples: list[Tensor],
+    state: dict[str, Tensor],
+    names: list[str],
+    **options: Any,
 ) -> dict[str, float]:
     """Relative distances (2-norm of all weights): ours to the published procedure's; captured to
-    eager ones on texts that capture does not lengthen, for the same kernels in both."""
+    eager ones on texts that capture does not lengthen, for the same kernels in both. All `names`
+    must find the losses of the eager float32 passes."""
 
     def weights() -> Tensor:
         return torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -94,9 +101,15 @@ def gate(
     def apart(a: Tensor, b: Tensor) -> float:
         return float((a - b).norm() / b.norm())
 
+    losses: dict[str, list[float]] = {}
+
     def adapted(name: str, texts: list[Tensor]) -> Tensor:
-        with hullkit.TestTimeFinetuner(model, **OURS[name]).adapted(texts, COUNTS):
-            return weights()
+        tuner = hullkit.TestTimeFinetuner(model, **OURS[name])
+        with tuner.adapted(texts, COUNTS):
+            changed = weights()
+        assert tuner.last_report is not None
+        losses[name] = tuner.last_report.losses
+        return changed
 
     published.finetune(model, examples, COUNTS, dropout=False, **options)
     wanted = weights()
@@ -104,6 +117,9 @@ def gate(
     eager = adapted("hullkit eager", examples)
     distances = {"eager to published": apart(eager, wanted)}
     assert distances["eager to published"] <= 1e-4, distances
+    for name in names:  # weights that reduced precision moves differ; what they learn does not
+        adapted(name, examples)
+        agree(losses[name], losses["hullkit eager"])
     if next(model.parameters()).is_cuda:
         distances["captured to eager, lengthened"] = apart(adapted("hullkit", examples), eager)
         length = len(examples[0]) // 32 * 32
@@ -125,7 +141,7 @@ def measure(
     examples = [torch.randint(vocabulary, (length,), generator=generator) for _ in COUNTS]
     options = {} if device.type == "cuda" else {"max_length": None}
     state = published.base_state(model)
-    for name, distance in gate(model, examples, state, **options).items():
+    for name, distance in gate(model, examples, state, names, **options).items():
         bar = f", bar 1e-5 {'met' if distance <= 1e-5 else 'MISSED'}" if "captured" in name else ""
         console.print(f"{length} tokens, weights after a query, {name}: {distance:.1e}{bar}")
     times: dict[str, list[float]] = {}
@@ -230,15 +246,11 @@ def main() -> None:
                 share = peak[provider] / peak["published"]
                 what = f"{provider}, {length} tokens, peak memory of published"
                 lines.append((what, share, share <= 0.65, "<= 0.65"))
-            p20, p50, p80 = (sorted(values)[int(len(values) * q)] for q in (0.2, 0.5, 0.8))
             rows.append(
-                dict(
-                    op="finetune", provider=provider, dtype="float32", unit="ms",
-                    shape=f"{shape} tokens={length} updates=50 gradients=30",
-                    p20=round(p20, 3), p50=round(p50, 3), p80=round(p80, 3), rounds=len(values),
-                    peak_mb=round(peak[provider]) if provider in peak else "", device=name,
-                    threads="" if cuda else torch.get_num_threads(), torch=torch.__version__,
-                    commit=commit(), command="make bench-finetune",
+                row(
+                    "finetune", provider, f"{shape} tokens={length} updates=50 gradients=30",
+                    "float32", values, device,
+                    peak_mb=round(peak[provider]) if provider in peak else "",
                 )
             )  # fmt: skip
     if cuda:

@@ -2,7 +2,8 @@
 """What the first query of a new length costs: `python -m bench.ops.first_query`. On a GPU only.
 
 Recording a pass takes time once for each length. It is stated in eager passes: the first query's
-time beyond that of the queries after it, divided by the time of an eager pass.
+time beyond that of the queries after it, divided by the time of an eager pass. Captured passes must
+find the losses of eager ones.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import hullkit
 import torch
 from rich.console import Console
 
-from bench.harness.rows import append, commit
+from bench.harness.losses import agree
+from bench.harness.rows import append, row
 from bench.ops.model_sizes import CASES, SHAPES, build
 
 MODELS = {"gpt2": "float32", "smollm2": "float32", "llama-1b": "bfloat16"}
@@ -48,8 +50,12 @@ def main() -> None:
             torch.manual_seed(tokens)
             examples = [torch.randint(shape.vocabulary, (tokens,)) for _ in range(4)]
             a_pass = sorted(seconds(eager, examples) for _ in range(6))[2] / len(examples)
+            assert eager.last_report is not None
+            wanted = eager.last_report.losses
             eager.release()
             first = seconds(captured, examples)
+            assert captured.last_report is not None
+            agree(captured.last_report.losses, wanted)
             after = sorted(seconds(captured, examples) for _ in range(5))[2]
             passes = (first - after) / a_pass
             what = "first of all" if place == 0 else "a new length"
@@ -58,14 +64,11 @@ def main() -> None:
                 f"eager pass {1e3 * a_pass:.0f} ms: recording costs {passes:.1f} passes"
             )
             if arguments.out is not None:
-                row = dict(
-                    op="recording", provider=f"hullkit, {what}", shape=f"{shape.name} T={tokens}",
-                    dtype=str(case.dtype).removeprefix("torch."), p20="", p50=round(passes, 2),
-                    p80="", unit="eager passes", rounds=1, peak_mb="",
-                    device=torch.cuda.get_device_name(), torch=torch.__version__, commit=commit(),
-                    command="python -m bench.ops.first_query",
+                found = row(
+                    "recording", f"hullkit, {what}", f"{shape.name} T={tokens}", case.dtype,
+                    [passes], device, unit="eager passes",
                 )  # fmt: skip
-                append(arguments.out, [row])
+                append(arguments.out, [found])
         captured.release()
         del model, eager, captured
 

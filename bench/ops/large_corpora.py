@@ -24,7 +24,7 @@ from hullkit.interop.faiss import select
 from rich.console import Console
 from tqdm import tqdm
 
-from bench.harness.rows import append, commit, processor
+from bench.harness.rows import append, row
 
 D, PROBES, N, TOTAL, PROMPTS = 64, 8, 200, 50, 20
 BLOCK = 250_000
@@ -114,19 +114,14 @@ def main() -> None:
             f"prompt, {last:.0f} after {PROMPTS}"
         )
         if arguments.out is not None:
-            row = {
-                "op": "select from a corpus on disk", "provider": "hullkit, faiss IVF mapped",
-                "shape": f"M={count} d={D} lists={lists(count)} probes={PROBES} n={N} "
-                f"total={TOTAL} disk_mb={disk:.0f} opened_mb={found['opened']:.0f} "
-                f"one_prompt_mb={first:.0f} prompts={PROMPTS}",
-                "dtype": "float32", "p20": round(times[len(times) // 5], 3),
-                "p50": round(times[len(times) // 2], 3),
-                "p80": round(times[len(times) * 4 // 5], 3), "unit": "ms", "rounds": PROMPTS,
-                "peak_mb": round(last), "device": processor(), "torch": torch.__version__,
-                "numpy": np.__version__, "threads": 1, "commit": commit(),
-                "command": "python -m bench.ops.large_corpora",
-            }  # fmt: skip
-            append(arguments.out, [row])
+            found_row = row(
+                "select from a corpus on disk", "hullkit, faiss IVF mapped",
+                f"M={count} d={D} lists={lists(count)} probes={PROBES} n={N} total={TOTAL} "
+                f"disk_mb={disk:.0f} opened_mb={found['opened']:.0f} one_prompt_mb={first:.0f} "
+                f"prompts={PROMPTS}",
+                "float32", times, threads=1, peak_mb=round(last),
+            )  # fmt: skip
+            append(arguments.out, [found_row])
 
 
 if __name__ == "__main__":

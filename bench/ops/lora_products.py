@@ -104,13 +104,11 @@ def check(tensors: list[Tensor], *runs: Callable[[list[Tensor]], list[Tensor]]) 
             raise AssertionError(f"results differ by {float(error):.3g}, relative")
 
 
-def run_case(
-    slots: int, width: int, rank: int, rounds: int, command: str, out: Path | None
-) -> None:
+def run_case(slots: int, width: int, rank: int, rounds: int, out: Path | None) -> None:
     tensors = problem(slots, width, rank)
     check(tensors, fused, by_baddbmm)
     shape = f"K={slots} T={ROWS} d={width} r={rank} forward and backward"
-    settings = {"rounds": rounds, "command": command, "out": out}
+    settings = {"rounds": rounds, "out": out}
     ways = {
         "fused": partial(fused, [t.clone() for t in tensors]),
         "baddbmm": partial(by_baddbmm, [t.clone() for t in tensors]),
@@ -137,10 +135,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=80.0, help="no case begins after so many")
     parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
     arguments = parser.parse_args(argv)
-    command = "python -m bench.ops.lora_products"
-    for name in ("slots", "widths", "ranks", "rounds", "seconds"):
-        if getattr(arguments, name) != parser.get_default(name):
-            command += f" --{name} {getattr(arguments, name)}"
     torch.manual_seed(0)
     began = time.perf_counter()
     numbers = [
@@ -153,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if time.perf_counter() - began > arguments.seconds:
             print(f"K={slots} d={width} r={rank}: left out")
             continue
-        run_case(slots, width, rank, arguments.rounds, command, arguments.out)
+        run_case(slots, width, rank, arguments.rounds, arguments.out)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import nn
 
 from bench.harness.four_bits import quantize_
-from bench.harness.rows import append, commit, processor
+from bench.harness.losses import agree, fingerprint, untrained
+from bench.harness.rows import append, processor, row
 from bench.ops.finetune import synchronize, timed
 
 COUNTS = [2] * 20 + [1] * 10
@@ -158,8 +159,13 @@ def measure(shape: Shape, case: Case, device: torch.device, tokens: int, rounds:
             with tuner.adapted(examples, COUNTS):
                 pass
 
+        wanted, before = untrained(model, examples[0]), fingerprint(model)
         release(device)  # what building left behind
         first = timed(query, device, 1)[0] / 1e3
+        assert tuner.last_report is not None
+        agree(tuner.last_report.losses, [wanted])
+        if fingerprint(model) != before:
+            raise AssertionError("expected the weights of before, got others")
         query()
         times = timed(query, device, rounds)
         report = tuner.last_report
@@ -185,26 +191,24 @@ def release(device: torch.device) -> None:
 
 
 def csv_rows(
-    shape: Shape, case: Case, found: Measured, tokens: int, label: str, device: str, threads: Any
-) -> list[dict[str, Any]]:
+    shape: Shape, case: Case, found: Measured, label: str, device: torch.device,
+    given: Sequence[str] | None, tokens: int,
+) -> list[dict[str, Any]]:  # fmt: skip
     provider = f"{label}, {case.trained}, {case.precision} passes, {case.snapshot} snapshot"
-    shared = dict(
-        op="finetune by size", provider=f"{provider}, {found.path}",
-        shape=f"{shape.name} parameters={found.parameters or '?'} tokens={tokens} "
-        f"updates={sum(COUNTS)} gradients={len(COUNTS)}",
-        dtype=str(case.dtype).removeprefix("torch."), device=device, threads=threads,
-        peak_mb="" if found.peak is None else round(found.peak / 2**20),
-        torch=torch.__version__, commit=commit(), command="python -m bench.ops.model_sizes",
-    )  # fmt: skip
-    if not found.times:
-        return [shared | dict(p20="", p50="", p80="", unit="ms", rounds=0)]
-    ordered = sorted(found.times)
-    p20, p50, p80 = (round(ordered[int(len(ordered) * q)], 3) for q in (0.2, 0.5, 0.8))
-    first = dict.fromkeys(("p20", "p50", "p80"), round(found.first or 0.0, 3))
-    return [
-        shared | dict(p20=p20, p50=p50, p80=p80, unit="ms", rounds=len(ordered)),
-        shared | first | dict(op="finetune by size, first query", unit="s", rounds=1),
-    ]
+    provider += f", {found.path}"
+    words = f"{shape.name} parameters={found.parameters or '?'} tokens={tokens} "
+    words += f"updates={sum(COUNTS)} gradients={len(COUNTS)}"
+    peak = "" if found.peak is None else round(found.peak / 2**20)
+
+    def of(op: str, values: Sequence[float], unit: str) -> dict[str, Any]:
+        return row(
+            op, provider, words, case.dtype, values, device, unit=unit, given=given, peak_mb=peak
+        )
+
+    rows = [of("finetune by size", found.times, "ms")]
+    if found.times and found.first is not None:
+        rows.append(of("finetune by size, first query", [found.first], "s"))
+    return rows
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -295,9 +299,8 @@ def main(argv: Sequence[str] | None = None) -> list[Measured]:
             table.add_row(*cells)
             console.print(" | ".join(cells), highlight=False)  # as it comes: a run may be cut off
             if arguments.out is not None:
-                threads = "" if cuda else torch.get_num_threads()
-                rows = csv_rows(shape, case, found, arguments.tokens, arguments.label, on, threads)
-                append(arguments.out, rows)
+                label, tokens = arguments.label, arguments.tokens
+                append(arguments.out, csv_rows(shape, case, found, label, device, argv, tokens))
     console.print(table)
     return results
 

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness.rows import append, commit
+from bench.harness.rows import append, row
 from bench.ops.finetune import COUNTS, timed
 from bench.ops.model_sizes import CASES, SHAPES, build
 
@@ -101,21 +101,14 @@ def main() -> None:
                     no_wrap=True,
                 )
         if arguments.out is not None:
-            shared = dict(
-                op="pass profile", dtype=str(case.dtype).removeprefix("torch."), rounds=passes,
-                device=torch.cuda.get_device_name(), torch=torch.__version__, commit=commit(),
-                command="python -m bench.ops.pass_profile",
-            )  # fmt: skip
-            rows = []
-            for kind, spent_by_kind in times.items():
-                value = round(spent_by_kind / passes, 1)
-                rows.append(
-                    shared
-                    | dict(provider=f"hullkit, {case.trained}, {kind}", unit="us")
-                    | dict(shape=f"{shape.name} tokens={arguments.tokens} "
-                           f"kernels={counts[kind] / passes:.1f}")
-                    | dict.fromkeys(("p20", "p50", "p80"), value)
-                )  # fmt: skip
+            rows = [
+                row(
+                    "pass profile", f"hullkit, {case.trained}, {kind}",
+                    f"{shape.name} tokens={arguments.tokens} kernels={counts[kind] / passes:.1f}",
+                    case.dtype, [spent_by_kind / passes], device, unit="us", rounds=passes,
+                )
+                for kind, spent_by_kind in times.items()
+            ]  # fmt: skip
             append(arguments.out, rows)
         del query, tuner, model
         gc.collect()

@@ -23,7 +23,7 @@ import torch
 from hullkit.interop.ray import AdaptRows, Setup, unfinished
 from rich.console import Console
 
-from bench.harness.rows import ROOT, append, commit, processor
+from bench.harness.rows import ROOT, append, row
 
 MODULES = ("argparse", "ast", "bisect", "calendar", "csv", "enum", "functools", "heapq")
 MODULES += ("inspect", "queue", "random", "shutil", "tarfile", "textwrap", "typing", "zipfile")
@@ -136,19 +136,14 @@ def main() -> None:
                 assert results(folder) == wanted, f"{workers} workers"
     console, medians = Console(width=100), {}
     for workers, times in seconds.items():
-        times.sort()
-        medians[workers] = times[len(times) // 2]
-        row = {
-            "op": "many prompts by Ray", "provider": f"hullkit, {workers} workers",
-            "shape": f"pybytes prompts={PROMPTS} updates=10", "dtype": "float32",
-            "p20": round(times[0], 2), "p50": round(medians[workers], 2),
-            "p80": round(times[-1], 2), "unit": "s", "rounds": len(times), "peak_mb": "",
-            "device": processor(), "torch": torch.__version__, "threads": 1, "commit": commit(),
-            "command": "python -m bench.ops.ray_workers",
-        }  # fmt: skip
+        found = row(
+            "many prompts by Ray", f"hullkit, {workers} workers",
+            f"pybytes prompts={PROMPTS} updates=10", "float32", times, unit="s", threads=1,
+        )  # fmt: skip
+        medians[workers] = found["p50"]
         console.print(f"{workers} workers: {medians[workers]:.1f} s")
         if arguments.out is not None:
-            append(arguments.out, [row])
+            append(arguments.out, [found])
     ratio = medians[1] / medians[2]
     console.print(f"{'met' if ratio >= 1.6 else 'MISSED'}: two workers {ratio:.2f}x one (bar 1.6x)")
 

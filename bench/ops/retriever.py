@@ -21,7 +21,7 @@ from hullkit.interop.activeft import Retriever
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness.rows import append, commit, processor, quantiles
+from bench.harness.rows import append, processor, row
 
 SIZE, K, N = 20_000, 200, 50
 BAR = 100
@@ -49,25 +49,25 @@ def main() -> None:
     queries = vectors(prompts, d, centres, rng)[:, None]
     threads = torch.get_num_threads()
     ours, theirs = Retriever(index, device="cpu"), Theirs(index)
-    times: dict[str, list[float]] = {}
-    answers: dict[str, Any] = {}
-    for name, retriever, count, rounds in (
-        ("hullkit", ours, 1, 7),
-        ("activeft", theirs, 1, 2),
-        (f"activeft {threads} threads", theirs, threads, 2),
-    ):
-        torch.set_num_threads(count)
-        retriever.batch_search(queries[:4], N, K)
-        for _ in range(rounds):
-            began = time.perf_counter()
-            answers[name] = retriever.batch_search(queries, N, K)
-            times.setdefault(name, []).append(1e3 * (time.perf_counter() - began) / prompts)
-    torch.set_num_threads(threads)
-    mine, other = answers["hullkit"], answers["activeft"]
+    runs = {
+        "hullkit": (ours, 1, 7),
+        "activeft": (theirs, 1, 3),
+        f"activeft {threads} threads": (theirs, threads, 3),
+    }
+    mine, other = (retriever.batch_search(queries, N, K) for retriever in (ours, theirs))
     equal = (mine[1] == other[1]).all(1)
     assert equal.all(), f"{(~equal).sum()} of {prompts} prompts have other choices"
     apart = float(np.abs(mine[0] - other[0]).max())
     assert apart < 1e-5, apart
+    times: dict[str, list[float]] = {}
+    for name, (retriever, count, rounds) in runs.items():
+        torch.set_num_threads(count)
+        retriever.batch_search(queries[:4], N, K)
+        for _ in range(rounds):
+            began = time.perf_counter()
+            retriever.batch_search(queries, N, K)
+            times.setdefault(name, []).append(1e3 * (time.perf_counter() - began) / prompts)
+    torch.set_num_threads(threads)
     console = Console(width=100)
     console.print(f"the same choices for {prompts} prompts, values within {apart:.1e}")
     table = Table("provider", "ms a prompt", "times hullkit's", title=f"on {processor()}")
@@ -81,11 +81,7 @@ def main() -> None:
     if arguments.out is not None:
         shape = f"M={SIZE} d={d} K={K} N={N} prompts={prompts}"
         rows = [
-            {"op": "interop.activeft", "provider": name, "shape": shape, "dtype": "float32"}
-            | quantiles(values)
-            | {"unit": "ms", "rounds": len(values)}
-            | {"device": processor(), "torch": torch.__version__, "numpy": np.__version__}
-            | {"commit": commit(), "command": "make bench-retriever"}
+            row("interop.activeft", name, shape, "float32", values, threads=runs[name][1])
             for name, values in times.items()
         ]
         append(arguments.out, rows)

@@ -146,9 +146,14 @@ def select_cases() -> dict[Case, list[float]]:
             times["frank_wolfe", "naive batched torch", "float32", shape] = timed(
                 partial(naive, pool, query, TOTAL), 3
             )
-        half = pool.bfloat16()
+        half, prompts = pool.bfloat16(), query.bfloat16()
+        chosen = hullkit.select(half, prompts, TOTAL)
+        oracle = hullkit.select(half[some].cpu().double(), prompts[some].cpu().double(), TOTAL)
+        assert (chosen.counts.sum(1) == TOTAL).all()
+        one, other = (found.result.residual_norm.cpu().double() for found in (chosen, oracle))
+        torch.testing.assert_close(one[some], other, rtol=1e-3, atol=1e-4)
         times["select", "hullkit", "bfloat16", shape] = timed(
-            partial(hullkit.select, half, query.bfloat16(), TOTAL), 30
+            partial(hullkit.select, half, prompts, TOTAL), 30
         )
     return times
 
@@ -255,7 +260,7 @@ def main() -> None:
     for name, value, met, bar in bars:
         console.print(f"{'met' if met else 'MISSED'}: {name}: {value:.4f} (bar {bar})")
     if arguments.out is not None:
-        append(arguments.out, timings(times, device, "make bench-gpu"))
+        append(arguments.out, timings(times, "cuda"))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_other_losses_are_not_timed(bench: Any) -> None:
     losses.check([4.05] + [3.0] * 29, passes=1)
     with pytest.raises(AssertionError, match="near"):
         losses.check([4.0] * 29 + [3.0])
-    with pytest.raises(AssertionError, match="30 finite"):
+    with pytest.raises(AssertionError, match="30 losses"):
         losses.check([4.0] * 29, passes=0)
-    with pytest.raises(AssertionError, match="30 finite"):
+    with pytest.raises(AssertionError, match="finite"):
         losses.check([4.0] * 29 + [float("nan")], passes=0)
