@@ -148,6 +148,51 @@ def test_far_candidates_are_found_by_the_opposite_query() -> None:
     assert_same_choice(whole, others, rows, query, 0.01)
 
 
+def test_each_candidate_once() -> None:
+    """Rows across the query have one product in both searches; none may push others out."""
+    rng = np.random.default_rng(4)
+    rows = unit(rng.standard_normal((60, 8))).astype(np.float32)
+    rows[:30, 4:] = 0.0
+    rows[30:, :4] = 0.0
+    query = np.zeros((1, 8), dtype=np.float32)
+    query[0, :4] = 0.5
+    flat = faiss.IndexFlatIP(8)
+    flat.add(rows)
+    cells = faiss.IndexIVFFlat(faiss.IndexFlatIP(8), 8, 2, faiss.METRIC_INNER_PRODUCT)
+    cells.train(rows)
+    cells.add(rows)
+    cells.nprobe = 2
+    for index in (flat, cells):
+        for k in (None, 60, 59, 50, 31):
+            found = Retriever(index, only_faiss=True, device="cpu").search(query, 60, k)
+            assert len(set(found[1].tolist())) == len(found[1]) == (k or 60)
+            assert set(range(30)) <= set(found[1].tolist())
+            np.testing.assert_allclose(
+                found[0], np.abs(rows[found[1]] @ query[0]), rtol=0.0, atol=1e-6
+            )
+        whole = Retriever(index, device="cpu").search(query, 20)
+        expected = hullkit.sift(torch.from_numpy(rows), torch.from_numpy(query[0]), 20)
+        np.testing.assert_allclose(-whole[0], expected.variance.numpy(), rtol=0.0, atol=1e-5)
+
+
+def test_ids_below_zero() -> None:
+    """An index may hash its ids: of those below 0 only -1 means that nothing was found."""
+    rows = queries(50, 1, seed=8)[:, 0]
+    ids = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 50)
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(DIM))
+    index.add_with_ids(rows, ids)
+    plain = faiss.IndexFlatIP(DIM)
+    plain.add(rows)
+    query = queries(1, 1, seed=9)[0]
+    for opposite in (False, True):
+        ours, others = (
+            Retriever(own, also_query_opposite=opposite, device="cpu").search(query, 20, 40)
+            for own in (index, plain)
+        )
+        np.testing.assert_array_equal(ours[1], ids[others[1]])
+        np.testing.assert_array_equal(ours[2], others[2])
+
+
 def test_other_indices() -> None:
     """Distances instead of products; and cells with fewer vectors than K, which faiss pads."""
     rows = queries(300, 1, seed=5)[:, 0]

@@ -209,6 +209,24 @@ def test_a_candidate_that_is_not_finite_beside_a_short_list(corpus: Any) -> None
         select(index, queries(5)[short], 5, num_candidates=N, embeddings=broken)
 
 
+def test_ids_below_zero() -> None:
+    """As hashes are: of ids below 0 only -1 means that nothing was found."""
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(2))
+    vectors = np.array([[1, 0], [0, 1], [-1, 0]], np.float32)
+    ids = np.array([-7, 5, -(2**62)])
+    index.add_with_ids(vectors, ids)
+    found, pool, rows = search(index, np.array([0.6, 0.8], np.float32), 4)
+    assert found.tolist() == [[5, -7, -(2**62), -1]]
+    assert rows.tolist() == [[0, 1, 2, -1]]
+    assert pool[:3].tolist() == vectors[[1, 0, 2]].tolist()
+    chosen = select(index, np.array([0.6, 0.8], np.float32), 10, num_candidates=3)
+    assert dict(zip(chosen.rows.tolist(), chosen.counts.tolist(), strict=True)) == {
+        5: 6,
+        -7: 4,
+        -1: 0,
+    }
+
+
 def test_an_index_of_vectors_that_are_not_finite() -> None:
     index = faiss.IndexIDMap2(faiss.IndexFlatIP(2))
     vectors = np.array([[1, 0], [0, 1], [np.inf, 1]], np.float32)

@@ -296,6 +296,21 @@ def test_patching_refusals(package: Any) -> None:
         hullft.patch("no_such_package")
 
 
+def test_a_registry_that_refuses_leaves_nothing_replaced(package: Any) -> None:
+    class Registry(dict[str, Any]):
+        def __setitem__(self, key: str, value: Any) -> None:
+            raise KeyError(f"{key} is registered already")
+
+    module("evaluation").REGISTRY = Registry(knn=module("selector").KNNSelector)
+    before = names_of(package)
+    with pytest.raises(KeyError, match="registered already"):
+        hullft.patch(package)
+    assert all(names_of(package)[place] is before[place] for place in before)
+    del module("evaluation").REGISTRY
+    hullft.patch(package)
+    hullft.unpatch()
+
+
 def test_one_patch_at_a_time(patched: Any) -> None:
     with pytest.raises(
         RuntimeError, match=f"patch: expected no patched package, got {PACKAGE} patched"

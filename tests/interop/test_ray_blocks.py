@@ -67,6 +67,26 @@ def test_declared_columns_are_in_every_block() -> None:
             AdaptRows(lambda own=own: own, keep=["n"])
 
 
+def test_columns_are_in_the_order_of_use() -> None:
+    """Hashes of strings differ between processes; the actors' tables must not."""
+    names = [f"column {n}" for n in range(12)]
+    made = setup()._replace(use=lambda *_: dict.fromkeys(names, 1.0))
+    rows = AdaptRows(lambda: made, keep=["n"])(block(1, 2))
+    assert rows.column_names[: 1 + len(names)] == ["n", *names]
+
+
+def test_updates_are_counted_whatever_the_counts_type() -> None:
+    def choose(given: Any) -> Any:
+        counts = np.array([200, 100], np.uint8)
+        return [([torch.tensor([1, 2])] * 2, counts) for _ in given["n"]]
+
+    for made in (low_rank(), setup()):
+        own = made._replace(choose=choose)
+        rows = AdaptRows(lambda own=own: own, keep=["n"])(block(1))
+        assert rows.column("error").to_pylist() == [None]
+        assert rows.column("num_updates").to_pylist() == [300]
+
+
 def test_a_row_for_which_the_model_raises_is_alone() -> None:
     class Picky(torch.nn.Sequential):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:

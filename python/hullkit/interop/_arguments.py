@@ -35,10 +35,16 @@ def check_index(index: Any) -> None:
 def reconstructed(index: Any, queries: Any, k: int, instead: str) -> tuple[Any, Any, Any]:
     """What faiss finds, products or distances and ids, and its vectors as the index has them.
 
+    The id is -1 where it found no more.
+
     instead: what to do with an index that does not have them.
     """
     try:
         found: tuple[Any, Any, Any] = index.search_and_reconstruct(queries, k)
+        # An id may be any number but -1; faiss reconstructs none below 0 here.
+        below = found[1] < -1
+        if below.any():
+            found[2][below] = index.reconstruct_batch(found[1][below])
     except RuntimeError as error:
         index.search(queries, k)  # raises what has nothing to do with the vectors
         raise ValueError(

@@ -40,7 +40,13 @@ class PackagePatch:
                     )
                 pairs.append((getattr(module, replacement.__name__), replacement))
         self._package, self._pairs, self._modules = name, pairs, _modules(name)
-        self._places = _exchange(self._modules, pairs)
+        try:
+            for place in _places(self._modules, pairs):
+                place.namespace[place.key] = place.replacement
+                self._places.append(place)
+        except BaseException:  # a registry may refuse: then nothing is replaced
+            self.undo()
+            raise
 
     def undo(self) -> None:
         if not self._package:
@@ -50,7 +56,8 @@ class PackagePatch:
                 place.namespace[place.key] = place.original
         # By place above and not by value, as a module may have had a replacement before.
         later = [module for module in _modules(self._package) if module not in self._modules]
-        _exchange(later, [(new, old) for old, new in self._pairs])
+        for place in _places(later, [(new, old) for old, new in self._pairs]):
+            place.namespace[place.key] = place.replacement
         self._package, self._pairs, self._modules, self._places = "", [], [], []
 
 
@@ -62,8 +69,8 @@ def _modules(package: str) -> list[ModuleType]:
     ]
 
 
-def _exchange(modules: list[ModuleType], pairs: list[tuple[Any, Any]]) -> list[_Place]:
-    """Replace the first of each pair by the second in these modules and their dicts; where."""
+def _places(modules: list[ModuleType], pairs: list[tuple[Any, Any]]) -> list[_Place]:
+    """Where these modules and their dicts hold the first of a pair, for its second."""
     by_identity = {id(old): new for old, new in pairs}
     places = []
     for module in modules:
@@ -72,7 +79,5 @@ def _exchange(modules: list[ModuleType], pairs: list[tuple[Any, Any]]) -> list[_
         for namespace in (values, *registries):
             for key, value in list(namespace.items()):
                 if id(value) in by_identity:
-                    place = _Place(namespace, key, value, by_identity[id(value)])
-                    namespace[key] = place.replacement
-                    places.append(place)
+                    places.append(_Place(namespace, key, value, by_identity[id(value)]))
     return places

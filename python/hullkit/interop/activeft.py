@@ -40,7 +40,7 @@ class Retriever:
         fast: values are gains (what each choice takes off the variance), as SIFT-Fast's are; the
             choices are the exact ones in any case.
         also_query_opposite: candidates are those of largest absolute inner product, found by a
-            search for the opposite of the mean query, too. Inner-product indices only.
+            search for the opposite of the mean query, too, each once. Inner-product indices only.
         only_faiss: return the N nearest of the index.
         device: where to choose; None for CUDA if there is any, else the CPU.
 
@@ -157,31 +157,49 @@ class Retriever:
     ) -> tuple[Array, Indices, Array, Indices]:
         """The k candidates of each mean: products (distances), positions in the index, and a pool
         with rows of it. A position is -1 where faiss found no more."""
-        if self.also_query_opposite:
-            if self.index.metric_type != faiss.METRIC_INNER_PRODUCT:
-                raise ValueError(
-                    "also_query_opposite: expected False for an index that is not of inner "
-                    "products, got True"
-                )
-            means = np.concatenate([means, -means])  # one search: faiss is faster on more at once
+        if self.also_query_opposite and self.index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise ValueError(
+                "also_query_opposite: expected False for an index that is not of inner products, "
+                "got True"
+            )
         stored = _stored_vectors(self.index, faiss) if self.device.type == "cpu" else None
+        opposite = self.also_query_opposite and (stored is None or k < len(stored))
+        if opposite:
+            means = np.concatenate([means, -means])  # one search: faiss is faster on more at once
         if stored is None:
             instead = "hullkit.interop.faiss.select takes embeddings"
             products, indices, vectors = reconstructed(self.index, means, k, instead)
             pool = vectors.reshape(-1, self.index.d)
-            rows = np.where(indices < 0, -1, np.arange(len(pool)).reshape(indices.shape))
+            rows = np.where(indices == -1, -1, np.arange(len(pool)).reshape(indices.shape))
         else:
             products, indices = self.index.search(means, k)
             pool, rows = stored, indices
-        if self.also_query_opposite:
+        if opposite:
             products, indices, rows = (
                 np.concatenate(np.split(part, 2), axis=1) for part in (products, indices, rows)
             )
-            nearest = np.argsort(-products, axis=1)[:, :k]
+        elif self.also_query_opposite:
+            products = np.abs(products)
+        if self.also_query_opposite:
+            nearest = np.argsort(-products, axis=1, kind="stable")
+            products, indices, rows = (
+                np.take_along_axis(part, nearest, axis=1) for part in (products, indices, rows)
+            )
+            again = _repeats(indices)
+            indices, rows = np.where(again, -1, indices), np.where(again, -1, rows)
+            nearest = np.argsort(again, axis=1, kind="stable")[:, :k]
             products, indices, rows = (
                 np.take_along_axis(part, nearest, axis=1) for part in (products, indices, rows)
             )
         return products, indices, pool, rows
+
+
+def _repeats(ids: Indices) -> NDArray[np.bool_]:
+    """Which of a prompt's ids it has met before."""
+    again = np.ones(ids.shape, dtype=bool)
+    for own, repeated in zip(ids, again, strict=True):
+        repeated[np.unique(own, return_index=True)[1]] = False
+    return again
 
 
 def sift_values(variance: NDArray[np.float64], queries: NDArray[Any], fast: bool) -> Array:

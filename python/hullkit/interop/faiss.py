@@ -83,7 +83,7 @@ def _found(
     queries = prompts.to(torch.float32).numpy()
     if embeddings is None:
         _, ids, vectors = reconstructed(index, queries, num_candidates, "Pass them as embeddings=")
-        rows = np.where(ids < 0, -1, np.arange(ids.size).reshape(ids.shape))
+        rows = np.where(ids == -1, -1, np.arange(ids.size).reshape(ids.shape))
         pool = torch.from_numpy(vectors.reshape(-1, index.d))
         return torch.from_numpy(ids), pool, torch.from_numpy(rows)
     if not is_array(embeddings):

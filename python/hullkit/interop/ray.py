@@ -165,7 +165,7 @@ class AdaptRows:
     def _of_columns(self, result: dict[str, Any]) -> dict[str, Any]:
         """A row's result, or the error of one whose new values are not of the columns so far."""
         declared = self._setup.columns
-        for name in result.keys() - _REPORTED.keys():
+        for name in [name for name in result if name not in _REPORTED]:
             if declared is not None:
                 error = _misfit(name, result[name], declared)
                 if error is not None:
@@ -232,7 +232,10 @@ class AdaptRows:
             if answer.error is not None:
                 results[next(left)] = _failed(answer.error)
             else:
-                counted = {"num_updates": int(sum(query.counts)), "num_passes": len(answer.losses)}
+                counted = {
+                    "num_updates": sum(map(int, query.counts)),
+                    "num_passes": len(answer.losses),
+                }
                 results[next(left)] = answer.value | counted
         return results
 
