@@ -189,13 +189,15 @@ class SharedInputs:
             base is not None
             and base.numel() == x.numel()
             and (base.is_contiguous() and x.is_contiguous())
-            and base.requires_grad == (x.grad_fn is not None)  # not made where gradients were off
+            and _is_view(x, base)
         )
+        learns = torch.is_grad_enabled() and x.requires_grad
         for known in () if has_hooks(x) else (x, base) if whole else (x,):
             entry = None if known is None or has_hooks(known) else self._known.get(known)
             if entry is not None and entry[0].dtype is dtype:
                 tensor, shared = entry
-                return tensor if known is x else tensor.view(x.shape), shared
+                if tensor.grad_fn is not None or not learns:  # else made where gradients are off
+                    return tensor if known is x else tensor.view(x.shape), shared
         made = share(x, dtype)
         self.note(x, *made)
         return made
@@ -203,6 +205,26 @@ class SharedInputs:
     def note(self, x: Tensor, tensor: Tensor, shared: SharedInput) -> None:
         """`tensor` is x for linear layers, which leave its gradient in `shared`."""
         self._known.note(x, (tensor, shared))
+
+
+_VIEWS = {f"{name}Backward0" for name in ("View", "Unsqueeze", "Squeeze", "ReshapeAlias")}
+_VIEWS |= {"SqueezeBackward1", "SqueezeBackward2"}
+
+
+def _is_view(x: Tensor, base: Tensor) -> bool:
+    """Whether the gradient of x is its base's, in another shape. A view may also come of somebody's
+    function, which changes the gradient, or be made where gradients are off."""
+    node: Any = x.grad_fn
+    if node is None:
+        return not base.requires_grad
+    while type(node).__name__ in _VIEWS:
+        node = node.next_functions[0][0]
+    # A leaf's gradient is accumulated by a node that knows it.
+    return (
+        node is base.grad_fn
+        if base.grad_fn is not None
+        else getattr(node, "variable", None) is base
+    )
 
 
 class WeightProducts:
