@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import hullkit
 import pytest
 import torch
+import torch.nn.functional as F
 from hullkit.prompt_batch import Score
 from torch import Tensor, nn
 
@@ -92,6 +94,25 @@ def test_what_the_slots_were_made_for_stays() -> None:
     with pytest.raises(ValueError, match="seed: expected an int"):
         batch.seed = -1
     assert (batch.lr, batch.seed) == (0.1, 5)
+
+
+def test_a_weight_that_a_hook_makes_anew() -> None:
+    """Where products read a copy in half precision, it would be as old as the last forward."""
+    model = Model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch prefers its parametrization
+        torch.nn.utils.weight_norm(model.layer)
+    batch = hullkit.PromptBatch(
+        model, target=["layer"], precision="bf16", **OPTIONS | {"lr": 0.0, "slots": 1}
+    )
+    query = hullkit.Query([IDS], [1])
+    before = next(batch.map([query])).losses
+    model.layer.weight_g.data.mul_(20.0)
+    after = next(batch.map([query])).losses  # first: a forward of the model makes the weight
+    with torch.no_grad():
+        wanted = float(F.cross_entropy(model(IDS[None])[0, :-1], IDS[1:]))
+    assert after == pytest.approx((wanted,), rel=1e-2)
+    assert before != pytest.approx((wanted,), rel=2e-2)
 
 
 def test_a_layer_that_was_replaced() -> None:

@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from fractions import Fraction
 from typing import Any
 
 import hullkit
+import numpy as np
 import pytest
 import torch
-from _models import llama
+from _models import VOCABULARY, gpt2, llama
 from _prompts import DEVICE, TOGETHER, batch_of, is_fresh, text
+from hullkit.prompt_batch import Generate
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 if DEVICE.type == "cuda":
@@ -29,6 +35,110 @@ def test_a_query_is_no_iterable_of_queries() -> None:
     with pytest.raises(TypeError, match="queries: expected a sequence, got Query"):
         batch.adapt_(QUERY)
     assert [a.error for a in batch.map([QUERY])] == [None]  # it is free
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    batch = batch_of(llama().to(DEVICE), 2, seed=np.int64(2), alpha=Fraction(1, 3))
+    plain = batch_of(llama().to(DEVICE), 2, seed=2, alpha=1 / 3)
+    seeds: tuple[Any, ...] = (None, 3, np.int64(3), None)
+    ours, theirs = (
+        [*made.map([QUERY._replace(seed=kind(seed)) for seed in seeds])]
+        for made, kind in ((batch, lambda s: s), (plain, lambda s: None if s is None else int(s)))
+    )
+    assert [a.error for a in ours] == [None] * 4
+    assert [a.losses for a in ours] == [a.losses for a in theirs]
+
+
+def test_more_tokens_than_positions() -> None:
+    """On a GPU an index outside of the table would end the process."""
+    model = gpt2().to(DEVICE)
+    positions = model.config.n_positions
+    batch = batch_of(model, 2)
+    options = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": 6}
+    prompt = text(positions - 5, 0)
+    right, wrong = (Generate(prompt, max_new_tokens=new, **options) for new in (6, 7))
+    answers = [*batch.map([([text(9, 0)], [1], then) for then in (wrong, right)])]
+    message = f"max_new_tokens: expected at most 6 after {positions - 5} tokens"
+    assert str(answers[0].error).startswith(message)
+    assert answers[1].error is None
+    assert len(answers[1].value) == 6
+    ids = torch.stack([prompt, prompt]).to(DEVICE)
+    with pytest.raises(ValueError, match=message):
+        batch.generate(ids, max_new_tokens=7, **options)
+    assert batch.generate(ids, max_new_tokens=6, **options).shape == (2, positions + 1)
+
+
+def test_another_thread_in_a_pass_is_told() -> None:
+    """Its numbers would be those of slots: layers are replaced for all threads."""
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 2)
+    found: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            with torch.no_grad():
+                model(text(5, 0)[None].to(DEVICE))
+        except RuntimeError as error:
+            found.append(error)
+
+    def then(adapted: torch.nn.Module) -> str:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return "done"
+
+    [answer] = batch.map([QUERY._replace(then=then)])
+    assert answer.value == "done"
+    assert "expected calls of the thread that runs the batch" in str(found[0])
+    other()  # between passes any thread may
+    assert len(found) == 1
+
+
+def test_kept_errors_hold_no_examples() -> None:
+    def fails(model: torch.nn.Module) -> None:
+        raise ArithmeticError("of then")
+
+    batch = batch_of(llama().to(DEVICE), 1)
+    for token, error in ((VOCABULARY + 5, ValueError), (1, ArithmeticError)):
+        examples = [torch.full((9,), token) for _ in range(20)]
+        alive = [weakref.ref(example) for example in examples]
+        answers = [*batch.map([([example], [1], fails) for example in examples])]
+        del examples
+        gc.collect()
+        assert all(isinstance(answer.error, error) for answer in answers)
+        assert sum(reference() is not None for reference in alive) <= 1  # of the last query read
+
+
+def test_an_input_by_its_name() -> None:
+    class Named(torch.nn.Module):
+        def __init__(self, named: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding = torch.nn.Embedding(VOCABULARY, 8)
+            self.inner, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, VOCABULARY)
+            self.named = named
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(ids)
+            x = self.inner(input=x) if self.named else self.inner(x)
+            out: torch.Tensor = self.head(x)
+            return out
+
+    found = [
+        batch_of(Named(named).to(DEVICE), 1, target=["inner"], capture=False).adapt_([QUERY])[0]
+        for named in (False, True)
+    ]
+    assert found[1].error is None
+    assert found[0].losses == found[1].losses
+
+
+@pytest.mark.parametrize("interval", [2, 1 << 40])
+def test_a_long_refresh_interval_costs_nothing(interval: int) -> None:
+    """One pass an example is naturally written as a huge interval."""
+    batch = batch_of(llama().to(DEVICE), 2, refresh_interval=interval)
+    [answer] = batch.map([QUERY._replace(counts=[3])])
+    assert answer.error is None
+    assert len(answer.losses) == (2 if interval == 2 else 1)
 
 
 def test_a_tuple_that_is_too_short_is_told_its_length() -> None:

@@ -215,6 +215,56 @@ def test_a_model_with_a_state_is_padded() -> None:
         assert ours == pytest.approx(wanted, rel=max(1e-4, ROUNDING))
 
 
+def test_a_model_that_feels_padding_a_little_is_not_padded() -> None:
+    """A part of a hundredth is too much for a loss, though rounding of halves may be so large."""
+
+    class Slightly(Mixing):
+        def forward(self, ids: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                self.lengths.append(ids.shape[1])
+            x = self.inner(self.embedding(ids))
+            out: Tensor = self.head(x + 0.1 * x.mean(1, keepdim=True))
+            return out
+
+    queries = [hullkit.Query([text(n, n)], [2], Score(text(n, n))) for n in (7, 40)]
+    options: dict[str, Any] = {"target": ["inner"], "capture": False}
+    batch = batch_of(Slightly(1).to(DEVICE), 2, **options, **TOGETHER)
+    alone = [*batch_of(Slightly(1).to(DEVICE), 1, **options).map(queries)]
+    for answer, own in zip(batch.map(queries), alone, strict=True):
+        assert answer.losses == pytest.approx(own.losses, rel=ROUNDING)
+    assert not batch._pads(text(9, 0))
+
+
+class Learned(Mixing):
+    """Its positions are a parameter, as minGPT's are: nothing tells how many there are."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, positions, 12))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.lengths.append(ids.shape[1])
+        x = self.embedding(ids) + self.positions[:, : ids.shape[1]]
+        out: Tensor = self.head(self.inner(x))
+        return out
+
+
+@pytest.mark.parametrize("positions", [21, 37])
+def test_texts_are_padded_no_further_than_the_model_takes(positions: int) -> None:
+    lengths = (20, positions, 9, 9, positions - 1)
+    queries = [hullkit.Query([text(n, i)], [2]) for i, n in enumerate(lengths)]
+    options: dict[str, Any] = {"target": ["inner"], "capture": False}
+    model = Learned(positions).to(DEVICE)
+    assert model.embedding.num_embeddings > 20
+    answers = [*batch_of(model, 2, **options, **TOGETHER).map(queries)]
+    assert [a.error for a in answers] == [None] * len(queries)
+    assert max(model.lengths) <= positions
+    own = [*batch_of(Learned(positions).to(DEVICE), 1, **options).map(queries)]
+    for ours, theirs in zip(answers, own, strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=ROUNDING)
+
+
 class Sometimes(Mixing):
     """Its second layer takes part for one token id only, or sees a part of the tokens."""
 

@@ -222,6 +222,11 @@ def longest_padded(model: nn.Module) -> int:
     )
 
 
+def knows_longest(model: nn.Module) -> bool:
+    """Whether a table of positions or the configuration bounds `longest_padded`."""
+    return _positions(model) is not None or bool(_configured(model))
+
+
 def virtual_tokens(model: nn.Module) -> int:
     """Positions that PEFT's learned prompts and prefixes take before the first token."""
     try:

@@ -18,20 +18,21 @@ from ..language_model.interface import (
     check_module,
     check_token_ids,
     check_trainable,
+    knows_longest,
     logits_of,
     longest_padded,
     token_limits,
 )
 from ..language_model.loss import PRECISIONS
 from .borrowed import Borrowed
-from .captured_steps import CapturedSteps, generate
+from .captured_steps import CapturedSteps
 from .export import write_adapter
 from .factors import SlotFactors
 from .layers import chosen_layers, device_and_dtype
 from .memory import PLANNED, Room, budget, slots_within
 from .neighbours import Neighbours
 from .passes import SlotPasses
-from .queries import Answer, Query
+from .queries import Answer, Query, continued
 from .runs import Run
 from .settings import Settings
 from .slot_forwards import SlotForwards
@@ -144,10 +145,11 @@ class PromptBatch(Settings):
         apart = half is torch.float32 and precision == "float32"
         captures = capture is not False and device.type == "cuda"
         scale = _SCALE if dtype is torch.float16 else 1.0
-        share = alpha / (math.sqrt(rank) if rslora else rank)
+        share = self._alpha / (math.sqrt(self._rank) if rslora else self._rank)
         self._forwards = SlotForwards(self._layers, share, backend)
         self._longest = longest_padded(model)  # the length up to which texts are padded
         self._busy = False
+        self._loads = False  # whether PEFT was seen to load an adapter of these layers
 
         def make(number: int) -> None:
             self._slots = number
@@ -181,9 +183,10 @@ class PromptBatch(Settings):
         self._steps = CapturedSteps(model, modules, CaptureMemory(device) if captures else None)
         passes = self._passes
         self._neighbours = Neighbours(
-            passes.logits, passes.logits_of_tried_slots, half, slots, apart, captures
-        )
-        self._factors.reset_(range(slots), seed)
+            passes.logits, passes.logits_of_tried_slots, half, slots, apart, captures,
+            knows_longest(model),
+        )  # fmt: skip
+        self._factors.reset_(range(slots), self.seed)
 
     @property
     def path(self) -> str:
@@ -269,6 +272,10 @@ class PromptBatch(Settings):
         """Whether texts are padded. The first text shows whether they may be."""
         return self._neighbours.pads(text)
 
+    def _takes(self, length: int) -> bool:
+        """Whether the model takes texts that are padded to this length."""
+        return self._neighbours.takes(length)
+
     def _num_logits(self, text: Tensor) -> int:
         """How many logits a token has, of a model that does not tell. It runs on two tokens."""
         return self._passes.logits(text[None, :2]).shape[2]
@@ -294,7 +301,7 @@ class PromptBatch(Settings):
         for slot, num_steps in enumerate(steps):
             if num_steps:
                 self._factors.seeds[slot] = None
-        control = self._factors.control(steps, done, lr, self.refresh_interval)
+        control = self._factors.control(steps, done, lr, max(1, *steps))
         return self._passes.run(tokens, first, control)
 
     # The adapted models.
@@ -328,11 +335,11 @@ class PromptBatch(Settings):
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """`model.generate(input_ids, **options)`, where row k (K, T) is continued by slot k.
 
-        Raises: as a call.
+        Raises: as a call; ValueError where a table of positions ends before a text does.
         """
         self._check_rows(input_ids)
         with self._using(0, self.slots):
-            out: Tensor = generate(self.model, input_ids, **options)
+            out: Tensor = continued(self.model, input_ids, options)
             return out
 
     def _check_slot(self, k: int) -> None:
@@ -356,16 +363,20 @@ class PromptBatch(Settings):
         """Writes slot k as an adapter that `peft.PeftModel.from_pretrained` loads.
 
         It takes the extra packages peft and safetensors. The logits are the same but for rounding,
-        if no hook of a layer changes its input or output: PEFT's adapter is around it.
+        if no hook of a layer changes its input or output: PEFT's adapter is around it. The batch's
+        first export is loaded once to see whether PEFT adapts these layers.
 
         Raises:
             TypeError: k is no int. IndexError: no such slot. ImportError: a package is missing.
+            ValueError: layers that PEFT does not adapt as they are, as in some models with experts
+                or Mamba's; a layer with two names.
         """
         self._check_slot(k)
         write_adapter(
             self.model, self._factors.of_slot(k), self._layers, Path(directory), self.rank,
-            self.alpha, self.rslora,
+            self.alpha, self.rslora, check=not self._loads,
         )  # fmt: skip
+        self._loads = True
 
     def release(self) -> None:
         """Frees captured passes and their memory. Slots stay as they are."""

@@ -63,16 +63,20 @@ class Layer:
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight (I, O) in the dtype of products. A copy is kept until `refresh`.
 
-        Of a quantised weight there is no copy, which would need the memory that it saves.
+        Of a quantised weight there is no copy, which would need the memory that it saves. Nor is
+        there one of a weight that a hook of the layer makes anew, such as weight_norm's.
         """
         if self.quantized:
             return weight_of(self.module, dtype).t()
         own: Tensor = self.module.weight.detach()
         if own.dtype is not dtype:
-            if self._copy is None or self._copy.dtype is not dtype:
+            if "weight" not in self.module._parameters:
+                own = own.to(dtype)
+            elif self._copy is None or self._copy.dtype is not dtype:
                 with torch.inference_mode(False):  # a tensor of that mode could not be refreshed
-                    self._copy = own.to(dtype)
-            own = self._copy
+                    own = self._copy = own.to(dtype)
+            else:
+                own = self._copy
         return own.t() if self.transposed else own
 
     def multiplies(self, x: Tensor) -> bool:
@@ -137,7 +141,8 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
         if type(module) is not nn.Linear and kind not in (_CONV1D, EIGHT_BITS, FOUR_BITS):
             raise ValueError(
                 "model: expected linear layers of torch.nn.Linear, transformers' Conv1D, or "
-                f"bitsandbytes' Linear8bitLt and Linear4bit, got {kind}: {name!r}"
+                f"bitsandbytes' Linear8bitLt and Linear4bit, got {kind}: {name!r}. `target` may "
+                "name others"
             )
         if kind in (EIGHT_BITS, FOUR_BITS):
             check_quantized(name, module)

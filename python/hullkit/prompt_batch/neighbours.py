@@ -10,8 +10,10 @@ from torch import Tensor
 
 _TOKENS = 64  # of the text that is tried
 # Of the `difference` of logits that should be the same. Whatever mixes rows or looks ahead moves
-# them by a part of their size that does not depend on the dtype. Neither is derived from a model.
-_BOUND, _BOUND_OF_HALVES = 1e-3, 0.1
+# them by a part of their size that does not depend on the dtype. None is derived from a model.
+# Inputs of two shapes may run through other kernels, whose rounding differs. Of one shape only
+# experts' may, as they get other tokens.
+_BOUND, _BOUND_OF_HALVES, _OF_ONE_SHAPE = 1e-3, 0.1, 1e-2
 
 Logits = Callable[[Tensor], Tensor]  # of ids (R, T): (R, T, V), the model's own
 # The same, where row i goes through the first slot + i of two with large factors.
@@ -23,7 +25,7 @@ class Neighbours:
 
     logits: the model's own. of_slots: with factors. dtype: of products. slots: of a batch.
     apart: whether every text has a pass of its own, in full float32. graphs: whether passes are
-    recorded, for padded lengths.
+    recorded, for padded lengths. knows_longest: whether the model tells which lengths it takes.
     """
 
     def __init__(
@@ -34,10 +36,13 @@ class Neighbours:
         slots: int,
         apart: bool,
         graphs: bool,
+        knows_longest: bool,
     ) -> None:
         self._logits, self._of_slots, self._dtype = logits, of_slots, dtype
         self._apart = apart
         self._bound = _BOUND if apart else _BOUND_OF_HALVES
+        self._of_one_shape = _BOUND if apart else _OF_ONE_SHAPE
+        self._taken: dict[int, bool] | None = None if knows_longest else {}
         self._checked = slots == 1
         # A text that is apart needs padding for a graph only. None: not known yet.
         self._pads: bool | None = False if apart and not graphs else None
@@ -53,6 +58,23 @@ class Neighbours:
             self._pads = not self._feels_padding(text)
         return self._pads
 
+    def takes(self, length: int) -> bool:
+        """Whether the model takes texts that are padded to this length.
+
+        Of one that does not tell, each length is tried: a parameter may hold its positions.
+        """
+        if self._taken is None:
+            return True
+        if length not in self._taken:
+            try:
+                self._logits(torch.zeros(1, length, dtype=torch.int64, device="cpu"))
+                self._taken[length] = True
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                self._taken[length] = False
+        return self._taken[length]
+
     def check_rows(self, text: Tensor) -> None:
         """Raises ValueError if another row of a batch changes what the model says of a text.
 
@@ -62,7 +84,7 @@ class Neighbours:
         if self._checked:
             return
         text = text[:_TOKENS]
-        both = torch.stack([text, _others(text)])
+        both = torch.stack([text, _others(text)[0]])
         beside = self._of_slots(both, 0)
         alone = (self._of_slots(both[k : k + 1], k)[0] for k in range(2))
         moved = max(difference(*pair, self._dtype) for pair in zip(alone, beside, strict=True))
@@ -82,17 +104,22 @@ class Neighbours:
         own = text[: max(2, min(_TOKENS, len(text)) // 2)]
         alone = self._logits(own[None])[0]
         try:
-            padded = self._logits(torch.cat([own, _others(own)])[None])[0, : len(own)]
+            padded = [
+                self._logits(torch.cat([own, tail])[None])[0, : len(own)] for tail in _others(own)
+            ]
         except torch.OutOfMemoryError:
             raise
         except Exception:
             return True
-        return difference(alone, padded, self._dtype) > self._bound
+        moved = difference(alone, padded[0], self._dtype)
+        by_tails = difference(padded[0], padded[1], self._dtype)
+        return moved > self._bound or by_tails > self._of_one_shape
 
 
-def _others(text: Tensor) -> Tensor:
-    """As many tokens, each another one: among equal ones nothing would show."""
-    return torch.where(text == 0, 1, 0)
+def _others(text: Tensor) -> tuple[Tensor, Tensor]:
+    """As many tokens twice, each another one: among equal ones nothing would show."""
+    first = torch.where(text == 0, 1, 0)
+    return first, 1 - first
 
 
 def difference(logits: Tensor, other: Tensor, dtype: torch.dtype) -> float:

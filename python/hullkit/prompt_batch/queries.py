@@ -114,7 +114,8 @@ class Generate:
         options: of transformers' `generate`.
 
     Raises:
-        TypeError, ValueError: in a call, for ids that the model has no rows for, or too many.
+        TypeError, ValueError: in a call, for ids that the model has no rows for, or too many; where
+            a table of positions ends before the text does.
 
     >>> import hullkit, torch
     >>> hullkit.prompt_batch.Generate(torch.tensor([1, 2]), max_new_tokens=5).options
@@ -127,10 +128,36 @@ class Generate:
 
     def __call__(self, model: nn.Module) -> Tensor:
         ids = _checked(self.ids, model, fewest=1)
-        out = generate(model, ids, **self.options)
-        # `return_dict_in_generate` may be set.
-        tokens: Tensor = out if isinstance(out, Tensor) else out.sequences
-        return tokens[0, ids.shape[1] :]
+        return _tokens(continued(model, ids, self.options))[0, ids.shape[1] :]
+
+
+def continued(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Any:
+    """`generate`, which on a GPU would end the process where a text leaves a table of positions.
+
+    Raises ValueError where a text has not ended by then.
+    """
+    positions, new = token_limits(model).positions, options.get("max_new_tokens")
+    # The last new token is read by nobody.
+    room = None if positions is None else positions + 1 - ids.shape[1]
+    if room is None or not isinstance(new, int) or new <= room:
+        return generate(model, ids, **options)
+    out = generate(model, ids, **options | {"max_new_tokens": room})
+    made = _tokens(out)[:, ids.shape[1] :]
+    config: Any = getattr(model, "generation_config", None)
+    end = options.get("eos_token_id", getattr(config, "eos_token_id", None))
+    ends = torch.as_tensor([] if end is None else end, device=made.device)
+    if made.shape[1] == room and not torch.isin(made, ends).any(1).all():
+        raise ValueError(
+            f"max_new_tokens: expected at most {room} after {ids.shape[1]} tokens, since the model "
+            f"has {positions} positions, got {new}, and a text that does not end before"
+        )
+    return out
+
+
+def _tokens(out: Any) -> Tensor:
+    """Of what `generate` returns, also where `return_dict_in_generate` is set."""
+    tokens: Tensor = out if isinstance(out, Tensor) else out.sequences
+    return tokens
 
 
 def _checked(ids: Tensor, model: nn.Module, fewest: int = 2) -> Tensor:

@@ -4,12 +4,22 @@
 from __future__ import annotations
 
 import math
+from traceback import clear_frames
 
 from torch import Tensor
 
 from ..finetune.schedule import Reuse
 from .generation import Plan
 from .queries import Query
+
+
+def clear_locals(error: BaseException | None) -> None:
+    """Frees what an error's functions held, but for those that still run."""
+    met: set[int] = set()
+    while error is not None and id(error) not in met:
+        met.add(id(error))
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class Results:
@@ -76,6 +86,11 @@ class Run:
         else:
             self.updates += self.num_steps
             self.results.append(results)
+
+    def forget(self) -> None:
+        """What it is done with. Frames that lead to a kept error may hold this object."""
+        self.query, self._texts, self.results = Query((), ()), [], []
+        self.scored = self.score = self.prompt = self.made = None
 
     def losses(self, slot: int) -> tuple[float, ...]:
         """Each pass's loss. Raises FloatingPointError if one or its gradient is not finite."""

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +25,7 @@ from ..language_model.low_rank_layers import (
 )
 from ..language_model.low_rank_products import Inner, expand, shrink
 from ..language_model.products import SharedInput, SharedInputs
+from ..native.torch_private import current_backward
 from .layers import Layer
 
 
@@ -48,7 +51,19 @@ class _Call:
         self.anchor = anchor
         self.inputs = inputs
         self.scale, self.backend = scale, backend
+        self._thread = threading.get_ident()
         self._readers: Readers[Layer, tuple[Tensor, Inner]] = Readers()
+
+    def check_thread(self, name: str) -> None:
+        """Raises RuntimeError for another thread's call. Its numbers would be those of slots.
+
+        Autograd's own threads have none of their own: they may run a part of a pass again.
+        """
+        if threading.get_ident() != self._thread and current_backward() == -1:
+            raise RuntimeError(
+                f"{name}: expected calls of the thread that runs the batch, got another thread's; "
+                "run the model there between passes only, for example before `map`"
+            )
 
     def output(self, layer: Layer, x: Tensor, shared: SharedInput) -> tuple[Tensor, Inner]:
         """The layer's y of x (..., I), and for later those of the other readers of x."""
@@ -214,7 +229,12 @@ class SlotForwards:
             for layer in self._layers:
                 layer.module.__dict__.pop("forward", None)
 
-    def _forward(self, layer: Layer, call: _Call, x: Tensor) -> Tensor:
+    def _forward(self, layer: Layer, call: _Call, *inputs: Tensor, **named: Tensor) -> Tensor:
+        call.check_thread(layer.name)
+        if named or len(inputs) != 1:  # by the layer's own name
+            own = inspect.signature(type(layer.module).forward)
+            inputs = own.bind(layer.module, *inputs, **named).args[1:]
+        [x] = inputs
         rows, slots = math.prod(x.shape[:-1]), call.slots
         if rows % slots or (x.ndim > 2 and len(x) % slots):
             raise ValueError(

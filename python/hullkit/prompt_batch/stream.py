@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from ..language_model.interface import (
 )
 from .generation import Continuations, Plan, neighbouring
 from .queries import Answer, Generate, Query, Score, finite_score
-from .runs import Results, Run
+from .runs import Results, Run, clear_locals
 
 _AHEAD = 4  # times as many queries as slots may be read before the answer that is due
 # A pass, or a call of `generate`, takes much the same time for a few slots as for all. So slots
@@ -76,7 +75,9 @@ class Stream:
     def _ready(self) -> Iterator[Answer]:
         while self._due in self._answers:
             self._due += 1
-            yield self._answers.pop(self._due - 1)
+            answer = self._answers.pop(self._due - 1)
+            clear_locals(answer.error)  # all have ended; they hold the query's examples
+            yield answer
 
     def _fill(self) -> None:
         """Gives the next queries to free slots. A bad query becomes an answer.
@@ -103,7 +104,10 @@ class Stream:
                     self._free.append(slot)
                 continue
             self._runs[slot] = run  # first: a signal may come meanwhile
-            self._batch._start(slot, run)
+            try:
+                self._batch._start(slot, run)
+            except Exception as error:  # no memory for the factors of its seed
+                self._end(slot, run, Answer(index, None, (), error))
 
     def _checked(self, index: int, query: Any) -> Run:
         if not isinstance(query, (tuple, list)) or not 2 <= len(query) <= len(Query._fields):
@@ -117,7 +121,7 @@ class Stream:
         if query.then is not None and not callable(query.then):
             raise TypeError(f"then: expected a callable, got {type(query.then).__name__}")
         if query.seed is not None:
-            check_int("seed", query.seed, 0, (1 << 63) - 1)
+            query = query._replace(seed=check_int("seed", query.seed, 0, (1 << 63) - 1))
         bursts = reuse_schedule(query.counts, self._batch.refresh_interval)
         if len(query.examples) != len(query.counts):
             expected, got = len(query.counts), len(query.examples)
@@ -173,7 +177,9 @@ class Stream:
     def _padded(self, text: Tensor) -> int:
         if not self._batch._pads(text):
             return len(text)
-        return bucket(len(text), self._batch._longest, ALONE if self._batch._apart else TOGETHER)
+        lengths = ALONE if self._batch._apart else TOGETHER
+        padded = bucket(len(text), self._batch._longest, lengths)
+        return padded if self._batch._takes(padded) else len(text)
 
     def _group(self, first: int, group: list[Run | None]) -> bool:
         """One pass; whether there was memory for it. Without any for a single text, its query has
@@ -189,7 +195,7 @@ class Stream:
         try:
             losses, broken = self._batch._step(tokens, first, group)
         except _OUT_OF_MEMORY as error:
-            clear_frames(error.__traceback__)
+            clear_locals(error)
             lacking = error
         if lacking is None:
             results = Results(losses, broken)
@@ -264,12 +270,12 @@ class Stream:
             try:
                 made = self._continuations.together(prompts, plan, self._limits.positions)
             except _OUT_OF_MEMORY as lacking:
-                clear_frames(lacking.__traceback__)
+                clear_locals(lacking)
                 self._continuations.most = len(prompts) // 2
                 self._continue_together(prompts, plan)
                 return
             except MODEL_ERRORS as failure:  # perhaps of one prompt: each is called alone
-                clear_frames(failure.__traceback__)
+                clear_locals(failure)
             except Exception as failure:  # perhaps a signal's
                 error = failure
         for slot in prompts:
@@ -303,7 +309,7 @@ class Stream:
                 with self._batch.slot(slot) as model:
                     value = run.query.then(model)
         except Exception as failure:
-            clear_frames(failure.__traceback__)  # they may hold a pass's tensors
+            clear_locals(failure)  # they may hold a pass's tensors
             error = failure
         self._end(slot, run, Answer(run.index, value, losses, error))
 
@@ -312,6 +318,7 @@ class Stream:
         if answer.error is not None or not self._keep:
             self._stale.append(slot)  # first: a signal may come meanwhile
         self._runs[slot] = None
+        run.forget()
         if not self._keep:
             self._free.append(slot)
 
