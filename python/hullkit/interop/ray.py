@@ -54,7 +54,8 @@ class Setup(NamedTuple):
         rows of a block together.
     choose: from a block of rows (a dict of columns) to the examples and counts of each row. It gets
         the whole block, so that all prompts' pools are one call of :func:`hullkit.select`.
-    use: from the adapted model and one row to the new columns of that row: numbers or strings.
+    use: from the adapted model and one row to the new columns of that row: numbers or strings. With
+        a `PromptBatch` it may run again for a row after the model raised in a pass with others.
     columns: the types of these columns. None: each has the type of its first value in an actor, so
         that files may differ.
     """
