@@ -236,31 +236,35 @@ def test_a_model_that_feels_padding_a_little_is_not_padded() -> None:
 
 
 class Learned(Mixing):
-    """Its positions are a parameter, as minGPT's are: nothing tells how many there are."""
+    """Its positions are a parameter, as minGPT's are: nothing tells how many there are. Or they
+    are a table, which does."""
 
-    def __init__(self, positions: int) -> None:
+    def __init__(self, positions: int, table: bool) -> None:
         super().__init__()
-        self.positions = nn.Parameter(torch.randn(1, positions, 12))
+        if table:
+            self.wpe = nn.Embedding(positions, 12)
+        self.positions = self.wpe.weight if table else nn.Parameter(torch.randn(positions, 12))
 
     def forward(self, ids: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             self.lengths.append(ids.shape[1])
-        x = self.embedding(ids) + self.positions[:, : ids.shape[1]]
+        x = self.embedding(ids) + self.positions[: ids.shape[1]]
         out: Tensor = self.head(self.inner(x))
         return out
 
 
+@pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("positions", [21, 37])
-def test_texts_are_padded_no_further_than_the_model_takes(positions: int) -> None:
+def test_texts_are_padded_no_further_than_the_model_takes(positions: int, table: bool) -> None:
     lengths = (20, positions, 9, 9, positions - 1)
     queries = [hullkit.Query([text(n, i)], [2]) for i, n in enumerate(lengths)]
     options: dict[str, Any] = {"target": ["inner"], "capture": False}
-    model = Learned(positions).to(DEVICE)
+    model = Learned(positions, table).to(DEVICE)
     assert model.embedding.num_embeddings > 20
     answers = [*batch_of(model, 2, **options, **TOGETHER).map(queries)]
     assert [a.error for a in answers] == [None] * len(queries)
     assert max(model.lengths) <= positions
-    own = [*batch_of(Learned(positions).to(DEVICE), 1, **options).map(queries)]
+    own = [*batch_of(Learned(positions, table).to(DEVICE), 1, **options).map(queries)]
     for ours, theirs in zip(answers, own, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=ROUNDING)
 
