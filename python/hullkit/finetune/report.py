@@ -12,13 +12,27 @@ import torch
 
 
 class PhaseSeconds(NamedTuple):
-    """Seconds of a query by phase; on a CUDA device, the time that its stream spends."""
+    """Seconds of a query by phase; on a CUDA device, the time that its stream spends.
 
-    select: float | None  # as told to `adapted`
-    prepare: float  # the snapshot, recording and compilation
-    passes: float  # captured passes: with the updates, which run beside them
-    updates: float | None  # None for captured passes
-    restore: float | None  # None until the block is left
+    Attributes:
+        select: what `adapted` was told; None if nothing.
+        prepare: the snapshot, recording and compilation.
+        passes: forward and backward passes; captured ones with their updates, which run beside
+            them.
+        updates: the updates; None for captured passes.
+        restore: putting the base weights back; None until the block is left.
+
+    >>> import hullkit, torch
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+    >>> hullkit.TestTimeFinetuner(model).adapt_([torch.tensor([1, 2])], [1]).seconds._fields
+    ('select', 'prepare', 'passes', 'updates', 'restore')
+    """
+
+    select: float | None
+    prepare: float
+    passes: float
+    updates: float | None
+    restore: float | None
 
 
 class AdaptReport(NamedTuple):

@@ -54,9 +54,8 @@ def lmo(
     >>> hullkit.lmo(pool, torch.tensor([1.0, 0.0])).index
     tensor(2)
 
-    Numerics: sums in float32 (float64 for float64 input, and for float32 input on CUDA), in an
-    order
-    that depends on d alone: the same bits in any batch and with any number of threads.
+    Numerics: sums in float32 (float64 for float64 input, and for float32 input on CUDA). Their
+    order depends on d alone: the same bits in any batch and with any number of threads.
     Cost: B n d multiply-adds; on CUDA one pass over a shared pool for every 16 directions.
     """
     problem = check_pool_query(pool, direction, lengths, candidates, query_name="direction")

@@ -91,8 +91,8 @@ def select(
             read where they lie, and results are of their library.
         query: the prompt's embedding `(d,)`, or `(B, d)`; with "sift" also `(B, m, d)`, m vectors a
             prompt. The pool's dtype and device.
-        total: updates to spend, >= 1, or "auto" ("hull" and "sift"); for "knn" at most the number
-            of candidates.
+        total: updates to spend, >= 1, or "auto" ("hull" and "sift"). With a cap, and for "knn", at
+            most max_multiplicity times the number of candidates.
         max_total: the most updates with "auto", >= 1; None for 50. None for a given total.
         max_support: the most rows, as in frank_wolfe. None for as many as updates, or twice that if
             max_multiplicity is less than total.
