@@ -6,7 +6,7 @@ of a candidate pool), round it to an integer multiset, and spend each gradient o
 Method: HullFT, arXiv 2605.30337.
 """
 
-from . import optim, prompt_batch, recipes
+from . import optim, prompt_batch, recipes, reference
 from .finetune import AdaptReport, Reuse, TestTimeFinetuner, reuse_schedule
 from .language_model import bits_per_byte
 from .native.kernels import __version__, build_info
@@ -52,6 +52,7 @@ __all__ = [
     "optim",
     "prompt_batch",
     "recipes",
+    "reference",
     "reuse_schedule",
     "round_multiplicities",
     "select",

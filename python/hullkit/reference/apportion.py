@@ -10,7 +10,7 @@ from .lmo import Array
 
 
 def quotas(weights: Array, total: int) -> Array:
-    """total * w_i / sum w; negative weights count as 0, all zero as uniform.
+    """total * w_i / sum w, `(m,)` float64; negative weights count as 0, all zero as uniform.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> reference.quotas(np.array([0.5, 0.5]), 4).tolist()
@@ -25,6 +25,12 @@ def quotas(weights: Array, total: int) -> Array:
 
 def apportion(weights: Array, total: int) -> NDArray[np.int64]:
     """Floors of the quotas, then one more for the largest remainders (lowest index on a tie).
+
+    Args:
+        weights: `(m,)` float64; negative ones count as 0, all zero as uniform.
+        total: units to spread, >= 1.
+    Returns:
+        counts `(m,)` int64 with sum total.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> reference.apportion(np.array([0.5, 0.3, 0.2]), 4).tolist()

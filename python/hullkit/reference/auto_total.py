@@ -7,8 +7,8 @@ from __future__ import annotations
 def ladder(max_total: int) -> list[int]:
     """The totals to choose from: 1, 2, 4, 6 and 10 tenths of the largest, rounded up.
 
-    >>> import numpy as np, hullkit.reference as reference
-    >>> reference.ladder(50)
+    >>> from hullkit.reference import ladder
+    >>> ladder(50)
     [5, 10, 20, 30, 50]
     """
     return sorted({-(-max_total * tenths // 10) for tenths in (1, 2, 4, 6, 10)})
@@ -19,7 +19,14 @@ def auto_total(residual_norm: float, max_total: int, alpha: float) -> int:
 
     SIFT's rule for its standard deviation, taken for the residual.
 
-    >>> import numpy as np, hullkit.reference as reference
+    Args:
+        residual_norm: the length of the residual at max_total.
+        max_total: the most updates, >= 1.
+        alpha: > 0; a larger one spends less.
+    Returns:
+        The number of updates, at most max_total.
+
+    >>> import hullkit.reference as reference
     >>> reference.auto_total(0.5, 50, alpha=0.08)
     30
     """

@@ -16,6 +16,12 @@ def duplicates(pool: Array, eps: float) -> NDArray[np.int64]:
 
     An eps below `LEAST_EPS` counts as that: equal rows are near copies for every eps.
 
+    Args:
+        pool: `(n, d)` float64.
+        eps: in units of cosine, 0 < eps <= 2.
+    Returns:
+        representatives `(n,)` int64.
+
     >>> import numpy as np, hullkit.reference as reference
     >>> reference.duplicates(np.ones((3, 2)), eps=0.1).tolist()
     [0, 0, 0]

@@ -21,9 +21,18 @@ def finetune(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> list[float]:
-    """Finetune `model` in place, in its own dtype; return the loss (nats per token) of every pass.
+    """Finetune `model` in place, in its own dtype, with one update per unit of `counts`.
 
-    Adam of Kingma & Ba (arXiv 1412.6980, algorithm 1), one update per unit of `counts`, no dropout.
+    Adam of Kingma & Ba (arXiv 1412.6980, algorithm 1), no dropout.
+
+    Args:
+        model: called with ids `(1, T)`; returns logits `(1, T, V)`, or an object that has them.
+        examples: token ids `(T,)` int64 each, on the model's device.
+        counts: updates of each example, >= 0.
+        lr, betas, eps: Adam's.
+        refresh_interval: the most updates with one gradient, >= 1.
+    Returns:
+        The loss of every pass, in nats per token.
 
     >>> import torch, hullkit.reference as reference
     >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))

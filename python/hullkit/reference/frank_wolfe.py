@@ -15,17 +15,25 @@ from .lmo import Array, lmo, row_dots
 class FrankWolfeOutcome(NamedTuple):
     """The answer of :func:`frank_wolfe`.
 
+    Attributes:
+        indices: `(m,)` int64, the touched vertices by falling weight (lowest index on a tie).
+        weights: `(m,)` float64, with sum 1.
+        residual_norm: the length of `query - weights @ pool[indices]`.
+        dual_gap: an upper bound on how far the objective is from its minimum.
+        num_iters: steps taken.
+        status: the name of a :class:`hullkit.Status`.
+
     >>> import numpy as np, hullkit.reference as reference
     >>> reference.frank_wolfe(np.eye(2), np.array([1.0, 0.0])).status
     'CONVERGED'
     """
 
-    indices: NDArray[np.int64]  # touched vertices by falling weight, lowest index on a tie
+    indices: NDArray[np.int64]
     weights: Array
     residual_norm: float
     dual_gap: float
     num_iters: int
-    status: str  # name of a hullkit.Status
+    status: str
 
 
 def frank_wolfe(
@@ -43,6 +51,14 @@ def frank_wolfe(
     Stops when the residual norm falls below tol, when max_support distinct vertices were touched,
     after max_iters steps, when the dual gap is at most gap_tol, or when the LMO answers the iterate
     itself. The other variants, and weights of at most max_weight, are active_set's.
+
+    Args:
+        pool: `(n, d)` float64.
+        query: `(d,)` float64.
+        max_support, max_iters, tol, gap_tol, variant, max_weight: as in
+            :func:`hullkit.frank_wolfe`.
+    Returns:
+        A FrankWolfeOutcome.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> pool, query = np.eye(3), np.array([0.7, 0.3, 0.0])

@@ -15,8 +15,8 @@ def row_dots(pool: Array, vector: Array) -> Array:
     A plain matrix-vector product does not promise the latter: BLAS sums the rows at the edge of its
     blocks in another order, and then two copies of one vertex do not tie.
 
-    >>> import numpy as np, hullkit.reference as reference
-    >>> reference.row_dots(np.eye(2), np.array([1.0, 2.0])).tolist()
+    >>> import numpy as np
+    >>> row_dots(np.eye(2), np.array([1.0, 2.0])).tolist()
     [1.0, 2.0]
     """
     products: Array = np.matmul(pool[:, None, :], vector)[:, 0]
@@ -25,6 +25,12 @@ def row_dots(pool: Array, vector: Array) -> Array:
 
 def lmo(pool: Array, direction: Array) -> tuple[int, float]:
     """argmin_i <direction, pool_i> (lowest index on a tie) and that minimum.
+
+    Args:
+        pool: `(n, d)` float64.
+        direction: `(d,)` float64.
+    Returns:
+        The index and the product.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> reference.lmo(np.eye(2), np.array([1.0, 2.0]))

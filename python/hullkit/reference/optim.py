@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Adam, SGD and accumulation, one tensor at a time."""
+
 from __future__ import annotations
 
 import math
@@ -24,7 +26,16 @@ def adam(
     decoupled: bool = False,
     maximize: bool = False,
 ) -> tuple[Array, Array, Array, float]:
-    """num_steps updates with one gradient: param, exp_avg, exp_avg_sq, step afterwards.
+    """num_steps updates with one gradient.
+
+    Args:
+        param, grad, exp_avg, exp_avg_sq: arrays of one shape, computed in float64. None is written.
+        step: updates made before, >= 0.
+        num_steps: updates to make.
+        lr, betas, eps, weight_decay, maximize: as in `torch.optim.Adam`.
+        decoupled: AdamW's weight decay.
+    Returns:
+        param, exp_avg, exp_avg_sq (float64) and step afterwards.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> zeros = np.zeros(2)
@@ -59,7 +70,15 @@ def sgd(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> tuple[Array, Array | None]:
-    """num_steps updates with one gradient: param and momentum_buffer afterwards.
+    """num_steps updates with one gradient.
+
+    Args:
+        param, grad, momentum_buffer: arrays of one shape, computed in float64. None is written. The
+            buffer is None before the first update.
+        num_steps: updates to make.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`.
+    Returns:
+        param and momentum_buffer (float64) afterwards.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> param, _ = reference.sgd(np.ones(2), np.ones(2), None, num_steps=2, lr=0.1)
@@ -81,6 +100,12 @@ def sgd(
 def accumulate(into: ArrayLike, grad: ArrayLike, weight: float) -> Array:
     """into + weight * grad
 
+    Args:
+        into, grad: arrays of one shape.
+        weight: a number.
+    Returns:
+        A new float64 array.
+
     >>> import numpy as np, hullkit.reference as reference
     >>> reference.accumulate(np.ones(2), np.ones(2), 0.5).tolist()
     [1.5, 1.5]
@@ -90,6 +115,11 @@ def accumulate(into: ArrayLike, grad: ArrayLike, weight: float) -> Array:
 
 def global_norm(grads: list[ArrayLike]) -> float:
     """2-norm of all elements of all gradients.
+
+    Args:
+        grads: arrays of any shapes.
+    Returns:
+        The norm, summed in float64.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> reference.global_norm([np.array([3.0]), np.array([4.0])])

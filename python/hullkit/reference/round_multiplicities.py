@@ -22,8 +22,17 @@ def round_multiplicities(
 
     Floors of the quotas; then units where L becomes smallest (lowest index on a tie), of many left
     a share of 1 / (16 len(support)) at once; then passes that move a unit from i to j, in index
-    order, if that lowers L by more than 1e-14. No count exceeds max_multiplicity;
-    max_multiplicity * len(support) >= total.
+    order, if that lowers L by more than 1e-14.
+
+    Args:
+        support: `(m, d)` float64, the rows that have weight.
+        query: `(d,)` float64.
+        weights: `(m,)` float64.
+        total: units to spread, >= 1.
+        exchange_passes: the most passes, >= 0.
+        max_multiplicity: the largest count, at least total / m; None for no limit.
+    Returns:
+        counts `(m,)` int64 with sum total.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> pool, query = np.eye(3), np.array([0.7, 0.3, 0.0])

@@ -14,13 +14,17 @@ from .lmo import Array, row_dots
 class SIFTOutcome(NamedTuple):
     """The answer of :func:`sift`.
 
+    Attributes:
+        order: `(t,)` int64, the rows in order of choice, repeats included; t <= total.
+        variance: `(t,)` float64, the query's variance after each of these steps.
+
     >>> import numpy as np, hullkit.reference as reference
     >>> reference.sift(np.eye(3), np.array([0.8, 0.6, 0.0]), 3).variance.round(3).tolist()
     [0.366, 0.01, 0.007]
     """
 
-    order: NDArray[np.int64]  # in order of choice, repeats included
-    variance: Array  # after each of these steps
+    order: NDArray[np.int64]
+    variance: Array
 
 
 def sift(
@@ -31,11 +35,20 @@ def sift(
     alpha: float | None = None,
     max_multiplicity: int | None = None,
 ) -> SIFTOutcome:
-    """Takes `total` times the row after which the variance of the query [d], or the sum of the
-    variances of its vectors [m, d], is least (lowest index on a tie).
+    """Takes `total` times the row after which the variance of the query is least (lowest index on a
+    tie). Stops after step t if sqrt(variance) > 1 / (alpha t).
 
-    Stops after step t if sqrt(variance) > 1 / (alpha t). A row is taken max_multiplicity times at
-    most.
+    Args:
+        pool: `(n, d)` float64.
+        query: `(d,)` float64, or `(m, d)`: m vectors, whose variances are summed.
+        total: the most steps, >= 1.
+        noise: the variance of an observation, > 0.
+        alpha: > 0; None to take all steps.
+        max_multiplicity: how often one row may be taken; None for no limit.
+    Returns:
+        A SIFTOutcome.
+    Raises:
+        ValueError: max_multiplicity times n is below total.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> reference.sift(np.eye(3), np.array([0.8, 0.6, 0.0]), 3).order.tolist()
