@@ -4,42 +4,56 @@
 from __future__ import annotations
 
 import doctest
+import importlib
+import importlib.util
 import inspect
+import re
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import hullkit
 import pytest
-from hullkit import optim, prompt_batch, reference
-from hullkit.interop import activeft
-from hullkit.interop import faiss as faiss_adapter
-from hullkit.interop import hullft as hullft_adapter
 
-CONSTANTS = {"__version__", "recipes", "optim", "prompt_batch"}
+ROOMS = ("optim", "prompt_batch", "reference", "interop.activeft", "interop.faiss")
+ROOMS += ("interop.hullft",)
+if importlib.util.find_spec("pyarrow"):  # Ray's
+    ROOMS += ("interop.ray",)
+MEMBERS = {
+    "TestTimeFinetuner": ("adapted", "adapt_", "warmup", "recorded_lengths", "release"),
+    "optim.Adam": ("step", "update_in_backward"),
+}
+NO_EXAMPLE = {"__version__", *ROOMS, "recipes"}
+
+
+def at(path: str) -> Any:
+    value = hullkit
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def public() -> Iterator[tuple[str, Any]]:
     for name in hullkit.__all__:
-        if name not in CONSTANTS:
+        if name not in NO_EXAMPLE:
             yield f"hullkit.{name}", getattr(hullkit, name)
-    for name in ("adapted", "adapt_", "warmup", "release"):
-        yield f"hullkit.TestTimeFinetuner.{name}", getattr(hullkit.TestTimeFinetuner, name)
-    for name in optim.__all__:
-        yield f"hullkit.optim.{name}", getattr(optim, name)
-    for name in prompt_batch.__all__:
-        yield f"hullkit.prompt_batch.{name}", getattr(prompt_batch, name)
-    for name in ("step", "update_in_backward"):
-        yield f"hullkit.optim.Adam.{name}", getattr(optim.Adam, name)
-    for name in reference.__all__:
-        yield f"hullkit.reference.{name}", getattr(reference, name)
-    yield "hullkit.interop.activeft.Retriever", activeft.Retriever
-    for name in ("FWSelector", "integerize_by_geometry"):
-        yield f"hullkit.interop.hullft.{name}", getattr(hullft_adapter, name)
-    for name in ("search", "select", "Texts"):
-        yield f"hullkit.interop.faiss.{name}", getattr(faiss_adapter, name)
+    for room in ROOMS:
+        module = importlib.import_module(f"hullkit.{room}")
+        for name in module.__all__:
+            yield f"hullkit.{room}.{name}", getattr(module, name)
+    for owner, names in MEMBERS.items():
+        for name in names:
+            yield f"hullkit.{owner}.{name}", getattr(at(owner), name)
+    yield "hullkit.recipes.Recipe", hullkit.recipes.Recipe
+    yield "hullkit.finetune.report.PhaseSeconds", at("finetune.report.PhaseSeconds")
 
 
 NAMES = dict(public())
+
+
+def is_result(value: Any) -> bool:
+    """A tuple with names, or an enumeration."""
+    return isinstance(value, type) and (hasattr(value, "_fields") or issubclass(value, Enum))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,3 +66,10 @@ def test_example(name: str) -> None:
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     runner.run(found, out=report.append)
     assert not runner.failures, "".join(report)
+
+
+@pytest.mark.parametrize("name", [name for name, value in NAMES.items() if is_result(value)])
+def test_fields_are_documented(name: str) -> None:
+    text = (inspect.getdoc(NAMES[name]) or "").partition("Attributes:")[2]
+    for field in getattr(NAMES[name], "_fields", None) or NAMES[name].__members__:
+        assert re.search(rf"^    {field}: ", text, re.MULTILINE), f"{name}: {field}"

@@ -34,20 +34,46 @@ def finetune_with_approach(
 ) -> dict[str, Any]:
     """Finetune a Hugging Face model in place, one Adam update (betas .9, .999) for each text.
 
-    approach_config["method"]: "standard" (the default): a pass and an update for every batch_size
-    texts. "gradient_refresh", "sift_global_refresh": equal texts grouped, in the order first seen;
-    "sift_consecutive_refresh": runs of equal texts grouped. A group makes a pass every
-    approach_config["refresh_interval"] (2) updates, see :func:`hullkit.reuse_schedule`.
+    The method "standard" makes a pass and an update for every batch_size texts. "gradient_refresh"
+    and "sift_global_refresh" group equal texts, in the order first seen; "sift_consecutive_refresh"
+    groups runs of equal texts. A group makes a pass every refresh_interval updates, see
+    :func:`hullkit.reuse_schedule`.
 
-    The model is left adapted, in eval mode and on `device` (None: CUDA if there is any): restoring
-    it is the caller's part, as in the published code. Texts are cut to max_length tokens. On a CUDA
-    device passes are captured, see :class:`hullkit.TestTimeFinetuner`; what is recorded is kept for
-    the next call with this model, until another one comes or :func:`release` is called.
+    The model is left adapted and in eval mode: restoring it is the caller's part, as in the
+    published code. On a CUDA device passes are captured, see :class:`hullkit.TestTimeFinetuner`.
+    The recorded passes are kept for the next call with this model, until another one comes or
+    :func:`release` is called.
 
-    Returns a dict of finetune_steps, finetune_seconds (device work included), finetune_approach,
-    finetune_unique_texts (groups) and finetune_total_texts.
-    Raises ValueError for another method, a batch_size below 1, a max_length below 2, or a text of
-    less than two tokens.
+    Args:
+        model: a causal language model; one whose output has a `loss` where a batch has several
+            texts.
+        tokenizer: called with a list of texts and transformers' options (`truncation`,
+            `max_length`, `padding`, `return_tensors`); a mapping of `input_ids` and
+            `attention_mask`.
+        texts: the texts to train on, repeats included.
+        approach_config: "method" (default "standard") and "refresh_interval" (default 2); None for
+            the defaults.
+        batch_size: texts of a pass of "standard", >= 1.
+        max_length: tokens that a text is cut to, >= 2.
+        lr: the learning rate.
+        device: where the model is moved; None for CUDA if there is any, else the CPU.
+    Returns:
+        A dict of finetune_steps (updates), finetune_seconds (device work included),
+        finetune_approach, finetune_unique_texts (groups) and finetune_total_texts.
+    Raises:
+        TypeError, ValueError: another method; a batch_size below 1, a max_length below 2; a text
+            of less than two tokens; a batch of texts of several lengths without a pad token.
+
+    >>> import torch
+    >>> from hullkit.interop.hullft import finetune_with_approach
+    >>> def tokenizer(texts, **options):  # a token is a byte
+    ...     ids = torch.tensor([list(text.encode()) for text in texts])
+    ...     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(128, 4), torch.nn.Linear(4, 128))
+    >>> config = {"method": "gradient_refresh"}
+    >>> report = finetune_with_approach(model, tokenizer, ["ab", "cd", "ab"], config, device="cpu")
+    >>> report["finetune_steps"], report["finetune_unique_texts"]
+    (3, 2)
     """
     config = approach_config or {}
     method = config.get("method", "standard")
@@ -93,7 +119,24 @@ def finetune_on_texts(
     lr: float = 5e-5,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """The method "standard" of :func:`finetune_with_approach`; returns steps and seconds."""
+    """The method "standard" of :func:`finetune_with_approach`.
+
+    Args:
+        model, tokenizer, texts, batch_size, max_length, lr, device: as there.
+    Returns:
+        A dict of finetune_steps and finetune_seconds.
+    Raises:
+        TypeError, ValueError: as there.
+
+    >>> import torch
+    >>> from hullkit.interop.hullft import finetune_on_texts
+    >>> def tokenizer(texts, **options):  # a token is a byte
+    ...     ids = torch.tensor([list(text.encode()) for text in texts])
+    ...     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(128, 4), torch.nn.Linear(4, 128))
+    >>> finetune_on_texts(model, tokenizer, ["ab", "cd"], device="cpu")["finetune_steps"]
+    2
+    """
     report = finetune_with_approach(
         model, tokenizer, texts, None, batch_size, max_length, lr, device
     )
@@ -167,6 +210,10 @@ def _tuner_of(model: Any, lr: float, interval: int) -> TestTimeFinetuner:
 
 
 def release() -> None:
-    """Let go of the model finetuned last, and of what was recorded for it on a CUDA device."""
+    """Let go of the model finetuned last, and of what was recorded for it on a CUDA device.
+
+    >>> from hullkit.interop import hullft
+    >>> hullft.release()
+    """
     global _latest
     _latest = None

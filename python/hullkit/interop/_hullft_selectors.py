@@ -30,6 +30,12 @@ class KNNSelector:
             faiss in it.
 
     Cost: O(n d) a call.
+
+    >>> import numpy as np
+    >>> from hullkit.interop.hullft import KNNSelector
+    >>> indices, values = KNNSelector().select(np.eye(3), np.array([0.7, 0.3, 0.0]), 2)
+    >>> indices.tolist()
+    [0, 1]
     """
 
     name = "knn"
@@ -40,11 +46,18 @@ class KNNSelector:
     def select(
         self, embeddings: Array, query_embedding: Array, n_points: int
     ) -> tuple[Array, Array]:
-        """The n_points nearest, nearest first: indices int64, values float32.
+        """The nearest rows.
 
-        embeddings (n, d); query_embedding (d,), or (k, d), of which the mean is taken. Values are
-        inner products or, without use_faiss, cosines (0 for a row of zeros).
-        Raises ValueError for more points than rows: faiss fills up with -1, a row to NumPy.
+        Args:
+            embeddings: `(n, d)`.
+            query_embedding: `(d,)`, or `(k, d)`, of which the mean is taken.
+            n_points: rows to return, 1 <= n_points <= n.
+        Returns:
+            indices `(n_points,)` int64, the nearest first; values `(n_points,)` float32, inner
+            products or, without use_faiss, cosines (0 for a row of zeros).
+        Raises:
+            TypeError, ValueError: shapes that do not fit, NaN and Inf; more points than rows, where
+                faiss fills up with -1, which names a row to NumPy.
         """
         pool = floating("embeddings", embeddings)
         query = _mean("query_embedding", query_embedding, pool)
@@ -63,6 +76,11 @@ class SIFTSelector:
         fast: values are what a choice takes off the variance. Choices are the same.
 
     Cost: that of :func:`hullkit.sift`.
+
+    >>> import numpy as np
+    >>> from hullkit.interop.hullft import SIFTSelector
+    >>> SIFTSelector().select(np.eye(3), np.array([0.8, 0.6, 0.0]), 3)[0].tolist()
+    [0, 1, 0]
     """
 
     name = "sift"
@@ -74,12 +92,18 @@ class SIFTSelector:
     def select(
         self, embeddings: Array, query_embedding: Array, n_points: int
     ) -> tuple[Array, Array]:
-        """n_points choices in their order, repeats included: indices int64, values float32.
+        """SIFT's choices. Gains that tie go to the lowest index.
 
-        embeddings (n, d); query_embedding (d,), or (k, d), whose variances are summed. Values are
-        minus the variance after each choice or, with fast, what the choice takes off it. Choices
-        are the same either way, and gains that tie go to the lowest index.
-        Raises ValueError for n_points below 1.
+        Args:
+            embeddings: `(n, d)`.
+            query_embedding: `(d,)`, or `(k, d)`, whose variances are summed.
+            n_points: choices to make, >= 1.
+        Returns:
+            indices `(n_points,)` int64 in order of choice, repeats included; values `(n_points,)`
+            float32, minus the variance after each choice or, with fast, the fall in variance that
+            the choice makes.
+        Raises:
+            TypeError, ValueError: shapes that do not fit, NaN and Inf; n_points below 1.
         """
         pool = floating("embeddings", embeddings)
         rows = np.atleast_2d(to_numpy("query_embedding", query_embedding))
@@ -114,10 +138,16 @@ class FWSelector:
     def select(
         self, embeddings: Array, query_embedding: Array, n_points: int
     ) -> tuple[Array, Array]:
-        """The support by falling weight, at most n_points: indices int64, weights float64.
+        """The rows that rebuild the query.
 
-        embeddings (n, d); query_embedding (d,), or (k, d), of which the mean is taken.
-        Raises ValueError for n_points below 0.
+        Args:
+            embeddings: `(n, d)`.
+            query_embedding: `(d,)`, or `(k, d)`, of which the mean is taken.
+            n_points: the most rows, >= 0.
+        Returns:
+            indices `(m,)` int64 and weights `(m,)` float64, the heaviest first, with m <= n_points.
+        Raises:
+            TypeError, ValueError: shapes that do not fit, NaN and Inf; n_points below 0.
         """
         pool = floating("embeddings", embeddings)
         n_points = integer("n_points", n_points, 0)

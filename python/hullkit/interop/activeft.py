@@ -17,13 +17,26 @@ from ..selection import sift
 from ..selection._arrays import to_numpy
 from ._arguments import check_index, integer, reconstructed
 
+__all__ = ["RetrievalTime", "Retriever"]
+
 Array = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
 
 class RetrievalTime(NamedTuple):
-    faiss: float  # seconds in the index
-    sift: float  # seconds of choice after that
+    """Where the time of a search went.
+
+    Attributes:
+        faiss: seconds in the index.
+        sift: seconds of choice after that.
+
+    >>> from hullkit.interop.activeft import RetrievalTime
+    >>> RetrievalTime(faiss=0.002, sift=0.001).faiss
+    0.002
+    """
+
+    faiss: float
+    sift: float
 
 
 class Retriever:

@@ -26,6 +26,8 @@ from ..selection import select as select_rows
 from ..selection._arrays import is_array, tensor_of
 from ._arguments import check_index, floating, reconstructed
 
+__all__ = ["Texts", "search", "select"]
+
 
 def search(
     index: Any, query: Any, num_candidates: int, *, embeddings: Any = None

@@ -54,8 +54,19 @@ def integerize_by_geometry(
 ) -> tuple[Array, Array]:
     """`n_select` indices, each as often as :func:`hullkit.round_multiplicities` says, in order.
 
-    support_embeddings (m, d) are the rows that indices (m,) name. The weights returned are
-    1 / n_select each.
+    Args:
+        indices: `(m,)` integers, the support.
+        weights: `(m,)` their convex weights.
+        support_embeddings: `(m, d)`, the rows that `indices` name.
+        target: `(d,)`, the prompt's embedding.
+        n_select: the updates to spread; 0 or less for none.
+        swap_passes: the most exchange passes; below 0 counts as 0.
+    Returns:
+        indices `(n_select,)` int64, each repeated by its count; weights `(n_select,)` float64,
+        1 / n_select each. Both are empty if there is no support.
+    Raises:
+        TypeError, ValueError: arrays of other shapes or kinds, what was expected and what came;
+            also for NaN and Inf.
 
     >>> import numpy as np
     >>> from hullkit.interop.hullft import integerize_by_geometry
@@ -90,8 +101,23 @@ def pad_by_weights_deterministic(
 ) -> tuple[Array, Array]:
     """`n_select` indices, each as often as :func:`hullkit.apportion` says, and their own weights.
 
-    With n_select indices or more: the first n_select of them and of the weights, as they are.
-    Raises ValueError for n_select below 0, and for weights that are not finite or too few.
+    Args:
+        indices: `(m,)` integers.
+        weights: `(m,)`, one for each index. Negative ones count as 0; if all are 0 they count as
+            uniform.
+        n_select: how many indices to return, >= 0.
+    Returns:
+        indices `(n_select,)`, each repeated by its count, and each one's weight divided by the sum
+        of all. Where m >= n_select, the first n_select of both, as they came; where m is 0, both
+        are empty.
+    Raises:
+        TypeError, ValueError: an n_select below 0; weights that are not finite, or not one for each
+            index.
+
+    >>> import numpy as np
+    >>> from hullkit.interop.hullft import pad_by_weights_deterministic
+    >>> pad_by_weights_deterministic(np.array([4, 7]), np.array([0.7, 0.3]), 4)[0].tolist()
+    [4, 4, 4, 7]
     """
     indices, weights = to_numpy("indices", indices), to_numpy("weights", weights, np.float64)
     n_select = integer("n_select", n_select, 0)
@@ -126,7 +152,22 @@ def patch(package: ModuleType | str) -> None:
     modules (`runner`, `evaluation`) imported, and entries of dicts (the registry of selectors).
     Modules imported later get the replacements. Code outside of the package keeps what it imported.
 
-    Raises AttributeError, nothing replaced, if a name is missing; RuntimeError if patched already.
+    Args:
+        package: the package, or its name.
+    Raises:
+        AttributeError: a name is missing; then nothing is replaced.
+        RuntimeError: a package is patched already.
+        ImportError: the package cannot be imported, or a module of it is missing.
+
+    >>> import sys, types
+    >>> from hullkit.interop import hullft
+    >>> for room in ("selector", "fill", "finetune"):  # a package of that shape
+    ...     sys.modules[f"theirs.{room}"] = types.ModuleType(f"theirs.{room}")
+    ...     vars(sys.modules[f"theirs.{room}"]).update({name: object() for name in hullft.__all__})
+    >>> hullft.patch("theirs")
+    >>> sys.modules["theirs.fill"].integerize_by_geometry is hullft.integerize_by_geometry
+    True
+    >>> hullft.unpatch()
     """
     _PATCH.apply(package)
 
@@ -134,7 +175,14 @@ def patch(package: ModuleType | str) -> None:
 def unpatch() -> None:
     """Undo :func:`patch`: the originals are back wherever they were replaced.
 
-    Modules of the package that were imported while it was patched get them as well. Raises
-    RuntimeError if nothing is patched.
+    Modules of the package that were imported while it was patched get them as well.
+
+    Raises:
+        RuntimeError: nothing is patched.
+
+    >>> from hullkit.interop import hullft
+    >>> hullft.unpatch()
+    Traceback (most recent call last):
+    RuntimeError: unpatch: expected a patched package, got none
     """
     _PATCH.undo()

@@ -41,6 +41,8 @@ from ..finetune import TestTimeFinetuner
 from ..language_model.interface import MODEL_ERRORS
 from ..prompt_batch import Answer, PromptBatch, Query
 
+__all__ = ["AdaptRows", "Setup", "unfinished"]
+
 Block = dict[str, NDArray[Any]]
 Choice = tuple[Sequence[Any], Sequence[int]]
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # of the actor, not of a row
@@ -50,14 +52,23 @@ _REPORTED = {"num_updates": pa.int64(), "num_passes": pa.int64(), "error": pa.st
 class Setup(NamedTuple):
     """What one actor holds, made in its own process.
 
-    tuner: the finetuner of the actor's own model, or a `PromptBatch` of it, which adapts to the
-        rows of a block together.
-    choose: from a block of rows (a dict of columns) to the examples and counts of each row. It gets
-        the whole block, so that all prompts' pools are one call of :func:`hullkit.select`.
-    use: from the adapted model and one row to the new columns of that row: numbers or strings. With
-        a `PromptBatch` it may run again for a row after the model raised in a pass with others.
-    columns: the types of these columns. None: each has the type of its first value in an actor, so
-        that files may differ.
+    Attributes:
+        tuner: the finetuner of the actor's own model, or a `PromptBatch` of it, which adapts to the
+            rows of a block together.
+        choose: from a block of rows (a dict of columns) to the examples and counts of each row. It
+            gets the whole block, so that all prompts' pools are one call of :func:`hullkit.select`.
+        use: from the adapted model and one row to the new columns of that row: numbers or strings. With
+            a `PromptBatch` it may run again for a row after the model raised in a pass with others.
+        columns: the types of these columns. None: each has the type of its first value in an actor,
+            so that files may differ.
+
+    >>> import hullkit, torch
+    >>> from hullkit.interop.ray import Setup
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+    >>> choose = lambda block: [([torch.tensor([1, n])], [2]) for n in block["n"].tolist()]
+    >>> use = lambda model, row: {"twice": 2 * row["n"]}
+    >>> Setup(hullkit.TestTimeFinetuner(model), choose, use).columns is None
+    True
     """
 
     tuner: TestTimeFinetuner | PromptBatch
@@ -320,8 +331,9 @@ def unfinished(
     """The rows of a `ray.data.Dataset` that an earlier run has not written to `directory`.
 
     Files that cannot be read get hidden names that end in ".broken", with a warning: a run that was
-    killed while it wrote left them, and their rows are not finished. Call it before a run starts,
-    not beside one.
+    killed while it wrote left them, and their rows are not finished. Hidden files that end in
+    ".parquet.part", which a killed call of this function left, are deleted. Call it before a run
+    starts, not beside one.
 
     Args:
         dataset: the rows.
@@ -330,12 +342,21 @@ def unfinished(
         key: the column that names a row, in both. Rows of one name count as one.
         retry: whether rows with an `error` are to be done again. They are taken out of their files.
 
+    Returns:
+        A dataset of the rows whose key no file has, with the columns as they were; `dataset` itself
+        if there are no finished rows.
+
     Raises:
         ValueError: a file or a dataset without that column; a `directory` that is an address of
             another storage.
         OSError: a `directory` that cannot be read.
 
-    Cost: reads one or two columns of every file; the names of finished rows are held in memory.
+    Cost: reads the key's column of every file, with retry every column; the names of finished rows
+    are held in memory.
+
+    >>> import ray
+    >>> from hullkit.interop.ray import unfinished
+    >>> rows = unfinished(ray.data.read_parquet("prompts"), "out", key="id")  # doctest: +SKIP
     """
     folder = os.fspath(directory)
     if "://" in folder:
