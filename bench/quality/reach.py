@@ -96,10 +96,20 @@ def processors() -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quality.reach",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("kind", choices=["python", "compilers", "processors"])
-    parser.add_argument("names", nargs="*", help="of compilers")
-    parser.add_argument("--out", type=Path, default=RESULTS / "reach.csv")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a compiler")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / "reach.csv",
+        metavar="CSV",
+        help="append the rows to this file; default: bench/results/reach.csv",
+    )
     args = parser.parse_args()
     at = commit()  # of the sources that the tests begin with
     if args.kind == "python":

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,44 +214,131 @@ def _shard(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
+def _listed(names: Iterable[str]) -> str:
+    return "".join(f'\n  "{name}"' for name in names)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.ttft",
         description=__doc__,
+        epilog=f"Rules:{_listed(RULES)}\n\nIdeas, which are rules, too:{_listed(IDEAS)}",
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("phases", nargs="+", choices=(*PHASES, "report"))
+    every = (*PHASES, "report")
+    phases = ", ".join(every)
+    parser.add_argument("phases", nargs="+", choices=every, metavar="PHASE", help=phases)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the rows; of a report also parquet"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the rows; of a report also parquet",
     )
-    parser.add_argument("--texts", type=Path, help="default: the standard library")
-    parser.add_argument("--subsets", nargs="+", help="of --texts; default: all")
+    parser.add_argument("--texts", type=Path, metavar="DIR", help="default: the standard library")
     parser.add_argument(
-        "--model", type=Path, default=texts.OWN_MODEL, help="folder or name of the Hub"
+        "--subsets", nargs="+", metavar="NAME", help="folders of --texts; default: all"
     )
-    parser.add_argument("--start", help="token before a text, default: the tokenizer's bos")
-    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=texts.OWN_MODEL,
+        metavar="DIR",
+        help="a folder or a name of the Hub; default: the model in bench/assets",
+    )
+    parser.add_argument(
+        "--start", metavar="TOKEN", help="token before a text; default: the tokenizer's bos"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens of a text at most; default: 1024",
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--paths", nargs="+", choices=PATHS, default=["bf16"])
     parser.add_argument(
-        "--rules", nargs="+", choices=list(EVERY), help="default: the seven compared"
+        "--device", choices=("cpu", "cuda"), default=default, help="default: cuda if there is one"
     )
-    parser.add_argument("--ideas", nargs="*", choices=list(IDEAS), default=list(IDEAS))
-    parser.add_argument("--budgets", type=int, nargs="+", default=[8, 16, 32], help="passes")
+    parser.add_argument(
+        "--paths",
+        nargs="+",
+        choices=PATHS,
+        default=["bf16"],
+        metavar="PATH",
+        help=f"{', '.join(PATHS)}; default: bf16",
+    )
+    parser.add_argument(
+        "--rules",
+        nargs="+",
+        choices=list(EVERY),
+        metavar="RULE",
+        help="names from the list below; default: those under Rules",
+    )
+    parser.add_argument(
+        "--ideas",
+        nargs="*",
+        choices=list(IDEAS),
+        default=list(IDEAS),
+        metavar="IDEA",
+        help="what explore tries; default: all",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=int,
+        nargs="+",
+        default=[8, 16, 32],
+        metavar="N",
+        help="passes of a query; default: 8 16 32",
+    )
     parser.add_argument(
         "--steps",
         type=float,
         nargs="+",
-        help="of calibrate: learning rate times updates with one gradient; default: four",
+        metavar="RATE",
+        help="what calibrate tries: learning rate times updates with one gradient; "
+        "default: four,\nfive for adapters",
     )
-    parser.add_argument("--calibration", type=int, default=8, help="queries of each subset")
-    parser.add_argument("--judged", type=int, default=40, help="queries of each subset after them")
-    parser.add_argument("--slots", type=int, default=32, help="prompts at once, of the path many")
-    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/N")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run later")
     parser.add_argument(
-        "--summary", type=Path, metavar="CSV", help="of the report, for bench/results"
+        "--calibration",
+        type=int,
+        default=8,
+        metavar="N",
+        help="calibration queries of each subset; default: 8",
+    )
+    parser.add_argument(
+        "--judged",
+        type=int,
+        default=40,
+        metavar="N",
+        help="judged queries of each subset; default: 40",
+    )
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=32,
+        metavar="K",
+        help="prompts at once on the path many; default: 32",
+    )
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=(0, 1),
+        metavar="i/N",
+        help="measure part i of N, the first is 0; default: all",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        metavar="MINUTES",
+        help="begin no run later; default: no limit",
+    )
+    parser.add_argument(
+        "--summary",
+        type=Path,
+        metavar="CSV",
+        help="write the report's means here, as in bench/results",
     )
     return parser.parse_args(argv)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-ORDERS = ("select", "reversed", "nearest", "chosen")
-
 
 class Rule(NamedTuple):
     """A way to spend forward-backward passes on a query.

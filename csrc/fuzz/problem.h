@@ -122,7 +122,6 @@ class Problem {
   TensorView query() const { return of_batch(query_); }
   int64_t batch() const { return batch_; }
   int64_t positions() const { return positions_; }
-  bool in_double() const { return dtype_ == DType::kFloat64; }
 
   // Whether position i of entry b may be chosen.
   bool valid(int64_t b, int64_t i) const {
