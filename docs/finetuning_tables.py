@@ -7,11 +7,26 @@ import statistics
 
 import selection_tables
 from optimizer_tables import H100_STEPS, step
-from rows import H100, Row, figure, find, generated, gib, gpu_name, one, rows, source, table, times
+from rows import (
+    H100,
+    Row,
+    figure,
+    find,
+    generated,
+    gib,
+    gpu_name,
+    model_name,
+    one,
+    rows,
+    source,
+    table,
+    times,
+)
 
-LATEST = {"commit": "0dfcfdf", "device": H100}
+# The newest build whose float32, tf32 and bf16 passes were all run beside the published loop.
+BY_PRECISION = {"commit": "0dfcfdf", "device": H100}
 PASSES = {
-    "published": "published",
+    "published, float32": "published",
     "float32": "hullkit",
     "tf32": "hullkit, tf32",
     "bf16": "hullkit, bf16",
@@ -22,7 +37,21 @@ PASSES = {
 
 def _query(model: str, tokens: str, provider: str) -> Row:
     shape = f"{model} tokens={tokens} updates=50 gradients=30"
-    return one("gpu", op="finetune", provider=provider, shape=shape, **LATEST)
+    return one("gpu", op="finetune", provider=provider, shape=shape, **BY_PRECISION)
+
+
+def _shape(row: Row) -> tuple[str, str]:
+    """The model's name on the pages, and the tokens of a text."""
+    model, _, facts = row["shape"].partition(" tokens=")
+    return model_name(model), facts.split()[0]
+
+
+def _ms(row: Row) -> str:
+    return f"{float(row['p50']):.0f}"
+
+
+def _ratio(published: Row, ours: Row) -> str:
+    return times(float(published["p50"]) / float(ours["p50"]))
 
 
 def _finetuned(model: str, lengths: tuple[str, ...], providers: dict[str, str]) -> str:
@@ -31,13 +60,12 @@ def _finetuned(model: str, lengths: tuple[str, ...], providers: dict[str, str]) 
         cells: list[str] = []
         for tokens in lengths:
             row, published = (_query(model, tokens, p) for p in (provider, "published"))
-            ratio = float(published["p50"]) / float(row["p50"])
-            apart = "" if row is published else times(ratio)
-            cells += [f"{float(row['p50']):.0f}", apart, row["peak_mb"]]
+            apart = "" if row is published else _ratio(published, row)
+            cells += [_ms(row), row["rounds"], apart, row["peak_mb"]]
         lines.append([name, *cells])
-    header = [f"{model}, passes"]
+    header = [f"{model_name(model)}, passes"]
     for tokens in lengths:
-        header += [f"{tokens} tokens, ms", "times published", "peak MB"]
+        header += [f"{tokens} tokens, ms", "rounds", "times published", "peak MB"]
     return table(header, lines) + "\n\n" + source(_query(model, lengths[0], "published"))
 
 
@@ -48,38 +76,86 @@ def finetune_gpt2() -> str:
 
 @generated
 def finetune_smollm2() -> str:
-    providers = {name: PASSES[name] for name in ("published", "float32", "bf16")}
+    providers = {name: PASSES[name] for name in ("published, float32", "float32", "bf16")}
     return _finetuned("smollm2-135m", ("400",), providers)
+
+
+def _beside_published(provider: str) -> list[tuple[Row, Row]]:
+    """The published loop's row and hullkit's of the same run, the newest first."""
+    found = []
+    for row in reversed(find("gpu", op="finetune", provider="published")):
+        wanted = {key: row[key] for key in ("shape", "commit", "device")}
+        ours = find("gpu", op="finetune", provider=provider, **wanted)
+        found += [(row, own) for own in ours]
+    return found
+
+
+def _newest(model: str, tokens: str, provider: str) -> tuple[Row, Row]:
+    """The newest such pair of more than one round."""
+    return next(
+        pair
+        for pair in _beside_published(provider)
+        if _shape(pair[0]) == (model, tokens) and int(pair[0]["rounds"]) > 1
+    )
+
+
+def _pair_cells(published: Row, ours: Row) -> list[str]:
+    cells = [cell for row in (published, ours) for cell in (_ms(row), row["rounds"])]
+    return [*cells, _ratio(published, ours)]
+
+
+PAIR = ["published, float32, ms", "rounds", "hullkit, ms", "rounds", "times published"]
+
+
+@generated
+def finetune_newest() -> str:
+    lines = []
+    for model, tokens in (("GPT-2 124M", "400"), ("GPT-2 124M", "1024"), ("SmolLM2-135M", "400")):
+        for passes, provider in (("bf16", "hullkit, bf16"), ("float32", "hullkit")):
+            pair = _newest(model, tokens, provider)
+            device = gpu_name(pair[0])
+            lines.append([model, tokens, passes, device, pair[0]["commit"], *_pair_cells(*pair)])
+    header = ["model", "tokens", "hullkit's passes", "device", "commit", *PAIR]
+    return table(header, lines, 5)
 
 
 @generated
 def finetune_published_runs() -> str:
     lines = []
-    for row in find("gpu", op="finetune", provider="published"):
-        wanted = {"shape": row["shape"], "commit": row["commit"], "provider": "hullkit, bf16"}
-        ours = one("gpu", op="finetune", **wanted)
-        ratio = float(row["p50"]) / float(ours["p50"])
-        cells = [f"{float(r['p50']):.0f}" for r in (row, ours)]
-        device = gpu_name(row).removeprefix("NVIDIA ")
-        lines.append([row["shape"], device, row["commit"], *cells, times(ratio)])
-    return table(["one query, ms", "device", "commit", "published", "bf16", "ratio"], lines, 3)
+    for published, ours in _beside_published("hullkit, bf16"):
+        device = gpu_name(published).removeprefix("NVIDIA ")
+        cells = _pair_cells(published, ours)
+        lines.append([*_shape(published), device, published["commit"], *cells])
+    return table(["model", "tokens", "device", "commit", *PAIR], lines, 4)
 
 
 @generated
 def finetune_cpu() -> str:
-    lines = []
-    published = 0.0
+    """Runs, the newest first; a run's rows lie behind its published one."""
+    runs: list[list[Row]] = []
     for row in find("cpu", op="finetune"):
-        model, tokens, *_ = row["shape"].split()
         if row["provider"] == "published":
-            published = float(row["p50"])
-        name = row["provider"].removeprefix("hullkit").removeprefix(",").strip()
-        ratio = "" if row["provider"] == "published" else times(published / float(row["p50"]))
-        cells = [figure(float(row["p50"]) / 1000), ratio]
-        lines.append([model, tokens, name, row["commit"], *cells])
-    header = ["model", "example", "passes", "commit", "s a query", "times published"]
+            runs.append([])
+        runs[-1].append(row)
+    lines = []
+    for run in reversed(runs):
+        for row in run:
+            ours = row is not run[0]
+            name = CPU_PASSES[row["provider"]]
+            seconds = figure(float(row["p50"]) / 1000)
+            cells = [seconds, row["rounds"], _ratio(run[0], row) if ours else ""]
+            lines.append([*_shape(row), name, row["commit"], *cells])
+    header = ["model", "tokens", "passes", "commit", "s a query", "rounds", "times published"]
     of_first = source(find("cpu", op="finetune")[0], several=True)
     return table(header, lines, 4) + "\n\n" + of_first
+
+
+CPU_PASSES = {
+    "published": "published, float32",
+    "hullkit eager": "float32",
+    "hullkit, bf16": "bf16",
+    "hullkit, bf16 compiled": "bf16, compiled",
+}
 
 
 @generated
@@ -89,11 +165,11 @@ def finetune_quality() -> str:
         shape = f"{subset} smollm2-135m queries=20 updates=20"
         cells = []
         for provider in ("unadapted", "published", "hullkit", "hullkit, bf16"):
-            row = one("gpu", op="bits per byte", provider=provider, shape=shape, **LATEST)
+            row = one("gpu", op="bits per byte", provider=provider, shape=shape, **BY_PRECISION)
             cells.append(f"{float(row['p50']):.5f}")
         lines.append([name, *cells])
     header = ["mean bits per byte", "unadapted", "published", "float32", "bf16"]
-    row = find("gpu", op="bits per byte", **LATEST)[0]
+    row = find("gpu", op="bits per byte", **BY_PRECISION)[0]
     return table(header, lines) + "\n\n" + source(row)
 
 
@@ -149,16 +225,19 @@ def embeddings() -> str:
     return table(header, lines) + "\n\n" + where
 
 
-def _measured(name: str, rival: Row | tuple[Row, str], ours: Row, page: str) -> list[str]:
-    """A line of the README's table."""
-    row, what = rival if isinstance(rival, tuple) else (rival, rival["provider"])
-    values = float(row["p50"]), float(ours["p50"])
-    slow = max(values) > 10_000
-    unit, scale = ("s", 1000) if slow else ("ms", 1)
-    cells = [f"{figure(value / scale)} {unit}" for value in values]
-    ratio = times(values[0] / values[1])
+def _on_gpu(name: str, rival: Row, how: str, ours: Row, passes: str, page: str) -> list[str]:
+    """A line of the README's table: the rival's time and how it was made, ours, their ratio."""
+    cells = [f"{figure(float(rival['p50']))} ms ({how})", f"{figure(float(ours['p50']))} ms"]
+    cells[1] += f" ({passes})" if passes else ""
     link = f"[{gpu_name(ours)}](docs/results/{page}.md)"
-    return [name, f"{cells[0]} ({what})", cells[1], ratio, link]
+    return [name, *cells, _ratio(rival, ours), link]
+
+
+def _on_cpu(name: str, rival: Row, how: str, ours: Row, passes: str, page: str) -> list[str]:
+    """Ratios alone: a row of a CPU does not say which processor it was exactly."""
+    threads = {"1": "one thread", "2": "two threads"}[ours["threads"]]
+    where = ", ".join(filter(None, ["CPU", ours["simd"], threads]))
+    return [name, how, passes, _ratio(rival, ours), f"[{where}](docs/results/{page}.md)"]
 
 
 @generated
@@ -167,71 +246,64 @@ def headline() -> str:
     near = "neighbours n=200 d=384 total=50"
     naive, ours, _ = selection_tables._runs("select", near)[-1]
     batch = {"shape": "clustered B=512 n=200 d=1024 total=50", **gpu}
+    sift = [
+        one("cpu", op="sift", provider=provider, shape=near, commit="538ee16")
+        for provider in ("activeft", "hullkit")
+    ]
+    knn = [
+        find("cpu", op="knn", provider=name, shape="n=200 d=384 k=50", **selection_tables.CPU)[0]
+        for name in ("torch", "hullkit")
+    ]
     lines = [
-        _measured("`select`, one prompt, 200 candidates", (naive, "NumPy"), ours, "selection_cpu"),
-        _measured(
+        _on_gpu(
             "`select`, 512 prompts at once",
-            (one("gpu", op="frank_wolfe", provider="naive batched torch", **batch), "eager torch"),
+            one("gpu", op="frank_wolfe", provider="naive batched torch", **batch),
+            "eager torch",
             one("gpu", op="select", provider="hullkit", **batch),
+            "",
             "selection_gpu",
         ),
-        _measured(
-            "`sift`, one prompt",
-            *(
-                one("cpu", op="sift", provider=provider, shape=near, commit="538ee16")
-                for provider in ("activeft", "hullkit")
-            ),
-            "selection_cpu",
-        ),
-        _measured(
-            "`knn`, one small pool",
-            find("cpu", op="knn", provider="torch", shape="n=200 d=384 k=50", **SMALL)[0],
-            find("cpu", op="knn", provider="hullkit", shape="n=200 d=384 k=50", **SMALL)[0],
-            "selection_cpu",
-        ),
-        *(
-            _measured(
-                f"finetune {name}, 400 tokens, 50 updates, bf16",
-                (
-                    _newest(model, commit, "published"),
-                    "published loop, padded to 1024 tokens",
-                ),
-                _newest(model, commit, "hullkit, bf16"),
-                "finetuning",
-            )
-            for name, model, commit in (
-                ("GPT-2 small", "GPT-2 small", "2ba5f2f"),
-                ("SmolLM2-135M", "smollm2", "dfc045a"),
-            )
-        ),
-        _measured(
-            "finetune SmolLM2-135M on a CPU, bf16",
-            (_on_cpu("published"), "published loop"),
-            _on_cpu("hullkit, bf16"),
-            "finetuning",
-        ),
+        _on_gpu(*_query_line("GPT-2 124M", "400", "hullkit, bf16")),
+        _on_gpu(*_query_line("SmolLM2-135M", "400", "hullkit, bf16")),
+        _on_gpu(*_query_line("GPT-2 124M", "1024", "hullkit")),
         _four_updates(),
+        _on_cpu(
+            "`select`, one prompt, 200 candidates",
+            naive,
+            "NumPy oracle, float64",
+            ours,
+            "float32",
+            "selection_cpu",
+        ),
+        _on_cpu("`sift`, one prompt", sift[0], "activeft", sift[1], "float32", "selection_cpu"),
+        _on_cpu("`knn`, one small pool", knn[0], "torch", knn[1], "float32", "selection_cpu"),
+        *(
+            _on_cpu("finetune the demo's model", published, "published loop, float32", own, *rest)
+            for published, own, *rest in _cpu_queries()
+        ),
     ]
     return table(["what", "before", "hullkit", "ratio", "measured on"], lines)
 
 
-def _newest(model: str, commit: str, provider: str) -> Row:
-    shape = f"{model} tokens=400 updates=50 gradients=30"
-    return one("gpu", op="finetune", provider=provider, shape=shape, commit=commit)
+def _query_line(model: str, tokens: str, provider: str) -> tuple[str, Row, str, Row, str, str]:
+    published, ours = _newest(model, tokens, provider)
+    padded = "" if tokens == "1024" else ", padded to 1024 tokens"
+    passes = {"hullkit": "float32", "hullkit, bf16": "bf16"}[provider]
+    name = f"finetune {model}, 50 updates of {tokens} tokens"
+    return name, published, f"published loop, float32{padded}", ours, passes, "finetuning"
 
 
-SMALL = selection_tables.CPU
-
-
-def _on_cpu(provider: str) -> Row:
-    shape = "smollm2-135m tokens=256 updates=50 gradients=30"
-    return one("cpu", op="finetune", provider=provider, shape=shape)
+def _cpu_queries() -> list[tuple[Row, Row, str, str]]:
+    """The newest run of the small model: float32 and bf16 passes beside the published loop."""
+    found = find("cpu", op="finetune", shape="pybytes tokens=256 updates=50 gradients=30")
+    run = {row["provider"]: row for row in found if row["commit"] == found[-1]["commit"]}
+    ours = ("hullkit eager", "hullkit, bf16")
+    return [(run["published"], run[p], CPU_PASSES[p], "finetuning") for p in ours]
 
 
 def _four_updates() -> list[str]:
-    names = ("hullkit Adam k=4", "torch fused Adam")
-    ours, torch = (step(H100_STEPS, name) for name in names)
-    four = {**torch, "p50": str(4 * float(torch["p50"]))}
-    return _measured(
-        "`Adam`, four updates with one gradient", (four, "torch, fused"), ours, "optimizers"
-    )
+    ours, torch = (step(H100_STEPS, name) for name in ("hullkit Adam k=4", "torch fused Adam"))
+    name = "`Adam`, four updates with one gradient"
+    line = _on_gpu(name, torch, "torch, fused", ours, "", "optimizers")
+    ratio = times(4 * float(torch["p50"]) / float(ours["p50"]))
+    return [name, f"4 x {line[1]}", line[2], ratio, line[4]]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from rows import H100, Row, figure, find, generated, source, table, times
+from rows import H100, Row, figure, find, generated, model_name, source, table, times
 
 MODEL = "GPT-2 small, 148 tensors, 124439808 parameters"
 H100_STEPS = {"file": "gpu", "device": H100, "commit": "c0127e0"}
@@ -62,7 +62,7 @@ def optimizers_others() -> str:
 @generated
 def optimizers_halves() -> str:
     models = {
-        "GPT-2 small": MODEL,
+        model_name("GPT-2 small"): MODEL,
         "Llama-3.2-1B": "Llama-3.2-1B, 146 tensors, 1235814400 parameters",
     }
     lines = []

@@ -15,6 +15,18 @@ Row = dict[str, str]
 
 H100 = "NVIDIA H100 80GB HBM3"
 
+# Rows have a model's folder or its shape; pages have one name for each.
+MODEL_NAMES = {
+    "GPT-2 small": "GPT-2 124M",
+    "gpt2": "GPT-2 124M",
+    "smollm2": "SmolLM2-135M",
+    "smollm2-135m": "SmolLM2-135M",
+}
+
+
+def model_name(name: str) -> str:
+    return MODEL_NAMES.get(name, name)
+
 
 @functools.cache
 def rows(name: str) -> tuple[Row, ...]:
@@ -77,6 +89,23 @@ def source(row: Row, *, several: bool = False) -> str:
     torch = f"torch {row['torch']}"
     commit = "commits as in the table" if several else f"commit {row['commit']}"
     return ", ".join([*place, torch, commit, f"`{row['command']}`"]) + "."
+
+
+def measured(name: str) -> bool:
+    return (RESULTS / f"{name}.csv").exists()
+
+
+def when_measured(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
+    """A block says so while the file of rows is not there."""
+
+    def wrap(block: Callable[[], str]) -> Callable[[], str]:
+        @functools.wraps(block)
+        def written() -> str:
+            return block() if measured(name) else "Not measured yet."
+
+        return written
+
+    return wrap
 
 
 TABLES: dict[str, Callable[[], str]] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from rows import Row, gpu_name, one
+from rows import Row, gpu_name, measured, model_name, one
 from svg import Theme, box, dot, line, svg, text
 from ttft_tables import (
     ALL,
@@ -20,7 +20,6 @@ from ttft_tables import (
     budgets,
     judged,
     main_path,
-    measured,
     rules,
     subsets,
 )
@@ -104,10 +103,10 @@ def cost(theme: Theme) -> str:
         "kNN, joined to 1024": theme.faint,
     }
     words = {
-        "published": "published procedure: hull at its published settings, its own loop",
-        "kNN": "hullkit: nearest neighbours at their best rate",
-        "hull, at most 2": "hullkit: hull, at most two updates, at its best rate",
-        "kNN, joined to 1024": "hullkit: nearest neighbours joined to sequences of 1024 tokens",
+        "published": "published procedure: hull at its published settings, its own loop, float32",
+        "kNN": "hullkit, bf16 passes: nearest neighbours at their best rate",
+        "hull, at most 2": "hullkit, bf16 passes: hull, at most two updates, at its best rate",
+        "kNN, joined to 1024": "hullkit, bf16 passes: nearest neighbours joined to 1024 tokens",
     }
     # The curves fall to the right. Numbers are on the sides where no other curve is.
     aside = {"published": (5, -6), "kNN": (-6, 13)}
@@ -242,7 +241,8 @@ def sizes(theme: Theme) -> str:
         parts += [text(left - 7, y + 4, f"{percent}", theme.faint, 11, "end")]
     for rows in found.values():
         x, _ = place(rows[0], "", 0)
-        words = f"{rows[0]['model']}, {PARAMETERS[rows[0]['model']]:.0f}M"
+        name, size = model_name(rows[0]["model"]), f"{PARAMETERS[rows[0]['model']]:.0f}M"
+        words = name if name.endswith(size) else f"{name}, {size}"
         parts.append(text(x, floor + 18, words, theme.ink, 11))
     colours = (theme.faint, theme.accent, theme.other)
     for number, (rows, colour) in enumerate(

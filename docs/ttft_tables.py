@@ -3,11 +3,23 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import selection_tables
-from rows import RESULTS, Row, figure, find, generated, gpu_name, one, source, table, times
+from rows import (
+    Row,
+    figure,
+    find,
+    generated,
+    gpu_name,
+    measured,
+    model_name,
+    one,
+    source,
+    table,
+    times,
+    when_measured,
+)
 
 GPU, CPU, SMALL = "ttft_gpu", "ttft_cpu", "ttft_gpu_pybytes"
 ALL = "mean of subsets"
@@ -22,30 +34,13 @@ NAMES = {
 PUBLISHED_LR, PUBLISHED_BETA2 = "5e-05", "0.999"
 RIVALS = ("SIFT", "hull", "hull, at most 2")
 WAYS = {
-    "published": "published procedure",
+    "published": "published procedure, float32",
     "float32": "float32",
     "bf16": "float32 weights, bf16 passes",
     "bfloat16": "bfloat16 weights",
     "lora": "LoRA, bf16 passes",
     "many": "LoRA of {slots} prompts at once",
 }
-
-
-def measured(name: str) -> bool:
-    return (RESULTS / f"{name}.csv").exists()
-
-
-def when_measured(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
-    """A block says so while the file of rows is not there."""
-
-    def wrap(block: Callable[[], str]) -> Callable[[], str]:
-        @functools.wraps(block)
-        def written() -> str:
-            return block() if measured(name) else "Not measured yet."
-
-        return written
-
-    return wrap
 
 
 def triple(row: Row, name: str, sign: str = "") -> str:
@@ -214,18 +209,24 @@ def ttft_reuse_cpu() -> str:
 
 
 def _published(name: str) -> str:
-    """The published loop at its settings, and hullkit's rows of the same settings."""
-    lines = []
+    """The published loop at its settings, and hullkit's rows of the same settings: on the path of
+    all rules, and in float32. A ratio is of one device."""
+    lines, sources = [], {}
     for row in judged(name, path="published", subset=overall(name)):
-        wanted = {key: row[key] for key in ("rule", "budget", "subset", "device")}
-        ours = one(name, phase="judge", path=main_path(name), lr=PUBLISHED_LR, **wanted)
-        ratio = float(row["seconds"]) / float(ours["seconds"])
-        costs = [_ms(row), _ms(ours), times(ratio), _joules(row), _joules(ours)]
-        apart = triple(row, "from_first_path", "+")
-        lines.append([row["rule"], row["budget"], row["queries"], apart, *costs])
-    header = ["rule", "passes", "queries", "points from hullkit", "published, ms", "hullkit, ms"]
-    header += ["ratio", "published, joules", "hullkit, joules"]
-    return table(header, lines) + "\n\n" + source(row)
+        wanted = {key: row[key] for key in ("rule", "budget", "subset")}
+        for path in dict.fromkeys((main_path(name), "float32")):
+            for ours in judged(name, path=path, lr=PUBLISHED_LR, **wanted):
+                same = ours["device"] == row["device"]
+                ratio = times(float(row["seconds"]) / float(ours["seconds"])) if same else ""
+                apart = triple(row, "from_first_path", "+") if path == main_path(name) else ""
+                costs = [_ms(row), _ms(ours), ratio, _joules(row), _joules(ours)]
+                place = [row["budget"], WAYS[path], gpu_name(ours), row["queries"]]
+                lines.append([*place, apart, *costs])
+                sources |= {WAYS[row["path"]]: source(row), WAYS[path]: source(ours)}
+    header = ["passes of hull", "hullkit's passes", "its device", "queries", "points from hullkit"]
+    header += ["published, ms", "hullkit, ms", "ratio", "published, joules", "hullkit, joules"]
+    told = "\n".join(f"{way[0].upper()}{way[1:]}: {text}" for way, text in sources.items())
+    return table(header, lines, 3) + f"\n\n{told}"
 
 
 @generated
@@ -329,8 +330,8 @@ def _alone(name: str, budget: str) -> str:
     parts = ["retrieve_ms", "select_ms", "adapt_ms", "restore_ms"]
     retrieval, selection, adaptation, restoring = (figure(float(row[p]), 2) for p in parts)
     return (
-        f"**One at a time, on {gpu_name(row)}{_threads(row)}**: {row['model']}, nearest "
-        f"neighbours, {budget} passes: a query takes {_between(row, 'seconds', 1e3)} ms"
+        f"**One at a time, on {gpu_name(row)}{_threads(row)}**: {model_name(row['model'])}, "
+        f"nearest neighbours, {budget} passes: a query takes {_between(row, 'seconds', 1e3)} ms"
         f"{_energy(row, _between(row, 'joules'))} and lowers bits per byte by {_bought(row)}. "
         f"Retrieval is {retrieval} ms of it, selection {selection}, passes and updates "
         f"{adaptation}, restoring {restoring}."
