@@ -116,7 +116,8 @@ def finetune_newest() -> str:
             device = gpu_name(pair[0])
             lines.append([model, tokens, passes, device, pair[0]["commit"], *_pair_cells(*pair)])
     header = ["model", "tokens", "hullkit's passes", "device", "commit", *PAIR]
-    return table(header, lines, 5)
+    told = f"Devices and commits as in the table, torch {pair[0]['torch']}, `{pair[0]['command']}`."
+    return table(header, lines, 5) + f"\n\n{told}"
 
 
 @generated

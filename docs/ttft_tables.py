@@ -113,7 +113,7 @@ def _winners(name: str, budget: str) -> str:
 
 @generated
 def ttft_winners() -> str:
-    """The four lines of the README about who wins where."""
+    """Who wins where, at the middle budget."""
     if not measured(GPU):
         return selection_tables.no_winner()
     return _winners(GPU, budgets(GPU)[1])

@@ -24,6 +24,7 @@ NOT_PROSE = [
     r"`[^`]*[A-Za-z_][^`]*`",  # names, calls and commands
 ]
 EXEMPT = [
+    r"\bGPT-2 124M\b",
     r"\b[A-Za-z]+[-_]?\d[\w.]*(-\d+(\.\d+)?[BM])?",  # float32, GPT-2, SmolLM2-135M
     r"C\+\+\d+",
     r"(?<=\b[nd] = )\d+",  # sizes of a problem
