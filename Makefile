@@ -1,4 +1,5 @@
-# Each target makes its own .venv; nothing else to know. ARGS="..." goes to the demo or to pytest.
+# Each target makes the .venv that it needs. ARGS="..." goes to the program behind demo, test, bench*, fuzz-python and
+# sanitize-cpu: `make test ARGS="-k select"`. SUMMARY="--summary CSV" goes to the report at the end of bench-ttft.
 PYTHON ?= python3
 JOBS ?= 2
 CLANG ?= clang++
