@@ -343,16 +343,14 @@ def unfinished(
         retry: whether rows with an `error` are to be done again. They are taken out of their files.
 
     Returns:
-        A dataset of the rows whose key no file has, with the columns as they were; `dataset` itself
-        if there are no finished rows.
+        A dataset of the rows whose key no file has; `dataset` itself if none is finished.
 
     Raises:
         ValueError: a file or a dataset without that column; a `directory` that is an address of
             another storage.
         OSError: a `directory` that cannot be read.
 
-    Cost: reads the key's column of every file, with retry every column; the names of finished rows
-    are held in memory.
+    Cost: reads the key's column of every file, with retry all columns; finished keys are in memory.
 
     >>> import ray
     >>> from hullkit.interop.ray import unfinished
