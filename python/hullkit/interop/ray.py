@@ -57,17 +57,16 @@ class Setup(NamedTuple):
             rows of a block together.
         choose: from a block of rows (a dict of columns) to the examples and counts of each row. It
             gets the whole block, so that all prompts' pools are one call of :func:`hullkit.select`.
-        use: from the adapted model and one row to the new columns of that row: numbers or strings. With
-            a `PromptBatch` it may run again for a row after the model raised in a pass with others.
-        columns: the types of these columns. None: each has the type of its first value in an actor,
-            so that files may differ.
+        use: from the adapted model and one row to its new columns, numbers or strings. With a
+            `PromptBatch` it may run again for a row after the model raised in a pass with others.
+        columns: the new columns' types. None: those of the first values in an actor; files may
+            differ.
 
     >>> import hullkit, torch
     >>> from hullkit.interop.ray import Setup
     >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
     >>> choose = lambda block: [([torch.tensor([1, n])], [2]) for n in block["n"].tolist()]
-    >>> use = lambda model, row: {"twice": 2 * row["n"]}
-    >>> Setup(hullkit.TestTimeFinetuner(model), choose, use).columns is None
+    >>> Setup(hullkit.TestTimeFinetuner(model), choose, lambda model, row: {}).columns is None
     True
     """
 
