@@ -267,6 +267,7 @@ def headline() -> str:
         _on_gpu(*_query_line("GPT-2 124M", "400", "hullkit, bf16")),
         _on_gpu(*_query_line("SmolLM2-135M", "400", "hullkit, bf16")),
         _on_gpu(*_query_line("GPT-2 124M", "1024", "hullkit")),
+        _many_prompts(),
         _four_updates(),
         _on_cpu(
             "`select`, one prompt, 200 candidates",
@@ -278,10 +279,7 @@ def headline() -> str:
         ),
         _on_cpu("`sift`, one prompt", sift[0], "activeft", sift[1], "float32", "selection_cpu"),
         _on_cpu("`knn`, one small pool", knn[0], "torch", knn[1], "float32", "selection_cpu"),
-        *(
-            _on_cpu("finetune the demo's model", published, "published loop, float32", own, *rest)
-            for published, own, *rest in _cpu_queries()
-        ),
+        _on_cpu("finetune the demo's model", *_cpu_query()),
     ]
     return table(["what", "before", "hullkit", "ratio", "measured on"], lines)
 
@@ -294,12 +292,32 @@ def _query_line(model: str, tokens: str, provider: str) -> tuple[str, Row, str, 
     return name, published, f"published loop, float32{padded}", ours, passes, "finetuning"
 
 
-def _cpu_queries() -> list[tuple[Row, Row, str, str]]:
-    """The newest run of the small model: float32 and bf16 passes beside the published loop."""
+def _cpu_query() -> tuple[Row, str, Row, str, str]:
+    """The newest run of the small model: float32 passes beside the published loop."""
     found = find("cpu", op="finetune", shape="pybytes tokens=256 updates=50 gradients=30")
     run = {row["provider"]: row for row in found if row["commit"] == found[-1]["commit"]}
-    ours = ("hullkit eager", "hullkit, bf16")
-    return [(run["published"], run[p], CPU_PASSES[p], "finetuning") for p in ours]
+    ours = "hullkit eager"
+    how = "published loop, float32"
+    return run["published"], how, run[ours], CPU_PASSES[ours], "finetuning"
+
+
+def _many_prompts() -> list[str]:
+    """A prompt's share of a pass of 64, beside one at a time by PEFT alone."""
+    shape = "SmolLM2-135M slots={} tokens=400 updates=50 gradients=30"
+    alone, graphs = (
+        find("gpu", op="many prompts", provider=name, shape=shape.format(1))[-1]
+        for name in ("PEFT, LoRA r=16", "PEFT, LoRA r=16, CUDA graphs")
+    )
+    ours = one(
+        "gpu", op="many prompts", provider="PromptBatch r=16", shape=shape.format(64),
+        commit=alone["commit"],
+    )  # fmt: skip
+    each, captured, shared = (1e3 / float(row["p50"]) for row in (alone, graphs, ours))
+    before = f"{figure(each)} ms (PEFT), {figure(captured)} ms (in CUDA graphs)"
+    ratio = f"{times(each / shared)}, {times(captured / shared)}"
+    name = "LoRA of SmolLM2-135M, 64 prompts at once, for each 50 updates"
+    page = f"[{gpu_name(ours)}](docs/results/many_prompts.md)"
+    return [name, before, f"{figure(shared)} ms", ratio, page]
 
 
 def _four_updates() -> list[str]:
