@@ -141,6 +141,31 @@ def test_numpy_shapes_and_types() -> None:
     assert np.array_equal(result.indices, reference.indices)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_no_queries(backend: str | None) -> None:
+    """NumPy gives an empty array strides of 0, unless it is a slice."""
+    pool, dtype = problem()[0].numpy(), np.float32
+    for query in (np.zeros((0, 6), dtype), pool[:0]):
+        assert hullkit.lmo(pool, query, backend=backend).index.shape == (0,)
+        assert hullkit.knn(pool, query, 4, backend=backend).indices.shape == (0, 4)
+        result = hullkit.frank_wolfe(pool, query, max_support=5, backend=backend)
+        assert result.weights.shape == (0, 5)
+        empty = result._replace(indices=np.zeros((0, 5), np.int64), weights=np.zeros((0, 5)))
+        counts = hullkit.round_multiplicities(pool, query, empty, 9, backend=backend)
+        assert counts.shape == (0, 5)
+        assert hullkit.apportion(np.zeros((0, 5)), 9, backend=backend).shape == (0, 5)
+        assert hullkit.sift(pool, query, 9, backend=backend).order.shape == (0, 9)
+        for method in ("hull", "sift"):
+            chosen = hullkit.select(pool, query, 9, method=method, backend=backend)
+            assert chosen.counts.shape == (0, 9)
+        own = np.zeros((0, 7, 6), dtype)
+        assert hullkit.duplicates(own, eps=0.1, backend=backend).shape == (0, 7)
+        assert hullkit.sift(own, query, 9, backend=backend).order.shape == (0, 9)
+        rows, lengths = np.zeros((0, 3), np.int64), np.zeros(0, np.int64)
+        chosen = hullkit.select(pool, query, 3, candidates=rows, lengths=lengths, backend=backend)
+        assert chosen.rows.shape == (0, 3)
+
+
 def test_memory_is_shared(tmp_path: Path) -> None:
     owned = problem()[0].numpy()
     read_only = owned.view()
