@@ -70,7 +70,7 @@ void duplicates_one(const PoolSpec& pool, int64_t b, double eps, int64_t width, 
 void duplicates_cpu(const PoolSpec& pool, double eps, const TensorView& representatives, int num_threads) {
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
-    for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
+    for_each_query(pool.batch(), pool.positions() * pool.dim(), num_threads, [&](int64_t b, int threads) {
       duplicates_one<T>(pool, b, std::max(eps, kLeastEps), representatives.shape[1], representatives.at<int64_t>(b),
                         threads);
     });

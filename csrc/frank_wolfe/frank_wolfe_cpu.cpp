@@ -9,7 +9,7 @@ void frank_wolfe_cpu(const PoolSpec& pool, const TensorView& query, const FrankW
                      const FrankWolfeResult& result, int num_threads) {
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
-    for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
+    for_each_query(pool.batch(), pool.positions() * pool.dim(), num_threads, [&](int64_t b, int threads) {
       const QueryVector<T> query_vector(query, b, "query");
       const PoolRows<T> rows(pool, b, /*reuse=*/true);
       run_frank_wolfe<T>(rows, query_vector.data(), params, b, threads,

@@ -42,7 +42,7 @@ void knn_cpu(const PoolSpec& pool, const TensorView& query, const TensorView& in
   const int64_t k = indices.shape[1];
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
-    for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
+    for_each_query(pool.batch(), pool.positions() * pool.dim(), num_threads, [&](int64_t b, int threads) {
       knn_one<T>(pool, query, b, k, indices.at<int64_t>(b), values.at<double>(b), threads);
     });
   });

@@ -31,7 +31,7 @@ void lmo_cpu(const PoolSpec& pool, const TensorView& direction, const TensorView
              int num_threads) {
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
-    for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
+    for_each_query(pool.batch(), pool.positions() * pool.dim(), num_threads, [&](int64_t b, int threads) {
       lmo_one<T>(pool, direction, b, index.at<int64_t>(b), value.at<double>(b), threads);
     });
   });

@@ -15,8 +15,6 @@ namespace {
 // A widened copy pays when it fits the caches; a larger pool is widened block by block on every pass.
 constexpr int64_t kMaxWidenedBytes = int64_t{32} << 20;
 constexpr int64_t kRowsPerBlock = 64;
-// Below this many multiply-adds a pass takes less time than waking a thread.
-constexpr int64_t kMinParallelWork = int64_t{1} << 21;
 
 void widen(DType dtype, const void* source, int64_t count, float* out) {
   const auto* const halves = static_cast<const uint16_t*>(source);

@@ -16,7 +16,7 @@ void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeP
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr double kRounding = std::is_same_v<T, double> ? 1e-10 : 1e-5;
-    for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
+    for_each_query(pool.batch(), pool.positions() * pool.dim(), num_threads, [&](int64_t b, int threads) {
       const QueryVector<T> query_vector(query, b, "query");
       const PoolRows<T> rows(pool, b, /*reuse=*/true);
       HULLKIT_CHECK(max_multiplicity >= (total + rows.size() - 1) / rows.size(), "max_multiplicity: expected at least ",

@@ -227,7 +227,7 @@ void sift_cpu(const PoolSpec& pool, const TensorView& query, const SiftParams& p
   check_params(params);
   const bool several = query.rank == 3;
   const int64_t num_vectors = several ? query.shape[1] : 1;
-  for_each_query(pool.batch(), num_threads, [&](int64_t b, int threads) {
+  for_each_query(pool.batch(), pool.positions() * pool.dim(), num_threads, [&](int64_t b, int threads) {
     const PoolRows<double> rows(pool, b, /*reuse=*/true);
     SiftRun run(rows, params, num_vectors, threads);
     for (int64_t k = 0; k < num_vectors; ++k) {

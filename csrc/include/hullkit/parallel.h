@@ -13,11 +13,15 @@ namespace hullkit {
 // is using the pool, runs serially on the calling thread. Safe after fork().
 void parallel_for(int64_t count, int num_threads, const std::function<void(int64_t)>& task);
 
-// Calls query(b, threads) once for every 0 <= b < batch: one thread a query while there are enough queries
-// to go round, else one query at a time with all threads to itself.
+// Below this many multiply-adds a pass over rows takes less time than waking a thread.
+inline constexpr int64_t kMinParallelWork = int64_t{1} << 21;
+
+// Calls query(b, threads) once for every 0 <= b < batch. work: the multiply-adds of one query's pass over its rows.
+// One thread a query while there are enough queries to go round, or while a query alone would not be shared; else one
+// query at a time with all threads to itself.
 template <typename Query>
-void for_each_query(int64_t batch, int num_threads, Query&& query) {
-  if (batch < num_threads) {
+void for_each_query(int64_t batch, int64_t work, int num_threads, Query&& query) {
+  if (batch < num_threads && (batch == 1 || work >= kMinParallelWork)) {
     for (int64_t b = 0; b < batch; ++b) query(b, num_threads);
   } else {
     parallel_for(batch, num_threads, [&](int64_t b) { query(b, 1); });
