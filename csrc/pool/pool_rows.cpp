@@ -14,7 +14,9 @@ namespace {
 
 // A widened copy pays when it fits the caches; a larger pool is widened block by block on every pass.
 constexpr int64_t kMaxWidenedBytes = int64_t{32} << 20;
-constexpr int64_t kRowsPerBlock = 64;
+constexpr int64_t kRowsPerBlock = kRowsPerTile;
+// Rows that stay in the innermost cache while many vectors pass by.
+constexpr int64_t kMaxRowBytes = int64_t{16} << 10;
 
 void widen(DType dtype, const void* source, int64_t count, float* out) {
   const auto* const halves = static_cast<const uint16_t*>(source);
@@ -52,6 +54,14 @@ const char* type_name() {
 
 }  // namespace
 
+int64_t valid_length(const PoolSpec& spec, int64_t b) {
+  const int64_t n = spec.positions();
+  if (!spec.lengths.defined()) return n;
+  const int64_t length = *spec.lengths.at<int64_t>(b);
+  HULLKIT_CHECK(length >= 1 && length <= n, "lengths: expected 1 <= lengths[", b, "] <= ", n, ", got ", length);
+  return length;
+}
+
 template <typename T>
 QueryVector<T>::QueryVector(const TensorView& view, int64_t index, const char* argument) {
   const int64_t d = view.shape[1];
@@ -71,12 +81,7 @@ PoolRows<T>::PoolRows(const PoolSpec& spec, int64_t b, bool reuse)
     : dtype_(spec.rows.dtype), batch_entry_(b), dim_(spec.dim()) {
   row_bytes_ = spec.rows.stride[1] * element_bytes(dtype_);
   base_ = static_cast<const char*>(spec.rows.data) + b * spec.rows.stride[0] * element_bytes(dtype_);
-  const int64_t n = spec.positions();
-  int64_t length = n;
-  if (spec.lengths.defined()) {
-    length = *spec.lengths.at<int64_t>(b);
-    HULLKIT_CHECK(length >= 1 && length <= n, "lengths: expected 1 <= lengths[", b, "] <= ", n, ", got ", length);
-  }
+  const int64_t length = valid_length(spec, b);
   if (spec.candidates.defined()) {
     sources_.reserve(length);
     for (int64_t i = 0; i < length; ++i) add(spec, i, *spec.candidates.at<int64_t>(b, i));
@@ -207,6 +212,33 @@ void PoolRows<T>::dots(const void* const* sources, int64_t count, const PackedRo
 }
 
 template <typename T>
+void PoolRows<T>::multiply_tile(int64_t first, int64_t count, const PackedVectors<T>& vectors, T* out) const {
+  const int64_t row_bytes = dim_ * static_cast<int64_t>(sizeof(T));
+  const int64_t step = std::max<int64_t>(4, kMaxRowBytes / row_bytes / 4 * 4);  // dots takes four at once
+  visit_part(sources_.data(), first, first + count, [&](const T* const* rows, int64_t n, int64_t begin) {
+    for (int64_t i = 0; i < n; i += step) {
+      T* const at = out + (begin - first) + i;
+      for (int64_t v = 0; v < vectors.count(); v += kMaxDotVectors) {
+        T* columns[kMaxDotVectors];
+        for (int k = 0; k < kMaxDotVectors; ++k) columns[k] = at + (v + k) * kRowsPerTile;
+        const int num_vectors = static_cast<int>(std::min<int64_t>(kMaxDotVectors, vectors.count() - v));
+        simd().ops<T>().dots(rows + i, std::min(step, n - i), vectors.from(v), num_vectors, dim_, columns);
+      }
+    }
+  });
+}
+
+template <typename T>
+PackedVectors<T>::PackedVectors(const T* const* vectors, int64_t count, int64_t dim)
+    : count_(count), stride_((kMaxDotVectors * dim * sizeof(T) + sizeof(CacheLine) - 1) / sizeof(CacheLine)) {
+  lines_.reset(new CacheLine[stride_ * ((count + kMaxDotVectors - 1) / kMaxDotVectors)]);
+  for (int64_t v = 0; v < count; v += kMaxDotVectors) {
+    const int num_vectors = static_cast<int>(std::min<int64_t>(kMaxDotVectors, count - v));
+    simd().ops<T>().pack(vectors + v, num_vectors, dim, const_cast<T*>(from(v)));
+  }
+}
+
+template <typename T>
 void PoolRows<T>::explain_not_finite(int64_t i, const std::string& argument) const {
   std::vector<T> buffer(dim_);
   const T* values = row(i, buffer.data());
@@ -222,7 +254,7 @@ void PoolRows<T>::explain_not_finite(int64_t i, const std::string& argument) con
 template <typename T>
 PackedRows<T>::PackedRows(const PoolRows<T>& rows)
     : rows_(rows),
-      lines_(new Line[(kMaxDotVectors * rows.dim() * sizeof(T) + sizeof(Line) - 1) / sizeof(Line)]),
+      lines_(new CacheLine[(kMaxDotVectors * rows.dim() * sizeof(T) + sizeof(CacheLine) - 1) / sizeof(CacheLine)]),
       widened_(rows.in_place() ? 0 : kMaxDotVectors * rows.dim()) {}
 
 template <typename T>
@@ -242,5 +274,7 @@ template class PoolRows<float>;
 template class PoolRows<double>;
 template class PackedRows<float>;
 template class PackedRows<double>;
+template class PackedVectors<float>;
+template class PackedVectors<double>;
 
 }  // namespace hullkit

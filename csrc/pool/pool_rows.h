@@ -46,6 +46,18 @@ int64_t first_overflow(const T* products, int64_t count) {
 
 template <typename T>
 class PackedRows;
+template <typename T>
+class PackedVectors;
+
+// Rows that PoolRows::multiply_tile takes at most.
+inline constexpr int64_t kRowsPerTile = 64;
+
+// How many candidates entry `b` has; ValueError if lengths say what cannot be.
+int64_t valid_length(const PoolSpec& spec, int64_t b);
+
+struct alignas(64) CacheLine {  // so that no wide load crosses two
+  unsigned char bytes[64];
+};
 
 // A vector [d] of row `index` of a [B, d] view, widened if need be; checked finite under the name `argument`.
 template <typename T>
@@ -79,6 +91,9 @@ class PoolRows {
   // out[k][t] = <row of sources[t], vector k> for t < count: a pass over some rows.
   void dots(const void* const* sources, int64_t count, const PackedRows<T>& vectors, T* const* out,
             int num_threads) const;
+  // out[v kRowsPerTile + i] = <row first + i, vector v> for i < count <= kRowsPerTile and every vector. Rows are
+  // widened once for all vectors, and read once from memory.
+  void multiply_tile(int64_t first, int64_t count, const PackedVectors<T>& vectors, T* out) const;
   // out[i] = <row i, row i>, with the bits that dots has for it.
   void squares(T* out, int num_threads) const;
   // Where the rows lie, in their own dtype; entries may be dropped or reordered in a copy handed to dots.
@@ -122,14 +137,25 @@ class PackedRows {
   int count() const { return count_; }
 
  private:
-  struct alignas(64) Line {  // so that no wide load crosses two
-    unsigned char bytes[64];
-  };
-
   const PoolRows<T>& rows_;
-  std::unique_ptr<Line[]> lines_;
+  std::unique_ptr<CacheLine[]> lines_;
   std::vector<T> widened_;  // [kMaxDotVectors, d] unless rows are in place
   int count_ = 0;
+};
+
+// Many vectors [d], for PoolRows::multiply_tile: kMaxDotVectors and kMaxDotVectors of them as SimdOps::pack lays them.
+template <typename T>
+class PackedVectors {
+ public:
+  PackedVectors(const T* const* vectors, int64_t count, int64_t dim);
+  int64_t count() const { return count_; }
+  // v: a multiple of kMaxDotVectors
+  const T* from(int64_t v) const { return reinterpret_cast<const T*>(lines_.get() + v / kMaxDotVectors * stride_); }
+
+ private:
+  int64_t count_;
+  int64_t stride_;  // of one such pack, in lines
+  std::unique_ptr<CacheLine[]> lines_;
 };
 
 }  // namespace hullkit

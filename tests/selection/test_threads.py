@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import hullkit
 import pytest
+import torch
 
 HELPERS = str(Path(__file__).parents[1] / "helpers")
 TASKS = Path("/proc/self/task")
@@ -54,3 +58,17 @@ print(started(lambda: hullkit.sift(pool[0], query[0], 9)), started(CALL))
 def test_a_few_small_queries_run_side_by_side(call: str) -> None:
     """Also where there are more threads than queries. A small query alone is not worth a thread."""
     assert run(_STARTED.replace("CALL", f"lambda: {call}")).split() == ["0", "2"]
+
+
+def test_ctrl_c_is_heard_while_neighbours_are_sorted() -> None:
+    pool, query = torch.randn(6_000_000, 1), torch.ones(1)
+    heard = []
+    torch.set_num_threads(1)
+    previous = signal.signal(signal.SIGALRM, lambda *_: heard.append(time.monotonic()))
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    try:
+        hullkit.knn(pool, query, len(pool))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert len(heard) >= 4, "handlers run where the call looks whether it shall end"

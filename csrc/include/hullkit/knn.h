@@ -8,7 +8,7 @@ namespace hullkit {
 
 // query [B, d]; indices [B, k] int64 and values [B, k] float64. An entry with fewer than k valid candidates ends in
 // index -1 and value -inf.
-// Numerics: as in lmo.h. Cost: B n d multiply-adds and a partial sort of n.
+// Numerics and cost: as in lmo.h, and a sort of k. Memory: a few times k neighbours for each query in flight.
 void knn_cpu(const PoolSpec& pool, const TensorView& query, const TensorView& indices, const TensorView& values,
              int num_threads);
 

@@ -10,7 +10,7 @@ namespace hullkit {
 
 // direction [B, d], index [B] int64, value [B] float64.
 // Numerics: products accumulate in float32 (float64 for float64 input), in an order that depends on d alone.
-// Cost: B n d multiply-adds.
+// Cost: B n d multiply-adds; a pool that the batch shares is read once for a group of directions (pool/products.h).
 void lmo_cpu(const PoolSpec& pool, const TensorView& direction, const TensorView& index, const TensorView& value,
              int num_threads);
 

@@ -56,7 +56,7 @@ def knn(
     >>> hullkit.knn(pool, torch.tensor([1.0, 0.0]), 2).indices
     tensor([0, 2])
 
-    Numerics: as in :func:`hullkit.lmo`. Cost: B n d multiply-adds and a partial sort of n; on CUDA
+    Numerics: as in :func:`hullkit.lmo`. Cost: its products, and a sort of k for each query; on CUDA
     16 bytes of workspace for each candidate of a query, in chunks of at most 512 MiB.
     """
     problem = check_pool_query(pool, query, lengths, candidates)

@@ -56,7 +56,8 @@ def lmo(
 
     Numerics: sums in float32 (float64 for float64 input, and for float32 input on CUDA). Their
     order depends on d alone: the same bits in any batch and with any number of threads.
-    Cost: B n d multiply-adds; on CUDA one pass over a shared pool for every 16 directions.
+    Cost: B n d multiply-adds. A shared pool is read once for a few hundred directions that fit the
+    caches, on CUDA once for every 16.
     """
     problem = check_pool_query(pool, direction, lengths, candidates, query_name="direction")
     check_device("lmo", problem.pool, backend)
