@@ -140,11 +140,20 @@ def check_like(name: str, tensor: Tensor, pool: Tensor) -> None:
         raise ValueError(f"{name}: expected the pool's device {pool.device}, got {tensor.device}")
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether kernels can walk its coordinates: with stride 1."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+
+
 def as_readable(tensor: Tensor) -> Tensor:
     """Kernels walk coordinates with stride 1 and know no autograd; any other stride is copied."""
     if tensor.requires_grad:
         tensor = tensor.detach()
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if is_readable(tensor):
+        return tensor
+    if tensor.ndim == 3 and tensor.shape[0] > 1 and tensor.stride(0) == 0:  # one for the batch
+        return tensor[0].contiguous().expand(tensor.shape)
+    return tensor.contiguous()
 
 
 def has_values(tensor: Tensor) -> bool:

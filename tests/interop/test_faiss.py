@@ -86,6 +86,23 @@ def test_a_corpus_on_disk(tmp_path: Path, corpus: Any) -> None:
     assert int(rows.max()) < M
 
 
+def test_embeddings_by_columns(tmp_path: Path, corpus: Any, monkeypatch: Any) -> None:
+    """Only the candidates' rows of a file in Fortran's order are read."""
+    np.save(tmp_path / "vectors.npy", np.asfortranarray(corpus))
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    assert mapped.flags.f_contiguous
+    index, prompts = filled("Flat", corpus), queries(3)
+    wanted = select(index, prompts, 5, num_candidates=N, embeddings=corpus)
+    whole = torch.Tensor.contiguous
+
+    def contiguous(tensor: Any) -> Any:
+        assert len(tensor) < M, "the corpus is copied"
+        return whole(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
+    assert same(select(index, prompts, 5, num_candidates=N, embeddings=mapped), wanted)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_embeddings_of_another_dtype(dtype: str, corpus: Any) -> None:
     index, prompts = filled("Flat", corpus), queries(3)

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import as_readable, check_floating, check_integers, check_like, check_tensor
+from .._checks import (
+    as_readable,
+    check_floating,
+    check_integers,
+    check_like,
+    check_tensor,
+    has_values,
+    is_readable,
+)
 
 
 class Problem(NamedTuple):
@@ -91,5 +99,26 @@ def check_pool_query(
         candidates = check_integers(
             "candidates", candidates, (*leading, candidates.shape[-1]), pool
         )
-
+        if not is_readable(pool) and candidates.numel() < rows[0]:
+            pool, candidates = _candidates_alone(pool, candidates, lengths)
     return Problem(as_readable(pool), as_readable(query), lengths, candidates)
+
+
+def _candidates_alone(
+    pool: Tensor, candidates: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A pool of the candidates' rows, and their places in it: a pool that lies by columns has to be
+    copied, and may be much larger. What is no row stays none, and what is out of range remains so.
+    """
+    if candidates.numel() == 0:
+        return pool[:1], candidates  # nobody reads it
+    if lengths is not None:  # anything may stand beyond them
+        places = torch.arange(candidates.shape[-1], device=pool.device)
+        candidates = candidates.masked_fill(places >= lengths[..., None], -1)
+    beyond = (candidates < -1) | (candidates >= len(pool))
+    if has_values(beyond) and bool(beyond.any()):
+        return pool, candidates  # the error says how many rows the pool has
+    rows = candidates.flatten()
+    places = torch.arange(len(rows), device=pool.device).view(candidates.shape)
+    places = torch.where(beyond | (candidates < 0), candidates, places)
+    return pool[rows.clamp(0, len(pool) - 1)], places

@@ -41,7 +41,8 @@ def duplicates(
         eps: 0 < eps <= 2, in units of cosine. One below 2^-50 counts as 2^-50.
         lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
         candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
-            then name positions in `candidates[b]`. Nothing is gathered into a copy.
+            then name positions in `candidates[b]`. Nothing is gathered into a copy, unless
+            the pool lies by columns.
         backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
         representatives `(B, n)` int64: i for a representative, a smaller index for its copies, -1

@@ -77,7 +77,8 @@ def frank_wolfe(
         max_weight: the largest weight, > 0 and at least 1 / (number of candidates); 1 for no cap.
         lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
         candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
-            then name positions in `candidates[b]`. Nothing is gathered into a copy.
+            then name positions in `candidates[b]`. Nothing is gathered into a copy, unless
+            the pool lies by columns.
         backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
         FrankWolfeResult: indices `(B, S)` int64 by falling weight, then -1; weights `(B, S)`

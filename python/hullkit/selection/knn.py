@@ -39,7 +39,8 @@ def knn(
         k: rows to return, 1 <= k <= n.
         lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
         candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
-            then name positions in `candidates[b]`. Nothing is gathered into a copy.
+            then name positions in `candidates[b]`. Nothing is gathered into a copy, unless
+            the pool lies by columns.
         backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
         KNNResult(indices `(B, k)` int64, values `(B, k)` float64), largest value first. A query

@@ -39,7 +39,8 @@ def lmo(
         direction: `(d,)` or `(B, d)`; the pool's dtype and device.
         lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
         candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
-            then name positions in `candidates[b]`. Nothing is gathered into a copy.
+            then name positions in `candidates[b]`. Nothing is gathered into a copy, unless
+            the pool lies by columns.
         backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
         LMOResult(index `(B,)` int64, value `(B,)` float64); 0-d for an unbatched call.

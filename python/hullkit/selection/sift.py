@@ -62,7 +62,8 @@ def sift(
         max_multiplicity: how often one row may be chosen, >= 1; None for no limit.
         lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
         candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
-            then name positions in `candidates[b]`. Nothing is gathered into a copy.
+            then name positions in `candidates[b]`. Nothing is gathered into a copy, unless
+            the pool lies by columns.
         backend: None for the kernels, "reference" for the float64 oracle in NumPy.
     Returns:
         SIFTResult: order `(B, total)` int64, the rows in order of choice, then -1 if alpha stopped
