@@ -214,3 +214,35 @@ def test_more_neighbours_than_rows() -> None:
         ValueError, match="total: expected at most 1 for each of 3 candidates, got 5"
     ):
         hullkit.select(pool, query, 5, method="knn")
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_what_no_entry_uses_may_be_anything(backend: str | None) -> None:
+    """Rows beyond lengths, candidates beyond lengths, rows that no position or index names."""
+    pool = torch.full((2, 5, 3), torch.nan, dtype=torch.float64)
+    pool[0, :3] = eye = torch.eye(3, dtype=torch.float64)
+    pool[1, :2] = eye[:2]
+    query, lengths = torch.tensor([[0.6, 0.4, 0], [0.5, 0.5, 0]]).double(), torch.tensor([3, 2])
+    options: dict[str, Any] = {"lengths": lengths, "backend": backend}
+    wanted = [[6, 4, 0, 0, 0], [5, 5, 0, 0, 0]]
+    assert hullkit.select(pool, query, 10, **options).counts.tolist() == wanted
+    auto = hullkit.select(pool, query, "auto", **options).counts
+    assert auto.tolist() == [[30, 20, 0, 0, 0], [25, 25, 0, 0, 0]]
+    result = hullkit.frank_wolfe(pool, query, **options)
+    counts = hullkit.round_multiplicities(pool, query, result, 10, backend=backend)
+    assert counts.tolist() == wanted
+
+    options["lengths"] = torch.tensor([2, 2])
+    rows = {"candidates": torch.tensor([[0, 1, 99], [0, 1, -7]])}
+    for name, method in (("counts", "hull"), ("rows", "knn"), ("counts", "sift")):
+        chosen = hullkit.select(eye, query, 2, method=method, **rows, **options)
+        assert getattr(chosen, name)[:, :2].tolist() == [[0, 1] if name == "rows" else [1, 1]] * 2
+    assert hullkit.lmo(eye, query, **rows, **options).index.tolist() == [1, 0]
+    assert hullkit.duplicates(eye, eps=0.1, **rows, **options).tolist() == [[0, 1, -1]] * 2
+    result = hullkit.frank_wolfe(eye, query, **rows, **options)
+    counts = hullkit.round_multiplicities(eye, query, result, 10, **rows, backend=backend)
+    assert counts.tolist() == [[6, 4, 0], [5, 5, 0]]
+    unused = torch.cat([eye, torch.full((1, 3), torch.nan, dtype=torch.float64)])
+    result = hullkit.frank_wolfe(eye, query, backend=backend)
+    counts = hullkit.round_multiplicities(unused, query, result, 10, backend=backend)
+    assert counts.tolist() == [[6, 4, 0], [5, 5, 0]]

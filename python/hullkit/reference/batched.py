@@ -62,13 +62,14 @@ def _finite(name: str, tensor: Tensor) -> Array:
     return values
 
 
-def _problems(
+def _listed_rows(
     pool: Tensor,
     query: Tensor,
     lengths: Tensor | None,
     candidates: Tensor | None,
-    query_name: str = "query",
-) -> Iterator[tuple[int, _Problem]]:
+) -> Iterator[tuple[int, Tensor, Tensor, NDArray[np.int64]]]:
+    """Each entry's pool and query, and the row at each position, -1 where there is none: beyond
+    lengths, whatever stands there. Rows may be out of range."""
     if query.ndim == 1:
         query = query.unsqueeze(0)
         lengths = None if lengths is None else lengths.unsqueeze(0)
@@ -78,23 +79,43 @@ def _problems(
     for b in range(query.shape[0]):
         n = pool.shape[1] if candidates is None else candidates.shape[1]
         rows = np.arange(n) if candidates is None else candidates[b].cpu().numpy().copy()
-        if rows.min() < -1 or rows.max() >= pool.shape[1]:
-            raise ValueError(
-                f"candidates: expected rows 0..{pool.shape[1] - 1} (-1 for none), "
-                f"got {rows.min()}..{rows.max()} in entry {b}"
-            )
         if lengths is not None:
             length = int(lengths[b])
             if not 1 <= length <= n:
                 raise ValueError(f"lengths: expected 1 <= lengths[{b}] <= {n}, got {length}")
             rows[length:] = -1
+        yield b, pool[b], query[b], rows
+
+
+def _check_row(pool: Tensor, row: int, b: int, position: int) -> None:
+    if not -1 <= row < len(pool):
+        raise ValueError(
+            f"candidates: expected rows 0..{len(pool) - 1} (-1 for none), "
+            f"got {row} at [{b}, {position}]"
+        )
+
+
+def _finite_rows(pool: Tensor, rows: NDArray[np.int64]) -> Array:
+    return _finite("pool", pool[torch.from_numpy(rows).to(pool.device)])
+
+
+def _problems(
+    pool: Tensor,
+    query: Tensor,
+    lengths: Tensor | None,
+    candidates: Tensor | None,
+    query_name: str = "query",
+) -> Iterator[tuple[int, _Problem]]:
+    for b, own, vector, rows in _listed_rows(pool, query, lengths, candidates):
+        for position, row in enumerate(rows.tolist()):
+            _check_row(own, row, b, position)
         positions = np.flatnonzero(rows >= 0)
         if len(positions) == 0:
             raise ValueError(
                 f"candidates: expected at least one candidate in entry {b}, got only -1"
             )
-        valid = _finite("pool", pool[b][torch.from_numpy(rows[positions]).to(pool.device)])
-        yield b, _Problem(valid, _finite(query_name, query[b]), positions)
+        valid = _finite_rows(own, rows[positions])
+        yield b, _Problem(valid, _finite(query_name, vector), positions)
 
 
 def _entries(*outputs: Tensor, rank: int) -> list[Tensor]:
@@ -281,22 +302,26 @@ def sift(
         num_steps[b] = len(outcome.order)
 
 
-def _support(problem: _Problem, indices: NDArray[np.int64], n: int, b: int) -> NDArray[np.int64]:
-    """Rows of problem.pool that the positions in `indices` name, up to the first -1."""
+def _support(
+    pool: Tensor, rows: NDArray[np.int64], indices: NDArray[np.int64], b: int
+) -> NDArray[np.int64]:
+    """The pool's rows at the positions in `indices`, up to the first -1. `rows` has the row at each
+    position; those that `indices` does not name may be anything."""
     named = indices[: (*np.flatnonzero(indices == -1), len(indices))[0]]
     if len(named) == 0:
         raise ValueError(f"indices: expected at least one support point in entry {b}, got only -1")
-    for position in named:
-        if not 0 <= position < n:
+    for place, position in enumerate(named.tolist()):
+        if not 0 <= position < len(rows):
             raise ValueError(
-                f"indices: expected positions 0..{n - 1} (-1 for padding), "
-                f"got {position} in entry {b}"
+                f"indices: expected positions 0..{len(rows) - 1} (-1 for padding), "
+                f"got {position} at [{b}, {place}]"
             )
-        if position not in problem.positions:
+        if rows[position] == -1:
             raise ValueError(
                 f"candidates: expected a row at position {position} that indices names, got -1"
             )
-    return np.searchsorted(problem.positions, named)
+        _check_row(pool, int(rows[position]), b, position)
+    return rows[named]
 
 
 def _weights(tensor: Tensor) -> Array:
@@ -321,9 +346,8 @@ def round_multiplicities(
     counts: Tensor,
 ) -> None:
     indices, weights, counts = _entries(indices, weights, counts, rank=1)
-    for b, problem in _problems(pool, query, None, candidates):
-        n = pool.shape[-2] if candidates is None else candidates.shape[-1]
-        support = _support(problem, indices[b].cpu().numpy(), n, b)
+    for b, own, vector, rows in _listed_rows(pool, query, None, candidates):
+        support = _support(own, rows, indices[b].cpu().numpy(), b)
         if max_multiplicity * len(support) < total:
             raise ValueError(
                 f"max_multiplicity: expected at least {-(-total // len(support))} for a total of "
@@ -331,8 +355,8 @@ def round_multiplicities(
                 f"got {max_multiplicity}"
             )
         result = _round_multiplicities(
-            problem.pool[support],
-            problem.query,
+            _finite_rows(own, support),
+            _finite("query", vector),
             _weights(weights[b, : len(support)]),
             total,
             exchange_passes,
