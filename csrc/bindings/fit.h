@@ -9,6 +9,7 @@
 #include <sstream>
 #include <string>
 
+#include "frank_wolfe/capped_simplex.h"
 #include "hullkit/frank_wolfe.h"
 #include "hullkit/round_multiplicities.h"
 
@@ -112,7 +113,7 @@ inline void check_query(const char* name, const PoolSpec& pool, const TensorView
 inline int64_t most_touched(const FrankWolfeParams& params, int64_t positions) {
   const bool capped = params.max_weight < 1.0;
   // A cap below 1 / positions is refused, so this is small.
-  const int64_t start = capped ? static_cast<int64_t>(std::ceil((1.0 - 1e-12) / params.max_weight)) : 1;
+  const auto start = static_cast<int64_t>(least_support(params.max_weight));
   const int64_t step = capped && params.variant == Variant::kVanilla ? start : 1;
   const int64_t fit = std::max<int64_t>(positions - start, 0) / step + 1;  // more iterations touch nothing new
   return std::min({params.max_support, positions, start + std::min(params.max_iters, fit) * step});
@@ -127,11 +128,11 @@ inline void check_options(const FrankWolfeParams& params, int64_t positions) {
   HULLKIT_CHECK(variant >= 0 && variant <= static_cast<int64_t>(Variant::kFullyCorrective),
                 "variant: expected a code in 0..3, got ", variant);
   // A short entry of the batch says itself that it has too few candidates.
-  HULLKIT_CHECK(params.max_weight * static_cast<double>(positions) >= 1.0 - 1e-9, "max_weight: expected at least 1 / ",
-                positions, ", got ", params.max_weight);
+  HULLKIT_CHECK(params.max_weight > 0.0 && least_support(params.max_weight) <= static_cast<double>(positions),
+                "max_weight: expected at least 1 / ", positions, ", got ", params.max_weight);
   if (params.max_weight >= 1.0) return;
   HULLKIT_CHECK(params.variant != Variant::kAway, "variant: expected another than away with max_weight < 1");
-  HULLKIT_CHECK(static_cast<double>(params.max_support) * params.max_weight >= 1.0 - 1e-9,
+  HULLKIT_CHECK(static_cast<double>(params.max_support) >= least_support(params.max_weight),
                 "max_support: expected at least 1 / max_weight, got ", params.max_support);
 }
 
@@ -148,7 +149,7 @@ inline void check_options(const RoundingParams& params) {
 // Rounding needs a support over which the total fits: weights at most max_multiplicity / total see to that.
 inline void check_options(const FrankWolfeParams& params, const RoundingParams& rounding) {
   const auto total = static_cast<double>(rounding.total), most = static_cast<double>(rounding.max_multiplicity);
-  HULLKIT_CHECK(most >= total || params.max_weight * total <= most * (1.0 + 1e-12), "max_weight: expected at most ",
+  HULLKIT_CHECK(most >= total || params.max_weight * total <= most * (1.0 + kCapSlack), "max_weight: expected at most ",
                 "max_multiplicity / total = ", most / total, ", got ", params.max_weight);
 }
 

@@ -18,8 +18,7 @@ void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const i
   const QueryVector<T> query_vector(query, b, "query");
   const PoolRows<T> rows(pool, b, indices, width);
   const int64_t m = rows.size();
-  HULLKIT_CHECK(max_multiplicity >= (total + m - 1) / m, "max_multiplicity: expected at least ", (total + m - 1) / m,
-                " for a total of ", total, " over the ", m, " support points of entry ", b, ", got ", max_multiplicity);
+  check_room(max_multiplicity, total, m, "support points", b);
   std::vector<double> products(m);
   std::vector<T> column(m), next_column(m);
   rows.dots(query_vector.data(), column.data(), 1);

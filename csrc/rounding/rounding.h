@@ -27,6 +27,13 @@ inline constexpr int64_t kParts = 16;
 // Weights at a cap are quotas of max_multiplicity but for rounding, which must not take a unit from them.
 inline double slack(int64_t max_multiplicity, int64_t total) { return max_multiplicity < total ? 1.0 + 1e-13 : 1.0; }
 
+// Whether entry b's `count` rows can take the total.
+inline void check_room(int64_t max_multiplicity, int64_t total, int64_t count, const char* rows, int64_t b) {
+  const int64_t least = (total + count - 1) / count;
+  HULLKIT_CHECK(max_multiplicity >= least, "max_multiplicity: expected at least ", least, " for a total of ", total,
+                " over the ", count, " ", rows, " of entry ", b, ", got ", max_multiplicity);
+}
+
 class Rounding {
  public:
   // gram [m, m], products [m] = <s_i, q>, weights [m]; m * max_multiplicity >= total

@@ -19,13 +19,12 @@ void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeP
     for_each_query(pool.batch(), pool.positions() * pool.dim(), num_threads, [&](int64_t b, int threads) {
       const QueryVector<T> query_vector(query, b, "query");
       const PoolRows<T> rows(pool, b, /*reuse=*/true);
-      HULLKIT_CHECK(max_multiplicity >= (total + rows.size() - 1) / rows.size(), "max_multiplicity: expected at least ",
-                    (total + rows.size() - 1) / rows.size(), " for a total of ", total, " over the ", rows.size(),
-                    " candidates of entry ", b, ", got ", max_multiplicity);
+      check_room(max_multiplicity, total, rows.size(), "candidates", b);
       run_frank_wolfe<T>(rows, query_vector.data(), params, b, threads, [&](const auto& run, Status status) {
         run.write(result, b, status);
         std::vector<double> products, gram, weights;
         run.support(&products, &gram, &weights);
+        check_room(max_multiplicity, total, static_cast<int64_t>(products.size()), "support points", b);
         Rounding rounding(std::move(gram), std::move(products), weights.data(), total, max_multiplicity);
         rounding.run(rounding_params.exchange_passes, counts.at<int64_t>(b), counts.shape[1]);
         const double loss = rounding.loss(run.query_squared());

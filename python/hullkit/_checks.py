@@ -19,6 +19,10 @@ _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
 _UNSIGNED = (torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 MAX_TOTAL = 2**40  # quotas are float64: their floors are exact far beyond any budget up to here
+# What rounding may take from a cap on weights: 1 / 49 of 49 candidates is enough, though 49 times
+# that is less than 1. Less than 1 / MAX_TOTAL, so that a cap of max_multiplicity / total needs
+# ceil(total / max_multiplicity) weights, as the integers say.
+CAP_SLACK = 2.0**-42
 
 
 def check_tensor(name: str, value: Any) -> Tensor:

@@ -38,6 +38,7 @@ def _frank_wolfe(**changed: Any) -> None:
         ({"variant": 2**40}, "variant"),
         ({"weight": -1.0}, "max_weight: expected at least 1 / 20"),
         ({"weight": 1e-300}, "max_weight"),
+        ({"weight": 1.0 - 1e-10, "support": 1}, "max_support: expected at least 1 / max_weight"),
         ({"weight": float("nan")}, "max_weight"),
         ({"weight": 0.5, "variant": 1}, "variant: expected another than away"),
         ({"iters": -1}, "max_iters: expected an int >= 0"),

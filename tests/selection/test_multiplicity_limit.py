@@ -181,3 +181,20 @@ def test_a_cap_on_a_heavy_row_leaves_much_to_be_added() -> None:
                 assert np.array_equal(counts, expected)
             losses.append(reconstruction_loss(pool, query, counts, total))
         assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(
+    ("total", "limit"), [(2**40, 2**40 - 1), (10**12 + 7, 10**12 + 6), (2**40, 2**39 - 1)]
+)
+@pytest.mark.parametrize("variant", ["vanilla", "pairwise", "fully_corrective"])
+def test_a_limit_just_below_the_total_holds(
+    total: int, limit: int, variant: str, backend: str | None
+) -> None:
+    """The limit as a share of the total is 1, or a half, to within 1e-12."""
+    pool = torch.eye(4, dtype=torch.float64)
+    chosen = hullkit.select(
+        pool, pool[1], total, max_multiplicity=limit, variant=variant, backend=backend
+    )
+    assert int(chosen.counts.sum()) == total
+    assert int(chosen.counts.max()) == limit

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._checks import CAP_SLACK
 from .lmo import Array, row_dots
 
 _GAIN = 1e-14  # what a step must gain by the unit, of the products that its score is a sum of
@@ -37,7 +38,7 @@ class _State(NamedTuple):
 def capped_vertex(scores: Array, max_weight: float) -> tuple[Array, NDArray[np.int64]]:
     """argmax <scores, w> over {0 <= w_i <= max_weight, sum w = 1}: the best ceil(1 / max_weight)
     candidates (lowest index on a tie), the last one with what is left. Also these, best first."""
-    size = 1 if max_weight >= 1 else int(np.ceil((1 - 1e-12) / max_weight))
+    size = 1 if max_weight >= 1 else int(np.ceil((1 - CAP_SLACK) / max_weight))
     best = np.argsort(-scores, kind="stable")[:size]
     weights = np.zeros(len(scores))
     weights[best] = min(max_weight, 1.0)

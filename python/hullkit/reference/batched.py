@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._checks import CAP_SLACK
 from ..native.kernels import STATUSES, VARIANTS, argument_names
 from . import apportion as _apportion
 from . import duplicates as _duplicates
@@ -198,7 +199,7 @@ def frank_wolfe(
     indices, weights = _entries(indices, weights, rank=1)
     scalars = _entries(support_size, residual_norm, dual_gap, num_iters, status, rank=0)
     for b, problem in _problems(pool, query, lengths, candidates):
-        if len(problem.pool) * max_weight < 1 - 1e-12:
+        if len(problem.pool) * max_weight < 1 - CAP_SLACK:
             raise ValueError(
                 f"max_weight: expected at least 1 / {len(problem.pool)} for the "
                 f"{len(problem.pool)} candidates of entry {b}, got {max_weight}"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_device, check_int, check_number
+from .._checks import CAP_SLACK, check_choice, check_device, check_int, check_number
 from ..native import operators
 from ..native.kernels import VARIANTS
 from ..reference import batched
@@ -118,7 +118,7 @@ def check_max_weight(max_weight: float, positions: int) -> float:
     max_weight = check_number("max_weight", max_weight, 0.0)
     if not 0.0 < max_weight <= 1.0:
         raise ValueError(f"max_weight: expected a number in (0, 1], got {max_weight}")
-    if max_weight * positions < 1.0 - 1e-12:
+    if max_weight * positions < 1.0 - CAP_SLACK:
         raise ValueError(
             f"max_weight: expected at least 1 / {positions} for {positions} candidates, "
             f"got {max_weight}"
@@ -148,7 +148,7 @@ def frank_wolfe_options(
                 "variant: expected 'vanilla', 'pairwise' or 'fully_corrective' with a cap on the "
                 "weights, got 'away'"
             )
-        at_start = math.ceil((1.0 - 1e-12) / max_weight)
+        at_start = math.ceil((1.0 - CAP_SLACK) / max_weight)
         by_step = at_start if variant == "vanilla" else 1
     width = min(problem.positions(), at_start + by_step * max_iters)
     if max_support is None:
