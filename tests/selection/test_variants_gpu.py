@@ -233,6 +233,20 @@ def test_limits_are_named() -> None:
         hullkit.duplicates(pool, eps=0.1)
 
 
+@pytest.mark.plain_memory
+def test_more_than_shared_memory_holds_is_refused() -> None:
+    """And nothing of it is left: the error of a launch would be that of the next one."""
+    pool = torch.randn(4096, 24, device="cuda")
+    message = (
+        r"pool: expected candidates .* shared memory .*4096 candidates, of which 4096 .* Lower"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        hullkit.select(pool, pool[0], 4000, max_multiplicity=1)
+    torch.cuda.synchronize()
+    assert int(pool.argmax()) >= 0
+    assert int(hullkit.select(pool, pool[0], 4, max_multiplicity=1).counts.sum()) == 4
+
+
 def test_as_many_candidates_as_fit() -> None:
     pool, query = problem(1, 4096, 24, torch.float32)
     for max_weight in (1.0, 0.01):

@@ -7,10 +7,34 @@
 #include <stdexcept>
 #include <string>
 
+#include "hullkit/check.h"
+
 namespace hullkit {
 
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the next launch, whoever's it is, would report it
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Bytes of dynamic shared memory that a block of the kernel may have on the current device; 0 if this build does not
+// have the kernel for it.
+template <typename... Parameters>
+size_t most_shared(void (*kernel)(Parameters...)) {
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+                     cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess;
+  cudaGetLastError();
+  return known && static_cast<size_t>(most) > attributes.sharedSizeBytes ? most - attributes.sharedSizeBytes : 0;
+}
+
+// Whether this build has the kernel for the current device, and a block there may have so much shared memory.
+template <typename... Parameters>
+bool runs_here(void (*kernel)(Parameters...), size_t shared) {
+  const size_t most = most_shared(kernel);
+  return most > 0 && most >= shared;
 }
 
 // Asks for dynamic shared memory beyond the 48 KiB that every kernel may have. Static shared memory counts, too:
@@ -18,21 +42,14 @@ inline void check_cuda(cudaError_t error, const char* what) {
 template <typename... Parameters>
 void allow_shared(void (*kernel)(Parameters...), size_t shared) {
   if (shared <= 40 * 1024) return;
-  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared)),
-             "CUDA shared memory");
-}
-
-// Whether this build has the kernel for the current device, and a block there may have so much shared memory.
-template <typename... Parameters>
-bool runs_here(void (*kernel)(Parameters...), size_t shared) {
-  int device = 0, most = 0;
-  cudaFuncAttributes attributes;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
-                     cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess;
-  cudaGetLastError();  // the next launch would report it
-  return known && static_cast<size_t>(most) >= shared;
+  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error == cudaSuccess) return;
+  const size_t most = most_shared(kernel);
+  HULLKIT_SUPPORTED(most == 0 || shared <= most, "CUDA: expected sizes whose numbers fit into the ", most,
+                    " bytes of shared memory that a block has on this device, got ", shared,
+                    " bytes. Pass fewer candidates, or move the inputs with .cpu()");
+  check_cuda(error, "CUDA shared memory");
 }
 
 // kernel<<<blocks, threads, shared, stream>>>(arguments...), nothing if there are no blocks.

@@ -230,6 +230,12 @@ int64_t active_set_workspace_bytes(const PoolSpec& pool, const FrankWolfeParams&
                                    const FrankWolfeResult& result) {
   const int64_t n = pool.positions();
   const ActiveSetLayout layout(n, result.indices.shape[1], params, CappedSimplex(params.max_weight));
+  const size_t most = most_shared(active_set_kernel);
+  HULLKIT_SUPPORTED(most == 0 || layout.bytes() <= most,
+                    "pool: expected candidates whose weights and scores fit into the ", most,
+                    " bytes of shared memory that a block has on this device, got ", n, " candidates, of which ",
+                    layout.touched, " may be in use: ", layout.bytes(),
+                    " bytes. Lower max_support or max_iters, pass fewer candidates, or move the inputs with .cpu()");
   return gram_batch(pool.batch(), n) * (gram_bytes_of_one(n) + layout.factor * static_cast<int64_t>(sizeof(double)));
 }
 

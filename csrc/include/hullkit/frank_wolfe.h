@@ -74,7 +74,10 @@ void frank_wolfe_cpu(const PoolSpec& pool, const TensorView& query, const FrankW
 // recomputed from the weights and the Gram matrix. The residual of half-precision input, and a residual below 1e-3 of
 // the query's length, is recomputed from the input itself.
 // Workspace: (n + 1)^2 float64 an entry, at most 512 MiB or one entry at a time. Variant::kFullyCorrective adds
-// S (S + 1) / 2 float64 for each of these.
+// S (S + 1) / 2 float64 for each of these. The variants with an active set, a cap and gap_tol keep weights, scores and
+// lists in the shared memory of a block: 22 n + 4 S bytes, for Variant::kFullyCorrective 22 n + 32 S, for a capped
+// kVanilla 30 n + 4 S, and 4 / max_weight + 4 KiB. More than the device has for a block (227 KiB on an H100) is a
+// NotImplementedError from the workspace query.
 //
 // More candidates, for the vanilla variant without gap_tol and cap: no Gram matrix. Every iteration is one pass over
 // the pool for up to 16 prompts that share it without lengths or candidates, else for one prompt. max_iters + 2 passes

@@ -91,7 +91,9 @@ def frank_wolfe(
             such an entry gets status BROKEN, indices -1 and NaN certificates instead, and the
             others are right.
         NotImplementedError: the device has no kernels,
-            or n > 4096 on CUDA with another variant than "vanilla", gap_tol or max_weight.
+            or n > 4096 on CUDA with another variant than "vanilla", gap_tol or max_weight. With one
+            of these n candidates and S places also have to fit into the shared memory of a block:
+            at worst `22 n + 32 S + 4 / max_weight` bytes and 4 KiB, of 227 KiB on an H100.
 
     >>> import hullkit, torch
     >>> result = hullkit.frank_wolfe(torch.eye(3), torch.tensor([0.5, 0.5, 0.0]))

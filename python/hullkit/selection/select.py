@@ -121,7 +121,8 @@ def select(
             and for lengths or candidates out of range. A CUDA call does not wait for values: there
             such an entry gets status BROKEN (hull), indices -1 and counts 0 instead, and the others
             are right. So does one with too few candidates for total.
-        NotImplementedError: the device has no kernels, or S > 4096 with n > 4096 on CUDA.
+        NotImplementedError: the device has no kernels, or on CUDA S > 4096 with n > 4096, or more
+            than :func:`hullkit.frank_wolfe` has room for there.
 
     >>> import hullkit, torch
     >>> chosen = hullkit.select(torch.eye(3), torch.tensor([0.7, 0.3, 0.0]), total=10)
