@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import hullkit
 import numpy as np
 import pytest
@@ -67,3 +71,20 @@ def test_no_gap_tol_at_any_length(variant: str, backend: str | None) -> None:
             backend=backend,
         )
         assert hullkit.Status(int(result.status)) is not hullkit.Status.GAP_TOL
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_memory_of_the_factor_grows_with_its_rows() -> None:
+    """20,000 rows could be freed, and their factor has 1.6 GB; about ten are."""
+    script = """
+import re, torch, hullkit
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) >> 10
+pool = torch.randn(20_000, 8, dtype=torch.float64)
+query, options = pool[:9].mean(0), {"variant": "fully_corrective"}
+hullkit.frank_wolfe(pool, query, **options)
+before = peak()
+assert hullkit.frank_wolfe(pool, query, max_iters=10**5, **options).num_iters < 100
+assert peak() - before < 30, peak() - before
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()

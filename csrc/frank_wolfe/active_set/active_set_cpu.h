@@ -43,6 +43,11 @@ class PoolTeam {
     for (int i = begin; i < end; ++i) task(i);
   }
   void sync() {}
+  // A run may free few of the many vertices that it is allowed: memory is taken as they come.
+  double* grown(double*, int64_t count) {
+    if (count > static_cast<int64_t>(factor_.size())) factor_.resize(count);
+    return factor_.data();
+  }
 
   bool rough() const { return std::is_same_v<T, float>; }
   int size() const { return static_cast<int>(rows_.size()); }
@@ -122,6 +127,7 @@ class PoolTeam {
   std::vector<double> squares_;  // -1: not asked for yet. Every step asks for those of all touched rows
   std::vector<int> order_;
   std::vector<double> iterate_;  // [n] its products with the rows
+  std::vector<double> factor_;   // see cholesky.h
   double query_squared_;
   int64_t num_touched_ = 0;
 };
@@ -142,12 +148,10 @@ class ActiveSetCpu {
     const int64_t n = team_.size();
     // Vertices touched by each iteration; simplex_.size are touched at the start.
     const int64_t step = params_.variant == Variant::kVanilla ? simplex_.size : 1;
-    const bool factored = params_.variant == Variant::kFullyCorrective;
     const int64_t fit = (n - simplex_.size) / step;
     const int64_t touched =
         std::min({n, params_.max_support, simplex_.size + std::min(params_.max_iters, fit + 1) * step});
     std::vector<double> numbers(2 * n + 2 * touched + std::max(n, touched));
-    std::vector<double> factor(factored ? touched * (touched + 1) / 2 : 0);
     std::vector<int> places(n + 2 * touched + simplex_.size);
     std::vector<unsigned char> is_free(n);
     ActiveSetMemory memory;
@@ -156,7 +160,7 @@ class ActiveSetCpu {
     memory.free_scores = memory.scores + n;
     memory.ones = memory.free_scores + touched;
     memory.direction = memory.ones + touched;
-    memory.factor = factor.data();
+    memory.factor = nullptr;  // it grows
     memory.slot = places.data();
     memory.touched = memory.slot + n;
     memory.free = memory.touched + touched;

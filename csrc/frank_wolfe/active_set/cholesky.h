@@ -15,7 +15,8 @@ namespace hullkit {
 
 // Lower triangular L with A = L L^T, rows one behind the other: size (size + 1) / 2 numbers. Team: one thread, or many
 // that all call the same functions with the same arguments; team.each(begin, end, f) calls f(i) for each i once, by any
-// of them, and returns when all calls have.
+// of them, and returns when all calls have. team.grown(rows, count) is `rows`, or where they were moved to, with room
+// for `count` numbers.
 template <typename Team>
 class Cholesky {
  public:
@@ -26,6 +27,7 @@ class Cholesky {
   // Adds a row and column to A: entries [size], overwritten, and its own diagonal. A pivot below least_pivot (what is
   // left of the diagonal, that is) is taken to be that: the row nearly depends on the others.
   HULLKIT_DEVICE void append(double* entries, double diagonal, double least_pivot) {
+    rows_ = team_.grown(rows_, (size_ + int64_t{1}) * (size_ + 2) / 2);
     forward(entries, entries);
     double* const out = row(size_);
     double pivot = diagonal;

@@ -60,7 +60,8 @@ HULLKIT_FIELDS(FrankWolfeResult, indices, weights, support_size, residual_norm, 
 // d alone; everything after them (weights, step sizes, scores) is float64. Residual and gap are recomputed
 // from the input at the end, so they certify the weights returned, not the recurrence that led there.
 // Cost: O(n d) for each vertex touched. An iteration takes O(n), with a cap O(n k), and a fully corrective one with m
-// vertices in its active set O(n m + m^2). Memory: at most 4 n S values a query.
+// vertices in its active set O(n m + m^2). Memory: at most 4 n S values a query,
+// where S counts touched vertices, and m^2 for the fully corrective factor.
 // The fully corrective variant updates a float64 Cholesky factor of its active set's Gram matrix as vertices come and
 // go. Vertices that nearly depend on each other (to 2e-14 of their squared norms for float64, else 1e-6) take more than
 // one iteration.
