@@ -259,6 +259,18 @@ def test_readable_arrays_are_checked_as_tensors_are() -> None:
         hullkit.lmo(pool.tolist(), query.tolist())
 
 
+def test_other_results_are_named() -> None:
+    pool, query = (tensor.numpy() for tensor in problem())
+    others = hullkit.knn(pool, query, 2), hullkit.select(pool, query, 5), hullkit.lmo(pool, query)
+    for other in others:
+        field = "weights" if hasattr(other, "indices") else "indices"
+        message = (
+            rf"result: expected a FrankWolfeResult, got {type(other).__name__} without {field}"
+        )
+        with pytest.raises(TypeError, match=message):
+            hullkit.round_multiplicities(pool, query, other, 5)
+
+
 def test_masks_are_refused() -> None:
     """Every argument that takes an array, and every adapter: a tensor would show what is masked."""
     pool, queries = (tensor.numpy() for tensor in problem(batch=3))

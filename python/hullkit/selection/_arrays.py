@@ -39,8 +39,8 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
 
         def convert(name: str, value: Any) -> Any:
             if not is_array(value):
-                if not hasattr(value, "indices"):
-                    return value
+                if not (hasattr(value, "indices") and hasattr(value, "weights")):
+                    return value  # `function` says what is wrong
                 # A result of frank_wolfe, or what its caller made in its place.
                 indices = convert(f"{name}.indices", value.indices)
                 weights = convert(f"{name}.weights", value.weights)
