@@ -2,7 +2,10 @@
 #include "hullkit/parallel.h"
 
 #include <pthread.h>
-#include <sched.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -16,6 +19,7 @@
 #include <vector>
 
 #include "hullkit/interrupt.h"
+#include "runtime/processors.h"
 
 namespace hullkit {
 namespace {
@@ -80,7 +84,9 @@ class Pool {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       num_workers = grow(num_workers);
-      keep_off_the_caller();
+#ifdef __linux__
+      processors_.place(threads_, num_workers + 1);
+#endif
       loop_ = &loop;
       wanted_ = num_workers;
       busy_ = 0;
@@ -106,30 +112,17 @@ class Pool {
     try {
       while (static_cast<int>(threads_.size()) < num_workers) {
         threads_.emplace_back([this] { serve(); });
-        kept_off_ = -1;
       }
     } catch (const std::system_error&) {
     }
     return std::min(num_workers, static_cast<int>(threads_.size()));
   }
 
-  // Keeps the workers off the caller's processor. A wake-up may leave a worker where the caller runs, and
-  // the scheduler can take longer than a whole batch to move it: two threads then take the time of one.
-  // The system is asked only when the caller has moved. Only Linux lets a thread choose its processors.
-  void keep_off_the_caller() {
-#ifdef __linux__
-    const int processor = sched_getcpu();
-    if (processor == kept_off_ || processor < 0) return;
-    cpu_set_t allowed;
-    if (pthread_getaffinity_np(pthread_self(), sizeof(allowed), &allowed) != 0) return;
-    if (CPU_COUNT(&allowed) > 1) CPU_CLR(processor, &allowed);
-    for (std::thread& thread : threads_) pthread_setaffinity_np(thread.native_handle(), sizeof(allowed), &allowed);
-    kept_off_ = processor;
-#endif
-  }
-
   void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
+#ifdef __linux__
+    processors_.add_worker(static_cast<pid_t>(syscall(SYS_gettid)));
+#endif
     for (;;) {
       wake_.wait(lock, [this] { return wanted_ > 0; });
       --wanted_;
@@ -150,7 +143,9 @@ class Pool {
   Loop* loop_ = nullptr;
   int wanted_ = 0;
   int busy_ = 0;
-  int kept_off_ = -1;
+#ifdef __linux__
+  Processors processors_;
+#endif
 };
 
 // Never destroyed: its threads live as long as the process. A forked child has none of them, so it starts

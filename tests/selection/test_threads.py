@@ -72,3 +72,54 @@ def test_ctrl_c_is_heard_while_neighbours_are_sorted() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert len(heard) >= 4, "handlers run where the call looks whether it shall end"
+
+
+_PLACED = """
+import ctypes, os, torch, hullkit
+torch.set_num_threads(2)
+pool, query = torch.randn(8, 40, 16), torch.randn(8, 16)
+processor = ctypes.CDLL(None).sched_getcpu
+masks = lambda: {int(t): os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task")}
+def placed():
+    before = masks() if not workers else {}
+    for _ in range(50):
+        at = processor()
+        hullkit.sift(pool, query, 9)
+        workers.extend(set(masks()) - set(before) if before else [])
+        before = {}
+        if at == processor():  # else the caller has moved meanwhile
+            return at, masks()[workers[0]]
+workers = []
+"""
+_PINNED = """
+both = sorted(os.sched_getaffinity(0))[:2]
+os.sched_setaffinity(0, both[:1])
+assert placed() == (both[0], {both[0]})
+os.sched_setaffinity(0, both)
+at, mask = placed()
+assert mask == set(both) - {at}, (both, at, mask)
+"""
+_BOUND = """
+a = torch.randn(600, 600)
+a @ a  # OpenMP has threads now, each of a processor
+own = os.sched_getaffinity(0)
+everywhere = set().union(*masks().values())
+if len(own) == 1 and len(everywhere) > 1:
+    assert placed()[1] == everywhere - own
+    print("bound")
+"""
+two_processors = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="a thread can be placed on one of two processors only where there are two",
+)
+
+
+@two_processors
+def test_workers_follow_a_caller_that_was_pinned_for_a_while() -> None:
+    run(_PLACED + _PINNED)
+
+
+@two_processors
+def test_workers_have_processors_of_their_own_where_openmp_binds_its_threads() -> None:
+    if "bound" not in run(_PLACED + _BOUND, OMP_PROC_BIND="true", OMP_NUM_THREADS="2"):
+        pytest.skip("this torch does not bind its threads")
