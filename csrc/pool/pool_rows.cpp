@@ -219,9 +219,9 @@ void PoolRows<T>::multiply_tile(int64_t first, int64_t count, const PackedVector
     for (int64_t i = 0; i < n; i += step) {
       T* const at = out + (begin - first) + i;
       for (int64_t v = 0; v < vectors.count(); v += kMaxDotVectors) {
-        T* columns[kMaxDotVectors];
-        for (int k = 0; k < kMaxDotVectors; ++k) columns[k] = at + (v + k) * kRowsPerTile;
         const int num_vectors = static_cast<int>(std::min<int64_t>(kMaxDotVectors, vectors.count() - v));
+        T* columns[kMaxDotVectors];
+        for (int k = 0; k < num_vectors; ++k) columns[k] = at + (v + k) * kRowsPerTile;
         simd().ops<T>().dots(rows + i, std::min(step, n - i), vectors.from(v), num_vectors, dim_, columns);
       }
     }

@@ -310,8 +310,8 @@ class ActiveSetRun {
     });
   }
 
-  // What is to be taken from each change of a free weight, so that they sum to 0 where rounding is all there is:
-  // products of float32 rows below 1e-22, for one. Else they sum to 0 as they are.
+  // Changes of the free weights sum to 0, but for rounding. Where products are nothing but rounding, as those of
+  // float32 rows below 1e-22 are, it is as large as the changes. This much is then to be taken from each of them.
   HULLKIT_DEVICE double drift(double level) const {
     double sum = 0.0, size = 0.0;
     for (int r = 0; r < factor_.size(); ++r) {
@@ -340,8 +340,8 @@ class ActiveSetRun {
         of_ones += m_.ones[r];
       }
       const double level = sum / of_ones;  // all scores once there, in units
-      if (!std::isfinite(level)) {         // the last row's products are rounding alone, and of no positive matrix
-        leave(size - 1);
+      if (!std::isfinite(level)) {
+        leave(size - 1);  // its products are nothing but rounding, which no factor has to exist for
         break;
       }
       const double drift = this->drift(level);
