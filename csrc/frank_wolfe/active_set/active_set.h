@@ -98,8 +98,7 @@ class ActiveSetRun {
     if (support_full()) return;
     p_.subtract_iterate(m_.touched, m_.weights, num_touched_, m_.scores);
     if (params_.variant != Variant::kFullyCorrective) return;
-    lift_ = p_.squared(m_.vertex[0]) > 0.0 ? p_.squared(m_.vertex[0]) : 1.0;
-    unit_ = std::scalbn(1.0, std::ilogb(lift_));
+    lift_ = p_.squared(m_.vertex[0]) > 0.0 ? power_of_two(p_.squared(m_.vertex[0])) : 1.0;
     if (simplex_.last < simplex_.cap) join(m_.vertex[k - 1]);
   }
 
@@ -277,10 +276,9 @@ class ActiveSetRun {
     } else {
       return Step::kStalled;
     }
-    const bool moved = correct();
+    const Step step = correct(entering);
     p_.subtract_iterate(m_.touched, m_.weights, num_touched_, m_.scores);
-    // Another's bound may have kept it from moving, but that one has left.
-    return moved || (entering >= 0 && m_.is_free[entering]) ? Step::kContinue : Step::kStalled;
+    return step;
   }
 
   HULLKIT_DEVICE bool at_cap(int i) const { return m_.weights[i] >= simplex_.cap && !m_.is_free[i]; }
@@ -312,10 +310,10 @@ class ActiveSetRun {
 
   // Changes of the free weights sum to 0, but for rounding. Where products are nothing but rounding, as those of
   // float32 rows below 1e-22 are, it is as large as the changes. This much is then to be taken from each of them.
-  HULLKIT_DEVICE double drift(double level) const {
+  HULLKIT_DEVICE double drift() const {
     double sum = 0.0, size = 0.0;
     for (int r = 0; r < factor_.size(); ++r) {
-      const double change = m_.direction[r] - level * m_.ones[r];
+      const double change = m_.direction[r];
       sum += change;
       size += larger(change, -change);
     }
@@ -323,15 +321,15 @@ class ActiveSetRun {
   }
 
   // Moves the free weights to the minimum over their affine hull. A weight that meets a bound on the way stays there
-  // and is no longer free (Wolfe). False if nothing moved.
-  HULLKIT_DEVICE bool correct() {
+  // and is no longer free (Wolfe). kStalled if nothing moved. entering: who has just become free, or -1.
+  HULLKIT_DEVICE Step correct(int entering) {
     p_.each(0, factor_.size(), [&](int r) { m_.free_scores[r] = m_.scores[m_.free[r]]; });
     bool moved = false;
     while (factor_.size() > 1) {
       const int size = factor_.size();
       p_.each(0, size, [&](int r) {
         m_.direction[r] = m_.free_scores[r];
-        m_.ones[r] = unit_;
+        m_.ones[r] = lift_;  // 1 / lift may be beyond float64; as a power of two it changes no bit
       });
       factor_.solve(m_.direction, m_.ones);
       double sum = 0.0, of_ones = 0.0;
@@ -339,17 +337,17 @@ class ActiveSetRun {
         sum += m_.direction[r];
         of_ones += m_.ones[r];
       }
-      const double level = sum / of_ones;  // all scores once there, in units
-      if (!std::isfinite(level)) {
-        leave(size - 1);  // its products are nothing but rounding, which no factor has to exist for
-        break;
-      }
-      const double drift = this->drift(level);
+      const double level = sum / of_ones;  // all scores once there, in units of the lift
+      // Where products are nothing but rounding, no factor has to exist.
+      if (!std::isfinite(level)) return Step::kStalled;
+      p_.sync();
+      p_.each(0, size, [&](int r) { m_.direction[r] -= level * m_.ones[r]; });
+      const double drift = this->drift();
       double step = 1.0;
       int blocking = -1;
       bool to_cap = false, changes = false;
       for (int r = 0; r < size; ++r) {
-        const double change = m_.direction[r] - level * m_.ones[r] - drift, weight = m_.weights[m_.free[r]];
+        const double change = m_.direction[r] - drift, weight = m_.weights[m_.free[r]];
         changes |= change != 0.0;
         const double room = change < 0.0 ? weight : simplex_.cap - weight;
         const double speed = change < 0.0 ? -change : change;
@@ -363,11 +361,11 @@ class ActiveSetRun {
       p_.sync();
       p_.each(0, size, [&](int r) {
         double& weight = m_.weights[m_.free[r]];
-        double there = weight + step * (m_.direction[r] - level * m_.ones[r] - drift);
+        double there = weight + step * (m_.direction[r] - drift);
         if (there < kAtBound) there = 0.0;  // one that is left of weights at their bounds may have met its own
         if (simplex_.cap - there < kAtBound) there = simplex_.cap;
         weight = r == blocking ? (to_cap ? simplex_.cap : 0.0) : there;
-        m_.free_scores[r] = (1.0 - step) * m_.free_scores[r] + step * (level * unit_);
+        m_.free_scores[r] = (1.0 - step) * m_.free_scores[r] + step * (level * lift_);
       });
       if (blocking < 0) break;
       leave(blocking);
@@ -375,7 +373,8 @@ class ActiveSetRun {
         for (int r = blocking; r < factor_.size(); ++r) m_.free_scores[r] = m_.free_scores[r + 1];
       });
     }
-    return moved;
+    // Another's bound may have kept it from moving, but that one has left.
+    return moved || (entering >= 0 && m_.is_free[entering]) ? Step::kContinue : Step::kStalled;
   }
 
   Problem& p_;
@@ -384,7 +383,7 @@ class ActiveSetRun {
   const ActiveSetMemory m_;
   Cholesky<Problem> factor_;
   const bool rough_;
-  double lift_ = 0.0, unit_ = 0.0;  // a power of two, about the lift: 1 / lift may be beyond float64
+  double lift_ = 0.0;  // a power of two
   double query_iterate_ = 0.0, residual_iterate_ = 0.0;
   double mean_base_ = 0.0, mean_length_ = 0.0;  // by weight, of |<x_i, query>| and of ||x_i||
   double vertex_score_ = 0.0;

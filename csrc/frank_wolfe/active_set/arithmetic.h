@@ -21,4 +21,13 @@ HULLKIT_DEVICE inline double root(double squared) {
   return squared;
 }
 
+// The power of two below a positive number, or some small one if that is denormal.
+HULLKIT_DEVICE inline double power_of_two(double number) {
+  uint64_t bits;
+  std::memcpy(&bits, &number, sizeof(bits));
+  bits &= uint64_t{0x7ff} << 52;
+  std::memcpy(&number, &bits, sizeof(bits));
+  return number > 0.0 ? number : 0x1p-1050;
+}
+
 }  // namespace hullkit
