@@ -14,6 +14,7 @@ import _hullft
 import pytest
 import torch
 from _cases import CI_EXAMPLES
+from hullkit.language_model import fused_modules
 from hypothesis import settings
 
 settings.register_profile("long", max_examples=20 * CI_EXAMPLES)  # of `make fuzz-python`
@@ -80,6 +81,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def replaced_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU, parts of models are replaced all the same, and call their own code."""
+    monkeypatch.setattr(fused_modules, "has_kernels_for", lambda model, backend: True)
 
 
 @pytest.fixture

@@ -215,6 +215,7 @@ def test_in_place_is_undone_if_it_fails(monkeypatch: pytest.MonkeyPatch) -> None
         {"seed": 5},
     ],
 )
+@pytest.mark.usefixtures("replaced_on_a_cpu")
 def test_attributes_are_followed_when_they_are_set(settings: dict[str, Any]) -> None:
     """The same as a tuner that was made with them, and the former behaviour when set back."""
     models = [llama().to(torch.bfloat16 if {*settings} & {"rounding", "seed"} else torch.float32)]

@@ -13,7 +13,7 @@ from hullkit.finetune import AdaptReport, TestTimeFinetuner
 from torch import Tensor, nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = [pytest.mark.plain_memory, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.plain_memory, pytest.mark.usefixtures("one_thread", "replaced_on_a_cpu")]
 if DEVICE.type == "cuda":
     pytestmark.append(pytest.mark.gpu)
 

@@ -102,6 +102,7 @@ def test_signal_whose_handler_the_block_has_set(signum: int) -> None:
     assert at_every.where == {"_leave", "restore"}
 
 
+@pytest.mark.usefixtures("replaced_on_a_cpu")
 def test_signal_as_what_models_compute_is_put_back() -> None:
     model = gpt2()
     at_every = AtEvery(lambda: signal.raise_signal(signal.SIGALRM), modules=(fused_modules,))
@@ -119,6 +120,7 @@ def test_signal_as_what_models_compute_is_put_back() -> None:
     assert "stand_ins" in at_every.where
 
 
+@pytest.mark.usefixtures("replaced_on_a_cpu")
 def test_signal_as_torch_takes_a_mode_off_its_stack() -> None:
     """torch does so for each function that a mode handles; the error may keep it off, or on."""
     model = plain()

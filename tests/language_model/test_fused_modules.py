@@ -18,7 +18,9 @@ from hullkit.language_model.saved_tensors import Saved
 from torch import Tensor, nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they run on it
+pytestmark = [pytest.mark.usefixtures("replaced_on_a_cpu")]
+if DEVICE.type == "cuda":  # there they run on it
+    pytestmark.append(pytest.mark.gpu)
 
 
 def replaced(model: nn.Module) -> list[Any]:

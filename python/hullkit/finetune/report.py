@@ -50,8 +50,8 @@ class AdaptReport(NamedTuple):
         path: "captured" if passes were replayed CUDA graphs, else "eager".
         reason: why passes were not captured; None if they were.
         fused: the model's methods and functions that a pass replaced while it lasted, sorted by
-            name: "package.Class.forward" or "module.function". On a CPU the norms', the
-            adapters' and the loss's replacements call the model's own.
+            name: "package.Class.forward" or "module.function". Empty on a CPU but for the
+            checkpointing of layers, and for a model of which a part is compiled.
         activations: "recompute" if a pass ran layers again in its backward half, else "keep".
 
     >>> import hullkit, torch

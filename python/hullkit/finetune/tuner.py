@@ -20,6 +20,7 @@ from ..language_model.interface import (
     check_token_ids,
     check_trainable,
     forward_parameters,
+    is_compiled,
     token_limits,
 )
 from ..language_model.own_loss import check_own_labels
@@ -78,12 +79,13 @@ class TestTimeFinetuner:
         fuse: whether a pass may run faster functions in place of the model's own: linear layers,
             norms, gates, attention, the loss. They compute the same, rounded otherwise. With False
             nothing is replaced; gradient checkpointing stays on. `last_report.fused` names what was
-            replaced. What others have replaced is left alone, and so is all with `compile`.
+            replaced. What others have replaced is left alone, and so is all on a CPU, with
+            `compile`, and in a model of which a part is compiled.
         activations: "keep" holds the tensors that the backward pass needs. "recompute" holds one
             input for each layer, for long texts; a layer then runs twice. Layers are the members of
             every `nn.ModuleList` of modules of one class. "auto" keeps them while they fit into
             the free memory of a CUDA device, and recomputes those of longer texts. With `compile`
-            the compiler decides.
+            or a compiled model the compiler decides.
 
     Attributes:
         last_report: the AdaptReport of the latest query; None if it failed.
@@ -173,7 +175,12 @@ class TestTimeFinetuner:
 
     def _settings(self) -> Settings:
         """The attributes as they are now, checked: a user may set them between two queries."""
-        return Settings(**{name: getattr(self, name) for name in Settings._fields}).checked()
+        own = Settings(**{name: getattr(self, name) for name in Settings._fields}).checked()
+        if own.activations == "recompute" and is_compiled(self.model):
+            raise ValueError(
+                "activations: expected 'auto' or 'keep' for a compiled model, got 'recompute'"
+            )
+        return own
 
     def adapted(
         self, examples: Any, counts: Any, *, select_seconds: float | None = None

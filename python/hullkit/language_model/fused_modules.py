@@ -21,7 +21,7 @@ from . import causal_masks, rotary
 from .cross_entropy import TiedGradient, linear_next_token_loss, next_token_loss
 from .fused_functions import FusedFunctions
 from .gated_layers import GatedLayer
-from .interface import forward_parameters
+from .interface import forward_parameters, is_compiled
 from .low_rank import LowRank
 from .norms import Norm
 from .pass_copies import PassCopies
@@ -141,7 +141,9 @@ def stand_ins(
 ) -> Iterator[set[str]]:
     """Inside the block the model computes the same, cheaper. What others have replaced stays.
 
-    The block gets a set, which has the names of the replaced methods and functions at its end.
+    The block gets a set, which has the names of the replaced methods and functions at its end. It
+    stays empty on a CPU, which has no cheaper kernels, and for a model that is compiled: the
+    compiler would trace the stand-ins, and fuses what it finds itself.
 
     saved: recomputes the outputs of activations, so that they need not be saved.
     checkpointed: layers that run again in the backward pass, outside of the block. Nothing in them
@@ -164,6 +166,9 @@ def stand_ins(
     def replace_forward(module: Any, stand_in: Forward) -> None:
         replace(module, "forward", stand_in, f"{_full_name(type(module))}.forward")
 
+    if is_compiled(model) or not has_kernels_for(model, backend):
+        yield names
+        return
     functions = FusedFunctions(saved, backend, inputs, products)
     try:
         for module in model.modules():
@@ -194,9 +199,14 @@ def stand_ins(
             module.__dict__.pop(attribute, None)
 
 
+def has_kernels_for(model: nn.Module, backend: str | None) -> bool:
+    """Whether passes of the model may run kernels; without any, a stand-in gains nothing."""
+    return backend == "triton" or any(p.is_cuda for p in model.parameters())
+
+
 def fused_head_weight(model: nn.Module) -> Tensor | None:
     """The weight of the last layer, if `stand_ins` lets the loss compute its product; else None."""
-    head = _head_with_known_loss(model)
+    head = None if is_compiled(model) else _head_with_known_loss(model)
     lm_head = None if head is None else _lm_head(model, head)
     return None if lm_head is None else lm_head.weight
 

@@ -37,6 +37,19 @@ def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, goes through torch.compile already."""
+    return any(map(_is_compiled, model.modules()))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    if "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None:
+        return True
+    # torch.compiler.disable keeps the function that it wraps under this name, too.
+    compiled = hasattr(module.forward, "_torchdynamo_orig_callable")
+    return compiled and not getattr(module.forward, "_torchdynamo_disable", False)
+
+
 def without_cache(model: nn.Module) -> dict[str, bool]:
     """Options with which the model's forward keeps no keys and values, of use for generation only.
 

@@ -15,6 +15,7 @@ from .fused_modules import fused_head_weight, stand_ins
 from .interface import (
     device_of,
     forward_parameters,
+    is_compiled,
     logits_of,
     name_of,
     without_cache,
@@ -42,7 +43,7 @@ class CausalLoss:
 
     def __init__(self, model: nn.Module, precision: str, compile: bool, fuse: bool) -> None:
         self._model = model
-        self.fuses = fuse and not compile  # the compiler fuses what it finds itself
+        self._fuse = fuse
         self.fused: tuple[str, ...] = ()  # names of what the latest pass replaced
         self._of_logits = next_token_loss if fuse else plain_next_token_loss
         self.autocast = precision == "bf16"
@@ -50,7 +51,17 @@ class CausalLoss:
         self._loss_is_known = False
         self._is_causal: bool | None = True  # as the caller says; None while it is in doubt
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
-        self.compiled = compile
+        self._compiles = compile
+
+    @property
+    def compiled(self) -> bool:
+        """Whether passes go through torch.compile, by a tuner's wish or by their model's own."""
+        return self._compiles or is_compiled(self._model)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether passes run other functions. The compiler fuses what it finds itself."""
+        return self._fuse and not self.compiled
 
     def __call__(
         self,
@@ -77,7 +88,7 @@ class CausalLoss:
         # Layers that the user's checkpointing runs again are not run a third time.
         repeated = repeated_layers(self._model) if recompute and not layers else []
         pieces: AbstractContextManager[set[str]] = nullcontext(set())
-        if self.fuses:
+        if self._fuse:
             # There the output has no logits, and the loss is one of next tokens.
             self._loss_is_known |= fused_head_weight(self._model) is not None
             plain = inputs.keys() <= {"input_ids", "labels"}
