@@ -255,3 +255,49 @@ def test_parts_that_are_not_there() -> None:
     layer = Gated()
     layer.down = Act(in_features=9)
     assert proof(layer) is None
+
+
+class Meter:
+    n = 0
+
+
+def test_a_trial_draws_no_random_numbers_of_the_callers() -> None:
+    """Neither do the random layers that are its parts, nor a forward that fails."""
+
+    def fails(x: Tensor) -> Tensor:
+        torch.rand(3)
+        raise RuntimeError
+
+    layer = Gated()
+    before = torch.get_rng_state()
+    noisy = Act(lambda x: F.gelu(x) + 0.0 * torch.rand_like(x))  # it has gelu's values
+    for module in (layer, noisy, Act(fails)):
+        assert (proof(module) is None) == (module is not layer)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("where", ["attribute", "object"])
+def test_what_counts_its_calls_is_tried_twice_at_most(where: str) -> None:
+    """Its attributes change in every pass, which would be a reason to try it again."""
+    trials = []
+
+    class Counted(Act):
+        def forward(self, x: Tensor) -> Tensor:
+            self.meter.n += 1  # type: ignore[operator, union-attr]
+            trials.append(len(x))
+            return F.gelu(x)
+
+    act = Counted(meter=Meter())
+    if where == "attribute":
+        act = Leaving(lambda act, x: (setattr(act, "calls", act.calls + 1), trials.append(1)))  # type: ignore[arg-type, return-value]
+    for _ in range(5):
+        assert proof(act) is None
+        act(torch.ones(2, 2))
+    assert len(trials) == 5 + 2
+
+
+def test_a_module_that_is_set_up_in_its_first_forward() -> None:
+    act = Leaving(lambda act, x: setattr(act, "ready", True))
+    assert proof(act) is None
+    act(torch.ones(2, 2))
+    assert proof(act) == "gelu"

@@ -54,9 +54,9 @@ def proven_low_rank(module: Any) -> LowRank | None:
         base, a, b = (random_linear(*size, random) for size in sizes)
         parts = (base, nn.ModuleDict({name: a}), nn.ModuleDict({name: b}))
         x = random_tensor(random, _ROWS, _IN)
-        tried = trial(module, x, dict(zip(_PARTS, parts, strict=True)))
     except Exception:
         return None
+    tried = trial(module, x, dict(zip(_PARTS, parts, strict=True)))
     if tried is None:
         return None
     x = tried.leaves[0]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,14 +13,26 @@ from .fused_functions import proven_activation
 from .gated_layers import GatedLayer, gate_parts, proven_gated_layer
 from .low_rank import LowRank, is_watched, proven_low_rank
 from .norms import Norm, proven_rms_norm
-from .trials import Same, facts, plain_modes
+from .trials import LeftSomething, Same, facts, plain_modes
 
 Formula = Norm | LowRank | GatedLayer | str
 
-# What modules were found to compute, and the facts on which that rests.
-_PROOFS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Formula | None]] = (
-    weakref.WeakKeyDictionary()
-)
+
+class _Known(NamedTuple):
+    """What a module was found to compute, and the facts on which that rests.
+
+    left: the trials in a row that left something behind.
+    """
+
+    facts: Any
+    formula: Formula | None
+    left: int
+
+
+_PROOFS: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+# A module may set itself up in its first forward. One that leaves something in each would be tried
+# in every pass, since its attributes have changed each time.
+_MOST_LEFT = 2
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parts, hooks and the like
 
 
@@ -28,10 +40,14 @@ def proof(module: nn.Module) -> Formula | None:
     """The known formula that a module computes; None if none was found.
 
     That is an RMS norm, a low-rank adapter beside a linear layer, a gated layer, or the name of an
-    activation. It is tried once, and again when an attribute has changed.
+    activation. It is tried once, and again when an attribute has changed, unless it has left
+    something behind in two trials. Random numbers that a trial draws are put back.
     """
     kind = type(module)
     if kind.__module__.startswith("torch.nn."):  # these call functions of torch
+        return None
+    known = _PROOFS.get(module)
+    if known is not None and known.left == _MOST_LEFT:
         return None
     adapted = "lora_A" in module._modules
     _, activations = gate_parts(module)
@@ -49,14 +65,17 @@ def proof(module: nn.Module) -> Formula | None:
     for act in acts:  # the linear parts are called as they are
         found_with += (*module._modules, Same(act), type(act).forward, is_watched(act))
         found_with += facts(act)
-    known = _PROOFS.get(module)
-    if known is not None and known[0] == found_with:
-        return known[1]
+    if known is not None and known.facts == found_with:
+        return known.formula
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return None  # a forward that is tried might wait for the device
-    with plain_modes():
-        found = _found(module, adapted, acts if activations else None, parameters)
-    _PROOFS[module] = (found_with, found)
+    found, left = None, 0
+    try:
+        with plain_modes():
+            found = _found(module, adapted, acts if activations else None, parameters)
+    except LeftSomething:
+        left = 1 if known is None else known.left + 1
+    _PROOFS[module] = _Known(found_with, found, left)
     return found
 
 

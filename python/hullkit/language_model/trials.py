@@ -6,8 +6,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ _OPAQUE = (nn.Module, type, FunctionType, MethodType, ModuleType)  # no content 
 
 def random_linear(columns: int, rows: int, random: torch.Generator) -> nn.Linear:
     """A layer without a bias, whose weight has elements of about 1."""
-    layer = nn.Linear(columns, rows, bias=False, device="cpu", dtype=torch.float32)
-    layer.weight.data = random_tensor(random, rows, columns)
+    # On the CPU its weight would begin with numbers of torch's own stream, which is the caller's.
+    layer = nn.Linear(columns, rows, bias=False, device="meta", dtype=torch.float32)
+    layer.weight = nn.Parameter(random_tensor(random, rows, columns))
     return layer
 
 
@@ -50,6 +51,32 @@ def plain_modes() -> Iterator[None]:
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
+
+
+class LeftSomething(Exception):
+    """A forward that was tried left something behind: whoever reads that would miss it.
+
+    That is a change of an attribute, or of the state of random numbers.
+    """
+
+
+@contextmanager
+def _kept_random_numbers() -> Iterator[Callable[[], bool]]:
+    """A block that leaves torch's random numbers as they were; yields whether some were drawn.
+
+    A generator of a device tells its state without waiting, but not while a graph is captured.
+    """
+    generators = (torch.default_generator, *torch.cuda.default_generators)
+    before = [(generator, generator.get_state()) for generator in generators]
+
+    def used() -> list[tuple[torch.Generator, Tensor]]:
+        return [(one, state) for one, state in before if not torch.equal(one.get_state(), state)]
+
+    try:
+        yield lambda: bool(used())
+    finally:
+        for generator, state in used():
+            generator.set_state(state)
 
 
 class Trial(NamedTuple):
@@ -95,25 +122,31 @@ def trial(
 ) -> Trial | None:
     """What the forward of the module's class makes of x, with these parts instead of its own.
 
-    None if it fails, returns no tensor like x but for the columns, or leaves something behind: who
-    reads that would miss it. Nobody who watches the module is told, and what it keeps in tensors,
-    lists, sets and dicts stays as it is. Inside `plain_modes`.
+    None if it fails, or returns no tensor like x but for the columns. Nobody who watches the module
+    is told, and what it keeps in tensors, lists, sets and dicts stays as it is, as do torch's
+    random numbers. Inside `plain_modes`, and not in a capture.
 
     writes: whether it may write to its input.
+
+    Raises LeftSomething.
     """
     parts, parameters = parts or {}, parameters or {}
     x = x.detach().requires_grad_()
     copies: list[nn.Module] = []
-    try:
-        tried = _copied(module, parts, copies)
-        tried.__dict__["_parameters"] = {**module._parameters, **parameters}
-        before = [facts(one) for one in copies]
-        given = x.clone()
-        y = type(module).forward(tried, given)
-        changed = [facts(one) for one in copies] != before or (given._version > 0 and not writes)
-    except Exception:
-        return None
-    if changed or not isinstance(y, Tensor) or not y.requires_grad:
+    given, y = x.clone(), None
+    with _kept_random_numbers() as were_drawn:
+        try:
+            tried = _copied(module, parts, copies)
+            tried.__dict__["_parameters"] = {**module._parameters, **parameters}
+            before = [facts(one) for one in copies]
+            with suppress(Exception):
+                y = type(module).forward(tried, given)
+            changed = [facts(one) for one in copies] != before
+        except Exception:
+            return None
+        if changed or were_drawn():
+            raise LeftSomething
+    if not isinstance(y, Tensor) or not y.requires_grad or (given._version > 0 and not writes):
         return None
     if y.dtype is not x.dtype or y.shape[:-1] != x.shape[:-1]:
         return None
