@@ -73,42 +73,6 @@ def test_no_gap_tol_at_any_length(variant: str, backend: str | None) -> None:
         assert hullkit.Status(int(result.status)) is not hullkit.Status.GAP_TOL
 
 
-@pytest.mark.parametrize(
-    ("dtype", "lengths"),
-    [
-        (torch.float64, (1e-150, 1e-154, 1e-156, 1e-158, 1e-160, 1e-161, 1e-162, 1e-170)),
-        (torch.float32, (1e-20, 1e-21, 1e-22, 5e-23, 3e-23, 2e-23, 1e-23)),
-    ],
-)
-@pytest.mark.parametrize("max_weight", [1.0, 0.3])
-def test_weights_where_squares_underflow(
-    dtype: torch.dtype, lengths: tuple[float, ...], max_weight: float
-) -> None:
-    """Products are denormal, or 0: hardly anything is known of the hull, but weights are weights.
-
-    float64 has a few digits left down to 1e-158, and the kernels find the optimum to within these.
-    """
-    rng = np.random.default_rng(0)
-    for length in lengths:
-        for case in range(120):
-            n, d = (8, 60, 100)[case % 3], (1, 3, 16)[case // 3 % 3]
-            pool = rng.standard_normal((n, d))
-            if case % 2:
-                pool[n // 2 :] = pool[: n - n // 2]
-            query = pool[:5].mean(0)
-            result = hullkit.frank_wolfe(
-                *(torch.from_numpy(length * part).to(dtype) for part in (pool, query)),
-                variant="fully_corrective",
-                tol=0.0,
-                max_weight=max_weight,
-            )
-            assert abs(float(result.weights.sum()) - 1) <= 1e-8
-            assert float(result.weights.min()) >= 0
-            assert float(result.weights.max()) <= max_weight + 1e-12
-            if dtype is torch.float64 and length >= 1e-158:
-                assert float(result.residual_norm) <= 1e-3 * length
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_memory_of_the_factor_grows_with_its_rows() -> None:
     """20,000 rows could be freed, and their factor has 1.6 GB; about ten are."""

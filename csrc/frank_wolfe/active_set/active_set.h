@@ -3,16 +3,29 @@
 // GPU's block of threads. All state is weights and scores of the candidates; sums are over touched vertices, in order.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
+#include <cstring>
 
-#include "frank_wolfe/active_set/active_set_memory.h"
-#include "frank_wolfe/active_set/arithmetic.h"
 #include "frank_wolfe/active_set/cholesky.h"
 #include "frank_wolfe/capped_simplex.h"
 #include "frank_wolfe/step.h"
 
 namespace hullkit {
+
+// Memory that the threads share, for n candidates of which at most `touched` are touched.
+struct ActiveSetMemory {
+  double* weights;      // [n]
+  double* scores;       // [n] <residual, x_i>
+  double* free_scores;  // [touched] and so on
+  double* direction;    // also [n]: the LMO's answer of a capped step, as products with the candidates
+  double* ones;
+  double* factor;          // [touched (touched + 1) / 2]
+  int* slot;               // [n] place among the touched, -1 if untouched
+  int* touched;            // [touched] candidates in order of touching
+  int* free;               // [touched] the free ones: weights between the bounds, in the order of the factor
+  int* vertex;             // [1 / max_weight] the LMO's answer, best first
+  unsigned char* is_free;  // [n]
+};
 
 // Problem: a Team (cholesky.h) that knows the candidates.
 //   size(), base(i) = <x_i, query>, query_squared(), squared(i), rough(): products are float32 sums
@@ -68,7 +81,6 @@ class ActiveSetRun {
   HULLKIT_DEVICE double pivot() const { return rough_ ? 1e-6 : kPivot; }
   static constexpr double kPivot = 2e-14;
   static constexpr double kAtBound = 1e-14;
-  static constexpr double kLeast = 0x1p-1074;  // of the positive numbers
 
   HULLKIT_DEVICE bool support_full() const { return num_touched_ >= params_.max_support; }
 
@@ -82,6 +94,17 @@ class ActiveSetRun {
     });
     ++num_touched_;
   }
+
+  HULLKIT_DEVICE static double larger(double a, double b) { return a > b ? a : b; }
+  // The square root or up to 7 % more: half the exponent. A threshold needs no more, and a GPU is slow at roots.
+  HULLKIT_DEVICE static double root(double squared) {
+    uint64_t bits;
+    std::memcpy(&bits, &squared, sizeof(bits));
+    bits = (bits >> 1) + (uint64_t{1023} << 51);
+    std::memcpy(&squared, &bits, sizeof(bits));
+    return squared;
+  }
+  HULLKIT_DEVICE static double smaller(double a, double b) { return a < b ? a : b; }
 
   // The vertex of the capped simplex with the largest product with the query.
   HULLKIT_DEVICE void start() {
@@ -98,7 +121,7 @@ class ActiveSetRun {
     if (support_full()) return;
     p_.subtract_iterate(m_.touched, m_.weights, num_touched_, m_.scores);
     if (params_.variant != Variant::kFullyCorrective) return;
-    lift_ = p_.squared(m_.vertex[0]) > 0.0 ? power_of_two(p_.squared(m_.vertex[0])) : 1.0;
+    lift_ = p_.squared(m_.vertex[0]) > 0.0 ? p_.squared(m_.vertex[0]) : 1.0;
     if (simplex_.last < simplex_.cap) join(m_.vertex[k - 1]);
   }
 
@@ -276,9 +299,10 @@ class ActiveSetRun {
     } else {
       return Step::kStalled;
     }
-    const Step step = correct(entering);
+    const bool moved = correct();
     p_.subtract_iterate(m_.touched, m_.weights, num_touched_, m_.scores);
-    return step;
+    // Another's bound may have kept it from moving, but that one has left.
+    return moved || (entering >= 0 && m_.is_free[entering]) ? Step::kContinue : Step::kStalled;
   }
 
   HULLKIT_DEVICE bool at_cap(int i) const { return m_.weights[i] >= simplex_.cap && !m_.is_free[i]; }
@@ -292,8 +316,8 @@ class ActiveSetRun {
     const auto* const column = p_.column(i);
     p_.each(0, size, [&](int r) { m_.direction[r] = static_cast<double>(column[m_.free[r]]) + lift_; });
     const double own = p_.squared(i) + lift_;
-    // Of the constant only float64 rounding is left; of squares below 1e-310 not even that.
-    factor_.append(m_.direction, own, larger(larger(pivot() * p_.squared(i), kPivot * own), kLeast));
+    // Of the constant only float64 rounding is left.
+    factor_.append(m_.direction, own, larger(pivot() * p_.squared(i), kPivot * own));
     p_.each(0, 1, [&](int) {
       m_.free[size] = i;
       m_.is_free[i] = 1;
@@ -308,28 +332,16 @@ class ActiveSetRun {
     });
   }
 
-  // Changes of the free weights sum to 0, but for rounding. Where products are nothing but rounding, as those of
-  // float32 rows below 1e-22 are, it is as large as the changes. This much is then to be taken from each of them.
-  HULLKIT_DEVICE double drift() const {
-    double sum = 0.0, size = 0.0;
-    for (int r = 0; r < factor_.size(); ++r) {
-      const double change = m_.direction[r];
-      sum += change;
-      size += larger(change, -change);
-    }
-    return larger(sum, -sum) > 1e-9 * size ? sum / factor_.size() : 0.0;
-  }
-
   // Moves the free weights to the minimum over their affine hull. A weight that meets a bound on the way stays there
-  // and is no longer free (Wolfe). kStalled if nothing moved. entering: who has just become free, or -1.
-  HULLKIT_DEVICE Step correct(int entering) {
+  // and is no longer free (Wolfe). False if nothing moved.
+  HULLKIT_DEVICE bool correct() {
     p_.each(0, factor_.size(), [&](int r) { m_.free_scores[r] = m_.scores[m_.free[r]]; });
     bool moved = false;
     while (factor_.size() > 1) {
       const int size = factor_.size();
       p_.each(0, size, [&](int r) {
         m_.direction[r] = m_.free_scores[r];
-        m_.ones[r] = lift_;  // 1 / lift may be beyond float64; as a power of two it changes no bit
+        m_.ones[r] = 1.0;
       });
       factor_.solve(m_.direction, m_.ones);
       double sum = 0.0, of_ones = 0.0;
@@ -337,17 +349,12 @@ class ActiveSetRun {
         sum += m_.direction[r];
         of_ones += m_.ones[r];
       }
-      const double level = sum / of_ones;  // all scores once there, in units of the lift
-      // Where products are nothing but rounding, no factor has to exist.
-      if (!std::isfinite(level)) return Step::kStalled;
-      p_.sync();
-      p_.each(0, size, [&](int r) { m_.direction[r] -= level * m_.ones[r]; });
-      const double drift = this->drift();
+      const double level = sum / of_ones;  // all scores, once there
       double step = 1.0;
       int blocking = -1;
       bool to_cap = false, changes = false;
       for (int r = 0; r < size; ++r) {
-        const double change = m_.direction[r] - drift, weight = m_.weights[m_.free[r]];
+        const double change = m_.direction[r] - level * m_.ones[r], weight = m_.weights[m_.free[r]];
         changes |= change != 0.0;
         const double room = change < 0.0 ? weight : simplex_.cap - weight;
         const double speed = change < 0.0 ? -change : change;
@@ -361,11 +368,11 @@ class ActiveSetRun {
       p_.sync();
       p_.each(0, size, [&](int r) {
         double& weight = m_.weights[m_.free[r]];
-        double there = weight + step * (m_.direction[r] - drift);
+        double there = weight + step * (m_.direction[r] - level * m_.ones[r]);
         if (there < kAtBound) there = 0.0;  // one that is left of weights at their bounds may have met its own
         if (simplex_.cap - there < kAtBound) there = simplex_.cap;
         weight = r == blocking ? (to_cap ? simplex_.cap : 0.0) : there;
-        m_.free_scores[r] = (1.0 - step) * m_.free_scores[r] + step * (level * lift_);
+        m_.free_scores[r] = (1.0 - step) * m_.free_scores[r] + step * level;
       });
       if (blocking < 0) break;
       leave(blocking);
@@ -373,8 +380,7 @@ class ActiveSetRun {
         for (int r = blocking; r < factor_.size(); ++r) m_.free_scores[r] = m_.free_scores[r + 1];
       });
     }
-    // Another's bound may have kept it from moving, but that one has left.
-    return moved || (entering >= 0 && m_.is_free[entering]) ? Step::kContinue : Step::kStalled;
+    return moved;
   }
 
   Problem& p_;
@@ -383,7 +389,7 @@ class ActiveSetRun {
   const ActiveSetMemory m_;
   Cholesky<Problem> factor_;
   const bool rough_;
-  double lift_ = 0.0;  // a power of two
+  double lift_ = 0.0;
   double query_iterate_ = 0.0, residual_iterate_ = 0.0;
   double mean_base_ = 0.0, mean_length_ = 0.0;  // by weight, of |<x_i, query>| and of ||x_i||
   double vertex_score_ = 0.0;
