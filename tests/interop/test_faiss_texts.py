@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("faiss", reason="an extra is not installed")
 
-from hullkit.interop.faiss import Texts  # noqa: E402
+from hullkit.interop.faiss import Texts
 
 
 def test_texts_by_their_places(tmp_path: Path) -> None:
