@@ -94,9 +94,6 @@ def test_another_thread_in_a_pass_is_told() -> None:
     assert len(found) == 1
 
 
-@pytest.mark.xfail(
-    DEVICE.type == "cuda", reason="seen to hold them with Python 3.12 and CUDA; why is not known"
-)
 def test_kept_errors_hold_no_examples() -> None:
     def fails(model: torch.nn.Module) -> None:
         raise ArithmeticError("of then")

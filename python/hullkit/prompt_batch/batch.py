@@ -240,6 +240,7 @@ class PromptBatch(Settings):
         if self._busy:
             raise RuntimeError("expected no other map or adapt_ of this batch under way")
         stream = Stream(self, queries, keep)  # first: its errors leave the batch free
+        del queries  # from Python 3.12 on this frame lives as long as a kept error
         try:
             self._busy = True
             yield from stream
