@@ -42,6 +42,7 @@ def command(given: Sequence[str] | None = None) -> str:
     Without --out, and of folders and files their names alone.
     """
     words = [*(sys.argv[1:] if given is None else given)]
+    words = [word for word in words if not word.startswith("--out=")]
     if "--out" in words:
         at = words.index("--out")
         del words[at : at + 2]

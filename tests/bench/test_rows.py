@@ -38,7 +38,8 @@ def test_a_command_names_no_place_on_a_machine(
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(sys, "argv", ["", "--model", "/a/b/small", "--out", "/x.csv", "--k", "a b"])
     assert harness.rows.command() == "python -m bench.ttft --model small --k 'a b'"
-    assert harness.rows.command(["--slots", "2"]) == "python -m bench.ttft --slots 2"
+    given = ["--out=/x.csv", "--slots", "2"]
+    assert harness.rows.command(given) == "python -m bench.ttft --slots 2"
 
 
 def test_a_row_of_what_could_not_be_measured(harness: Any) -> None:

@@ -45,9 +45,10 @@ def is_compiled(model: nn.Module) -> bool:
 def _is_compiled(module: nn.Module) -> bool:
     if "_orig_mod" in module._modules or module.__dict__.get("_compiled_call_impl") is not None:
         return True
+    forward = module.__dict__.get("forward", type(module).forward)
     # torch.compiler.disable keeps the function that it wraps under this name, too.
-    compiled = hasattr(module.forward, "_torchdynamo_orig_callable")
-    return compiled and not getattr(module.forward, "_torchdynamo_disable", False)
+    compiled = hasattr(forward, "_torchdynamo_orig_callable")
+    return compiled and not getattr(forward, "_torchdynamo_disable", False)
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
