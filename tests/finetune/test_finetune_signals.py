@@ -20,7 +20,7 @@ from _models import Before, gpt2, plain, texts
 from _signals import SIGNALS, AtEvery, raising
 from hullkit.finetune import TestTimeFinetuner, adaptation, eager_passes, query_run, snapshot
 from hullkit.finetune import tuner as tuner_module
-from hullkit.language_model import fused_modules, pass_modes
+from hullkit.language_model import fused_modules, pass_modes, product_settings
 from hullkit.language_model import loss as loss_module
 from torch import nn
 
@@ -118,6 +118,31 @@ def test_signal_as_what_models_compute_is_put_back() -> None:
         before = Before(model)
         at_every.run(query, lambda _: before.check())
     assert "stand_ins" in at_every.where
+
+
+def test_signal_as_products_get_their_precision() -> None:
+    """Settings are as before, and no block is left for which others would wait."""
+    model = plain()
+    # Not the line that takes a lock: Python hears no signal between the lock and its block.
+    at_every = AtEvery(
+        lambda: signal.raise_signal(signal.SIGALRM),
+        modules=(product_settings,),
+        functions=("_follow", "_set", "put_back", "may_begin"),
+    )
+    torch.set_float32_matmul_precision("high")
+
+    def check(sent: bool) -> None:
+        before.check()
+        kept = (product_settings._blocks, product_settings._running, product_settings._waiting)
+        assert not any(kept)
+
+    try:
+        with raising(signal.SIGALRM, TimeoutError):
+            before = Before(model)
+            at_every.run(lambda: raises(model, TimeoutError, updates=1) and None, check)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert at_every.where >= {"_follow", "_set", "put_back", "may_begin"}
 
 
 @pytest.mark.usefixtures("replaced_on_a_cpu")

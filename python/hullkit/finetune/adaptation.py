@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..language_model import pass_modes
-from ..language_model.product_settings import ProductSettings
+from ..language_model.product_settings import end_blocks, open_blocks
 from ..language_model.quantized_layouts import FirstLayouts
 from ..native.kernels import WithBlock
 from .base_weights import Weights
@@ -168,14 +168,14 @@ def _without_autocast(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 class TorchSettings:
-    """torch's settings at this moment.
+    """torch's settings at this moment, and the thread's blocks of a precision of products.
 
-    A context manager of torch whose `__exit__` is cut short leaves its setting behind.
+    A context manager whose `__exit__` is cut short leaves its setting behind.
     """
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
-        self._products = ProductSettings.now()
+        self._products = open_blocks()
         self._autocast = [
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in ("cpu", "cuda")
@@ -187,7 +187,7 @@ class TorchSettings:
     def put_back(self) -> None:
         pass_modes.put_back(self._modes)
         torch.set_grad_enabled(self._grad)
-        self._products.put_back()
+        end_blocks(but=self._products)
         for device, enabled, dtype in self._autocast:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)

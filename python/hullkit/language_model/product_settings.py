@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The precision of products: torch's settings for float32, through both interfaces; autocast."""
+"""The precision of products: torch's settings for float32, through both interfaces; autocast.
+
+torch has one setting for all threads. The first block of `matmul_precision` keeps what was set, and
+the last one of all threads puts it back. Blocks of one precision may be open together. A thread
+that asks for the other one waits until theirs have ended: its numbers would be theirs, and an error
+would hit queries that are right, at moments that nobody can foresee.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -41,25 +49,120 @@ class ProductSettings(NamedTuple):
                 backend.fp32_precision = value
 
 
+class Block:
+    """An open block of `matmul_precision`."""
+
+    def __init__(self, precision: str) -> None:
+        self.rounds = precision == "tf32"
+        self.thread = threading.get_ident()
+
+
+_lock = threading.RLock()  # a signal may come inside, and its handler run a pass
+_changed = threading.Condition(_lock)
+_blocks: dict[int, list[Block]] = {}  # of each thread, the innermost last
+_running: dict[int, bool] = {}  # whether products of a thread's passes are rounded, as they are now
+_waiting: dict[int, None] = {}  # threads in the order in which they came
+_before: ProductSettings | None = None  # what was set when nothing was running
+
+
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Inside the block float32 products are TensorFloat-32 for "tf32", else full float32."""
-    common, single = ("high", "tf32") if precision == "tf32" else ("highest", "ieee")
-    before = ProductSettings.now()
+    """Inside the block float32 products are TensorFloat-32 for "tf32", else full float32.
+
+    It begins when no other thread is in a block of the other precision. A block within another of
+    the thread's own takes its place meanwhile.
+    """
+    block = Block(precision)
+    try:
+        with _lock:
+            _blocks.setdefault(block.thread, []).append(block)
+            _follow(block.thread)
+        yield
+    finally:
+        with _lock:
+            if block in _blocks.get(block.thread, ()):
+                _blocks[block.thread].remove(block)
+            _follow(block.thread)
+
+
+def open_blocks() -> list[Block]:
+    """This thread's blocks."""
+    return [*_blocks.get(threading.get_ident(), ())]
+
+
+def end_blocks(but: Collection[Block]) -> None:
+    """Ends this thread's other blocks, which a signal has kept from ending themselves."""
+    thread = threading.get_ident()
+    with _lock:
+        if thread in _blocks:
+            _blocks[thread] = [block for block in _blocks[thread] if block in but]
+        _follow(thread)
+
+
+def _follow(thread: int) -> None:
+    """Gives a thread the precision of its innermost block. It may be cut short and called again.
+
+    A thread that waits has no precision. So two threads that wait do not wait for each other.
+    """
+    global _before
+    _waiting.pop(thread, None)  # a signal may have kept it there
+    own = _blocks.get(thread)
+    if own and _running.get(thread) is own[-1].rounds:
+        return
+    _running.pop(thread, None)
+    if not _running and _before is not None:
+        _before.put_back()
+        _before = None
+    _changed.notify_all()
+    if not own:
+        _blocks.pop(thread, None)
+        return
+    wanted = own[-1].rounds
+    _waiting[thread] = None
+
+    def may_begin() -> bool:
+        if thread not in _waiting:  # a signal's handler had blocks of its own, and followed then
+            return thread in _running
+        # In the order of arrival: a stream of one precision must not keep the other out.
+        return next(iter(_waiting)) == thread and set(_running.values()) <= {wanted}
+
+    try:
+        _changed.wait_for(may_begin)
+    finally:
+        _waiting.pop(thread, None)
+        _changed.notify_all()
+    if not _running:
+        _before = ProductSettings.now()
+        _set(_before, wanted)
+    _running[thread] = wanted
+
+
+def _set(before: ProductSettings, rounds: bool) -> None:
+    common, single = ("high", "tf32") if rounds else ("highest", "ieee")
     # A common "high" does not say that CUDA's products are; "highest" says that none are rounded.
     cuda = before.single[:1]
     if before.common == common and (single == "ieee" or cuda in ((), ("tf32",))):
-        yield
         return
-    try:
-        if before.common is not None:
-            torch.set_float32_matmul_precision(common)
-        else:
-            for backend in _backends():
-                backend.fp32_precision = single
-        yield
-    finally:
-        before.put_back()
+    if before.common is not None:
+        torch.set_float32_matmul_precision(common)
+    else:
+        for backend in _backends():
+            backend.fp32_precision = single
+
+
+def _forget_other_threads() -> None:
+    """In the child of a fork, which has only the thread that forked."""
+    global _lock, _changed
+    _lock = threading.RLock()
+    _changed = threading.Condition(_lock)
+    thread = threading.get_ident()
+    for kept in (_blocks, _running, _waiting):
+        for other in kept.keys() - {thread}:
+            del kept[other]
+    end_blocks(open_blocks())
+
+
+os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def autocast_of_pass(device_type: str, enabled: bool) -> torch.autocast:
