@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..language_model import pass_modes
+from ..language_model.caches import CachesOff
 from ..language_model.product_settings import end_blocks, open_blocks
 from ..language_model.quantized_layouts import FirstLayouts
 from ..native.kernels import WithBlock
@@ -55,6 +56,7 @@ class Adaptation(WithBlock):
         self._claimed: list[nn.Module] = []
         self._claimed_memory: list[int] = []
         self._layouts = FirstLayouts()
+        self._caches = CachesOff()
         self._key = object()
         self._keeping = False
         self._settings: TorchSettings | None = None
@@ -112,7 +114,9 @@ class Adaptation(WithBlock):
                 if module.training:
                     module.training = False
             snapshot.drop_gradients()
+            self._caches.take(self._model)
             report = query.run(snapshot, clock)
+            self._caches.put_back()
         torch.clear_autocast_cache()  # the caller's autocast has cast the base weights
         self._settings = None  # no torch setting was left behind; the block may set its own
         if self._keeping:
@@ -134,6 +138,7 @@ class Adaptation(WithBlock):
             self._failure = self._snapshot.restore()
             self._snapshot = None
         torch.clear_autocast_cache()  # and in the block the adapted ones
+        self._caches.put_back()
         self._layouts.put_back()
         for module in self._claimed:
             if _OWNERS.get(module) is self._key:

@@ -154,7 +154,7 @@ def _backward(loss_of: CausalLoss, inputs: Inputs, *, recompute: bool = False) -
     try:
         loss.backward()
     except CheckpointError as error:
-        if not loss_of.fuses:
+        if recompute or not loss_of.fused:  # the fault may be another one
             raise
         raise RuntimeError(
             "model: its forward calls torch.utils.checkpoint, which runs parts again without the "

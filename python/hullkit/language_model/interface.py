@@ -54,7 +54,8 @@ def _is_compiled(module: nn.Module) -> bool:
 def without_cache(model: nn.Module) -> dict[str, bool]:
     """Options with which the model's forward keeps no keys and values, of use for generation only.
 
-    PEFT's models hand options on to the model inside them.
+    PEFT's models hand options on to the model inside them. Of a model that hands them on otherwise
+    nobody knows which it takes; `caches.py` sees to those.
     """
     parameters = forward_parameters(model)
     model = getattr(model, "_orig_mod", model)
@@ -63,6 +64,15 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
         learned = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", True)
         parameters = {} if learned else forward_parameters(inner())
     return {"use_cache": False} if "use_cache" in parameters else {}
+
+
+def is_prompt_learning(module: nn.Module) -> bool:
+    """Whether the module is a model of PEFT's with learned prompts or prefixes."""
+    try:
+        active = getattr(module, "active_peft_config", None)
+    except (AttributeError, KeyError):
+        return False
+    return getattr(active, "is_prompt_learning", False) is True
 
 
 def logits_of(output: Any, ids: Tensor, before: int = 0) -> Tensor:
