@@ -246,3 +246,28 @@ def test_vocabulary_after_resizing(resize: str) -> None:
             call(ids(known, 1))
         with pytest.raises(ValueError, match=rf"\[0, {predicted}\), got {predicted}"):
             call(ids(1, predicted))
+
+
+class TokensInAParameter(nn.Module):
+    """Its only embedding is that of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(VOCABULARY, 8))
+        self.wpe = nn.Embedding(16, 8)
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = self.wpe(torch.arange(ids.shape[1]))
+        out: Tensor = self.head(nn.functional.embedding(ids, self.tokens) + positions)
+        return out
+
+
+def test_positions_do_not_bound_the_ids() -> None:
+    model = TokensInAParameter()
+    ids = torch.tensor([1, VOCABULARY - 1, 2])
+    assert token_limits(model) == (None, None, 16)
+    assert bits_per_byte(model, ids, 3) > 0.0
+    TestTimeFinetuner(model).adapt_([ids], [1])
+    model.extra = nn.Embedding(20, 8)  # any other may be of tokens
+    assert token_limits(model).vocabulary == 20

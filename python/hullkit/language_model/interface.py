@@ -269,8 +269,13 @@ def _vocabulary_size(model: nn.Module) -> int | None:
     size = getattr(_config(model), "vocab_size", None)
     if isinstance(size, int):
         return size
-    # Positions may be an embedding, too, so only the largest embedding bounds the ids.
-    rows = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    # Other things may be looked up, too, so only the largest embedding bounds the ids. The largest
+    # may be the table of positions, where that of the tokens is a plain parameter.
+    rows = [
+        module.num_embeddings
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and not _is_position_table(_WRAPPING.sub("", path))
+    ]
     return max(rows, default=None)
 
 
