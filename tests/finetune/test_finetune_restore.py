@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 from typing import Any
@@ -14,6 +15,7 @@ from hullkit.finetune import TestTimeFinetuner, adaptation, capture_memory
 from hullkit.finetune.eager_passes import Trained
 from hullkit.optim import Adam
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,3 +179,42 @@ def test_hooks_are_removed_if_registering_is_cut_short(monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt), capture_memory.hooks(parameters, lambda _: None):
         pytest.fail("the block was entered")
     assert not any(p._post_accumulate_grad_hooks for p in parameters)
+
+
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2.0 * weight
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_parametrization_that_the_block_registers(before: bool) -> None:
+    """It gives the module a class of its own, whose weight is a property."""
+    model = plain()
+    kind = type(model.frozen)
+    if before:
+        parametrize.register_parametrization(model.frozen, "weight", Twice())
+        kind = type(model.frozen)
+    with TestTimeFinetuner(model).adapted(texts(), COUNTS):
+        parametrize.register_parametrization(model.frozen, "bias", Twice())
+        model.embedding.__class__ = type("Other", (nn.Embedding,), {})
+    assert type(model.frozen) is kind
+    assert type(model.embedding) is nn.Embedding
+    if not before:
+        copied = copy.deepcopy(model)
+        copied.frozen.weight = nn.Parameter(torch.zeros(12, 12))
+
+
+@pytest.mark.parametrize("to", [torch.bfloat16, "meta"])
+def test_a_block_that_swaps_tensors(to: Any) -> None:
+    """torch refuses to swap one that somebody refers to weakly."""
+    model = plain()
+    before = Before(model)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with TestTimeFinetuner(model).adapted(texts(), COUNTS):
+            model.to(to)
+            other = nn.Parameter(torch.ones(3))
+            torch.utils.swap_tensors(model.frozen.bias, other)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    before.check()

@@ -83,12 +83,12 @@ class Adaptation(WithBlock):
                     "adapted() block of this tuner or of one that shares modules with it"
                 )
         # Other modules may have the same weights. What is read alone may be read by others, too.
-        trained = {p.data_ptr(): p for module in self._claimed for p in _trained(module)}
+        trained = {p.data_ptr(): module for module in self._claimed for p in _trained(module)}
         self._claimed_memory = sorted(trained)
         for address in self._claimed_memory:
             mine = (self._key, weakref.ref(trained[address]))
-            owner, weight = _OWNERS_OF_MEMORY.setdefault(address, mine)
-            if weight() is None:  # a block that nobody has left; other weights are there by now
+            owner, held_by = _OWNERS_OF_MEMORY.setdefault(address, mine)
+            if held_by() is None:  # a block that nobody has left; other weights are there by now
                 _OWNERS_OF_MEMORY[address] = mine
             elif owner is not self._key:
                 raise RuntimeError(
@@ -205,8 +205,9 @@ class TorchSettings:
 # The adaptation that a module is part of. There is no lock, since a signal could leave one locked:
 # each claim is a single operation of the dictionary.
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
-# The same of trained weights, by their addresses.
-_OWNERS_OF_MEMORY: dict[int, tuple[object, weakref.ref[Tensor]]] = {}
+# The same of trained weights, by their addresses, with a module that had the weight. torch swaps no
+# tensor for another that somebody refers to weakly.
+_OWNERS_OF_MEMORY: dict[int, tuple[object, weakref.ref[nn.Module]]] = {}
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -31,6 +31,7 @@ class Snapshot:
         place: str,
         weights: Weights | None,
     ) -> None:
+        self._classes = [(m, type(m)) for m in modules]
         # Code in the block may replace a buffer instead of writing to it, so slots are kept too.
         self._training: dict[int, tuple[bool, list[nn.Module]]] = {}
         for m in modules:
@@ -74,12 +75,16 @@ class Snapshot:
     def forget_values(self) -> None:
         """From now on `restore` restores flags and gradients, but no values."""
         self._tensors, self._buffers, self._weights = [], [], None
+        self._classes = []
         self._slots, self._buffer_slots = DictCopies([]), DictCopies([])
         self._attributes = Attributes([])
 
     def restore(self) -> Exception | None:
         """Restores everything. Returns the first error, after which the rest was still restored."""
         failures: list[Exception] = []
+        for module, kind in self._classes:  # parametrisations give a module a class of its own
+            if type(module) is not kind:
+                _twice(failures, setattr, module, "__class__", kind)
         _put_back(self._slots)
         _put_back(self._buffer_slots)
         for training, modules in self._training.values():
@@ -202,7 +207,10 @@ def _restore(tensor: Tensor, data: Tensor, geometry: tuple[Any, ...], copy: Tens
     if _geometry(tensor) != geometry:
         if copy is not None and not has_memory(data):  # the block freed it, as FSDP does
             data.untyped_storage().resize_(bytes_reached(data))
-        tensor.data = data
+        if tensor.is_meta and not data.is_meta:  # swapped for one that takes no such data
+            torch.utils.swap_tensors(tensor, nn.Parameter(data, tensor.requires_grad))
+        else:
+            tensor.data = data
     if copy is not None:
         _write(tensor, copy)
 

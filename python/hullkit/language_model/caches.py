@@ -9,6 +9,7 @@ cache is more than wasted memory. Layers that run again in the backward pass wou
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -27,7 +28,7 @@ class CachesOff:
         # Learned prefixes are keys and values themselves.
         if without_cache(model) or any(map(is_prompt_learning, model.modules())):
             return
-        found = (module.__dict__.get("config") for module in model.modules())
+        found: Iterator[Any] = (module.__dict__.get("config") for module in model.modules())
         for config in {id(one): one for one in found}.values():
             with _lock:
                 if getattr(config, "use_cache", None) is True or id(config) in _users:
