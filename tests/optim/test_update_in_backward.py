@@ -147,3 +147,37 @@ def test_checkpointing(reentrant: bool) -> None:
                 run(x).backward()
         results.append(params)
     assert equal_bits(*results)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", ["cleared", "replaced", "one"])
+def test_state_that_the_block_changes(change: str, kind: str, way: Way) -> None:
+    """As between two steps."""
+
+    def other_state(optimizer: Any) -> None:
+        if change == "cleared":
+            optimizer.state.clear()
+        params = [p for p in optimizer.param_groups[0]["params"] if p in optimizer.state]
+        for param in params[: 1 if change == "one" else None]:
+            own = optimizer.state[param]
+            optimizer.state[param] = {
+                name: value * 2 if isinstance(value, Tensor) and value.ndim else value
+                for name, value in own.items()
+            }
+
+    cls, _, options = KINDS[kind]
+    models = [Tied(way.device) for _ in range(2)]
+    first, second = (cls(m.parameters(), backend=way.backend, **options) for m in models)
+    for call in range(3):
+        ids = torch.arange(9, device=way.device)
+        with first.update_in_backward():
+            if call == 1:
+                other_state(first)
+            models[0](ids).backward()
+        if call == 1:
+            other_state(second)
+        models[1](ids).backward()
+        second.step()
+        second.zero_grad()
+        assert equal_bits([*models[0].parameters()], [*models[1].parameters()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,10 @@ def update_in_backward(optimizer: Any, num_steps: int) -> Iterator[None]:
     after_step(optimizer, kwargs)
 
 
+def _state_of(optimizer: Any, param: Tensor) -> list[Any]:
+    return [*optimizer.state.get(param, {}).values()]
+
+
 @untraced
 def _begin(optimizer: Any, num_steps: int) -> tuple[dict[str, Any], list[Any]]:
     """The arguments that hooks of steps see, and handles of the parameters' own hooks."""
@@ -45,6 +50,7 @@ def _begin(optimizer: Any, num_steps: int) -> tuple[dict[str, Any], list[Any]]:
     kwargs = before_step(optimizer, {"num_steps": num_steps})
     num_steps = check_int("num_steps", kwargs.get("num_steps", 1), 1, MAX_NUM_STEPS)
     optimizer._forget_if_replaced()
+    before = {id(param): _state_of(optimizer, param) for param in params}
     done: set[int] = set()
 
     @untraced
@@ -63,6 +69,11 @@ def _begin(optimizer: Any, num_steps: int) -> tuple[dict[str, Any], list[Any]]:
                 f"{tuple(param.shape)} as its hooks run, got None: another hook of the parameter, "
                 "or another such block, has taken it"
             )
+        # The block's own code may have replaced or cleared it. To look at all of it would cost each
+        # update as much as a step.
+        state = _state_of(optimizer, param)
+        if len(state) != len(before[id(param)]) or not all(map(is_, state, before[id(param)])):
+            optimizer._forget()
         launches = optimizer._launches(id(param), params[param], [param], [grad])
         optimizer._run(launches, num_steps)
 
