@@ -305,3 +305,17 @@ def test_an_expanded_parameter_is_named() -> None:
         TestTimeFinetuner(model).adapted(texts(), COUNTS),
     ):
         pass
+
+
+def test_two_parameters_over_one_memory_are_named() -> None:
+    model = plain()
+    model.extra = nn.Linear(12, 31, bias=False)
+    model.extra.weight = nn.Parameter(model.embedding.weight.data)
+    before = Before(model)
+    tuner = TestTimeFinetuner(model)
+    with pytest.raises(ValueError, match=r"model: .*'embedding.weight' and 'extra.weight'"):
+        tuner.adapted([IDS], [1])  # by the call, before entry
+    before.check()
+    model.extra.weight.requires_grad_(False)  # it is read only
+    with tuner.adapted([IDS], [1]):
+        pass

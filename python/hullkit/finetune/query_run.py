@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -241,6 +242,22 @@ def check_trained(model: nn.Module) -> None:
             raise ValueError(
                 "model: expected elements side by side in memory in parameters with requires_grad, "
                 f"got strides {parameter.stride()}: {name!r}"
+            )
+    _check_apart(model)
+
+
+def _check_apart(model: nn.Module) -> None:
+    """Refuses two trained parameters over one memory, which would be updated twice."""
+    placed = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.nbytes, name)
+        for name, p in model.named_parameters()
+        if p.requires_grad and type(p) is nn.Parameter and p.numel()
+    )
+    for (device, _, end, name), (next_device, begin, _, other) in pairwise(placed):
+        if device == next_device and begin < end:
+            raise ValueError(
+                "model: expected parameters with requires_grad that share no memory, got two that "
+                f"do: {name!r} and {other!r}; tie them by one nn.Parameter"
             )
 
 
