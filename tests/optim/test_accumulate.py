@@ -87,3 +87,19 @@ def test_version_counters_move() -> None:
     before = into[0]._version
     accumulate_(into, [torch.ones(3)])
     assert into[0]._version > before
+
+
+def test_weights_of_numpy() -> None:
+    for weight in (np.float32(0.5), np.float64(0.5)):
+        into = torch.ones(2)
+        accumulate_([into], [torch.ones(2)], weight)
+        assert into.tolist() == [1.5, 1.5]
+    for weight in (np.float32("nan"), np.complex64(1.0), "1"):
+        with pytest.raises(ValueError, match="weight: expected a finite number"):
+            accumulate_([torch.ones(2)], [torch.ones(2)], weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grads", [[None], [torch.ones(2)]])
+def test_an_accumulator_that_is_no_tensor(grads: list[Any]) -> None:
+    with pytest.raises(TypeError, match=r"into\[0\]: expected a torch.Tensor, got NoneType"):
+        accumulate_([None], grads, norm=True)  # type: ignore[list-item]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -81,8 +82,13 @@ def accumulate_(
     """
     if len(into) != len(grads):
         raise ValueError(f"grads: expected {len(into)}, as many as into, got {len(grads)}")
+    given: Any = weight
+    if not isinstance(given, (int, float)) and isinstance(given, numbers.Real):
+        weight = float(given)  # of NumPy's numbers float64 alone is a float
     if not isinstance(weight, (int, float)) or not abs(weight) <= sys.float_info.max:
         raise ValueError(f"weight: expected a finite number, got {weight!r}")
+    if len(into):
+        check_tensor("into[0]", into[0])
     pairs = [(a, g) for a, g in zip(into, grads, strict=True) if g is not None]
     if not pairs:
         device = into[0].device if len(into) else "cpu"
