@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -229,6 +230,31 @@ def _someone_waits() -> bool:
     return bool(product_settings._waiting)
 
 
+def test_a_thread_says_that_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_settings, "PATIENCE", 0.05)
+    held, warned = threading.Event(), threading.Event()
+    thread = threading.Thread(target=holds_tf32, args=(held, warned))
+    thread.start()
+    held.wait(20.0)
+
+    def show(*_: Any, **__: Any) -> None:
+        warned.set()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        monkeypatch.setattr(warnings, "showwarning", show)
+        with matmul_precision("float32"):
+            assert warned.is_set()
+            assert torch.get_float32_matmul_precision() == "highest"
+    thread.join(20.0)
+
+
+def holds_tf32(held: threading.Event, enough: threading.Event) -> None:
+    with matmul_precision("tf32"):
+        held.set()
+        assert enough.wait(20.0)
+
+
 def test_inner_blocks_of_two_threads_do_not_wait_for_each_other() -> None:
     """A pass of tf32 compares losses in float32 within."""
     both = threading.Barrier(2)
@@ -248,12 +274,7 @@ def test_inner_blocks_of_two_threads_do_not_wait_for_each_other() -> None:
 def test_a_signal_ends_the_waiting() -> None:
     held, enough = threading.Event(), threading.Event()
 
-    def holds() -> None:
-        with matmul_precision("tf32"):
-            held.set()
-            assert enough.wait(20.0)
-
-    thread = threading.Thread(target=holds)
+    thread = threading.Thread(target=holds_tf32, args=(held, enough))
     thread.start()
     held.wait(20.0)
     with raising(signal.SIGALRM, TimeoutError):
@@ -271,12 +292,7 @@ def test_a_signal_ends_the_waiting() -> None:
 def test_a_child_does_not_wait_for_threads_that_it_has_not() -> None:
     held, enough = threading.Event(), threading.Event()
 
-    def holds() -> None:
-        with matmul_precision("tf32"):
-            held.set()
-            assert enough.wait(20.0)
-
-    thread = threading.Thread(target=holds)
+    thread = threading.Thread(target=holds_tf32, args=(held, enough))
     thread.start()
     held.wait(20.0)
     child = os.fork()

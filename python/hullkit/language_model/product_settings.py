@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ class Block:
         self.thread = threading.get_ident()
 
 
+PATIENCE = 60.0  # seconds after which a thread says that it waits
 _lock = threading.RLock()  # a signal may come inside, and its handler run a pass
 _changed = threading.Condition(_lock)
 _blocks: dict[int, list[Block]] = {}  # of each thread, the innermost last
@@ -127,7 +129,16 @@ def _follow(thread: int) -> None:
         return next(iter(_waiting)) == thread and set(_running.values()) <= {wanted}
 
     try:
-        _changed.wait_for(may_begin)
+        if not _changed.wait_for(may_begin, PATIENCE):
+            warnings.warn(
+                f"this thread needs products in {_name(wanted)} and has waited {PATIENCE:g} "
+                f"seconds for another one, whose passes need {_name(not wanted)}: torch has one "
+                "precision of products for all threads. If that one waits for this one, neither "
+                "will end",
+                RuntimeWarning,
+                stacklevel=5,  # the caller of the block
+            )
+            _changed.wait_for(may_begin)
     finally:
         _waiting.pop(thread, None)
         _changed.notify_all()
@@ -135,6 +146,10 @@ def _follow(thread: int) -> None:
         _before = ProductSettings.now()
         _set(_before, wanted)
     _running[thread] = wanted
+
+
+def _name(rounds: bool) -> str:
+    return "TensorFloat-32" if rounds else "full float32"
 
 
 def _set(before: ProductSettings, rounds: bool) -> None:
