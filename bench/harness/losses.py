@@ -34,5 +34,7 @@ def untrained(model: Any, ids: Tensor) -> float:
 
 
 def fingerprint(model: torch.nn.Module) -> list[int]:
-    """A number of each weight's bits: after a query they must be as before."""
-    return [int(p.detach().view(torch.uint8).sum(dtype=torch.int64)) for p in model.parameters()]
+    """Numbers of the weights' bits: after a query they must be as before."""
+    weights = (p.detach().flatten().view(torch.uint8) for p in model.parameters())
+    # In parts: torch makes an int64 of every byte.
+    return [int(part.sum(dtype=torch.int64)) for weight in weights for part in weight.split(2**24)]

@@ -164,14 +164,14 @@ def measure(shape: Shape, case: Case, device: torch.device, tokens: int, rounds:
         first = timed(query, device, 1)[0] / 1e3
         assert tuner.last_report is not None
         agree(tuner.last_report.losses, [wanted])
-        if fingerprint(model) != before:
-            raise AssertionError("expected the weights of before, got others")
         query()
         times = timed(query, device, rounds)
         report = tuner.last_report
         assert report is not None
         path = report.path if report.reason is None else f"{report.path}: {report.reason}"
         peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+        if fingerprint(model) != before:  # after the peak is read
+            raise AssertionError("expected the weights of before, got others")
         return Measured(parameters, first, tuple(times), peak, path)
     except (RuntimeError, FloatingPointError) as error:  # torch.OutOfMemoryError is the former
         # Only the words are kept: the traceback holds the model.

@@ -62,13 +62,13 @@ def make(device: str, model: str = GPT2, dtype: torch.dtype = torch.float32) -> 
 def gate(device: str) -> None:
     """k updates of ours equal k of torch's: parameters and state, within 2e-6.
 
-    Of torch's default: its fused CUDA kernel is further than that from it, and from float64. So
-    that one, which is timed, is held to 1e-5.
+    Of torch's default: its fused CUDA kernel is further than that from it, and from float64. It
+    has 1 - 0.999 in float32, which is off by 1.3e-5. That one, which is timed, is held to 2e-5.
     """
     for k in (1, 3, 8):
         _compare(device, optim.Adam, torch.optim.Adam, k, 2e-6)
     _compare(device, partial(optim.SGD, **SGD), partial(torch.optim.SGD, **SGD), 8, 2e-6)
-    _compare(device, optim.Adam, partial(torch.optim.Adam, fused=True), 3, 1e-5)
+    _compare(device, optim.Adam, partial(torch.optim.Adam, fused=True), 3, 2e-5)
     fused = partial(torch.optim.SGD, **SGD, fused=True)
     _compare(device, partial(optim.SGD, **SGD), fused, 3, 1e-5)
     _compare(device, partial(optim.Adam, max_grad_norm=1.0), torch.optim.Adam, 2, 1e-5, 1.0)
@@ -96,7 +96,8 @@ def _compare(
                 pairs.append((ours.state[mine][name], state))
         for a, b in pairs:
             scale = torch.maximum(b.abs(), b.square().mean().sqrt())
-            assert ((a - b).abs() / scale).max().item() <= within, (own, theirs, k)
+            error = ((a - b).abs() / scale).max().item()
+            assert error <= within, (own, theirs, k, error)
 
 
 def gate_halves(device: str, dtype: torch.dtype) -> None:
