@@ -154,6 +154,7 @@ class Before:
             [module for module in self.model.modules() if adaptation.is_adapted(module)],
             torch.get_float32_matmul_precision(),
             [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")],
+            (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()),
             [
                 [(name, id(value)) for name, value in vars(m).items() if name != "training"]
                 for m in self.model.modules()
