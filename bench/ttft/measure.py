@@ -11,6 +11,7 @@ from typing import Any
 
 import hullkit
 import torch
+from hullkit.finetune.report import peak_memory
 from torch import Tensor
 
 from bench.harness import texts
@@ -154,7 +155,7 @@ class Bench:
     def _used(self, way: Way, joules: float) -> dict[str, Any]:
         return {
             "slots": way.slots if isinstance(way, Together) else 1,
-            "peak_mb": round(self._peak(way)),
+            "peak_mb": round(self._peak()),
             "joules": "not available" if self._meter is None else f"{joules:.3f}",
         }
 
@@ -194,11 +195,7 @@ class Bench:
             "select_ms": f"{select_ms:.4f}",
         }
 
-    def _peak(self, way: Way) -> float:
+    def _peak(self) -> float:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_reserved(self._device) / 2**20
-        if isinstance(way, Hullkit) and way.tuner.last_report is not None:
-            return way.tuner.last_report.peak_memory / 2**20
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return peak_memory(self._device) / 2**20

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -105,4 +106,5 @@ class Clock:
 def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes
