@@ -14,7 +14,7 @@ import pytest
 import torch
 from hullkit import optim
 from hullkit.native.kernels import uninterrupted
-from hullkit.optim import _fused
+from hullkit.optim import _fused, _layouts
 from hullkit.optim._tensor_table import TensorTable
 from torch import Tensor, nn
 
@@ -210,8 +210,13 @@ def test_uninterrupted() -> None:
 KINDS = [optim.Adam, optim.AdamW, optim.SGD]
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["this torch", "older torch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_groups_and_state_that_torch_steps_with(kind: Any) -> None:
+def test_groups_and_state_that_torch_steps_with(
+    kind: Any, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain:
+        monkeypatch.setattr(_layouts, "_exchange", None)
     [param], [other] = parameters(4), parameters(4)
     optimizer, wanted = kind([param], lr=0.1), kind([other], lr=0.1)
     optimizer.step()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -217,15 +218,13 @@ def test_torchs_defaults_change_nothing(default: Any) -> None:
     wanted = [a.losses for a in batch_of(model, 2).map(queries)]
     dtype = torch.get_default_dtype()
     try:
-        if default == "meta":
-            torch.set_default_device(default)
-        else:
-            torch.set_default_dtype(default)
-        batch = batch_of(model, 2)
-        answers = [*batch.map(queries)]
+        with torch.device(default) if default == "meta" else nullcontext():
+            if default != "meta":
+                torch.set_default_dtype(default)
+            batch = batch_of(model, 2)
+            answers = [*batch.map(queries)]
     finally:
         torch.set_default_dtype(dtype)
-        torch.set_default_device(None)
     assert [a.error for a in answers] == [None, None]
     assert [a.losses for a in answers] == wanted
 

@@ -139,9 +139,10 @@ class _PlainStateLayouts:
         return self._look(state) == self._found
 
     @staticmethod
-    def _look(state: dict[Any, dict[str, Any]]) -> list[Any]:
+    def _look(state: dict[Any, Any]) -> list[Any]:
         return [
             (id(param), name, _layout(value), address_or_none(value) or id(value))
             for param, own in state.items()
-            for name, value in own.items()
+            # Users keep notes of their own there.
+            for name, value in (own.items() if isinstance(own, dict) else [(None, own)])
         ]
