@@ -322,7 +322,7 @@ void bind(py::dict& operations) {
     // torch's allocator gives memory that is freed here to later work of this stream alone.
     const py::object workspace = launch.allocate(call.workspace_bytes());
     const auto address = workspace.attr("data_ptr")().cast<int64_t>();
-    call.cuda(reinterpret_cast<void*>(address), reinterpret_cast<void*>(launch.stream));
+    interruptible([&] { call.cuda(reinterpret_cast<void*>(address), reinterpret_cast<void*>(launch.stream)); });
   });
 #endif
   operations[Op::kName] = Operation{signature.schema(Op::kName), signature.names(), cpu, cuda};

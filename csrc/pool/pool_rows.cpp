@@ -106,6 +106,10 @@ PoolRows<T>::PoolRows(const PoolSpec& spec, int64_t b, const int64_t* positions,
     HULLKIT_CHECK(row != -1, "candidates: expected a row at position ", positions[i], " that indices names, got -1");
     add(spec, positions[i], row);
   }
+  for (int64_t i = static_cast<int64_t>(sources_.size()); i < count; ++i) {
+    HULLKIT_CHECK(positions[i] == -1, "indices: expected -1 behind another one, got ", positions[i], " at [", b, ", ",
+                  i, "]");
+  }
   HULLKIT_CHECK(!sources_.empty(), "indices: expected at least one support point in entry ", b, ", got only -1");
   keep_widened();
 }

@@ -59,7 +59,7 @@ class DeviceRounding {
   }
 
  private:
-  // The loss of the counts; see Rounding::loss.
+  // The loss of the counts as a difference of products: y^2 - 2 <y, q> + q^2.
   __device__ double residual_norm() {
     __syncthreads();
     double change = 0.0;
@@ -76,7 +76,7 @@ class DeviceRounding {
     return kCopied ? products_[i * size_ + j] : gram_[place_[i] * stride_ + place_[j]];
   }
 
-  // The support, and its products if they are copied. False if an index is out of range.
+  // The support, and its products if they are copied. False if an index is out of range, or behind padding.
   __device__ bool read(const Supports& supports, int64_t b) {
     __shared__ int size;
     if (threadIdx.x == 0) size = static_cast<int>(supports.width);
@@ -90,8 +90,18 @@ class DeviceRounding {
       place_[s] = static_cast<int>(supports.by_position ? index : s);
       weights_[s] = supports.weights[b * supports.width + s];
     }
-    broken = __syncthreads_or(broken);
+    __syncthreads();
     size_ = size;
+    bool behind = false;
+#pragma unroll 1
+    for (int s = size_ + threadIdx.x; s < supports.width; s += blockDim.x) {
+      behind |= supports.indices[b * supports.width + s] >= 0;
+    }
+    if (__syncthreads_or(behind)) {
+      broken = true;
+      size_ = static_cast<int>(supports.width);  // the mark is on all of it
+    }
+    broken = __syncthreads_or(broken);
     if (kCopied && !broken) {
       const int lane = threadIdx.x % 32;
       for (int j = lane; j < size_; j += 32) {

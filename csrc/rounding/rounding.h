@@ -73,20 +73,6 @@ class Rounding {
     for (int64_t i = 0; i < width; ++i) counts[i] = i < size_ ? counts_[i] : 0;
   }
 
-  // L of the counts as a difference of products: y^2 - 2 <y, q> + q^2.
-  double loss(double query_squared) const {
-    double change = 0.0;
-    for (int64_t i = 0; i < size_; ++i) {
-      change += static_cast<double>(counts_[i]) * (slope_[i] - total_ * products_[i]);
-    }
-    return query_squared + change / (total_ * total_);
-  }
-
-  // Whether L is so small that it may be rounding of the products (relative to `rounding`) that it is made of.
-  bool doubtful(double loss, double query_squared, double rounding) const {
-    return loss <= rounding * std::max(query_squared, *std::max_element(diagonal_.begin(), diagonal_.end()));
-  }
-
   // [m] counts / total
   std::vector<double> shares() const {
     std::vector<double> shares(counts_.begin(), counts_.end());

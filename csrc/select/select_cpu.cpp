@@ -15,7 +15,6 @@ void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeP
   const int64_t total = rounding_params.total, max_multiplicity = rounding_params.max_multiplicity;
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
-    constexpr double kRounding = std::is_same_v<T, double> ? 1e-10 : 1e-5;
     for_each_query(pool.batch(), pool.positions() * pool.dim(), num_threads, [&](int64_t b, int threads) {
       const QueryVector<T> query_vector(query, b, "query");
       const PoolRows<T> rows(pool, b, /*reuse=*/true);
@@ -27,10 +26,7 @@ void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeP
         check_room(max_multiplicity, total, static_cast<int64_t>(products.size()), "support points", b);
         Rounding rounding(std::move(gram), std::move(products), weights.data(), total, max_multiplicity);
         rounding.run(rounding_params.exchange_passes, counts.at<int64_t>(b), counts.shape[1]);
-        const double loss = rounding.loss(run.query_squared());
-        *residual_norm.at<double>(b) = rounding.doubtful(loss, run.query_squared(), kRounding)
-                                           ? run.residual_norm(rounding.shares())
-                                           : std::sqrt(loss);
+        *residual_norm.at<double>(b) = run.residual_norm(rounding.shares());
       });
     });
   });

@@ -54,6 +54,8 @@ def query(model: nn.Module, **options: Any) -> tuple[Any, dict[str, torch.Tensor
 def test_the_same_as_the_model_itself(
     build: Callable[[], nn.Module], compiled: Callable[[nn.Module], nn.Module]
 ) -> None:
+    if torch.__version__.startswith("2.6") and compiled in (as_a_whole, wrapped):
+        pytest.skip("torch 2.6 cannot compile a whole model of transformers 5")
     torch._dynamo.reset()
     wanted, weights = query(build(), fuse=False)
     report, found = query(compiled(build()))

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from typing import Any
 
 import hullkit
 import pytest
 import torch
 from _gpu import DTYPES, assert_same, equal_bits, problem, to_entry
+from _signals import raising
 from hullkit import Status
 from torch import Tensor
 
@@ -243,3 +246,15 @@ def test_captured_and_replayed(dtype: torch.dtype) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert equal_bits(captured, hullkit.select(pool[0], query, 20, max_iters=40))
+
+
+def test_no_limit_of_steps_is_interrupted() -> None:
+    """The host launches each step; meanwhile other threads run, and signals are heard."""
+    pool, query = problem(1, N, 16, torch.float32)
+    stops = threading.Timer(0.5, lambda: signal.raise_signal(signal.SIGALRM))
+    stops.start()
+    with raising(signal.SIGALRM, TimeoutError), pytest.raises(TimeoutError):
+        on_device(hullkit.frank_wolfe, pool[0], query[0], max_iters=2**40)
+    stops.join()
+    found = on_device(hullkit.frank_wolfe, pool[0], query[0], max_support=5)
+    assert_same(found, hullkit.frank_wolfe(pool[0], query[0], max_support=5), 1e-5)

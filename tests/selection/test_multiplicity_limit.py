@@ -198,3 +198,32 @@ def test_a_limit_just_below_the_total_holds(
     )
     assert int(chosen.counts.sum()) == total
     assert int(chosen.counts.max()) == limit
+
+
+def test_weights_that_meet_their_bounds_together_leave_together() -> None:
+    """The first steps swap a row at the cap for one at 0, and rounding would name one of them."""
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        pool = rng.standard_normal((40, 16))
+        pool /= np.linalg.norm(pool, axis=1, keepdims=True)
+        tensors = torch.from_numpy(pool), torch.from_numpy(rng.standard_normal(16) / 4)
+        options = {"max_multiplicity": 3, "max_iters": 3}
+        ours = hullkit.select(*tensors, 24, **options)
+        wanted = hullkit.select(*tensors, 24, backend="reference", **options)
+        assert ours.rows.tolist() == wanted.rows.tolist()
+        assert ours.counts.tolist() == wanted.counts.tolist()
+        assert ours.result.weights.tolist() == pytest.approx(wanted.result.weights.tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_residual_far_from_the_origin(dtype: torch.dtype) -> None:
+    """It is a small difference of large products, which float32 rounds."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        far = torch.randn(16, generator=generator) * 10
+        pool = (torch.randn(4, 16, generator=generator) + far).to(dtype)
+        query = (pool.float().mean(0) + 0.05 * torch.randn(16, generator=generator)).to(dtype)
+        chosen = hullkit.select(pool, query, 38)
+        shares = chosen.counts.double() / 38
+        left = query.double() - shares @ pool.double()[chosen.rows.clamp(min=0)]
+        assert float(chosen.residual_norm) == pytest.approx(float(left.norm()), rel=1e-5)

@@ -7,25 +7,11 @@
 #include <cstring>
 
 #include "frank_wolfe/active_set/cholesky.h"
+#include "frank_wolfe/active_set/memory.h"
 #include "frank_wolfe/capped_simplex.h"
 #include "frank_wolfe/step.h"
 
 namespace hullkit {
-
-// Memory that the threads share, for n candidates of which at most `touched` are touched.
-struct ActiveSetMemory {
-  double* weights;      // [n]
-  double* scores;       // [n] <residual, x_i>
-  double* free_scores;  // [touched] and so on
-  double* direction;    // also [n]: the LMO's answer of a capped step, as products with the candidates
-  double* ones;
-  double* factor;          // [touched (touched + 1) / 2]
-  int* slot;               // [n] place among the touched, -1 if untouched
-  int* touched;            // [touched] candidates in order of touching
-  int* free;               // [touched] the free ones: weights between the bounds, in the order of the factor
-  int* vertex;             // [1 / max_weight] the LMO's answer, best first
-  unsigned char* is_free;  // [n]
-};
 
 // Problem: a Team (cholesky.h) that knows the candidates.
 //   size(), base(i) = <x_i, query>, query_squared(), squared(i), rough(): products are float32 sums
@@ -328,12 +314,15 @@ class ActiveSetRun {
     factor_.remove(place);
     p_.each(0, 1, [&](int) {
       m_.is_free[m_.free[place]] = 0;
-      for (int r = place; r < factor_.size(); ++r) m_.free[r] = m_.free[r + 1];
+      for (int r = place; r < factor_.size(); ++r) {
+        m_.free[r] = m_.free[r + 1];
+        m_.free_scores[r] = m_.free_scores[r + 1];
+      }
     });
   }
 
-  // Moves the free weights to the minimum over their affine hull. A weight that meets a bound on the way stays there
-  // and is no longer free (Wolfe). False if nothing moved.
+  // Moves the free weights to the minimum over their affine hull. Weights that meet a bound on the way stay there and
+  // are no longer free (Wolfe). False if nothing moved.
   HULLKIT_DEVICE bool correct() {
     p_.each(0, factor_.size(), [&](int r) { m_.free_scores[r] = m_.scores[m_.free[r]]; });
     bool moved = false;
@@ -375,10 +364,12 @@ class ActiveSetRun {
         m_.free_scores[r] = (1.0 - step) * m_.free_scores[r] + step * level;
       });
       if (blocking < 0) break;
-      leave(blocking);
-      p_.each(0, 1, [&](int) {
-        for (int r = blocking; r < factor_.size(); ++r) m_.free_scores[r] = m_.free_scores[r + 1];
-      });
+      // As one falls from the cap to 0, another may rise from 0 to the cap. Which of them blocked is rounding: both
+      // leave.
+      for (int r = size; r-- > 0;) {
+        const double weight = m_.weights[m_.free[r]];
+        if (r == blocking || (step > 0.0 && (weight == 0.0 || weight == simplex_.cap))) leave(r);
+      }
     }
     return moved;
   }

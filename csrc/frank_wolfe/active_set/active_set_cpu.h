@@ -176,7 +176,6 @@ class ActiveSetCpu {
   void support(std::vector<double>* products, std::vector<double>* gram, std::vector<double>* weights) const {
     team_.support().products(team_.bases(), team_.columns(), products, gram, weights);
   }
-  double query_squared() const { return team_.query_squared(); }
   double residual_norm(const std::vector<double>& weights) const { return team_.support().residual_norm(weights); }
   void write(const FrankWolfeResult& result, int64_t b, Status status) const {
     team_.support().write(result, b, num_iters_, status, simplex_, num_threads_);

@@ -9,6 +9,7 @@
 #include "cuda/scan/scan_pass.cuh"
 #include "frank_wolfe/frank_wolfe_cuda.h"
 #include "frank_wolfe/output.cuh"
+#include "hullkit/interrupt.h"
 
 namespace hullkit {
 namespace {
@@ -316,6 +317,7 @@ void corpus_cuda(const PoolSpec& pool, const TensorView& query, const FrankWolfe
     run(start_kernel<E>);
     const int64_t steps = params.max_support > 1 ? params.max_iters : 0;
     for (int64_t step = 0; step <= steps; ++step) {
+      stop_if_asked();  // whether all entries have ended is not known here, and max_iters may be "no limit"
       pass(workspace.active, stream);
       run(step_kernel<E>, pass.partials(), params);
     }

@@ -55,7 +55,6 @@ class FrankWolfeRun {
   void support(std::vector<double>* products, std::vector<double>* gram, std::vector<double>* weights) const {
     support_.products(base_, gram_, products, gram, weights);
   }
-  double query_squared() const { return query_squared_; }
   double residual_norm(const std::vector<double>& weights) const { return support_.residual_norm(weights); }
   void write(const FrankWolfeResult& result, int64_t b, Status status) const {
     support_.write(result, b, num_iters_, status, CappedSimplex(1.0), num_threads_);

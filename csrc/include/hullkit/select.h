@@ -10,8 +10,8 @@ namespace hullkit {
 
 // params.max_weight is rounding.max_multiplicity / rounding.total. counts [B, S] int64 are aligned with result.indices.
 // residual_norm [B] float64 is ||query - sum_i (c_i / total) s_i||, what the counts leave of the query; that of the
-// weights is in `result`. It is the root of a difference of products. Where this difference may be rounding, the CPU
-// computes it from the rows. A GPU does not: there it is right to 1e-8 of the norms involved, for half types to 1e-3.
+// weights is in `result`. The CPU computes it from the rows. On a GPU it is the root of a difference of products: there
+// it is right to 1e-8 of the norms involved, for half types to 1e-3.
 void select_cpu(const PoolSpec& pool, const TensorView& query, const FrankWolfeParams& params,
                 const RoundingParams& rounding, const FrankWolfeResult& result, const TensorView& counts,
                 const TensorView& residual_norm, int num_threads);

@@ -198,9 +198,12 @@ def _corrective(s: _State) -> _Moved | None:
         if step >= 1.0:
             break
         weights[free[blocking]] = s.cap if change[blocking] > 0 else 0.0
-        del free[blocking]
-        residual_scores = np.delete(residual_scores, blocking)
-        gram = np.delete(gram, blocking, axis=1)
+        # As one falls from the cap to 0, another may rise from 0 to the cap: both leave.
+        met = (step > 0) & ((weights[free] == 0) | (weights[free] == s.cap))
+        met[blocking] = True
+        free[:] = np.array(free)[~met].tolist()
+        residual_scores = residual_scores[~met]
+        gram = gram[:, ~met]
     if not moved and not (joined and entering in free):
         return None
     return weights, [entering] if joined else []

@@ -86,7 +86,7 @@ class FrankWolfeResult(NamedTuple):
         residual_norm: `(B,)` float64, the length of `query - weights @ pool[indices]`, in the
             embeddings' unit.
         dual_gap: `(B,)` float64, an upper bound on how far `1/2 * residual_norm**2` is from its
-            minimum, in the unit of a squared length.
+            minimum, in the unit of a squared length. Rounding of the products may take it below 0.
         num_iters: `(B,)` int64, steps taken.
         status: `(B,)` int64, the number of a :class:`hullkit.Status`.
 
