@@ -54,6 +54,11 @@ __device__ inline void move_twice(Moving<kCount>& x, float2 one, float2 two, con
 
 template <int kCount>
 __device__ inline void move_halves(Moving<kCount>& x, const AdamSteps& steps) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {  // both moments of a finite one, or their ratio would not be about 1
+    const float size = fabsf(x.grad[i]);
+    if (size > 1e17f && size < INFINITY) x.grad[i] = copysignf(1e17f, x.grad[i]);
+  }
   int step = 0;
   if (steps.pairs && steps.num_steps > 1) {
     move_twice(x, steps.first, steps.second, steps);

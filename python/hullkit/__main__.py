@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m hullkit`: the report to paste into a bug report."""
+"""The report to paste into a bug report: `python -m hullkit`."""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 
@@ -12,6 +13,7 @@ from . import build_info
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m hullkit", description=__doc__).parse_args()
     info = build_info()
     rows = {
         "hullkit": info["version"],
@@ -19,7 +21,8 @@ def main() -> None:
         "torch": torch.__version__,
         "platform": platform.platform(),
         "compiler": info["compiler"],
-        "CPU kernels": f"{info['simd']}, {torch.get_num_threads()} threads",
+        "CPU kernels": info["simd"],
+        "threads": torch.get_num_threads(),
         "CUDA": (
             f"built with runtime {info['cuda_runtime']} for {info['cuda_architectures']}"
             if info["cuda"]

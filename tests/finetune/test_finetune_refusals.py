@@ -6,12 +6,14 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _distributed import in_a_process_group
 from _models import COUNTS, VOCABULARY, Before, gpt2, llama, plain, state, texts
-from hullkit import bits_per_byte
+from hullkit import PromptBatch, bits_per_byte
 from hullkit.finetune import TestTimeFinetuner
 from torch import Tensor, nn
 
@@ -319,3 +321,15 @@ def test_two_parameters_over_one_memory_are_named() -> None:
     model.extra.weight.requires_grad_(False)  # it is read only
     with tuner.adapted([IDS], [1]):
         pass
+
+
+def test_ranks_that_share_gradients(tmp_path: Path) -> None:
+    def check() -> None:
+        shared = nn.parallel.DistributedDataParallel(llama())
+        for model in (shared, nn.Sequential(shared)):
+            for made in (TestTimeFinetuner, PromptBatch):
+                with pytest.raises(TypeError, match=r"model: .*DistributedDataParallel.*\.module"):
+                    made(model)
+        TestTimeFinetuner(shared.module)
+
+    in_a_process_group(tmp_path, check)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _distributed import in_a_process_group
 from _optim import equal_bits
 from hullkit import optim
 from torch import Tensor, nn
@@ -194,34 +195,24 @@ def test_subclasses_that_are_plain_memory() -> None:
     assert param.tolist() == [-1.0] * 3
 
 
-def test_dtensor(tmp_path: Any) -> None:
+def test_dtensor(tmp_path: Path) -> None:
     """Refused by name: its memory is a shard, and its state would have to be one too."""
-    distributed = pytest.importorskip("torch.distributed")
-    if not distributed.is_available():
-        pytest.skip("torch without distributed")
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
 
     def check() -> None:
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-        )
-        try:
-            mesh = init_device_mesh("cpu", (1,))
-            sharded = distribute_tensor(torch.ones(3), mesh, [Replicate()])
-            for count in (1, 2):
-                params = [nn.Parameter(sharded.clone()) for _ in range(count)]
-                with pytest.raises(TypeError, match=r"params: .* got a DTensor; .*\.to_local\(\)"):
-                    optim.AdamW(params)
-            plain = nn.Parameter(torch.ones(3))
-            with pytest.raises(TypeError, match=r"grad of .* got a DTensor; .*\.to_local\(\)"):
-                optim.AdamW([plain]).step_with({plain: sharded})
-        finally:
-            distributed.destroy_process_group()
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, distribute_tensor
 
-    # torch keeps the group in a cache of the thread; a later fork by that thread waits for ever.
-    with ThreadPoolExecutor(1) as alone:
-        alone.submit(check).result()
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(torch.ones(3), mesh, [Replicate()])
+        for count in (1, 2):
+            params = [nn.Parameter(sharded.clone()) for _ in range(count)]
+            with pytest.raises(TypeError, match=r"params: .* got a DTensor; .*\.to_local\(\)"):
+                optim.AdamW(params)
+        plain = nn.Parameter(torch.ones(3))
+        with pytest.raises(TypeError, match=r"grad of .* got a DTensor; .*\.to_local\(\)"):
+            optim.AdamW([plain]).step_with({plain: sharded})
+
+    in_a_process_group(tmp_path, check)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -16,6 +16,7 @@ from ..language_model.interface import (
     TokenLimits,
     check_labels,
     check_module,
+    check_one_process,
     check_predicted,
     check_token_ids,
     check_trainable,
@@ -132,6 +133,7 @@ class TestTimeFinetuner:
         activations: str = "auto",
     ) -> None:
         check_module(model)
+        check_one_process(model)
         self._model = model
         self.lr = lr
         self.refresh_interval = refresh_interval

@@ -156,7 +156,7 @@ def select(
         pool, rows = _gathered(pool, rows)
         pool, rows, vectors = (part.to(device) for part in (pool, rows, vectors))
     try:
-        chosen = select_rows(
+        chosen: Multiset = select_rows(
             pool, vectors.to(pool.device), total, candidates=rows.to(pool.device), **options
         )
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .._checks import check_tensor, has_memory
 
@@ -21,6 +22,17 @@ MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError
 def check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_one_process(model: nn.Module) -> None:
+    """Refuses models whose ranks share gradients: each rank has prompts of its own."""
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            where = f"it in {name!r}" if name else "one"
+            raise TypeError(
+                f"model: expected one without DistributedDataParallel, got {where}, which would "
+                "train each rank's prompt with the mean of all ranks' gradients; pass its .module"
+            )
 
 
 def device_of(model: nn.Module, default: Tensor) -> torch.device:

@@ -16,6 +16,7 @@ from .._checks import check_choice, check_finite, check_int, check_positive, che
 from ..finetune.capture_memory import CaptureMemory
 from ..language_model.interface import (
     check_module,
+    check_one_process,
     check_token_ids,
     check_trainable,
     knows_longest,
@@ -120,6 +121,7 @@ class PromptBatch(Settings):
         backend: str | None = None,
     ) -> None:
         check_module(model)
+        check_one_process(model)
         check_trainable(model)
         self._model = model
         if not isinstance(slots, str):

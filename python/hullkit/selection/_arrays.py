@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 import numpy as np
 import torch
@@ -21,9 +21,20 @@ from torch.utils import dlpack
 
 P = ParamSpec("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
-def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
+class TakesArrays(Protocol[P, R_co]):
+    """What type checkers know of such a function: its own arguments, or arrays in their place."""
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+    @overload
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def takes_arrays(function: Callable[P, R]) -> TakesArrays[P, R]:
     """`function` of tensors, for arrays of any one library as well: results are in kind.
 
     Its first argument says which library. Tensors pass with one look at it.
@@ -57,7 +68,7 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
         result: R = _in_kind(function(*positional, **keywords), library)
         return result
 
-    return call
+    return cast("TakesArrays[P, R]", call)
 
 
 def is_array(value: Any) -> bool:
