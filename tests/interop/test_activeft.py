@@ -130,6 +130,22 @@ def test_only_faiss_is_theirs(index: Any) -> None:
         assert ours[3].sift == others[3].sift == 0
 
 
+def test_more_candidates_than_the_index_has() -> None:
+    """faiss pads with the id -1 and -3e38, of which the absolute value would be the nearest."""
+    rows = queries(10, seed=3)[:, 0]
+    index, query = faiss.IndexFlatIP(DIM), queries(1, seed=2)[0]
+    index.add(rows)
+    for options in ({}, {"also_query_opposite": False}):
+        retriever = Retriever(index, only_faiss=True, device="cpu", **options)
+        found, whole = retriever.search(query, 12, 12), retriever.search(query, 10)
+        np.testing.assert_array_equal(found[1], [*whole[1], -1, -1])
+        np.testing.assert_array_equal(found[0][:10], whole[0])
+        assert (found[0][10:] < -1e38).all()
+        assert np.isnan(found[2][10:]).all()
+        others = theirs(index, only_faiss=True, **options).search(query, 3, 12)
+        np.testing.assert_array_equal(found[1][:3], others[1])
+
+
 def test_far_candidates_are_found_by_the_opposite_query() -> None:
     """K of the whole index, and rows that point away from the query: they tell as much."""
     rng = np.random.default_rng(3)
@@ -275,6 +291,7 @@ def test_what_it_does_not_take(index: Any) -> None:
         ({"K": 0}, "K: expected an int >= 1, got 0"),
         ({"K": -1}, "K: expected an int >= 1, got -1"),
         ({"threads": 0}, "threads: expected an int >= 1, got 0"),
+        ({"N": 1 << 41}, "N: expected an int in 1..1099511627776"),
     ):
         with pytest.raises(ValueError, match=message):
             retriever.search(prompt, **{"N": 5, "K": 20} | options)
@@ -282,6 +299,14 @@ def test_what_it_does_not_take(index: Any) -> None:
         Retriever(faiss.IndexFlatIP(DIM)).search(prompt, 5)
     with pytest.raises(TypeError, match=r"index: expected a faiss\.Index of floats, got str"):
         Retriever("corpus.index")
+    with pytest.raises(ValueError, match="llambda: expected a finite number > 0, got 0"):
+        Retriever(index, llambda=0.0, device="cpu").search(prompt, 5, 20)
+    for number, words in ((np.nan, "at least one candidate"), (np.inf, "finite values, got")):
+        broken, row = faiss.IndexFlatIP(DIM), prompt.copy()
+        row[0, 0] *= number  # the product with the prompt is infinity: faiss finds it
+        broken.add(row)
+        with pytest.raises(ValueError, match=f"index: expected {words}"):
+            Retriever(broken, device="cpu").search(prompt, 5, 1)
     with pytest.raises(ValueError, match="queries: expected finite numbers, got NaN"):
         Retriever(index, only_faiss=True).search(prompt * np.nan, 5)
     without = faiss.IndexIDMap(faiss.IndexFlatL2(DIM))

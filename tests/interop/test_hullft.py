@@ -325,3 +325,64 @@ def test_the_rows_that_indices_name_are_asked_for() -> None:
         hullft.integerize_by_geometry(indices, weights, pool, pool[1], 4)
     with pytest.raises(ValueError, match=r"weights: expected one for each index, got shape \(1,\)"):
         hullft.integerize_by_geometry(indices, weights[:1], pool[indices], pool[1], 4)
+
+
+def test_errors_name_the_callers_arguments() -> None:
+    pool, query = np.eye(3), np.array([0.7, 0.3, 0.0])
+    broken = pool.copy()
+    broken[1, 1] = np.nan
+    selectors = (hullft.KNNSelector(), hullft.SIFTSelector(), hullft.FWSelector())
+    for selector in selectors:
+        with pytest.raises(ValueError, match=r"^embeddings: expected finite values, got nan"):
+            selector.select(broken, query, 2)
+        with pytest.raises(ValueError, match=r"^query_embedding: expected d = 3"):
+            selector.select(pool, query[:2], 2)
+        with pytest.raises(TypeError, match=r"^embeddings: expected dtype .*complex128"):
+            selector.select(1j * pool, query, 2)
+        with pytest.raises(TypeError, match=r"^query_embedding: expected dtype .*complex128"):
+            selector.select(pool, 1j * query, 2)
+    with pytest.raises(ValueError, match=r"^llambda: expected a finite number > 0, got 0"):
+        hullft.SIFTSelector(llambda=0).select(pool, query, 2)
+    with pytest.raises(ValueError, match=r"^n_points: expected an int in 1"):
+        hullft.SIFTSelector().select(pool, query, 1 << 41)
+    with pytest.raises(ValueError, match=r"^max_iter: expected an int >= 0, got -1"):
+        hullft.FWSelector(max_iter=-1).select(pool, query, 2)
+    fill, given = hullft.integerize_by_geometry, (np.array([4, 7]), np.array([0.7, 0.3]))
+    with pytest.raises(ValueError, match=r"^n_select: expected an int in 1"):
+        fill(*given, pool[:2], query, 1 << 41)
+    with pytest.raises(ValueError, match=r"^n_select: expected an int in 1"):
+        hullft.pad_by_weights_deterministic(*given, 1 << 41)
+    with pytest.raises(ValueError, match=r"^target: expected d = 3 coordinates"):
+        fill(*given, pool[:2], query[:2], 10)
+    with pytest.raises(ValueError, match=r"^support_embeddings: expected finite values"):
+        fill(*given, broken[:2], query, 10)
+    with pytest.raises(TypeError, match=r"^support_embeddings: expected dtype .*complex128"):
+        fill(*given, 1j * pool[:2], query, 10)
+
+
+def test_indices_are_integers() -> None:
+    """A fraction would be cut off, and name another row."""
+    weights, pool = np.array([0.7, 0.3]), np.eye(2)
+    for wrong in (np.array([4.7, 7.2]), [4.0, 7.0], [True, False]):
+        with pytest.raises(TypeError, match=r"indices: expected integers, got (float64|bool)"):
+            hullft.integerize_by_geometry(wrong, weights, pool, pool[0], 10)  # type: ignore[arg-type]
+
+
+def test_weights_of_any_size() -> None:
+    """Their sum may be beyond float64, and their quotients are what counts."""
+    for unit in (1.0, 2.0**-1073, 1.0 / 3.0, 5e307):
+        rows, weights = hullft.pad_by_weights_deterministic([4, 7], [3 * unit, unit], 4)  # type: ignore[arg-type]
+        assert rows.tolist() == [4, 4, 4, 7]
+        np.testing.assert_allclose(weights, [0.75] * 3 + [0.25], rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype"), [(1e-13, float), (1e-300, float), (1e300, float), (1e25, "f4")]
+)
+def test_cosines_of_rows_of_any_length(length: float, dtype: Any) -> None:
+    pool, query = problem(0)
+    selector = hullft.KNNSelector(use_faiss=False)
+    wanted = selector.select(pool, query, 20)
+    ours = selector.select((pool * length).astype(dtype), (query * length).astype(dtype), 20)
+    assert np.array_equal(ours[0], wanted[0])
+    np.testing.assert_allclose(ours[1], wanted[1], rtol=1e-5)

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import operator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from .._checks import check_int
+from .._checks import check_floating, check_int
 from ..selection._arrays import tensor_of, to_numpy
 
 
@@ -19,7 +20,21 @@ def floating(name: str, array: Any) -> Tensor:
     array = to_numpy(name, array)
     if array.dtype not in (np.float32, np.float64):
         array = array.astype(np.result_type(array.dtype, np.float32))
-    return tensor_of(name, array)
+    return check_floating(name, tensor_of(name, array))
+
+
+def renamed(error: Exception, **names: str) -> Exception:
+    """The error of an argument of ours, by the name that the caller has for it."""
+    name, _, words = str(error).partition(":")
+    return type(error)(f"{names[name]}:{words}") if name in names else error
+
+
+@contextmanager
+def callers_names(**names: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise renamed(error, **names) from None
 
 
 def check_index(index: Any) -> None:

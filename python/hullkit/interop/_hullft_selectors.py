@@ -2,7 +2,7 @@
 """The selectors of HullFT-shaped code, see hullkit.interop.hullft.
 
 Arrays in and out are NumPy's. float32 embeddings are multiplied in float32, float64 ones in
-float64; what follows is float64.
+float64; what follows is float64. So are cosines as a whole.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..selection import frank_wolfe, knn, sift
-from ..selection._arrays import tensor_of, to_numpy
-from ._arguments import floating, integer
+from ..selection._arrays import to_numpy
+from ._arguments import callers_names, floating, integer
 from .activeft import sift_values
 
 Array = NDArray[Any]
+_NAMES = {"pool": "embeddings", "query": "query_embedding"}
 
 
 class KNNSelector:
@@ -63,8 +64,9 @@ class KNNSelector:
         query = _mean("query_embedding", query_embedding, pool)
         n_points = integer("n_points", n_points, 1, len(pool))
         if not self.use_faiss:
-            pool, query = (torch.nn.functional.normalize(rows, dim=-1) for rows in (pool, query))
-        result = knn(pool, query, n_points)
+            pool, query = _directions(pool), _directions(query)
+        with callers_names(**_NAMES):
+            result = knn(pool, query, n_points)
         return result.indices.numpy(), result.values.numpy().astype(np.float32)
 
 
@@ -107,9 +109,10 @@ class SIFTSelector:
         """
         pool = floating("embeddings", embeddings)
         rows = np.atleast_2d(to_numpy("query_embedding", query_embedding))
-        queries = tensor_of("query_embedding", rows).to(pool.dtype)[None]
+        queries = floating("query_embedding", rows).to(pool.dtype)[None]
         n_points = integer("n_points", n_points, 1)
-        result = sift(pool, queries, n_points, noise=self.llambda)
+        with callers_names(**_NAMES, noise="llambda", total="n_points"):
+            result = sift(pool, queries, n_points, noise=self.llambda)
         values = sift_values(result.variance.numpy(), queries.numpy(), self.fast)
         return result.order[0].numpy(), values[0]
 
@@ -151,14 +154,16 @@ class FWSelector:
         """
         pool = floating("embeddings", embeddings)
         n_points = integer("n_points", n_points, 0)
-        result = frank_wolfe(
-            pool,
-            _mean("query_embedding", query_embedding, pool),
-            # The limit is looked at after a step: a single point is the heavier of two.
-            max_support=max(n_points, 2),
-            max_iters=self.max_iter,
-            tol=self.tol,
-        )
+        query = _mean("query_embedding", query_embedding, pool)
+        with callers_names(**_NAMES, max_iters="max_iter"):
+            result = frank_wolfe(
+                pool,
+                query,
+                # The limit is looked at after a step: a single point is the heavier of two.
+                max_support=max(n_points, 2),
+                max_iters=self.max_iter,
+                tol=self.tol,
+            )
         size = min(int(result.support_size), n_points)
         return result.indices.numpy()[:size], result.weights.numpy()[:size]
 
@@ -167,4 +172,13 @@ def _mean(name: str, array: Any, pool: Tensor) -> Tensor:
     query = to_numpy(name, array)
     if query.ndim == 2:
         query = query.mean(axis=0, dtype=np.float64)
-    return tensor_of(name, query).to(pool.dtype)
+    return floating(name, query).to(pool.dtype)
+
+
+def _directions(rows: Tensor) -> Tensor:
+    """Rows of length 1, in float64, whatever their length was; rows of zeros stay."""
+    values = rows.double()
+    # A square of the largest entries is 1: none is beyond float64, and not all fall to 0.
+    largest = torch.from_numpy(np.abs(values.numpy()).max(-1, keepdims=True, initial=0.0))
+    scaled = values / largest.where(largest > 0, 1.0)
+    return torch.nn.functional.normalize(scaled, dim=-1)

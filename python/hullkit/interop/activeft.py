@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..selection import sift
 from ..selection._arrays import to_numpy
-from ._arguments import check_index, integer, reconstructed
+from ._arguments import callers_names, check_index, integer, reconstructed
 
 __all__ = ["RetrievalTime", "Retriever"]
 
@@ -150,13 +150,15 @@ class Retriever:
             embeddings = pool[rows[:, :N]]
             embeddings[rows[:, :N] < 0] = np.nan
             return products[:, :N], indices[:, :N], embeddings, RetrievalTime(found - start, 0.0)
-        result = sift(
-            torch.from_numpy(pool).to(self.device),
-            torch.from_numpy(means if mean_pooling else queries).to(self.device),
-            N,
-            noise=self.llambda,
-            candidates=torch.from_numpy(rows).to(self.device),
-        )
+        ours = {"pool": "index", "candidates": "index", "query": "queries"}
+        with callers_names(**ours, total="N", noise="llambda"):
+            result = sift(
+                torch.from_numpy(pool).to(self.device),
+                torch.from_numpy(means if mean_pooling else queries).to(self.device),
+                N,
+                noise=self.llambda,
+                candidates=torch.from_numpy(rows).to(self.device),
+            )
         order = result.order.cpu().numpy()
         vectors = means[:, None] if mean_pooling else queries
         values = sift_values(result.variance.cpu().numpy(), vectors, self.fast)
@@ -192,7 +194,8 @@ class Retriever:
                 np.concatenate(np.split(part, 2), axis=1) for part in (products, indices, rows)
             )
         elif self.also_query_opposite:
-            products = np.abs(products)
+            # Not where nothing was found: faiss's -3e38 would be the nearest.
+            products = np.where(indices == -1, products, np.abs(products))
         if self.also_query_opposite:
             nearest = np.argsort(-products, axis=1, kind="stable")
             products, indices, rows = (

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..selection import apportion, round_multiplicities
-from ..selection._arrays import tensor_of, to_numpy
-from ._arguments import floating, integer
+from ..selection._arrays import to_numpy
+from ._arguments import callers_names, floating, integer
 from ._hullft_finetune import finetune_on_texts, finetune_with_approach, release
 from ._hullft_selectors import FWSelector, KNNSelector, SIFTSelector
 from ._patching import PackagePatch
@@ -74,7 +74,7 @@ def integerize_by_geometry(
     >>> integerize_by_geometry(rows, weights, np.eye(3)[:2], query, 10)[0].tolist()
     [4, 4, 4, 4, 4, 4, 4, 7, 7, 7]
     """
-    indices, n_select = to_numpy("indices", indices, np.int64), operator.index(n_select)
+    indices, n_select = _integers("indices", indices), operator.index(n_select)
     if n_select <= 0 or len(indices) == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0)
     support = floating("support_embeddings", support_embeddings)
@@ -87,12 +87,13 @@ def integerize_by_geometry(
             f"support_embeddings: expected the {len(indices)} rows that indices name, got shape "
             f"{tuple(support.shape)}"
         )
-    query = tensor_of("target", to_numpy("target", target).reshape(-1)).to(support.dtype)
+    query = floating("target", target).reshape(-1).to(support.dtype)
     convex: Any = SimpleNamespace(  # what round_multiplicities reads of a FrankWolfeResult
         indices=torch.arange(len(indices), device="cpu"), weights=floating("weights", weights)
     )
     passes = max(0, int(swap_passes))
-    counts = round_multiplicities(support, query, convex, n_select, exchange_passes=passes)
+    with callers_names(pool="support_embeddings", query="target", total="n_select"):
+        counts = round_multiplicities(support, query, convex, n_select, exchange_passes=passes)
     return np.repeat(indices, counts.numpy()), np.full(n_select, 1.0 / n_select)
 
 
@@ -131,10 +132,19 @@ def pad_by_weights_deterministic(
     if not 0 < len(indices) < n_select:
         return indices[:n_select].copy(), weights[:n_select].copy()
     weights = np.maximum(weights, 0.0)
+    weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # their sum may be beyond float64
     total = weights.sum()
     weights = weights / total if total > 0 else np.full(len(weights), 1.0 / len(weights))
-    counts = apportion(torch.from_numpy(weights), n_select).numpy()
+    with callers_names(total="n_select"):
+        counts = apportion(torch.from_numpy(weights), n_select).numpy()
     return np.repeat(indices, counts), np.repeat(weights, counts)
+
+
+def _integers(name: str, value: Any) -> Array:
+    array: Array = to_numpy(name, value)
+    if array.size and array.dtype.kind not in "iu":  # an empty list is of float64
+        raise TypeError(f"{name}: expected integers, got {array.dtype}")
+    return array.astype(np.int64, copy=False)
 
 
 _PATCH = PackagePatch(
