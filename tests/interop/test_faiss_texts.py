@@ -67,3 +67,31 @@ def test_offsets_that_are_mapped_are_pickled_by_their_file(tmp_path: Path) -> No
         again = pickle.loads(pickle.dumps(texts))
         assert [*again] == [*texts]
         assert len(again) in (count, 10)
+
+
+def test_offsets_beyond_any_file(tmp_path: Path) -> None:
+    path = tmp_path / "texts"
+    path.write_text("abc")
+    for beyond in (2**40, 2**62, 2**64 - 1):
+        texts = Texts(path, np.array([0, beyond, 3], np.uint64))
+        with pytest.raises(ValueError, match=rf"offsets\[0\]: .* 0 to {beyond}, got 3 in all"):
+            texts[0]
+
+
+def test_offsets_with_a_mask_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "texts").write_text("abc")
+    with pytest.raises(TypeError, match="offsets: expected an array without a mask"):
+        Texts(tmp_path / "texts", np.ma.masked_array([0, 1, 3], mask=[0, 1, 0]))
+
+
+def test_a_mapping_that_is_not_its_file_is_pickled_by_its_values(tmp_path: Path) -> None:
+    """Copy-on-write: what is written in memory never reaches the file."""
+    path, file = tmp_path / "texts", tmp_path / "offsets"
+    path.write_text("abc")
+    file.write_bytes(np.zeros(3, np.int64).tobytes())
+    mapped = np.memmap(file, np.int64, "c")
+    mapped[:] = [0, 1, 3]
+    assert [*pickle.loads(pickle.dumps(Texts(path, mapped)))] == ["a", "bc"]
+    shared = np.memmap(file, np.int64, "r+")
+    shared[:] = [0, 2, 3]
+    assert [*pickle.loads(pickle.dumps(Texts(path, shared)))] == ["ab", "c"]

@@ -23,8 +23,8 @@ from torch import Tensor
 from .._checks import check_floating, check_int
 from ..selection import Multiset
 from ..selection import select as select_rows
-from ..selection._arrays import is_array, tensor_of
-from ._arguments import check_index, floating, reconstructed
+from ..selection._arrays import is_array, tensor_of, to_numpy
+from ._arguments import check_index, floating, reconstructed, renamed
 
 __all__ = ["Texts", "search", "select"]
 
@@ -178,7 +178,7 @@ def _gathered(pool: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _in_callers_words(
     error: ValueError, index: Any, source: str, ids: Tensor, pool: Tensor, rows: Tensor
-) -> ValueError:
+) -> Exception:
     """The error of a selection whose caller has an index, and no `pool` or `candidates`.
 
     source: the argument that the pool's vectors are of. Looks for the cause in the candidates'
@@ -199,7 +199,7 @@ def _in_callers_words(
                 f"{source}[{int(ids[query][found][place])}]: expected finite values, got "
                 f"{float(vectors[place, coordinate])} in coordinate {coordinate}"
             )
-    return ValueError(str(error).replace("pool:", f"{source}:", 1))  # finite, but too large
+    return renamed(error, pool=source)  # finite, but too large
 
 
 def _probes(index: Any) -> str:
@@ -245,7 +245,7 @@ class Texts(Sequence[str]):
     """
 
     def __init__(self, path: str | PathLike[str], offsets: Any) -> None:
-        self._offsets: NDArray[Any] = np.asarray(offsets)
+        self._offsets: NDArray[Any] = to_numpy("offsets", offsets)
         if self._offsets.ndim != 1 or self._offsets.dtype.kind not in "iu" or not len(offsets):
             got = f"shape {self._offsets.shape} of {self._offsets.dtype}"
             raise TypeError(f"offsets: expected integers of shape (M + 1,), got {got}")
@@ -267,11 +267,13 @@ class Texts(Sequence[str]):
         begin, end = int(self._offsets[place]), int(self._offsets[place + 1])
         if not 0 <= begin <= end:
             raise ValueError(f"offsets[{place}]: expected not to fall, got {begin}, then {end}")
-        found = b""
-        while part := os.pread(self._file, end - begin - len(found), begin + len(found)):
+        found, size = b"", os.fstat(self._file).st_size
+        # An offset beyond the file may be larger than any buffer.
+        while end <= size and (
+            part := os.pread(self._file, end - begin - len(found), begin + len(found))
+        ):
             found += part
         if len(found) < end - begin:
-            size = os.fstat(self._file).st_size
             raise ValueError(
                 f"offsets[{place}]: expected bytes {begin} to {end}, got {size} in all"
             )
@@ -287,7 +289,8 @@ class Texts(Sequence[str]):
         mapped: Any = self._offsets.base
         # A part of a mapped file has another array for its base.
         whole = isinstance(mapped, np.memmap) and isinstance(mapped.base, mmap.mmap)
-        if not whole or mapped.filename is None:
+        # A mapping that copies when it is written to differs from its file.
+        if not whole or mapped.filename is None or mapped.mode == "c":
             return type(self), (self._path, self._offsets)
         where = (mapped.filename, mapped.dtype, "r", mapped.offset, mapped.shape)
         return _with_mapped_offsets, (type(self), self._path, where)
