@@ -141,7 +141,9 @@ def test_what_is_no_pair_is_its_rows_error(made: Any) -> None:
 
 
 def test_keep_is_a_list_of_names() -> None:
-    for keep in ("n", [1]):
+    columns = AdaptRows(setup, keep=(name for name in ["n"]))(block(1)).column_names
+    assert columns[0] == "n"
+    for keep in ("n", [1], 5):
         with pytest.raises(TypeError, match="keep: expected a list of names, got"):
             AdaptRows(setup, keep=keep)  # type: ignore[arg-type]
     for name in ("error", "num_updates", "num_passes"):
@@ -360,3 +362,35 @@ def test_a_folder_that_is_not_seen_is_no_empty_one(tmp_path: Path) -> None:
     rows.schema = lambda fetch_if_missing: None
     with pytest.raises(ValueError, match=r"key: expected a column of .*a\.parquet"):
         unfinished(rows, tmp_path, "id")
+
+
+def test_what_readers_skip_is_not_finished(tmp_path: Path) -> None:
+    """Hidden files and folders are none of the output, nor is a folder a file by its name."""
+    done = pa.table({"n": [1]})
+    for place in (".staging/a.parquet", "_temporary/0/a.parquet", ".h.parquet", "_h.parquet"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(done, tmp_path / place)
+    (tmp_path / "_broken.parquet").touch()
+    (tmp_path / "b.parquet").mkdir()
+    rows = SimpleNamespace(schema=lambda fetch_if_missing: None)
+    assert unfinished(rows, tmp_path, "n") is rows
+    assert (tmp_path / "_broken.parquet").exists()
+    pq.write_table(pa.table({"n": [2]}), tmp_path / "b.parquet" / "part=1.parquet")
+    rows.map_batches = lambda function, batch_format: function(pa.table({"n": [1, 2, 3]}))
+    hidden = tmp_path / "_out" / ".today"  # the folder that is asked for may have any name
+    assert unfinished(rows, tmp_path, "n").column("n").to_pylist() == [1, 3]
+    hidden.mkdir(parents=True)
+    pq.write_table(done, hidden / "a.parquet")
+    assert unfinished(rows, hidden, "n").column("n").to_pylist() == [2, 3]
+
+
+@pytest.mark.parametrize("keys", [[[1], [2]], [{"a": 1}, {"a": 2}]])
+def test_keys_are_numbers_or_strings(keys: list[Any], tmp_path: Path) -> None:
+    table = pa.table({"n": keys})
+    rows = SimpleNamespace(schema=lambda fetch_if_missing: table.schema)
+    with pytest.raises(TypeError, match="key: expected numbers or strings in the dataset, got"):
+        unfinished(rows, tmp_path, "n")
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows.schema = lambda fetch_if_missing: None
+    with pytest.raises(TypeError, match=r"key: expected numbers or strings in .*a\.parquet, got"):
+        unfinished(rows, tmp_path, "n")

@@ -22,17 +22,12 @@ that was killed goes on where it stopped: `unfinished` leaves out rows that are 
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -40,6 +35,7 @@ from torch import nn
 from ..finetune import TestTimeFinetuner
 from ..language_model.interface import MODEL_ERRORS
 from ..prompt_batch import Answer, PromptBatch, Query
+from ._ray_unfinished import unfinished
 
 __all__ = ["AdaptRows", "Setup", "unfinished"]
 
@@ -116,10 +112,11 @@ class AdaptRows:
     """
 
     def __init__(self, setup: Callable[[], Setup], keep: Sequence[str]) -> None:
-        names: Any = keep
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        given: Any = keep
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        self._keep = list(keep) if several else []  # once: it may be an iterator
+        if not several or not all(isinstance(name, str) for name in self._keep):
             raise TypeError(f"keep: expected a list of names, got {keep!r}")
-        self._keep = list(keep)
         for name in self._keep:
             if name in _REPORTED:
                 raise ValueError(f"keep: expected other names than {list(_REPORTED)}, got {name!r}")
@@ -322,78 +319,3 @@ def _checked(choice: Any) -> tuple[Any, Exception | None]:
 
 def _failed(error: Exception) -> dict[str, Any]:
     return {"error": f"{type(error).__name__}: {error}"}
-
-
-def unfinished(
-    dataset: Any, directory: str | os.PathLike[str], key: str, *, retry: bool = False
-) -> Any:
-    """The rows of a `ray.data.Dataset` that an earlier run has not written to `directory`.
-
-    Files that cannot be read get hidden names that end in ".broken", with a warning: a run that was
-    killed while it wrote left them, and their rows are not finished. Hidden files that end in
-    ".parquet.part", which a killed call of this function left, are deleted. Call it before a run
-    starts, not beside one.
-
-    Args:
-        dataset: the rows.
-        directory: where `write_parquet` writes, a folder that this process sees; it need not exist
-            yet.
-        key: the column that names a row, in both. Rows of one name count as one.
-        retry: whether rows with an `error` are to be done again. They are taken out of their files.
-
-    Returns:
-        A dataset of the rows whose key no file has; `dataset` itself if none is finished.
-
-    Raises:
-        ValueError: a file or a dataset without that column; a `directory` that is an address of
-            another storage.
-        OSError: a `directory` that cannot be read.
-
-    Cost: reads the key's column of every file, with retry all columns; finished keys are in memory.
-
-    >>> import ray
-    >>> from hullkit.interop.ray import unfinished
-    >>> rows = unfinished(ray.data.read_parquet("prompts"), "out", key="id")  # doctest: +SKIP
-    """
-    folder = os.fspath(directory)
-    if "://" in folder:
-        raise ValueError(f"directory: expected a folder that this process sees, got {folder!r}")
-    finished: set[Any] = set()
-    if os.path.lexists(folder):
-        os.listdir(folder)  # a pattern finds nothing in a folder that cannot be read
-    schema = dataset.schema(fetch_if_missing=False)
-    if schema is not None and key not in schema.names:
-        raise ValueError(f"key: expected a column of the dataset, {schema.names}, got {key!r}")
-    for path in Path(folder).rglob(".*.parquet.part"):  # of a call that was killed
-        path.unlink()
-    broken, whole = [], []
-    for path in sorted(Path(folder).rglob("*.parquet")):
-        try:
-            names = pq.read_schema(path).names
-        except pa.ArrowInvalid:  # parquet's end is written last
-            broken.append(path)
-            continue
-        if key not in names:
-            raise ValueError(f"key: expected a column of {path}, {names}, got {key!r}")
-        whole.append((path, names))
-    for path in broken:
-        hidden = path.replace(path.with_name(f".{path.name}.broken"))  # readers skip such names
-        warnings.warn(f"a file cannot be read, and is {hidden} now", stacklevel=2)
-    for path, names in whole:
-        with pq.ParquetFile(path) as file:
-            failed = retry and "error" in names
-            kept = file.read() if failed else file.read([key])
-        if failed and kept.column("error").null_count < len(kept):
-            kept = kept.filter(pc.is_null(kept.column("error")))
-            written = path.with_name(f".{path.name}.part")
-            pq.write_table(kept, written)
-            written.replace(path)
-        finished.update(kept.column(key).to_pylist())
-    if not finished:
-        return dataset
-
-    def missing(table: pa.Table) -> pa.Table:
-        left = [name not in finished for name in table.column(key).to_pylist()]
-        return table.filter(pa.array(left, pa.bool_()))
-
-    return dataset.map_batches(missing, batch_format="pyarrow")  # columns keep their types
