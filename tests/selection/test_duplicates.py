@@ -89,6 +89,7 @@ def _problems() -> dict[str, dict[str, Any]]:
     return {
         "batched": {"pool": pool, "query": query},
         "strided": {"pool": pool.transpose(0, 1).contiguous().transpose(0, 1), "query": query},
+        "expanded": {"pool": pool[:1].expand(4, -1, -1), "query": query},
         "unbatched": {"pool": pool[0], "query": query[0]},
         "shared": {"pool": pool[0], "query": query},
         "ragged": {"pool": pool, "query": query, "lengths": torch.tensor([63, 45, 60, 50])},
@@ -152,6 +153,9 @@ def test_bad_arguments(backend: str | None) -> None:
     broken[1, 3, 2] = float("nan")
     with pytest.raises(ValueError, match=r"pool: .*finite"):
         hullkit.duplicates(broken, eps=0.1, backend=backend)
+    for wrong, error in ((3.0, ValueError), ("a", TypeError)):
+        with pytest.raises(error, match=r"^merge_duplicates: expected a number"):
+            hullkit.select(pool, pool[:, 0], 3, merge_duplicates=wrong, backend=backend)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="query: expected d = 5"):
         hullkit.select(pool, torch.zeros(2, 4), 3, merge_duplicates=0.1, backend=backend)
 
@@ -179,6 +183,25 @@ hullkit.duplicates(pool[:9], eps=1e-9)
 before = peak()
 assert (hullkit.duplicates(pool, eps=1e-9) == torch.arange(8000)).all()
 assert peak() - before < 30, peak() - before
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_an_expanded_pool_is_not_copied() -> None:
+    """1000 times 100 rows of 512 numbers would be 200 MB."""
+    script = """
+import re, torch, hullkit
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) >> 10
+rows, queries = torch.randn(100, 512), torch.randn(1000, 512)
+merge = lambda count: hullkit.select(
+    rows.expand(count, -1, -1), queries[:count], 5, method="knn", merge_duplicates=1e-3
+)
+merge(9)
+before = peak()
+merge(1000)
+assert peak() - before < 50, peak() - before
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()

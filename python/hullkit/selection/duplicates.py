@@ -70,10 +70,15 @@ def duplicates(
             any_row = any_row.expand(per_entry.shape[0], -1)
     problem = check_pool_query(pool, any_row, lengths, candidates)
     check_device("duplicates", problem.pool, backend)
-    eps = check_number("eps", eps, 0.0)
-    if not 0.0 < eps <= 2.0:
-        raise ValueError(f"eps: expected a number in (0, 2], got {eps}")
+    eps = check_eps("eps", eps)
     out = problem.empty(torch.int64, problem.positions())
     run: Callable[..., None] = operators.duplicates if backend is None else batched.duplicates
     run(problem.pool, problem.lengths, problem.candidates, eps, out)
     return out
+
+
+def check_eps(name: str, value: float) -> float:
+    eps = check_number(name, value, 0.0)
+    if not 0.0 < eps <= 2.0:
+        raise ValueError(f"{name}: expected a number in (0, 2], got {eps}")
+    return eps

@@ -25,7 +25,7 @@ from ..native import operators
 from ..reference import batched, ladder
 from ._arrays import takes_arrays
 from ._problem import Problem, check_pool_query
-from .duplicates import duplicates
+from .duplicates import check_eps, duplicates
 from .frank_wolfe import FrankWolfeOptions, frank_wolfe_options
 from .knn import knn
 from .results import FrankWolfeResult, KNNResult, Multiset, SIFTResult
@@ -105,7 +105,8 @@ def select(
             in :func:`hullkit.sift`.
         max_multiplicity: the most updates of one row; None for 1 ("knn") or no limit.
         merge_duplicates: eps of :func:`hullkit.duplicates`: of candidates that nearly coincide only
-            the first takes part. None for all to take part.
+            the first takes part. None for all to take part. A pool `(B, n, d)` that does not lie
+            in one piece is copied, unless it is one pool, expanded.
         lengths: `(B,)` integers, 0-d unbatched: only the first lengths[b] candidates count.
         candidates: `(B, n)` or `(n,)` integers: rows of a shared pool `(M, d)`, -1 = none. Results
             then name positions in `candidates[b]`. Nothing is gathered into a copy, unless
@@ -152,8 +153,9 @@ def select(
     listed = candidates
     if merge_duplicates is not None:
         check_pool_query(pool, query, lengths, candidates, several=method == "sift")
+        eps = check_eps("merge_duplicates", merge_duplicates)
         representatives = duplicates(
-            pool, eps=merge_duplicates, lengths=lengths, candidates=candidates, backend=backend
+            pool, eps=eps, lengths=lengths, candidates=candidates, backend=backend
         )
         pool, candidates = _without_copies(pool, query, candidates, representatives)
     if method == "hull":
@@ -257,8 +259,11 @@ def _without_copies(
     """A shared pool, and candidates for it at the same positions: -1 where one is a copy."""
     if candidates is None and len(pool) == 0:  # no entries, each with a pool of its own
         return pool, None
-    own = representatives == torch.arange(representatives.shape[-1], device=pool.device)
-    if candidates is None:
+    places = torch.arange(representatives.shape[-1], device=pool.device)
+    own = representatives == places
+    if candidates is None and pool.ndim == 3 and pool.stride(0) == 0:  # one pool, expanded
+        pool, candidates = pool[0], places
+    elif candidates is None:
         candidates = torch.arange(pool.shape[:-1].numel(), device=pool.device)
         candidates = candidates.view(pool.shape[:-1])
         pool = pool.flatten(0, -2)
