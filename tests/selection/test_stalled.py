@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """STALLED promises the optimum up to rounding: of what the iterate consists of, not of rows that
-lost their weight or of coordinates that no row uses."""
+lost their weight or of coordinates that no row uses. Vanilla also stops at short directions."""
 
 from __future__ import annotations
 
@@ -133,3 +133,16 @@ def test_a_query_far_off_the_plane_of_the_rows(
     # Float64 sums with the query are right to about 1e-16 of its length, and gains below 1e-14 of
     # it count as rounding.
     assert result.dual_gap <= (2e-9 if dtype is torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_vanilla_stops_early_for_short_embeddings(variant: str, backend: str | None) -> None:
+    """Where a direction is shorter than 1e-6, as `Status` says; others are at the optimum."""
+    rng = np.random.default_rng(0)
+    pool = torch.from_numpy(1e-7 * rng.standard_normal((20, 8)))
+    found = hullkit.frank_wolfe(
+        pool, pool[:5].mean(0), tol=0.0, variant=variant, max_iters=5000, backend=backend
+    )
+    assert Status(int(found.status)) is Status.STALLED
+    assert (found.dual_gap / 1e-14 > 1.0) == (variant == "vanilla")

@@ -71,7 +71,9 @@ def frank_wolfe(
         max_support: the most distinct rows that may ever have weight, >= k; None for no limit. 1
             returns the nearest row. A row that lost its weight still counts.
         max_iters: the most steps, >= 0.
-        tol: stop when `||query - iterate|| < tol`, >= 0, in the units of the input.
+        tol: stop when `||query - iterate|| < tol`, >= 0, in the units of the input. "vanilla" also
+            stops, with status STALLED, where the step's direction is shorter than 1e-6 in these
+            units: scale shorter embeddings up.
         variant: see above.
         gap_tol: stop when the dual gap is at most this, >= 0; None for never.
         max_weight: the largest weight, > 0 and at least 1 / (number of candidates); 1 for no cap.

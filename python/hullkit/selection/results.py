@@ -18,7 +18,10 @@ class Status(IntEnum):
         CONVERGED: 0: the residual is shorter than tol.
         MAX_SUPPORT: 1: max_support distinct vertices were touched.
         MAX_ITERS: 2: max_iters steps were taken.
-        STALLED: 3: no step improves the iterate by more than rounding. It is optimal.
+        STALLED: 3: no step improves the iterate by more than rounding, and it is optimal. With
+            variant="vanilla" the step's direction, from the iterate to a vertex, may also be
+            shorter than 1e-6 in the embeddings' unit. Short embeddings end there before the
+            optimum; dual_gap bounds how far from it.
         BROKEN: 4: the entry cannot be solved: NaN, Inf, lengths or candidates out of range, too few
             candidates for max_weight or max_multiplicity. On CUDA only; a CPU call raises.
         GAP_TOL: 5: the dual gap is at most gap_tol.
