@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -136,6 +137,51 @@ def test_loaded_state_of_another_shape() -> None:
         ValueError, match=r"state\['exp_avg'\]: expected shape \(4, 6\), got \(3,\)"
     ):
         optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(0,), (3,), (1, 0)])
+def test_a_step_counter_of_more_or_less_than_one_element(shape: tuple[int, ...]) -> None:
+    """An empty one has no address to count at."""
+    weight = param()
+    weight.grad = torch.ones(4, 6)
+    optimizer = optim.Adam([weight])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = torch.zeros(shape)
+    optimizer.load_state_dict(saved)
+    before = weight.detach().clone()
+    got = re.escape(str(shape))
+    with pytest.raises(ValueError, match=rf"state\['step'\]: expected one element, got .*{got}"):
+        optimizer.step()
+    assert torch.equal(weight, before)
+    saved["state"][0]["step"] = torch.zeros(1)  # as older checkpoints have it
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "options"),
+    [
+        (optim.Adam, "exp_avg", {}),
+        (optim.Adam, "exp_avg_sq", {"stochastic_rounding": True}),
+        (optim.SGD, "momentum_buffer", {"momentum": 0.9}),
+    ],
+)
+def test_loaded_state_that_is_no_tensor(cls: Any, name: str, options: dict[str, Any]) -> None:
+    weight = param(dtype=torch.bfloat16)
+    weight.grad = torch.ones_like(weight)
+    optimizer = cls([weight], **options)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0][name] = [1.0, 2.0]
+
+    def load_and_step() -> None:
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+
+    message = rf"state\['{name}'\]: expected a torch.Tensor, got list"
+    with pytest.raises(TypeError, match=message):
+        load_and_step()
 
 
 class TestAccumulate:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_tensor
 from ._tensor_table import same_layout
 
 State = tuple[list[Tensor | None], bool]
@@ -15,10 +16,11 @@ State = tuple[list[Tensor | None], bool]
 
 def state_like(state: dict[str, Any], name: str, param: Tensor, dtype: torch.dtype) -> Tensor:
     """The state tensor of this name in the parameter's layout, made if missing."""
-    tensor: Tensor | None = state.get(name)
-    if tensor is None:
-        tensor = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    elif tensor.dtype != dtype or not same_layout(tensor, param):
+    found = state.get(name)
+    if found is None:
+        found = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    tensor = check_tensor(f"state[{name!r}]", found)
+    if tensor.dtype != dtype or not same_layout(tensor, param):
         if tensor.shape != param.shape:
             raise ValueError(
                 f"state[{name!r}]: expected shape {tuple(param.shape)}, got {tuple(tensor.shape)}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_int
+from .._checks import check_int, check_tensor
 from . import _kernels
 from ._buckets import Bucket
 from ._fused import FusedOptimizer
@@ -94,6 +94,7 @@ class _FusedAdam(FusedOptimizer):
             for name in _MOMENTS:
                 given = state_dict["state"].get(index, {}).get(name)
                 if given is not None and self._state_dtype(param) != param.dtype:
+                    given = check_tensor(f"state[{name!r}]", given)
                     moment = given.detach().to(param.device, self._state_dtype(param), copy=True)
                     self.state[param][name] = moment
 
@@ -111,6 +112,8 @@ class _FusedAdam(FusedOptimizer):
             step = torch.zeros((), dtype=torch.float32, device=param.device)
         elif not isinstance(step, Tensor):
             step = torch.tensor(float(step), dtype=torch.float32, device=param.device)
+        elif check_tensor("state['step']", step).numel() != 1:  # kernels count in the first element
+            raise ValueError(f"state['step']: expected one element, got shape {tuple(step.shape)}")
         state["step"] = step.to(param.device, torch.float32)
         dtype = self._state_dtype(param)
         return [*(state_like(state, name, param, dtype) for name in _MOMENTS), state["step"]], False
