@@ -231,6 +231,23 @@ def test_groups_and_state_that_torch_steps_with(
     assert torch.equal(param, other)
 
 
+@pytest.mark.parametrize("default", [False, True])
+def test_a_group_has_its_own_decoupled_weight_decay(default: bool) -> None:
+    """The argument is for groups without."""
+    params = parameters(4, 4, 4, 4)
+    own = [{"params": params[i], "decoupled_weight_decay": bool(i)} for i in range(2)]
+    optimizer = optim.Adam(
+        [*own, {"params": params[2]}], lr=0.1, weight_decay=0.5, decoupled_weight_decay=default
+    )
+    optimizer.add_param_group({"params": params[3]})
+    optimizer.step()
+    for param, decoupled in zip(params, (False, True, default, default), strict=True):
+        [other] = parameters(4)
+        kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+        kind([other], lr=0.1, weight_decay=0.5).step()
+        torch.testing.assert_close(param, other)
+
+
 @pytest.mark.parametrize("kind", [optim.Adam, optim.AdamW])
 def test_amsgrad_that_is_set_later_is_refused(kind: Any) -> None:
     [param] = parameters(4)

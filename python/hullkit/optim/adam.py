@@ -9,6 +9,7 @@ hand for the memory traffic of one, in one launch for all parameters of a group.
 from __future__ import annotations
 
 import warnings
+from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -23,6 +24,8 @@ from ._record import AdamOptions
 from ._state import State, state_like
 from ._tensor_table import HALVES
 
+# Torch's own argument is younger than the oldest torch supported.
+_TORCH_DECOUPLES = "decoupled_weight_decay" in signature(torch.optim.Adam).parameters
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FLOAT16 = (
     "hullkit: moments of float16 parameters are float16, as torch's: squares of gradients below "
@@ -205,14 +208,14 @@ class Adam(_FusedAdam, torch.optim.Adam):
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
+        decay = {"decoupled_weight_decay": decoupled_weight_decay}
         torch.optim.Adam.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad,
-            maximize=maximize, capturable=capturable,
+            maximize=maximize, capturable=capturable, **(decay if _TORCH_DECOUPLES else {}),
         )  # fmt: skip
-        # Set here because torch's own argument is younger than the oldest torch supported.
-        self.defaults["decoupled_weight_decay"] = decoupled_weight_decay
-        for group in self.param_groups:
-            group["decoupled_weight_decay"] = decoupled_weight_decay
+        self.defaults.update(decay)
+        for group in self.param_groups:  # a group may have its own
+            group.setdefault("decoupled_weight_decay", decoupled_weight_decay)
         self._init_adam(
             stochastic_rounding, seed, max_grad_norm=max_grad_norm, backend=backend,
             foreach=foreach, fused=fused, differentiable=differentiable,
