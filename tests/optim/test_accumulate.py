@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,67 @@ def test_same_bits_on_two_threads() -> None:
         results.append(into)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert torch.equal(*norms)
+
+
+def test_threads_with_the_same_accumulators() -> None:
+    """Sums may be lost, as with torch, but nothing is added that no thread has given."""
+    into = [torch.zeros(5) for _ in range(3)]
+    threads, calls = 4, 2000
+
+    def run() -> None:
+        own = [[torch.empty(5) for _ in into] for _ in range(7)]
+        for call in range(calls):
+            grads = own[call % 7]
+            for grad in grads:
+                grad.fill_(1.0)
+            accumulate_(into, grads)
+            for grad in grads:
+                grad.fill_(float("nan"))  # nobody reads it any more
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for future in [pool.submit(run) for _ in range(threads)]:
+                future.result()
+    finally:
+        sys.setswitchinterval(before)
+    for tensor in into:
+        assert bool((tensor == tensor.round()).all())
+        assert 1 <= tensor.min() <= tensor.max() <= threads * calls
+
+
+def test_a_signal_handler_may_accumulate() -> None:
+    """At whichever instruction it comes: nobody waits for a lock, and no sum is lost."""
+    into, own, others = torch.zeros(2), torch.ones(2), torch.full((2,), 100.0)
+    names = {"accumulate_", "record", "_remember"}
+    expected, place, comes = 0.0, 0, True
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_name not in names:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            instructions.append(event)
+            if len(instructions) == place:
+                sys.settrace(None)
+                accumulate_([into], [others])
+        return trace
+
+    before = sys.gettrace()
+    while comes:
+        instructions: list[str] = []
+        place += 1
+        sys.settrace(trace)
+        try:
+            accumulate_([into], [own])
+        finally:
+            sys.settrace(before)
+        comes = len(instructions) == place
+        accumulate_([into], [others])
+        expected += 201 if comes else 101
+        assert into.tolist() == [expected] * 2, place
+    assert place > 100
 
 
 def test_version_counters_move() -> None:

@@ -88,8 +88,9 @@ class TensorTable:
         self.rows = list(rows)
         self.size = len(rows)
         self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device)
-        self._last: tuple[Any, ...] = ()
-        self._record = torch.empty(0, device="cpu")
+        # What the latest record holds, and the record: one attribute, for a signal's handler may
+        # call between the setting of two.
+        self._latest: tuple[Any, Tensor] = (None, torch.empty(0, device="cpu"))
         self.captured: list[Tensor] = []  # records that graphs read at every replay
         if triton:
             self.chunks = self.chunks_of(range(self.size))
@@ -117,8 +118,10 @@ class TensorTable:
         """
         on_gpu = self.device.type == "cuda"
         stream = raw_stream(self.device) if on_gpu else None
-        if self._last == (stream, grads, options, seed):
-            return self._record
+        contents = (stream, grads, options, seed)
+        known, record = self._latest
+        if known == contents:
+            return record
         size = HEAD + self.size
         host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         words = host.numpy()
@@ -129,7 +132,7 @@ class TensorTable:
         if _capturing(self.device):
             self.captured += [host, record]
             return record
-        self._last, self._record = (stream, grads, options, seed), record
+        self._latest = (contents, record)
         return record
 
 

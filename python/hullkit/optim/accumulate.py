@@ -8,6 +8,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from operator import is_
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class _CheckedLists:
         return self._grads.addresses(grads, False) if self._into.unmoved(into, False) else None
 
 
-# The latest lists, by where the first accumulator lies, how many there are, and the backend.
+# The latest lists, by where the first accumulator lies, how many there are, the backend, and the
+# thread: another one's call would put its gradients' addresses in the place of this one's.
 _known: OrderedDict[Key, _CheckedLists] = OrderedDict()
 _MAX_KNOWN = 8
 _captured_tables: list[TensorTable] = []  # that CUDA graphs read at every replay
@@ -54,7 +56,8 @@ def accumulate_(
     """`into[i] += weight * grads[i]` for a list of tensors, in one pass.
 
     With weights counts_i / total this builds the mean gradient of a multiset of examples from one
-    gradient for each distinct example (the accumulation form of test-time finetuning).
+    gradient for each distinct example (the accumulation form of test-time finetuning). Threads may
+    call it at once; of what they add to the same accumulator, sums may be lost, as with torch.
     Equivalent to: `torch._foreach_add_(into, grads, alpha=weight)`, in float32.
 
     Args:
@@ -94,7 +97,7 @@ def accumulate_(
         device = into[0].device if len(into) else "cpu"
         return torch.zeros((), dtype=torch.float64, device=device) if norm else None
     into, sources = [a for a, _ in pairs], [g for _, g in pairs]
-    key = (address_or_none(into[0]), len(into), backend)
+    key = (address_or_none(into[0]), len(into), backend, get_ident())
     known = _known.get(key)
     addresses = known.addresses(into, sources) if known is not None else None
     if known is not None and addresses is not None:
@@ -125,7 +128,8 @@ def _table(into: list[Tensor], backend: str | None, known: _CheckedLists | None)
 
 
 def _remember(key: Key, lists: _CheckedLists) -> None:
-    forgotten = [_known.pop(key)] if key in _known else []
+    replaced = _known.pop(key, None)
+    forgotten = [] if replaced is None else [replaced]
     _known[key] = lists
     if len(_known) > _MAX_KNOWN:
         forgotten.append(_known.popitem(last=False)[1])
