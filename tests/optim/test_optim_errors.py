@@ -234,7 +234,7 @@ class TestAccumulate:
             optim.accumulate_(into, grads)
         assert all(not tensor.any() for tensor in into)
 
-    @pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None])
+    @pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e39, -1e39, "1", None])
     def test_bad_weight(self, weight: Any) -> None:
         with pytest.raises((TypeError, ValueError), match="weight: expected a finite number"):
             optim.accumulate_([torch.zeros(3)], [torch.ones(3)], weight)
@@ -243,6 +243,46 @@ class TestAccumulate:
         whole = torch.zeros(10)
         with pytest.raises(ValueError, match="into: expected tensors that share no memory"):
             optim.accumulate_([whole[:6], whole[5:]], [torch.ones(6), torch.ones(5)])
+
+    def test_gradients_that_share_memory_with_accumulators(self) -> None:
+        whole = torch.arange(20.0)
+        wanted = whole.clone()
+        first, second = whole[:10], whole[10:]
+        for into, grads in (
+            ([whole[1:]], [whole[:-1]]),
+            ([first, second], [second, first]),
+            ([first, second], [torch.ones(10), whole[5:15]]),
+            ([first], [whole.view(torch.float64)]),
+            ([first], [whole.view(torch.float16)[:10]]),
+        ):
+            with pytest.raises(ValueError, match="grads: expected tensors that share no memory"):
+                optim.accumulate_(into, grads)
+        assert torch.equal(whole, wanted)
+        empty = torch.zeros(0)
+        optim.accumulate_([first, empty, second], [first, empty, second])  # its own, itself
+        assert torch.equal(whole, 2 * wanted)
+        third = torch.zeros(10)
+        optim.accumulate_([third, torch.zeros(10)], [second, second])  # between gradients: free
+        assert torch.equal(third, second)
+
+    @pytest.mark.parametrize("transposed", [False, True])  # a copy would be read, too
+    @pytest.mark.parametrize("name", ["into", "grads"])
+    def test_storage_that_was_cut(self, name: str, transposed: bool) -> None:
+        lists = {"into": [torch.zeros(3), torch.zeros(60, 60)]}
+        lists["grads"] = [
+            torch.ones(3),
+            torch.ones(60, 60).t() if transposed else torch.ones(60, 60),
+        ]
+        lists[name][1].untyped_storage().resize_(4000)
+        message = rf"{name}\[1\]: expected a storage of at least 14400 bytes, got 4000"
+        with pytest.raises(ValueError, match=message):
+            optim.accumulate_(lists["into"], lists["grads"])
+        assert not lists["into"][0].any()
+
+    @pytest.mark.parametrize("lists", [([], []), ([torch.zeros(3)], [None])])
+    def test_backend_of_a_call_without_gradients(self, lists: Any) -> None:
+        with pytest.raises(ValueError, match="backend: expected None or 'triton', got 'foo'"):
+            optim.accumulate_(*lists, backend="foo")
 
 
 @pytest.mark.parametrize("given", [False, True])  # gradients that lie elsewhere

@@ -25,13 +25,17 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 
 
+def check_backend(backend: str | None) -> None:
+    if backend not in (None, "triton"):
+        raise ValueError(f"backend: expected None or 'triton', got {backend!r}")
+
+
 def uses_triton(name: str, device: torch.device, backend: str | None) -> bool:
     """CUDA tensors go to the Triton kernels, CPU tensors to the C++ core.
 
     backend="triton" sends CPU tensors to Triton as well, for its interpreter.
     """
-    if backend not in (None, "triton"):
-        raise ValueError(f"backend: expected None or 'triton', got {backend!r}")
+    check_backend(backend)
     if device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"{name}: expected CPU or CUDA tensors, got device {device}")
     return backend == "triton" or device.type == "cuda"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import numbers
-import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from operator import is_
@@ -14,11 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor
+from .._checks import bytes_reached, check_tensor, has_memory
 from . import _kernels
 from ._layouts import address, address_or_none, check_plain, layouts
 from ._record import AccumulateOptions, TensorRow
-from ._tensor_table import DTYPES, TensorTable, check_disjoint, is_dense, same_layout, uses_triton
+from ._tensor_table import (
+    DTYPES,
+    TensorTable,
+    check_backend,
+    check_disjoint,
+    is_dense,
+    same_layout,
+    uses_triton,
+)
 from ._watched import untraced
 
 Key = tuple[Any, ...]
@@ -41,6 +48,7 @@ class _CheckedLists:
 # thread: another one's call would put its gradients' addresses in the place of this one's.
 _known: OrderedDict[Key, _CheckedLists] = OrderedDict()
 _MAX_KNOWN = 8
+_MAX_WEIGHT = torch.finfo(torch.float32).max
 _captured_tables: list[TensorTable] = []  # that CUDA graphs read at every replay
 
 
@@ -71,8 +79,8 @@ def accumulate_(
     Returns:
         0-d float64 tensor on the accumulators' device if `norm`, else None.
     Raises:
-        TypeError, ValueError: lists of different lengths, shapes, devices, dtypes; nothing is
-            written then.
+        TypeError, ValueError: lists of different lengths, shapes, devices, dtypes; a gradient that
+            overlaps an accumulator; nothing is written then.
 
     Numerics: a product and a sum in float32; the norm's squares in float32 within a block of a few
     thousand elements, in float64 across. Memory traffic: 3 words for each element.
@@ -88,12 +96,15 @@ def accumulate_(
     given: Any = weight
     if not isinstance(given, (int, float)) and isinstance(given, numbers.Real):
         weight = float(given)  # of NumPy's numbers float64 alone is a float
-    if not isinstance(weight, (int, float)) or not abs(weight) <= sys.float_info.max:
-        raise ValueError(f"weight: expected a finite number, got {weight!r}")
+    if not isinstance(weight, (int, float)) or not abs(weight) <= _MAX_WEIGHT:
+        raise ValueError(
+            f"weight: expected a finite number within the range of float32, got {weight!r}"
+        )
     if len(into):
         check_tensor("into[0]", into[0])
     pairs = [(a, g) for a, g in zip(into, grads, strict=True) if g is not None]
     if not pairs:
+        check_backend(backend)
         device = into[0].device if len(into) else "cpu"
         return torch.zeros((), dtype=torch.float64, device=device) if norm else None
     into, sources = [a for a, _ in pairs], [g for _, g in pairs]
@@ -108,6 +119,7 @@ def accumulate_(
             sources = [_check_pair(place, *pair, *pairs[0]) for place, pair in enumerate(pairs)]
         addresses = [address(f"grads[{place}]", grad) for place, grad in enumerate(sources)]
         table = _table(into, backend, known)
+        _check_apart(table.rows, addresses, sources[0].dtype.itemsize)
         if all(map(is_, sources, given)):  # not where one had to be copied
             _remember(key, _CheckedLists(into, sources, table))
     record = table.record(addresses, AccumulateOptions(float(weight)))
@@ -125,6 +137,27 @@ def _table(into: list[Tensor], backend: str | None, known: _CheckedLists | None)
         return known.table  # only the gradients are elsewhere
     check_disjoint("into", into)
     return TensorTable(rows, device, triton)
+
+
+def _check_apart(rows: list[TensorRow], grads: list[int], itemsize: int) -> None:
+    """What is written is nobody's gradient, but for an accumulator that is its own.
+
+    grads: where they lie, as many elements as their accumulators.
+    """
+    stretches = []
+    for row, grad in zip(rows, grads, strict=True):
+        if row.numel:
+            stretches.append((row.param, row.param + 4 * row.numel, True))
+            if (grad, itemsize) != (row.param, 4):
+                stretches.append((grad, grad + itemsize * row.numel, False))
+    ends = {True: 0, False: 0}
+    for begin, end, written in sorted(stretches):
+        if begin < ends[not written]:
+            raise ValueError(
+                "grads: expected tensors that share no memory with into, but for an accumulator "
+                "that is its own gradient, got one that does"
+            )
+        ends[written] = max(ends[written], end)
 
 
 def _remember(key: Key, lists: _CheckedLists) -> None:
@@ -151,8 +184,14 @@ def _uniform(into: list[Tensor], grads: list[Tensor]) -> bool:
         and all(tensor.device == device for tensor in tensors)
         and list(map(Tensor.size, into)) == list(map(Tensor.size, grads))
         and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(_is_cut, tensors))
         and not any(map(Tensor.is_neg, tensors))
     )
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    """Whether there are elements behind the end of the storage."""
+    return address_or_none(tensor) is not None and not has_memory(tensor)
 
 
 def _check_pair(
@@ -161,6 +200,11 @@ def _check_pair(
     """The gradient, in the accumulator's layout; both like the first pair."""
     for name, tensor in (("into", into), ("grads", grad)):
         check_plain(f"{name}[{place}]", check_tensor(f"{name}[{place}]", tensor))
+        if _is_cut(tensor):
+            raise ValueError(
+                f"{name}[{place}]: expected a storage of at least {bytes_reached(tensor)} bytes, "
+                f"got {tensor.untyped_storage().nbytes()}"
+            )
     device, dtype = first_into.device, first_grad.dtype
     if into.dtype is not torch.float32 or not is_dense(into):
         raise TypeError(
