@@ -124,6 +124,28 @@ def test_float16_with_the_semantics_of_torch_warns() -> None:
     optim.Adam([param(dtype=torch.float16)], stochastic_rounding=True)  # warnings are errors here
 
 
+@pytest.mark.parametrize("cls", [optim.Adam, optim.AdamW])
+def test_the_warning_names_the_line_that_brought_float16(cls: Any) -> None:
+    optimizer = cls([param()])
+    optimizer.add_param_group({"params": param()})
+    rounding = cls([param(dtype=torch.float16)], stochastic_rounding=True)
+    rounding.add_param_group({"params": param(dtype=torch.float16)})
+
+    def construct() -> Any:
+        return cls([param(dtype=torch.float16)])
+
+    def add() -> None:
+        optimizer.add_param_group({"params": param(dtype=torch.float16)})
+
+    for bring in (construct, add):
+        with pytest.warns(UserWarning, match="stochastic_rounding=True") as warned:
+            bring()
+        assert [(w.filename, w.lineno) for w in warned] == [
+            (__file__, bring.__code__.co_firstlineno + 1)
+        ]
+    optimizer.add_param_group({"params": param()})  # the others were told of
+
+
 def test_loaded_state_of_another_shape() -> None:
     weight = param()
     optimizer = optim.Adam([weight])

@@ -9,6 +9,7 @@ hand for the memory traffic of one, in one launch for all parameters of a group.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from inspect import signature
 from itertools import chain
 from typing import Any
@@ -54,8 +55,18 @@ class _FusedAdam(FusedOptimizer):
                 "stochastic_rounding: expected False unless a parameter is bfloat16 or float16, "
                 f"got True for {', '.join(map(str, dtypes))}"
             )
-        if any(self._state_dtype(param) is torch.float16 for param in self._params()):
-            warnings.warn(_FLOAT16, stacklevel=4)
+        self._warn_of_float16(self._params(), stacklevel=4)
+
+    def _warn_of_float16(self, params: Iterable[Tensor], stacklevel: int) -> None:
+        if any(self._state_dtype(param) is torch.float16 for param in params):
+            warnings.warn(_FLOAT16, stacklevel=stacklevel)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim. Options that the constructor refuses are refused here, too, and it
+        warns of float16 as the constructor does."""
+        super().add_param_group(param_group)
+        if hasattr(self, "_sorted"):  # not while torch's constructor runs
+            self._warn_of_float16(self.param_groups[-1]["params"], stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("stochastic_rounding", "seed")}
