@@ -296,10 +296,11 @@ def test_groups_and_changing_options(way: Way) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_learning_rate_as_tensor(way: Way) -> None:
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_learning_rate_as_tensor(shape: tuple[int, ...], way: Way) -> None:
     tensors = odd_tensors(torch.float32, way.device)
     params, others = parameters(tensors), parameters(tensors)
-    lr = torch.tensor(0.25, device=way.device)
+    lr = torch.full(shape, 0.25, device=way.device)
     ours = optim.Adam(params, lr=lr, backend=way.backend)
     theirs = optim.Adam(others, lr=0.25, backend=way.backend)
     for call in range(3):

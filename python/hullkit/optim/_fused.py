@@ -354,7 +354,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             options = options._replace(factor=_ON_DEVICE)
         record = bucket.table.record(addresses, options, self._seed())
         if on_device:
-            record.view(torch.float64)[LR].copy_(lr)
+            record.view(torch.float64)[LR].copy_(lr.reshape(()))
         return record
 
     def _clip(self, ready: list[tuple[Bucket, Tensor]], max_grad_norm: float) -> None:
