@@ -78,7 +78,7 @@ def adam_coefficients_kernel(
         step += 1.0
         bias1 = 1.0 - tl.exp2(step * option(record, LOG2_BETA1))
         root2 = tl.sqrt(1.0 - tl.exp2(step * option(record, LOG2_BETA2)))
-        at = coefficients + (rows * num_steps + i) * COEFFICIENTS
+        at = coefficients + (rows.to(tl.int64) * num_steps + i) * COEFFICIENTS
         tl.store(at, (lr * root2 / bias1).to(MATH), mask=inside)
         tl.store(at + 1, tl.maximum(eps * root2, least).to(MATH), mask=inside)
     tl.store(step_at, step.to(tl.float32), mask=inside)
