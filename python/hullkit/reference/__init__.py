@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The oracles: every operation as the naive float64 procedure, one problem at a time, in NumPy.
 
-They say what the kernels must compute, serve as `backend="reference"`, and are what tests and
-benchmarks compare with. Readable first; slow. Arguments are taken as they come: the public
+They say what the kernels must compute, serve selection as `backend="reference"`, and are what tests
+and benchmarks compare with. Readable first; slow. Arguments are taken as they come: the public
 functions check them.
 """
 
