@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hullkit import optim
+from hullkit import optim, reference
 from hullkit.native.kernels import uninterrupted
 from hullkit.optim import _fused, _layouts
 from hullkit.optim._tensor_table import TensorTable
@@ -335,3 +336,12 @@ def test_gradients_of_others_are_refused() -> None:
 def test_a_weight_beyond_floats() -> None:
     with pytest.raises(ValueError, match="weight: expected a finite number"):
         optim.accumulate_([torch.zeros(2)], [torch.ones(2)], 10**400)
+
+
+def test_the_oracle_leaves_its_arguments_alone() -> None:
+    param, grad, zeros, step = np.ones(2), np.ones(2), np.zeros(2), np.array(1.0)
+    *_, after = reference.adam(param, grad, zeros, zeros, step, lr=0.1, num_steps=3)  # type: ignore[arg-type]
+    assert after == 4.0
+    assert step == 1.0
+    assert param.tolist() == grad.tolist() == [1.0] * 2
+    assert not zeros.any()

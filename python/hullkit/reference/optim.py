@@ -35,17 +35,18 @@ def adam(
         lr, betas, eps, weight_decay, maximize: as in `torch.optim.Adam`.
         decoupled: AdamW's weight decay.
     Returns:
-        param, exp_avg, exp_avg_sq (float64) and step afterwards.
+        param, exp_avg, exp_avg_sq (float64) and step, a float, afterwards.
 
     >>> import numpy as np, hullkit.reference as reference
     >>> zeros = np.zeros(2)
     >>> param, _, _, step = reference.adam(zeros, np.ones(2), zeros, zeros, 0, lr=0.1)
     >>> param.round(3).tolist(), step
-    ([-0.1, -0.1], 1)
+    ([-0.1, -0.1], 1.0)
     """
     p, m, v = (np.array(x, dtype=np.float64) for x in (param, exp_avg, exp_avg_sq))
     g = np.asarray(grad, dtype=np.float64) * (-1.0 if maximize else 1.0)
     beta1, beta2 = betas
+    step = float(step)  # += would write into an array of the caller's
     for _ in range(num_steps):
         step += 1
         if decoupled:
