@@ -12,7 +12,7 @@ import pytest
 import torch
 from _optim import WAYS, Way, odd_tensors, parameters
 from hullkit import reference
-from hullkit.optim import accumulate_
+from hullkit.optim import _layouts, accumulate, accumulate_
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -112,10 +112,14 @@ def test_threads_with_the_same_accumulators() -> None:
         assert 1 <= tensor.min() <= tensor.max() <= threads * calls
 
 
-def test_a_signal_handler_may_accumulate() -> None:
-    """At whichever instruction it comes: nobody waits for a lock, and no sum is lost."""
+@pytest.mark.parametrize("plain", [False, True], ids=["this torch", "older torch"])
+def test_a_signal_handler_may_accumulate(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whichever instruction it comes: it does not wait for the call below; no sum is lost."""
+    if plain:
+        monkeypatch.setattr(_layouts, "_exchange", None)
+    accumulate._known.clear()
     into, own, others = torch.zeros(2), torch.ones(2), torch.full((2,), 100.0)
-    names = {"accumulate_", "record", "_remember"}
+    names = {"accumulate_", "addresses", "record", "_remember"}
     expected, place, comes = 0.0, 0, True
 
     def trace(frame: Any, event: str, _: Any) -> Any:

@@ -126,9 +126,11 @@ class _PlainLayouts:
         addresses: list[Any] = list(map(address_or_none, values))
         if None in addresses:
             return None
-        if addresses != self._addresses:
-            self._addresses = addresses
-        return self._addresses
+        known = self._addresses  # a signal's handler may look meanwhile, at tensors of its own
+        if addresses == known:
+            return known
+        self._addresses = addresses
+        return addresses
 
 
 class _PlainStateLayouts:

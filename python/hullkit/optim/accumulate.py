@@ -7,7 +7,7 @@ import numbers
 from collections import OrderedDict
 from collections.abc import Sequence
 from operator import is_
-from threading import get_ident
+from threading import RLock
 from typing import Any
 
 import torch
@@ -44,10 +44,12 @@ class _CheckedLists:
         return self._grads.addresses(grads, False) if self._into.unmoved(into, False) else None
 
 
-# The latest lists, by where the first accumulator lies, how many there are, the backend, and the
-# thread: another one's call would put its gradients' addresses in the place of this one's.
+# The latest lists, by where the first accumulator lies, how many there are, and the backend.
 _known: OrderedDict[Key, _CheckedLists] = OrderedDict()
 _MAX_KNOWN = 8
+# Another thread's call with the same lists would put its gradients' addresses in the place of this
+# one's. A handler of signals may call meanwhile: what is kept is consistent at each instruction.
+_looking = RLock()
 _MAX_WEIGHT = torch.finfo(torch.float32).max
 _captured_tables: list[TensorTable] = []  # that CUDA graphs read at every replay
 
@@ -108,21 +110,22 @@ def accumulate_(
         device = into[0].device if len(into) else "cpu"
         return torch.zeros((), dtype=torch.float64, device=device) if norm else None
     into, sources = [a for a, _ in pairs], [g for _, g in pairs]
-    key = (address_or_none(into[0]), len(into), backend, get_ident())
-    known = _known.get(key)
-    addresses = known.addresses(into, sources) if known is not None else None
-    if known is not None and addresses is not None:
-        table = known.table
-    else:
-        given = sources
-        if not _uniform(into, given):
-            sources = [_check_pair(place, *pair, *pairs[0]) for place, pair in enumerate(pairs)]
-        addresses = [address(f"grads[{place}]", grad) for place, grad in enumerate(sources)]
-        table = _table(into, backend, known)
-        _check_apart(table.rows, addresses, sources[0].dtype.itemsize)
-        if all(map(is_, sources, given)):  # not where one had to be copied
-            _remember(key, _CheckedLists(into, sources, table))
-    record = table.record(addresses, AccumulateOptions(float(weight)))
+    key = (address_or_none(into[0]), len(into), backend)
+    with _looking:
+        known = _known.get(key)
+        addresses = known.addresses(into, sources) if known is not None else None
+        if known is not None and addresses is not None:
+            table = known.table
+        else:
+            given = sources
+            if not _uniform(into, given):
+                sources = [_check_pair(place, *pair, *pairs[0]) for place, pair in enumerate(pairs)]
+            addresses = [address(f"grads[{place}]", grad) for place, grad in enumerate(sources)]
+            table = _table(into, backend, known)
+            _check_apart(table.rows, addresses, sources[0].dtype.itemsize)
+            if all(map(is_, sources, given)):  # not where one had to be copied
+                _remember(key, _CheckedLists(into, sources, table))
+        record = table.record(addresses, AccumulateOptions(float(weight)))
     squares = _kernels.accumulate_(table, record, sources[0].dtype)
     torch.autograd.graph.increment_version(into)
     return squares.sum(dtype=torch.float64).sqrt() if norm else None
