@@ -15,7 +15,7 @@ import pytest
 import torch
 from hullkit import optim, reference
 from hullkit.native.kernels import uninterrupted
-from hullkit.optim import _fused, _layouts
+from hullkit.optim import _layouts, _tables
 from hullkit.optim._tensor_table import TensorTable
 from torch import Tensor, nn
 
@@ -159,7 +159,7 @@ def test_a_table_that_cannot_be_made_leaves_no_state(monkeypatch: pytest.MonkeyP
             super().__init__(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_fused, "TensorTable", Failing)
+        patch.setattr(_tables, "TensorTable", Failing)
         with pytest.raises(RuntimeError, match="expected a first step"):
             optimizer.step()
     assert not optimizer.state

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from _optim import KINDS, WAYS, Way, equal_bits
 from hullkit import optim
+from hullkit.optim import _layouts
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -181,3 +186,151 @@ def test_state_that_the_block_changes(change: str, kind: str, way: Way) -> None:
         second.step()
         second.zero_grad()
         assert equal_bits([*models[0].parameters()], [*models[1].parameters()])
+
+
+def calls_of(function: Callable[[], Any]) -> int:
+    """How many functions Python calls meanwhile: its time, but the same in every run."""
+    count = 0
+
+    def note(_frame: Any, event: str, _arg: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize("how", ["block", "cleared inside", "step"])
+def test_first_updates_take_time_linear_in_parameters(how: str) -> None:
+    """Each parameter's, and each group's."""
+    calls = []
+    for count in (20, 80):
+        params = [nn.Parameter(torch.ones(2)) for _ in range(count)]
+        optimizer = optim.Adam([{"params": [param]} for param in params])
+
+        def update(params: Any = params, optimizer: Any = optimizer) -> None:
+            loss = sum(param.sum() for param in params)
+            if how == "step":
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                return
+            with optimizer.update_in_backward():
+                if how == "cleared inside":
+                    optimizer.state.clear()
+                loss.backward()
+
+        update()
+        optimizer.reset()
+        calls.append(calls_of(update))
+    assert calls[1] < 5 * calls[0]
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["dlpack", "plain"])
+def test_state_replaced_after_its_update(exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other parameters' tables that are made later in the block hide it from nobody."""
+    if not exchange:
+        monkeypatch.setattr(_layouts, "_exchange", None)
+    results = []
+    for cls in (optim.Adam, torch.optim.Adam):
+        first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
+        optimizer = cls([first, second], lr=0.1)
+        first.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        def replace(_: Tensor, optimizer: Any = optimizer, first: Any = first) -> None:
+            for name, value in optimizer.state[first].items():
+                optimizer.state[first][name] = value * 3 if value.ndim else value.clone()
+
+        if cls is optim.Adam:
+            with optimizer.update_in_backward():
+                first.sum().backward()
+                hook = second.register_hook(replace)
+                (2 * second).sum().backward()
+                hook.remove()
+        else:
+            (first.sum() + (2 * second).sum()).backward()
+            optimizer.step()
+            replace(first)
+        optimizer.zero_grad()
+        (3 * first).sum().backward()
+        optimizer.step()
+        results.append([first, *(optimizer.state[first][name] for name in ("step", "exp_avg"))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["dlpack", "plain"])
+def test_state_laid_out_anew_between_step_and_block(
+    exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block lays state out as the parameter is. The step, whose tables are for the parameter
+    as it is again later, does not write to where the state was."""
+    if not exchange:
+        monkeypatch.setattr(_layouts, "_exchange", None)
+    results = []
+    for cls in (optim.Adam, torch.optim.Adam):
+        param = nn.Parameter(torch.arange(9.0).view(3, 3))
+        optimizer = cls([param], lr=0.1)
+        weights = torch.arange(1.0, 10.0).view(3, 3)
+        for scale, turned, block in [(1.0, False, False), (-2.0, True, True), (0.5, True, False)]:
+            if turned:
+                param.data = param.data.t()
+            loss = (param * weights * scale).sum()
+            if block and cls is optim.Adam:
+                with optimizer.update_in_backward():
+                    loss.backward()
+            else:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append([param, *optimizer.state[param].values()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_parameter_taken_out_of_the_groups_inside() -> None:
+    """It was there as the block began."""
+    first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = optim.SGD([first, second], lr=0.5)
+    with optimizer.update_in_backward():
+        optimizer.param_groups[0]["params"] = [first]
+        (first + second).sum().backward()
+    assert first.tolist() == second.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("how", ["block", "replaced", "group", "emptied", "block and step"])
+def test_parameters_that_left_are_not_kept_alive(how: str) -> None:
+    stays, leaves = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))
+    optimizer = optim.SGD([{"params": [stays]}, {"params": [leaves]}], lr=0.1)
+    gone = weakref.ref(leaves)
+
+    def update(block: bool) -> None:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        loss = sum((param.sum() for param in params), torch.zeros(()))
+        if block:
+            with optimizer.update_in_backward():
+                loss.backward()
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    update(block=how.startswith("block"))
+    if how == "replaced":
+        optimizer.param_groups[1]["params"] = [nn.Parameter(torch.ones(2))]
+    elif how == "emptied":
+        optimizer.param_groups[1]["params"] = []
+    else:
+        del optimizer.param_groups[1]
+    del leaves
+    update(block=how == "block")
+    gc.collect()
+    assert gone() is None
+    assert stays.tolist() == pytest.approx([0.8] * 3)

@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._layouts import Layouts, address, check_plain, layouts
+from ._layouts import Layouts, address, check_plain, layouts, whereabouts
 from ._record import is_fresh
-from ._tensor_table import DTYPES, TensorTable, same_layout
+from ._tensor_table import (
+    DTYPES,
+    TensorTable,
+    check_disjoint,
+    is_dense,
+    same_layout,
+    uses_triton,
+)
 
 Params = list[Tensor]
 
@@ -65,6 +72,13 @@ class SortedBuckets:
         """Whether these are the parameters, and they are as they were."""
         return self._layouts.unmoved(params, True)
 
+    def is_of_only(self, ids: set[int]) -> bool:
+        """Whether every parameter has one of these ids."""
+        return all(id(param) in ids for param in self.params)
+
+    def is_of_any(self, ids: set[int]) -> bool:
+        return any(id(param) in ids for param in self.params)
+
     def launches(
         self, group: dict[str, Any], tensors: list[Tensor], of_gradients: bool = False
     ) -> list[Launch] | None:
@@ -102,6 +116,44 @@ class SortedBuckets:
         self._grads = None if copied else layouts(grads)
         self._read = []
         return launches
+
+
+class CheckedParams:
+    """All parameters of an optimizer as they were when `check_params` passed them.
+
+    They are checked together. One step, or one block of updates in backward, that sorts one group
+    or parameter after the other would otherwise check all of them for each.
+    """
+
+    def __init__(self, params: Params, salt_of: Callable[[int, Tensor], int]) -> None:
+        self.salts = {id(param): salt_of(place, param) for place, param in enumerate(params)}
+        self._seen = {id(param): whereabouts(param) for param in params}
+
+    def holds(self, params: Params) -> bool:
+        """Whether these are some of them, and they are as they were."""
+        return all(self._seen.get(id(param)) == whereabouts(param) for param in params)
+
+
+def params_of(groups: list[dict[str, Any]]) -> Params:
+    """Every parameter once, in the order of the groups."""
+    return list({id(p): p for group in groups for p in group["params"]}.values())
+
+
+def check_params(groups: list[dict[str, Any]], backend: str | None) -> None:
+    params = params_of(groups)
+    for param in params:
+        name = f"params: parameter of shape {tuple(param.shape)}"
+        if param.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: expected dtype float64, float32, float16 or bfloat16, got {param.dtype}"
+            )
+        if param.layout is not torch.strided or not is_dense(param):
+            got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
+            raise ValueError(f"{name}: expected elements side by side in memory, got {got}")
+        uses_triton("params", param.device, backend)
+    if len(params) < sum(len(group["params"]) for group in groups):
+        raise ValueError("params: expected every parameter once, got one twice")
+    check_disjoint("params", params)
 
 
 def _grad_name(param: Tensor) -> str:

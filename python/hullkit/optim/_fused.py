@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of the fused optimizers: buckets of tensors, k updates in a pass, update in backward."""
+"""The base of the fused optimizers: k updates in a pass, with clipping, and in backward."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,11 +14,10 @@ from torch import Tensor
 from .._checks import check_int, check_number
 from ..native.kernels import uninterrupted
 from . import _kernels
-from ._buckets import Bucket, Launch, Params, SortedBuckets, check_grad, check_keys
+from ._buckets import Bucket, Launch, check_grad, check_keys, check_params
 from ._in_backward import update_in_backward
-from ._layouts import address, state_layouts
-from ._record import FACTOR, LR, MAX_NUM_STEPS, AdamOptions, SGDOptions, TensorRow, flags_of
-from ._tensor_table import DTYPES, TensorTable, check_disjoint, is_dense, uses_triton
+from ._record import FACTOR, LR, MAX_NUM_STEPS, AdamOptions, SGDOptions
+from ._tables import TabledOptimizer
 from ._watched import untraced, watched
 
 _ON_DEVICE = math.nan  # an option that is filled in on the device
@@ -29,36 +28,19 @@ Options = AdamOptions | SGDOptions
 _REFUSED = {"foreach": True, "fused": False, "differentiable": True, "amsgrad": True}
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(TabledOptimizer):
     """A torch optimizer whose `step(num_steps=k)` makes k updates in one pass over memory."""
 
     max_grad_norm: float | None
-    backend: str | None
     grad_norm: Tensor | None  # global norm of the latest step's gradients, if it clipped
 
-    # A subclass defines its state, its options and its kernel.
-
-    def _state_of(self, group: dict[str, Any], param: Tensor) -> tuple[list[Tensor | None], bool]:
-        """[state 1, state 2, step counter], made if missing; True if state 1 is yet to be set."""
-        raise NotImplementedError
-
-    def _state_dtype(self, param: Tensor) -> torch.dtype:
-        return param.dtype
-
-    def _salt(self, place: int, param: Tensor) -> int:
-        """32 bits that make the noise of this parameter its own. place: its number, as in a
-        state_dict."""
-        return place
+    # A subclass defines its options and its kernel, too.
 
     def _seed(self) -> int:
         return 0
 
     def _options(self, group: dict[str, Any], lr: float) -> Options:
         raise NotImplementedError
-
-    def _variant(self, group: dict[str, Any]) -> Any:
-        """The part of a group that decides which state the tables hold."""
-        return None
 
     def _kernel(self, bucket: Bucket, record: Tensor, num_steps: int) -> None:
         raise NotImplementedError
@@ -85,18 +67,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.backend = backend
         self.grad_norm = None
         self._forget()
-        self._check_params()
-
-    def _forget(self) -> None:
-        """Tables hold addresses, and are made anew once a tensor may have been replaced."""
-        self._retire(*self.__dict__.get("_sorted", {}).values())
-        self._sorted: dict[Any, SortedBuckets] = {}
-        self._states = state_layouts({})
-
-    def _retire(self, *outdated: SortedBuckets) -> None:
-        """Keep the tables that a captured graph reads at its next replay."""
-        kept = [sort for sort in outdated if any(b.table.captured for b in sort.buckets)]
-        self._replayed: list[SortedBuckets] = [*self.__dict__.get("_replayed", ()), *kept]
+        check_params(self.param_groups, self.backend)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("max_grad_norm", "backend")}
@@ -117,30 +88,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         if hasattr(self, "_sorted"):  # not while torch's constructor runs
             try:
-                self._check_params()
+                check_params(self.param_groups, self.backend)
             except (TypeError, ValueError, NotImplementedError):
                 del self.param_groups[-1]
                 raise
-
-    def _check_params(self) -> None:
-        for param in self._params():
-            name = f"params: parameter of shape {tuple(param.shape)}"
-            if param.dtype not in DTYPES:
-                raise TypeError(
-                    f"{name}: expected dtype float64, float32, float16 or bfloat16, "
-                    f"got {param.dtype}"
-                )
-            if param.layout is not torch.strided or not is_dense(param):
-                got = f"strides {param.stride()}" if param.layout is torch.strided else param.layout
-                raise ValueError(f"{name}: expected elements side by side in memory, got {got}")
-            uses_triton("params", param.device, self.backend)
-        if len(self._params()) < sum(len(group["params"]) for group in self.param_groups):
-            raise ValueError("params: expected every parameter once, got one twice")
-        check_disjoint("params", self._params())
-
-    def _params(self) -> Params:
-        """Every parameter once, in the order of the groups."""
-        return list({id(p): p for g in self.param_groups for p in g["params"]}.values())
 
     @untraced
     def step(self, closure: Callable[[], Any] | None = None, *, num_steps: int = 1) -> Any:
@@ -197,6 +148,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     checked = True
                 own = self._launches(index, group, params, [param.grad for param in params])
             launches += own
+        self._settle_if_changed()
         self._run(launches, num_steps)
         return loss
 
@@ -228,6 +180,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_gradients(grads)
         for index, (group, own) in enumerate(zip(self.param_groups, given, strict=True)):
             launches += self._launches(index, group, group["params"], own)
+        self._settle_if_changed()
         self._run(launches, num_steps)
 
     def reset(self) -> None:
@@ -235,85 +188,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.state.clear()
         self._forget()
 
-    def _forget_if_replaced(self) -> None:
-        """Forget the tables if the state is not, or lies not where, it was when they were made."""
-        if not self._states.unmoved(self.state):
-            self._forget()
-
     def _check_gradients(self, grads: Mapping[Tensor, Tensor | None]) -> None:
         """Before state is made for some of them, which a step that fails would leave behind."""
         for param in self._params():
             grad = grads.get(param)
             if grad is not None:
                 check_grad(param, grad)
-
-    def _launches(
-        self, key: Any, group: dict[str, Any], params: Params, grads: Sequence[Tensor | None]
-    ) -> list[Launch]:
-        pairs = [(p, grad) for p, grad in zip(params, grads, strict=True) if grad is not None]
-        if not pairs:
-            return []
-        present, given = [p for p, _ in pairs], [grad for _, grad in pairs]
-        key = (key, self._variant(group))
-        try:
-            made = self._sorted.get(key)
-            if made is None or not made.holds(present):
-                made = self._sort(key, group, present, given)
-            launches = made.launches(group, given)
-            if launches is None:
-                launches = made.first_launches(group, given)
-            if launches is None:  # gradients of other dtypes than last time
-                launches = self._sort(key, group, present, given).first_launches(group, given)
-        except BaseException:  # other groups may have new state, too
-            self._drop_fresh(b for made in self._sorted.values() for b in made.buckets)
-            raise
-        assert launches is not None
-        return launches
-
-    def _sort(
-        self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]
-    ) -> SortedBuckets:
-        """Buckets for these parameters. State is made where it is missing; an error leaves none."""
-        known = [param in self.state for param in params]
-        try:
-            return self._sort_anew(key, group, params, grads)
-        except BaseException:  # during a capture, say, state was made and not written
-            for param, had in zip(params, known, strict=True):
-                if not had:
-                    self.state.pop(param, None)
-            raise
-
-    def _sort_anew(
-        self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]
-    ) -> SortedBuckets:
-        self._check_params()  # torch may have moved or retyped them since
-        salts = {id(p): self._salt(place, p) for place, p in enumerate(self._params())}
-        places: dict[Any, list[int]] = {}  # by kind
-        for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            check_grad(param, grad)
-            places.setdefault((param.device, param.dtype, grad.dtype), []).append(place)
-        buckets = []
-        for (device, dtype, grad_dtype), chosen in places.items():
-            rows, any_fresh = [], False
-            for place in chosen:
-                param = params[place]
-                states, fresh = self._state_of(group, param)
-                of_states = (0 if state is None else address("state", state) for state in states)
-                state1, state2, step = of_states
-                any_fresh |= fresh
-                flags = flags_of(salts[id(param)], fresh)
-                at, numel = address("params", param), param.numel()
-                rows.append(TensorRow(at, state1, state2, step, numel, flags))
-            table = TensorTable(rows, device, uses_triton("params", device, self.backend))
-            own = [params[place] for place in chosen]
-            dtypes = (dtype, grad_dtype, self._state_dtype(own[0]))
-            buckets.append(Bucket(own, dtypes, table, any_fresh))
-        made = SortedBuckets(params, buckets, list(places.values()))
-        if key in self._sorted:
-            self._retire(self._sorted[key])
-        self._sorted[key] = made
-        self._states = state_layouts(self.state)
-        return made
 
     def _run(self, launches: list[Launch], num_steps: int) -> None:
         try:
@@ -327,15 +207,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             uninterrupted(lambda: self._update(ready, num_steps))
         else:
             self._update(ready, num_steps)
-
-    def _drop_fresh(self, buckets: Iterable[Bucket]) -> None:
-        """Takes state back that was made for updates which did not come about: only the tables know
-        that it is yet to be set."""
-        fresh = [param for bucket in buckets for param in bucket.fresh_params()]
-        for param in fresh:
-            self.state.pop(param, None)
-        if fresh:
-            self._forget()
 
     def _update(self, ready: list[tuple[Bucket, Tensor]], num_steps: int) -> None:
         for bucket, record in ready:

@@ -106,6 +106,11 @@ def address_or_none(value: Any) -> int | None:
     return found if found or not value.numel() else None
 
 
+def whereabouts(value: Any) -> tuple[Any, ...]:
+    """What `Layouts` compares, of one value."""
+    return (*_layout(value), address_or_none(value))
+
+
 class _PlainLayouts:
     def __init__(self, tensors: list[Tensor]) -> None:
         self._layouts = list(map(_layout, tensors))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,16 @@ from .._checks import check_tensor
 from ._tensor_table import same_layout
 
 State = tuple[list[Tensor | None], bool]
+
+
+def own_values(state: Mapping[Any, dict[str, Any]], param: Tensor) -> list[Any]:
+    """What an optimizer's state has of this parameter."""
+    return [*state.get(param, {}).values()]
+
+
+def are_among(values: list[Any], others: list[Any]) -> bool:
+    """Whether each of these objects is one of the others."""
+    return set(map(id, values)) <= set(map(id, others))
 
 
 def state_like(state: dict[str, Any], name: str, param: Tensor, dtype: torch.dtype) -> Tensor:
