@@ -14,7 +14,7 @@ import torch
 from _optim import KINDS, WAYS, Way, equal_bits
 from hullkit import optim
 from hullkit.optim import _layouts
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -122,6 +122,47 @@ def test_second_gradient_is_an_error() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     model(ids).backward()  # the hooks are gone
     assert equal_bits(before, list(model.parameters()))
+
+
+@pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()),
+    reason="torch without torch.distributed's gloo",
+)
+@pytest.mark.parametrize("as_views", [False, True])
+def test_sums_over_ranks_come_too_late(as_views: bool) -> None:
+    """DistributedDataParallel would leave each rank with its own gradient's update, and say
+    nothing."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(
+            nn.Linear(3, 2), gradient_as_bucket_view=as_views
+        )
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        with (
+            pytest.raises(RuntimeError, match=r"got 2: .* DistributedDataParallel .* step\(\)"),
+            optimizer.update_in_backward(),
+        ):
+            model(torch.ones(1, 3)).sum().backward()
+        optimizer.zero_grad()
+        with model.no_sync(), optimizer.update_in_backward():  # sums nothing
+            model(torch.ones(1, 3)).sum().backward()
+        assert all(param.grad is None for param in model.parameters())
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_own_step_inside() -> None:
+    """With gradients that are gone at the block's end."""
+    param = nn.Parameter(torch.zeros(2))
+    optimizer = optim.SGD([param], lr=1.0)
+    with optimizer.update_in_backward():
+        param.sum().backward()
+        param.grad = torch.ones(2)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert param.tolist() == [-2.0] * 2
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

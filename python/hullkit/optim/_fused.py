@@ -241,8 +241,8 @@ class FusedOptimizer(TabledOptimizer):
 
     @untraced
     def update_in_backward(self, *, num_steps: int = 1) -> AbstractContextManager[None]:
-        """Inside the with-block, `loss.backward()` updates every parameter `num_steps` times as
-        soon as its gradient is complete, and frees the gradient: all of them together never exist.
+        """Inside the with-block, `loss.backward()` updates a parameter `num_steps` times as soon
+        as its gradient is complete, and frees the gradient: all of them together never exist.
 
             with optimizer.update_in_backward(num_steps=2):
                 loss.backward()
@@ -252,13 +252,20 @@ class FusedOptimizer(TabledOptimizer):
         second gradient for a parameter already updated (another backward, reentrant checkpointing)
         is an error; parameters updated until then stay so.
 
+        Parameters are those of the groups as the block begins, if they require gradients then. One
+        added or unfrozen inside gets no update and keeps its `.grad`. A loss that depends on a
+        weight through `w.detach()` as well may fail in backward, where `step` works: autograd finds
+        the weight updated before its last use. Not for DistributedDataParallel, nor any wrapper
+        that sums gradients over ranks: it does so after the update.
+
         The with-block counts as one step. Pre-step hooks run on entry, before any gradient exists;
         post-step hooks at its end, with no gradient left, unless it raised.
 
         Raises:
             ValueError: on entry, with max_grad_norm (the norm is known only when all gradients
                 are), or if a `.grad` is left from before.
-            RuntimeError: from backward, at a second gradient for one parameter.
+            RuntimeError: from backward, at a second gradient for one parameter. At the end, if an
+                updated parameter has a `.grad` again: DistributedDataParallel leaves one.
 
         >>> import hullkit, torch
         >>> p = torch.nn.Parameter(torch.ones(2))

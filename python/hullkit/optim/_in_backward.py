@@ -23,6 +23,7 @@ def update_in_backward(optimizer: Any, num_steps: int) -> Iterator[None]:
         yield
     finally:
         block.end()
+    block.check_gradients()
     after_step(optimizer, kwargs)
 
 
@@ -113,3 +114,17 @@ class _Block:
             self._optimizer._settle()
         else:
             self._optimizer._forget()
+
+    def check_gradients(self) -> None:
+        """An updated parameter that has a gradient again was updated with another one.
+
+        A second gradient from autograd never gets here: `_update` refuses it and takes it away.
+        """
+        got = sum(p.grad is not None for p in self._groups if id(p) in self._done)
+        if got:
+            raise RuntimeError(
+                "update_in_backward: expected no gradient on updated parameters at the end of the "
+                f"block, got {got}: something set `.grad` after the update, as "
+                "DistributedDataParallel does: it sums over ranks only then, so each rank was "
+                "updated with its own gradient. Call backward and then step() there"
+            )
