@@ -110,6 +110,13 @@ def test_bad_explicit_gradients(grad: Any, error: type[Exception], message: str)
         optim.Adam([weight]).step_with({weight: grad})
 
 
+@pytest.mark.parametrize(("grads", "got"), [([torch.ones(4, 6)], "list"), (None, "NoneType")])
+def test_explicit_gradients_are_a_mapping(grads: Any, got: str) -> None:
+    message = f"grads: expected a mapping from parameters to gradients, got {got}"
+    with pytest.raises(TypeError, match=message):
+        optim.Adam([param()]).step_with(grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_stochastic_rounding_is_for_halves(dtype: torch.dtype) -> None:
     """Beside halves other parameters are updated as ever."""

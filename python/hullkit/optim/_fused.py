@@ -160,7 +160,7 @@ class FusedOptimizer(TabledOptimizer):
             grads: for each parameter to update its gradient, of the parameter's shape and device
                 and any supported dtype: float32 sums for half-precision parameters, say.
 
-        Raises: as `step`; ValueError: a gradient of something else.
+        Raises: as `step`; TypeError: no mapping; ValueError: a gradient of something else.
         """
         if watched(self):
             hooked = torch.optim.Optimizer.profile_hook_step(type(self)._step_with)
@@ -171,6 +171,9 @@ class FusedOptimizer(TabledOptimizer):
 
     def _step_with(self, grads: Mapping[Tensor, Tensor], *, num_steps: int = 1) -> None:
         num_steps = check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
+        if not isinstance(grads, (dict, Mapping)):
+            got = type(grads).__name__
+            raise TypeError(f"grads: expected a mapping from parameters to gradients, got {got}")
         given = [[grads.get(p) for p in group["params"]] for group in self.param_groups]
         if sum(grad is not None for own in given for grad in own) < len(grads):
             check_keys(grads, self._params())
