@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -108,6 +109,38 @@ def test_bad_explicit_gradients(grad: Any, error: type[Exception], message: str)
     weight = param()
     with pytest.raises(error, match=message):
         optim.Adam([weight]).step_with({weight: grad})
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "message"),
+    [
+        (optim.Adam, "lr", float("nan"), "lr: expected a number, got nan"),
+        (optim.AdamW, "lr", torch.tensor(float("nan")), r"lr: expected a number, got tensor\(nan"),
+        (optim.SGD, "weight_decay", float("nan"), "weight_decay: expected a number, got nan"),
+        (optim.Adam, "betas", (1.0, 0.999), r"betas: expected numbers in \[0, 1\), got \(1.0, 0.9"),
+        (optim.Adam, "betas", (0.9, -0.5), r"betas: expected numbers in \[0, 1\)"),
+        (optim.Adam, "betas", (0.9, float("nan")), r"betas: expected numbers in \[0, 1\)"),
+    ],
+)
+def test_options_that_turn_bad_later(
+    cls: Any, name: str, value: Any, message: str, block: bool
+) -> None:
+    weight = param()
+    optimizer = cls([weight], lr=0.1)
+    for bad in (False, True):
+        before = weight.detach().clone()
+        if bad:
+            optimizer.param_groups[0][name] = value
+        with pytest.raises(ValueError, match=message) if bad else nullcontext():
+            if block:
+                with optimizer.update_in_backward():
+                    weight.sum().backward()
+            else:
+                weight.sum().backward()
+                optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(weight, before) == bad
 
 
 @pytest.mark.parametrize(("grads", "got"), [([torch.ones(4, 6)], "list"), (None, "NoneType")])

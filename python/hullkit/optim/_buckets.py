@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._layouts import Layouts, address, check_plain, layouts, whereabouts
-from ._record import is_fresh
+from ._record import Options, is_fresh
 from ._tensor_table import (
     DTYPES,
     TensorTable,
@@ -39,6 +40,7 @@ class Bucket:
         self.params = params
         self.dtypes = dtypes
         self.table = table
+        self.options: Options | None = None  # the latest that `check_options` has passed
         self.fresh = fresh  # whether state is set by the first launch, not read
 
     def fresh_params(self) -> Params:
@@ -156,6 +158,19 @@ def check_params(groups: list[dict[str, Any]], backend: str | None) -> None:
     check_disjoint("params", params)
 
 
+def check_options(group: dict[str, Any]) -> None:
+    """Refuses what the constructor refuses and what would make weights NaN, if a group has it
+    now."""
+    for name in ("lr", "eps", "weight_decay", "momentum", "dampening"):
+        value = group.get(name, 0.0)
+        on_device = isinstance(value, Tensor) and value.device.type != "cpu"  # reading would wait
+        if not on_device and math.isnan(value):
+            raise ValueError(f"{name}: expected a number, got {value!r} in a parameter group")
+    betas = group.get("betas", ())
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas: expected numbers in [0, 1), got {betas} in a parameter group")
+
+
 def _grad_name(param: Tensor) -> str:
     return f"grad of a parameter of shape {tuple(param.shape)}"
 
@@ -177,6 +192,12 @@ def check_grad(param: Tensor, grad: Tensor) -> None:
             f"{name}: expected that shape on {param.device}, got {tuple(grad.shape)} on "
             f"{grad.device}"
         )
+
+
+def check_mapping(grads: Any) -> None:
+    if not isinstance(grads, (dict, Mapping)):
+        got = type(grads).__name__
+        raise TypeError(f"grads: expected a mapping from parameters to gradients, got {got}")
 
 
 def check_keys(grads: Iterable[Any], params: Params) -> None:

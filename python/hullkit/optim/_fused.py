@@ -14,7 +14,15 @@ from torch import Tensor
 from .._checks import check_int, check_number
 from ..native.kernels import uninterrupted
 from . import _kernels
-from ._buckets import Bucket, Launch, check_grad, check_keys, check_params
+from ._buckets import (
+    Bucket,
+    Launch,
+    check_grad,
+    check_keys,
+    check_mapping,
+    check_options,
+    check_params,
+)
 from ._in_backward import update_in_backward
 from ._record import FACTOR, LR, MAX_NUM_STEPS, AdamOptions, SGDOptions
 from ._tables import TabledOptimizer
@@ -171,9 +179,7 @@ class FusedOptimizer(TabledOptimizer):
 
     def _step_with(self, grads: Mapping[Tensor, Tensor], *, num_steps: int = 1) -> None:
         num_steps = check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
-        if not isinstance(grads, (dict, Mapping)):
-            got = type(grads).__name__
-            raise TypeError(f"grads: expected a mapping from parameters to gradients, got {got}")
+        check_mapping(grads)
         given = [[grads.get(p) for p in group["params"]] for group in self.param_groups]
         if sum(grad is not None for own in given for grad in own) < len(grads):
             check_keys(grads, self._params())
@@ -226,6 +232,9 @@ class FusedOptimizer(TabledOptimizer):
         options = self._options(group, _ON_DEVICE if on_device else float(lr))
         if self.max_grad_norm is not None:
             options = options._replace(factor=_ON_DEVICE)
+        if options != bucket.options:  # groups may be written to at any time
+            check_options(group)
+            bucket.options = options
         record = bucket.table.record(addresses, options, self._seed())
         if on_device:
             record.view(torch.float64)[LR].copy_(lr.reshape(()))
