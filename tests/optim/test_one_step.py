@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,40 @@ def test_a_signal_in_the_first_step_with_dampening(monkeypatch: pytest.MonkeyPat
     optimizer.step()
     wanted.step()
     wanted.step()
+    torch.testing.assert_close(param, other)
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("after", ["_launches", "_settle"])
+def test_a_signal_before_the_first_update_with_dampening(
+    after: str, block: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """State that no update has set is not taken for the sum of gradients."""
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    [param], [other] = parameters(4), parameters(4)
+    optimizer, wanted = optim.SGD([param], **options), torch.optim.SGD([other], **options)
+
+    def update() -> None:
+        param.grad = None
+        with optimizer.update_in_backward() if block else nullcontext():
+            param.sum().backward()
+        if not block:
+            optimizer.step()
+
+    def interrupted(*arguments: Any) -> Any:
+        if after == "_launches":
+            _tables.TabledOptimizer._launches(optimizer, *arguments)
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, after, interrupted)
+        with pytest.raises(Stop):
+            update()
+    for _ in range(2):
+        update()
+    updates = 3 if block and after == "_settle" else 2  # the block settles at its end
+    for _ in range(updates):
+        wanted.step()
     torch.testing.assert_close(param, other)
 
 

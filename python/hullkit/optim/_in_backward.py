@@ -105,15 +105,14 @@ class _Block:
         optimizer._run(launches, self._num_steps)
 
     def end(self) -> None:
-        """Takes the hooks away. Tables made in the block are kept if state is as they have it."""
+        """Takes the hooks away. Tables made in the block are kept if state is as they have it.
+
+        Otherwise nothing has settled, and the next step or block forgets them.
+        """
         for hook in self._hooks:
             hook.remove()
-        if self._optimizer._states is not None:
-            return
-        if all(map(self._as_seen, self._groups)):
+        if self._optimizer._states is None and all(map(self._as_seen, self._groups)):
             self._optimizer._settle()
-        else:
-            self._optimizer._forget()
 
     def check_gradients(self) -> None:
         """An updated parameter that has a gradient again was updated with another one.
