@@ -154,3 +154,15 @@ def test_a_score_that_is_not_finite() -> None:
     model.head.bias.data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="ids: expected a finite loss, got nan"):
         Score(IDS)(model)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_the_caller_trains_is_as_before(trained: bool) -> None:
+    model = Model().requires_grad_(trained)
+
+    def then(adapted: Any) -> None:
+        adapted.requires_grad_(not trained)
+
+    [answer] = hullkit.PromptBatch(model, **OPTIONS).map([hullkit.Query([IDS], [1], then)])
+    assert answer.error is None
+    assert {p.requires_grad for p in model.parameters()} == {trained}

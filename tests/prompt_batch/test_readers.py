@@ -155,3 +155,40 @@ def test_a_pass_that_fails_leaves_no_tensors() -> None:
         gc.enable()
     assert {type(answer.error) for answer in answers} == {torch.OutOfMemoryError}
     assert alive == []
+
+
+class Router(nn.Module):
+    """A layer that sees texts of tokens, and one that sees tokens, as routers of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.up, self.gate = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4, bias=False)
+        self.experts = nn.Parameter(torch.randn(4, WIDTH))
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        y = self.up(x)
+        chosen = self.gate(x.reshape(-1, WIDTH)).softmax(dim=1)
+        return self.head(x + y + (chosen @ self.experts).view_as(x))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_readers_of_one_input_in_two_shapes(precision: str) -> None:
+    """From the second pass on the second reader is computed with the first, if it may be."""
+    model = Router().to(DEVICE)
+    batch = hullkit.PromptBatch(
+        model, slots=1, rank=4, target=["up", "gate"], precision=precision, lr=1e-2
+    )
+    ids = text(20, 1)
+    wanted = hullkit.PromptBatch(
+        model, slots=1, rank=4, target=["up", "gate"], precision=precision, lr=1e-2
+    ).adapt_([hullkit.Query([ids], [1])])[0].losses  # fmt: skip
+    for _ in range(3):
+        [answer] = batch.adapt_([hullkit.Query([ids], [1])])
+        assert answer.losses == wanted
+    base = nn.functional.cross_entropy(model(ids[None].to(DEVICE))[0, :-1], ids[1:].to(DEVICE))
+    rounding = 1e-5 if precision == "float32" else 0.02
+    assert wanted == pytest.approx([base.item()], rel=rounding)

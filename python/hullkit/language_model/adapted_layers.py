@@ -61,7 +61,7 @@ class AdaptedLayers:
         scale = self._known[module].scale
         expected = self._expected(module, adapted, x)
         made = self._readers.made(
-            module, shared, list(expected),
+            module, shared, x.shape, list(expected),
             lambda chosen: self._make(x, [expected[one] for one in chosen], scale),
         )  # fmt: skip
         if made.state != _state(adapted):  # somebody has changed a factor since it was made

@@ -44,35 +44,39 @@ class Readers(Generic[Layer, Made]):
     """What layers make of their inputs in one pass, for all readers of an input at once."""
 
     def __init__(self) -> None:
-        self._readers: dict[SharedInput, list[Layer]] = {}
-        self._made: dict[Layer, tuple[SharedInput, Made]] = {}
+        # By the input and its shape: another reader may see rows where this one sees texts of rows.
+        self._readers: dict[tuple[SharedInput, torch.Size], list[Layer]] = {}
+        self._made: dict[Layer, tuple[tuple[SharedInput, torch.Size], Made]] = {}
         self._counters: Tensor | None = None
 
     def made(
         self,
         layer: Layer,
         shared: SharedInput,
+        shape: torch.Size,
         expected: Sequence[Layer],
         make: Callable[[Sequence[Layer]], list[Made]],
     ) -> Made:
         """What `make` makes of this layer and the input whose gradient `shared` takes.
 
-        expected: the layers that will read the input, this one first.
+        shape: of the input, as `make` sees it.
+        expected: the layers that will read the input in this shape, this one first.
         """
-        before = self._readers.setdefault(shared, [])
+        of = shared, shape
+        before = self._readers.setdefault(of, [])
         known = self._made.pop(layer, None)
-        if known is None or known[0] is not shared:
-            waiting = {other for other, made in self._made.items() if made[0] is shared}
+        if known is None or known[0] != of:
+            waiting = {other for other, made in self._made.items() if made[0] == of}
             done = waiting.union(before) - {layer}
             wanted = [other for other in expected if other not in done]
             for other, one in zip(wanted, make(wanted), strict=True):
-                self._made[other] = (shared, one)
+                self._made[other] = (of, one)
             known = self._made.pop(layer)
         before.append(layer)
         return known[1]
 
     def groups(self) -> Iterator[list[Layer]]:
-        """Layers that read one input, at most MOST_LAYERS, in the order of their calls."""
+        """At most MOST_LAYERS that read one input in one shape, in the order of their calls."""
         for readers in self._readers.values():
             layers = list(dict.fromkeys(readers))  # one may run twice
             for at in range(0, len(layers), MOST_LAYERS):

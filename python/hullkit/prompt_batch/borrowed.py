@@ -60,7 +60,7 @@ class Borrowed(WithBlock):
         self._inner = inner
         self._stack = ExitStack()
         self._modules: list[tuple[nn.Module, bool, object]] = []
-        self._trained: list[nn.Parameter] = []
+        self._trained: list[tuple[nn.Parameter, bool]] = []
         self._layouts = FirstLayouts()
         self._settings: TorchSettings | None = None
 
@@ -68,14 +68,14 @@ class Borrowed(WithBlock):
         self._settings = TorchSettings()
         modules = self._model.modules()
         self._modules = [(m, m.training, m.__dict__.get("forward")) for m in modules]
-        self._trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._trained = [(p, p.requires_grad) for p in self._model.parameters()]
         self._layouts.take(module for module, _, _ in self._modules)
 
     def _enter(self) -> nn.Module:
         _SHORTCUT.forbid(self)
         for module, _, _ in self._modules:
             module.training = False
-        for parameter in self._trained:
+        for parameter, _ in self._trained:
             parameter.requires_grad_(False)
         for block in self._inner:
             self._stack.enter_context(block)
@@ -91,8 +91,8 @@ class Borrowed(WithBlock):
                     del module.__dict__["forward"]
                 else:
                     module.__dict__["forward"] = forward
-        for parameter in self._trained:
-            parameter.requires_grad_(True)
+        for parameter, trained in self._trained:
+            parameter.requires_grad_(trained)
         self._layouts.put_back()
         _SHORTCUT.allow(self)
         if self._settings is not None:

@@ -70,7 +70,7 @@ class _Call:
         if self.anchor is None:
             return self._outputs(x, [layer])[0]
         make = partial(self._outputs, x)
-        return self._readers.made(layer, shared, layer.readers, make)
+        return self._readers.made(layer, shared, x.shape, layer.readers, make)
 
     def _outputs(self, x: Tensor, layers: Sequence[Layer]) -> list[tuple[Tensor, Inner]]:
         stacked = self.stacked(x)
