@@ -127,17 +127,9 @@ def _moved(
 
 @triton.jit
 def _moments(exp_avg, exp_avg_sq, grad, beta1, rest1, beta2, rest2):
-    """After one update of a half. No square overflows: the roots' arithmetic is for finite ones.
-
-    Both moments are those of the bounded gradient, for their ratio is what moves a parameter. A
-    gradient whose square float32 does not hold moves nothing, as with torch, where it is divided by
-    infinity. An infinite one is to be seen.
-    """
-    bounded = tl.minimum(grad, 1e17, propagate_nan=tl.PropagateNan.ALL)
-    bounded = tl.maximum(bounded, -1e17, propagate_nan=tl.PropagateNan.ALL)
-    mean = tl.where(grad * rest2 * grad == float("inf"), 0.0, bounded)
-    mean = tl.where(tl.abs(grad) == float("inf"), grad, mean)
-    exp_avg = tl.fma(exp_avg, beta1, mean * rest1)
+    """After one update of a half. No square overflows: the roots' arithmetic is for finite ones."""
+    bounded = tl.minimum(tl.abs(grad), 1e17, propagate_nan=tl.PropagateNan.ALL)
+    exp_avg = tl.fma(exp_avg, beta1, grad * rest1)
     return exp_avg, tl.fma(exp_avg_sq, beta2, bounded * rest2 * bounded)
 
 
@@ -211,9 +203,6 @@ def _update(
     param = param.to(MATH)
     exp_avg = exp_avg.to(MATH)
     exp_avg_sq = exp_avg_sq.to(MATH)
-    if (PARAM == tl.bfloat16) | (PARAM == tl.float16):  # noqa: SIM300
-        # Infinite where a square left the range of the moment's dtype: 65504 in float16.
-        exp_avg_sq = tl.minimum(exp_avg_sq, 3e38, propagate_nan=tl.PropagateNan.ALL)
     grad = grad.to(MATH) * scale
     unfit = (tl.abs(grad) < float("inf")) == 0  # Triton 3.2's interpreter has no ~ of flags
     # The usual values as constants: the compiler takes them out of the loop.

@@ -27,13 +27,10 @@ struct Moving {
   float param[kCount], exp_avg[kCount], exp_avg_sq[kCount], grad[kCount];
 };
 
-// Moments of a half, as in the Triton kernel. No square overflows, and both moments are of the bounded gradient, or
-// their ratio would not be about 1. One whose square is infinite moves nothing.
+// Moments of a half. No square overflows.
 __device__ inline void move_moments(float& exp_avg, float& exp_avg_sq, float grad, const AdamSteps& steps) {
-  const float bounded = copysignf(ptx::least_or_nan(fabsf(grad), 1e17f), grad);
-  float mean = __fmul_rn(__fmul_rn(grad, steps.rest2), grad) == INFINITY ? 0.0f : bounded;
-  if (fabsf(grad) == INFINITY) mean = grad;
-  exp_avg = __fmaf_rn(exp_avg, steps.beta1, __fmul_rn(mean, steps.rest1));
+  const float bounded = ptx::least_or_nan(fabsf(grad), 1e17f);
+  exp_avg = __fmaf_rn(exp_avg, steps.beta1, __fmul_rn(grad, steps.rest1));
   exp_avg_sq = __fmaf_rn(exp_avg_sq, steps.beta2, __fmul_rn(__fmul_rn(bounded, steps.rest2), bounded));
 }
 
@@ -57,8 +54,6 @@ __device__ inline void move_twice(Moving<kCount>& x, float2 one, float2 two, con
 
 template <int kCount>
 __device__ inline void move_halves(Moving<kCount>& x, const AdamSteps& steps) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) x.exp_avg_sq[i] = ptx::least_or_nan(x.exp_avg_sq[i], 3e38f);
   int step = 0;
   if (steps.pairs && steps.num_steps > 1) {
     move_twice(x, steps.first, steps.second, steps);

@@ -120,7 +120,7 @@ OTHERS: dict[str, tuple[type[Exception], tuple[str, ...], Callable[..., Any]]] =
     ),
     "merge_duplicates 0": (
         ValueError,
-        ("eps", "(0, 2]", "0"),
+        ("merge_duplicates", "(0, 2]", "0"),
         lambda **o: _select(merge_duplicates=0, **o),
     ),
     "max_support 0": (

@@ -153,8 +153,6 @@ def test_gradients_are_no_obstacle() -> None:
     chosen = hullkit.select(pool.requires_grad_(), query.requires_grad_(), 7)
     assert_counts(chosen.counts, 7)
     assert not chosen.result.weights.requires_grad
-    slopes = torch.func.grad(lambda given: hullkit.lmo(pool[0], given).value)(query[0].detach())
-    assert (slopes == 0).all()
 
 
 @pytest.mark.parametrize("cap", [1, 2, 3, 7, 9])
