@@ -324,16 +324,20 @@ def test_state_laid_out_anew_between_step_and_block(
             if turned:
                 param.data = param.data.t()
             loss = (param * weights * scale).sum()
-            if block and cls is optim.Adam:
-                with optimizer.update_in_backward():
-                    loss.backward()
-            else:
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            _update(optimizer, loss, block and cls is optim.Adam)
         results.append([param, *optimizer.state[param].values()])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def _update(optimizer: Any, loss: Tensor, block: bool) -> None:
+    if block:
+        with optimizer.update_in_backward():
+            loss.backward()
+    else:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_parameter_taken_out_of_the_groups_inside() -> None:
@@ -355,13 +359,7 @@ def test_parameters_that_left_are_not_kept_alive(how: str) -> None:
     def update(block: bool) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         loss = sum((param.sum() for param in params), torch.zeros(()))
-        if block:
-            with optimizer.update_in_backward():
-                loss.backward()
-        else:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        _update(optimizer, loss, block)
 
     update(block=how.startswith("block"))
     if how == "replaced":

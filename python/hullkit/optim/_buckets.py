@@ -195,7 +195,7 @@ def check_grad(param: Tensor, grad: Tensor) -> None:
 
 
 def check_mapping(grads: Any) -> None:
-    if not isinstance(grads, (dict, Mapping)):
+    if not isinstance(grads, Mapping):
         got = type(grads).__name__
         raise TypeError(f"grads: expected a mapping from parameters to gradients, got {got}")
 
