@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies, narrowed_tensors
 from ..language_model.product_settings import matmul_precision
-from ..optim._tensor_table import DTYPES, is_dense
+from ..optim._tensor_table import DTYPES, is_dense, sharing_memory
 from . import eager_passes
 from .activations import ActivationPlan
 from .base_weights import NotCapturable, Weights, adam_options
@@ -248,17 +247,19 @@ def check_trained(model: nn.Module) -> None:
 
 def _check_apart(model: nn.Module) -> None:
     """Refuses two trained parameters over one memory, which would be updated twice."""
-    placed = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + p.nbytes, name)
-        for name, p in model.named_parameters()
-        if p.requires_grad and type(p) is nn.Parameter and p.numel()
-    )
-    for (device, _, end, name), (next_device, begin, _, other) in pairwise(placed):
-        if device == next_device and begin < end:
-            raise ValueError(
-                "model: expected parameters with requires_grad that share no memory, got two that "
-                f"do: {name!r} and {other!r}; tie them by one nn.Parameter"
-            )
+    named = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and type(parameter) is nn.Parameter
+    ]
+    parameters = [parameter for _, parameter in named]
+    places = sharing_memory(parameters, [p.data_ptr() for p in parameters])
+    if places is not None:
+        one, other = (named[place][0] for place in places)
+        raise ValueError(
+            "model: expected parameters with requires_grad that share no memory, got two that "
+            f"do: {one!r} and {other!r}; tie them by one nn.Parameter"
+        )
 
 
 def trained_parameters(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

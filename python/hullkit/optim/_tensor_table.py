@@ -63,16 +63,26 @@ def same_layout(tensor: Tensor, other: Tensor) -> bool:
     )
 
 
+def sharing_memory(tensors: Sequence[Tensor], addresses: Sequence[int]) -> tuple[int, int] | None:
+    """The places of two tensors that share memory; None if there are none."""
+    stretches = sorted(
+        (str(tensor.device), at, at + tensor.numel() * tensor.element_size(), place)
+        for place, (tensor, at) in enumerate(zip(tensors, addresses, strict=True))
+        if tensor.numel()
+    )
+    for (device, _, end, place), (next_device, begin, _, other) in pairwise(stretches):
+        if device == next_device and begin < end:
+            return place, other
+    return None
+
+
 def check_disjoint(name: str, tensors: Sequence[Tensor]) -> None:
     """Two programs must never write the same element."""
-    placed = [(str(t.device), address(name, t), t.numel() * t.element_size()) for t in tensors]
-    stretches = sorted((device, at, at + size) for device, at, size in placed if size)
-    for (device, _, end), (next_device, begin, _) in pairwise(stretches):
-        if device == next_device and begin < end:
-            raise ValueError(
-                f"{name}: expected tensors that share no memory, got two that do (a tied one is "
-                "passed once)"
-            )
+    if sharing_memory(tensors, [address(name, tensor) for tensor in tensors]) is not None:
+        raise ValueError(
+            f"{name}: expected tensors that share no memory, got two that do (a tied one is "
+            "passed once)"
+        )
 
 
 class TensorTable:
