@@ -127,9 +127,13 @@ def _moved(
 
 @triton.jit
 def _moments(exp_avg, exp_avg_sq, grad, beta1, rest1, beta2, rest2):
-    """After one update of a half. No square overflows: the roots' arithmetic is for finite ones."""
-    bounded = tl.minimum(tl.abs(grad), 1e17, propagate_nan=tl.PropagateNan.ALL)
-    exp_avg = tl.fma(exp_avg, beta1, grad * rest1)
+    """After one update of a half. No square overflows: the roots' arithmetic is for finite ones.
+
+    Both moments are those of the bounded gradient, for their ratio is what moves a parameter. 0
+    times an infinite one makes NaN of it. Without a select, which takes 20 registers more.
+    """
+    bounded = tl.fma(grad, 0.0, tl.maximum(tl.minimum(grad, 1e17), -1e17))
+    exp_avg = tl.fma(exp_avg, beta1, bounded * rest1)
     return exp_avg, tl.fma(exp_avg_sq, beta2, bounded * rest2 * bounded)
 
 
@@ -155,21 +159,17 @@ def _moved_twice(
 
 @triton.jit
 def _moved_often(
-    param, exp_avg, exp_avg_sq, grad, l2, keep, coefficients, num_steps,
+    param, exp_avg, exp_avg_sq, grad, l2, keep, coefficients, num_steps, in_pairs,
     beta1, rest1, beta2, rest2, PARAM: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """num_steps updates. Halves take two at a time where these do not depend on one another and the
-    product of their roots does not underflow."""
-    single = 0
-    if (PARAM == tl.bfloat16) | (PARAM == tl.float16):  # noqa: SIM102, SIM300
-        if (l2 == 0) & (tl.load(coefficients + 1) > 1e-18):
-            single = num_steps // 2 * 2
-            for i in range(0, single, 2):
-                param, exp_avg, exp_avg_sq = _moved_twice(
-                    param, exp_avg, exp_avg_sq, grad, keep, coefficients + i * COEFFICIENTS,
-                    beta1, rest1, beta2, rest2,
-                )  # fmt: skip
-    for i in range(single, num_steps):
+    """num_steps updates: in_pairs of them two at a time, the others one by one."""
+    if (PARAM == tl.bfloat16) | (PARAM == tl.float16):  # noqa: SIM300
+        for i in range(0, in_pairs, 2):
+            param, exp_avg, exp_avg_sq = _moved_twice(
+                param, exp_avg, exp_avg_sq, grad, keep, coefficients + i * COEFFICIENTS,
+                beta1, rest1, beta2, rest2,
+            )  # fmt: skip
+    for i in range(in_pairs, num_steps):
         param, exp_avg, exp_avg_sq = _moved(
             param, exp_avg, exp_avg_sq, grad, l2, keep, coefficients + i * COEFFICIENTS,
             beta1, rest1, beta2, rest2, PARAM, MATH,
@@ -194,7 +194,7 @@ def _fetch(
 @triton.jit
 def _update(
     param, grad, exp_avg, exp_avg_sq,
-    param_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, coefficients, num_steps,
+    param_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, coefficients, num_steps, in_pairs,
     beta1, rest1, beta2, rest2, l2, keep, scale, key,
     PARAM: tl.constexpr, STATE: tl.constexpr, COPY: tl.constexpr,
     MATH: tl.constexpr, STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr,
@@ -203,17 +203,20 @@ def _update(
     param = param.to(MATH)
     exp_avg = exp_avg.to(MATH)
     exp_avg_sq = exp_avg_sq.to(MATH)
+    if (PARAM == tl.bfloat16) | (PARAM == tl.float16):  # noqa: SIM300
+        # Infinite where its dtype did not hold a square: beyond 65504 in float16.
+        exp_avg_sq = tl.minimum(exp_avg_sq, 3e38, propagate_nan=tl.PropagateNan.ALL)
     grad = grad.to(MATH) * scale
     unfit = (tl.abs(grad) < float("inf")) == 0  # Triton 3.2's interpreter has no ~ of flags
     # The usual values as constants: the compiler takes them out of the loop.
     if (l2 != 0) | (keep != 1):
         param, exp_avg, exp_avg_sq = _moved_often(
-            param, exp_avg, exp_avg_sq, grad, l2, keep, coefficients, num_steps,
+            param, exp_avg, exp_avg_sq, grad, l2, keep, coefficients, num_steps, in_pairs,
             beta1, rest1, beta2, rest2, PARAM, MATH,
         )  # fmt: skip
     else:
         param, exp_avg, exp_avg_sq = _moved_often(
-            param, exp_avg, exp_avg_sq, grad, 0.0, 1.0, coefficients, num_steps,
+            param, exp_avg, exp_avg_sq, grad, 0.0, 1.0, coefficients, num_steps, in_pairs,
             beta1, rest1, beta2, rest2, PARAM, MATH,
         )  # fmt: skip
     if STOCHASTIC:
@@ -261,6 +264,11 @@ def adam_kernel(
     l2 = option(record, L2).to(MATH)
     keep = (1.0 - option(record, LR) * option(record, DECAY)).to(MATH)
     scale = (option(record, SIGN) * option(record, FACTOR)).to(MATH)
+    # Halves take two at a time where these do not depend on one another and the product of their
+    # roots does not underflow. Found once: a block would wait for it behind the next one's fetch.
+    in_pairs = 0
+    if (PARAM == tl.bfloat16) | (PARAM == tl.float16):  # noqa: SIM300
+        in_pairs = tl.where((l2 == 0) & (tl.load(coefficients + 1) > 1e-18), num_steps // 2 * 2, 0)
     addresses = param_at | exp_avg_at | exp_avg_sq_at | grad_at | copy_at
     whole = whole_blocks(addresses, start, end, BLOCK)
     offsets = start + tl.arange(0, BLOCK)
@@ -280,8 +288,8 @@ def adam_kernel(
         )  # fmt: skip
         broken |= _update(
             param, grad, exp_avg, exp_avg_sq,
-            param_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, coefficients, num_steps,
-            beta1, rest1, beta2, rest2, l2, keep, scale, key,
+            param_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, coefficients,
+            num_steps, in_pairs, beta1, rest1, beta2, rest2, l2, keep, scale, key,
             PARAM, STATE, COPY, MATH, STOCHASTIC, WHOLE=True,
         )  # fmt: skip
         param, grad = next_param, next_grad
@@ -294,8 +302,8 @@ def adam_kernel(
         )  # fmt: skip
         broken |= _update(
             param, grad, exp_avg, exp_avg_sq,
-            param_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, coefficients, num_steps,
-            beta1, rest1, beta2, rest2, l2, keep, scale, key,
+            param_at, exp_avg_at, exp_avg_sq_at, copy_at, offsets, end, coefficients,
+            num_steps, in_pairs, beta1, rest1, beta2, rest2, l2, keep, scale, key,
             PARAM, STATE, COPY, MATH, STOCHASTIC, WHOLE=False,
         )  # fmt: skip
         offsets += BLOCK

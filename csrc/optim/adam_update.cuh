@@ -27,10 +27,10 @@ struct Moving {
   float param[kCount], exp_avg[kCount], exp_avg_sq[kCount], grad[kCount];
 };
 
-// Moments of a half. No square overflows.
+// Moments of a half. No square overflows, and both are of the bounded gradient.
 __device__ inline void move_moments(float& exp_avg, float& exp_avg_sq, float grad, const AdamSteps& steps) {
-  const float bounded = ptx::least_or_nan(fabsf(grad), 1e17f);
-  exp_avg = __fmaf_rn(exp_avg, steps.beta1, __fmul_rn(grad, steps.rest1));
+  const float bounded = __fmaf_rn(grad, 0.0f, fmaxf(fminf(grad, 1e17f), -1e17f));
+  exp_avg = __fmaf_rn(exp_avg, steps.beta1, __fmul_rn(bounded, steps.rest1));
   exp_avg_sq = __fmaf_rn(exp_avg_sq, steps.beta2, __fmul_rn(__fmul_rn(bounded, steps.rest2), bounded));
 }
 
@@ -54,6 +54,8 @@ __device__ inline void move_twice(Moving<kCount>& x, float2 one, float2 two, con
 
 template <int kCount>
 __device__ inline void move_halves(Moving<kCount>& x, const AdamSteps& steps) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x.exp_avg_sq[i] = ptx::least_or_nan(x.exp_avg_sq[i], 3e38f);
   int step = 0;
   if (steps.pairs && steps.num_steps > 1) {
     move_twice(x, steps.first, steps.second, steps);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adam's quotient where denominators leave the range of reciprocals, in every instruction set."""
+"""Adam's quotient where its parts leave the range of float32 or of reciprocals, on every way."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import sys
 
 import hullkit
 import pytest
+import torch
+from _optim import WAYS, Way
+from hullkit import optim
+from torch import nn
 
 BEST = hullkit.build_info()["simd"]
 SETS = ["portable", "neon"] if BEST == "neon" else ["portable", "avx2", "avx512"]
@@ -41,3 +45,38 @@ def test_any_denominator(simd: str) -> None:
         [sys.executable, "-c", PROGRAM.format(simd=simd)],
         check=True, env={**os.environ, "HULLKIT_SIMD": simd},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 8])
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore:hullkit. moments of float16", "ignore:overflow encountered")
+def test_halves_of_gradients_whose_squares_overflow(
+    dtype: torch.dtype, stochastic: bool, num_steps: int, way: Way
+) -> None:
+    """Every update moves by lr; by nothing, as torch's, where a way's square may be infinite."""
+    sizes = torch.tensor([10.0**exponent for exponent in range(15, 39)], device=way.device)
+    grads = torch.cat([sizes, -sizes, sizes[:1] * float("inf")])
+    param = nn.Parameter(torch.ones(len(grads), dtype=dtype, device=way.device))
+    optimizer = optim.Adam([param], lr=1 / 64, stochastic_rounding=stochastic, backend=way.backend)
+    optimizer.step_with({param: grads}, num_steps=num_steps)
+    moved = (1 - param.detach().float()) * grads.sign() * 64 / num_steps
+    assert not moved[-1].isfinite()
+    held = (moved.abs() < 0.1) & (grads.abs() > 5e20)
+    assert ((moved - 1).abs() <= 0.5)[:-1][~held[:-1]].all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+@pytest.mark.filterwarnings("ignore:hullkit. moments of float16", "ignore:overflow encountered")
+def test_a_moment_that_float16_does_not_hold(num_steps: int, way: Way) -> None:
+    """An infinite second moment holds its parameter, as with torch."""
+    param = nn.Parameter(torch.ones(600, dtype=torch.float16, device=way.device))
+    optimizer = optim.Adam([param], lr=1 / 64, backend=way.backend)
+    for size in (6e4, 1.0, 1.0):
+        param.grad = torch.full_like(param, size)
+        optimizer.step(num_steps=num_steps)
+        assert optimizer.state[param]["exp_avg_sq"].isinf().all()
+    wanted = torch.full((600,), 1 - num_steps / 64)
+    torch.testing.assert_close(param.detach().float().cpu(), wanted, rtol=0, atol=2.0**-10)
