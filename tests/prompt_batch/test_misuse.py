@@ -18,6 +18,7 @@ import torch
 from _models import VOCABULARY, gpt2, llama
 from _prompts import DEVICE, TOGETHER, batch_of, is_fresh, text
 from hullkit.prompt_batch import Generate
+from transformers import GenerationConfig
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 if DEVICE.type == "cuda":
@@ -66,6 +67,48 @@ def test_more_tokens_than_positions() -> None:
     with pytest.raises(ValueError, match=message):
         batch.generate(ids, max_new_tokens=7, **options)
     assert batch.generate(ids, max_new_tokens=6, **options).shape == (2, positions + 1)
+
+
+@pytest.mark.parametrize("of_model", [False, True])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"max_new_tokens": np.int64(70)}, "max_new_tokens: expected at most 61 after 4 tokens"),
+        ({"max_new_tokens": torch.tensor(70)}, "max_new_tokens: expected at most 61 after 4"),
+        ({"max_length": 70}, "max_length: expected at most 65, since the model has 64 positions"),
+        ({"max_length": 70, "max_new_tokens": 61}, ""),
+        ({"max_new_tokens": 61}, ""),
+        ({"max_length": 65}, ""),
+        ({"max_length": 9}, ""),
+    ],
+)
+def test_every_form_of_a_length(given: dict[str, Any], words: str, of_model: bool) -> None:
+    """On a GPU an index outside of the table would end the process."""
+    model = gpt2().to(DEVICE)
+    prompt = text(4, 0)
+    forms = [given, {"generation_config": GenerationConfig(**given)}]
+    if of_model:
+        model.generation_config.update(**given)
+        forms = [{}]
+    model.generation_config.eos_token_id = None
+    for options in forms:
+        then = Generate(prompt, do_sample=False, pad_token_id=0, **options)
+        [answer] = batch_of(model, 1).map([QUERY._replace(then=then)])
+        if words:
+            assert str(answer.error).startswith(words)
+        else:
+            assert answer.error is None
+            assert len(answer.value) == given.get("max_new_tokens", given.get("max_length", 0) - 4)
+
+
+def test_a_length_that_is_no_int_and_a_default_beyond_the_table() -> None:
+    model = gpt2().to(DEVICE)
+    model.generation_config.eos_token_id = None
+    thens = [Generate(text(4, 0), max_new_tokens=2.5), Generate(text(60, 0), pad_token_id=0)]
+    wrong, short = batch_of(model, 1).map([QUERY._replace(then=then) for then in thens])
+    assert str(wrong.error) == "max_new_tokens: expected an int, got float (2.5)"
+    assert short.error is None
+    assert len(short.value) == 5
 
 
 def test_another_thread_in_a_pass_is_told() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from ..language_model.interface import (
     token_limits,
 )
 from .captured_steps import generate
+
+_DEFAULT = 20  # new tokens of a `generate` that is told no number
 
 
 class Query(NamedTuple):
@@ -114,8 +117,8 @@ class Generate:
         options: of transformers' `generate`.
 
     Raises:
-        TypeError, ValueError: in a call, for ids that the model has no rows for, or too many; where
-            a table of positions ends before the text does.
+        TypeError, ValueError: in a call, for ids that the model has no rows for, or too many; for a
+            length that is no int; where a table of positions ends before the text does.
 
     >>> import hullkit, torch
     >>> hullkit.prompt_batch.Generate(torch.tensor([1, 2]), max_new_tokens=5).options
@@ -134,24 +137,55 @@ class Generate:
 def continued(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Any:
     """`generate`, which on a GPU would end the process where a text leaves a table of positions.
 
-    Raises ValueError where a text has not ended by then.
+    Raises ValueError where a text has not ended by then, TypeError for a length that is no int.
     """
-    positions, new = token_limits(model).positions, options.get("max_new_tokens")
-    # The last new token is read by nobody.
-    room = None if positions is None else positions + 1 - ids.shape[1]
-    if room is None or not isinstance(new, int) or new <= room:
-        return generate(model, ids, **options)
-    out = generate(model, ids, **options | {"max_new_tokens": room})
-    made = _tokens(out)[:, ids.shape[1] :]
     config: Any = getattr(model, "generation_config", None)
-    end = options.get("eos_token_id", getattr(config, "eos_token_id", None))
+    configs = [c for c in (options.get("generation_config"), config) if c is not None]
+    name, length = _length(options, configs)
+    if options.get(name) is not None:
+        options = options | {name: length}
+    positions, before = token_limits(model).positions, ids.shape[1]
+    if positions is None or (not configs and length is None):
+        return generate(model, ids, **options)
+    # The last new token is read by nobody.
+    room = positions + 1 if name == "max_length" else positions + 1 - before
+    if (_DEFAULT if length is None else length) <= room:
+        return generate(model, ids, **options)
+    out = generate(model, ids, **options | {name: room})
+    if length is None:  # transformers ends there, too, if its configuration has the positions
+        return out
+    made = _tokens(out)[:, before:]
+    end = _setting("eos_token_id", options, configs)
     ends = torch.as_tensor([] if end is None else end, device=made.device)
-    if made.shape[1] == room and not torch.isin(made, ends).any(1).all():
+    if made.shape[1] == positions + 1 - before and not torch.isin(made, ends).any(1).all():
+        after = "" if name == "max_length" else f" after {before} tokens"
         raise ValueError(
-            f"max_new_tokens: expected at most {room} after {ids.shape[1]} tokens, since the model "
-            f"has {positions} positions, got {new}, and a text that does not end before"
+            f"{name}: expected at most {room}{after}, since the model has {positions} positions, "
+            f"got {length}, and a text that does not end before"
         )
     return out
+
+
+def _length(options: dict[str, Any], configs: list[Any]) -> tuple[str, int | None]:
+    """The option that bounds a text, and its value, as transformers finds them; None without."""
+    for name in ("max_new_tokens", "max_length"):
+        value = _setting(name, options, configs)
+        # A configuration that nobody changed may have a `max_length`, which bounds nothing.
+        fresh = getattr(type(configs[0])(), name, None) if configs else None
+        if value is None or (options.get(name) is None and value == fresh):
+            continue
+        try:
+            return name, index(value)
+        except TypeError:
+            got = f"{type(value).__name__} ({value!r})"
+            raise TypeError(f"{name}: expected an int, got {got}") from None
+    return "max_new_tokens", None
+
+
+def _setting(name: str, options: dict[str, Any], configs: list[Any]) -> Any:
+    """The first that is set: the option, or that of a configuration."""
+    values = (options.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
 
 
 def _tokens(out: Any) -> Tensor:
