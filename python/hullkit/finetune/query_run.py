@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..language_model.lookups import KnownIndices
 from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies, narrowed_tensors
 from ..language_model.product_settings import matmul_precision
@@ -32,6 +33,7 @@ class ModelPasses:
         self.model = model
         self._made_for = settings
         self.loss = CausalLoss(model, *settings.of_loss)
+        self.indices = KnownIndices(model)
         self.activations = ActivationPlan(settings.activations)
         self.captured: CapturedPasses | None = None
         self._not_capturable: str | None = None  # why, once an attempt has failed
@@ -133,6 +135,8 @@ class QueryRun:
         captured, self._captured = self._captured, None
         losses: list[float] | None = None
         self._passes.loss.fused = ()
+        if self._check_indices():
+            snapshot.restore_state()
         with matmul_precision(self._settings.precision):
             if captured is not None:
                 losses = self._replay(captured, snapshot, clock)
@@ -145,6 +149,14 @@ class QueryRun:
                     for example, _ in self._schedule
                 )
         return self._report(path, losses, clock)
+
+    def _check_indices(self) -> bool:
+        """Checks the indices among the inputs of examples. Whether the model ran for that."""
+        passes, ran = self._passes, False
+        for i in dict.fromkeys(burst.example for burst in self._schedule):
+            run = passes.loss.forward_alone
+            ran |= passes.indices.check(f"examples[{i}]", self._inputs[i], run)
+        return ran
 
     def _replay(
         self, captured: CapturedPasses, snapshot: Snapshot, clock: Clock

@@ -110,6 +110,10 @@ class CausalLoss:
             self._check_causal(inputs)
             return loss
 
+    def forward_alone(self, inputs: dict[str, Tensor]) -> None:
+        """The model's own forward, as a pass calls it, and nothing in place of its parts."""
+        self._of(self._model, inputs, self.autocast)
+
     def _of(self, call: Callable[..., Any], inputs: dict[str, Tensor], autocast: bool) -> Tensor:
         device = device_of(self._model, inputs["input_ids"])
         # Copies: a forward may write to labels, which may be ids, and the caller's. A graph has its

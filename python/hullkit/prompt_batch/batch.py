@@ -24,6 +24,7 @@ from ..language_model.interface import (
     longest_padded,
     token_limits,
 )
+from ..language_model.lookups import checked_lookups
 from ..language_model.loss import PRECISIONS
 from .borrowed import Borrowed
 from .captured_steps import CapturedSteps
@@ -329,16 +330,18 @@ class PromptBatch(Settings):
         """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k.
 
         Raises:
-            TypeError, ValueError: bad ids; rows of a batch change each other in this model.
+            TypeError, ValueError: bad ids; an input that leads outside a table; rows of a batch
+                change each other in this model.
         """
         self._check_rows(input_ids)
-        with torch.no_grad(), self._using(0, self.slots):
+        with torch.no_grad(), self._using(0, self.slots), checked_lookups(inputs):
             return logits_of(self.model(input_ids, **inputs), input_ids)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """`model.generate(input_ids, **options)`, where row k (K, T) is continued by slot k.
 
-        Raises: as a call; ValueError where a table of positions ends before a text does.
+        Raises: as a call; TypeError for a length that is no int; ValueError where a table of
+        positions ends before a text does.
         """
         self._check_rows(input_ids)
         with self._using(0, self.slots):

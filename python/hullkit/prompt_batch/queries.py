@@ -20,6 +20,7 @@ from ..language_model.interface import (
     logits_of,
     token_limits,
 )
+from ..language_model.lookups import checked_lookups
 from .captured_steps import generate
 
 _DEFAULT = 20  # new tokens of a `generate` that is told no number
@@ -135,6 +136,12 @@ class Generate:
 
 
 def continued(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Any:
+    """`_continued`, where options may be inputs of the forward that look up rows of tables."""
+    with checked_lookups(options):
+        return _continued(model, ids, options)
+
+
+def _continued(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Any:
     """`generate`, which on a GPU would end the process where a text leaves a table of positions.
 
     Raises ValueError where a text has not ended by then, TypeError for a length that is no int.
