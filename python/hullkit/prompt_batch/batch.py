@@ -34,7 +34,7 @@ from .layers import chosen_layers, device_and_dtype
 from .memory import PLANNED, Room, budget, slots_within
 from .neighbours import Neighbours
 from .passes import SlotPasses
-from .queries import Answer, Query, continued
+from .queries import Answer, Query, before_a_step, continued
 from .runs import Run
 from .settings import Settings
 from .slot_forwards import SlotForwards
@@ -186,8 +186,8 @@ class PromptBatch(Settings):
         self._steps = CapturedSteps(model, modules, CaptureMemory(device) if captures else None)
         passes = self._passes
         self._neighbours = Neighbours(
-            passes.logits, passes.logits_of_tried_slots, half, slots, apart, captures,
-            knows_longest(model),
+            passes.logits, passes.logits_of_tried_slots, passes.steps_of_tried_slots, half, slots,
+            apart, captures, knows_longest(model),
         )  # fmt: skip
         self._factors.reset_(range(slots), self.seed)
 
@@ -341,9 +341,12 @@ class PromptBatch(Settings):
         """`model.generate(input_ids, **options)`, where row k (K, T) is continued by slot k.
 
         Raises: as a call; TypeError for a length that is no int; ValueError where a table of
-        positions ends before a text does.
+        positions ends before a text does, or a cache mixes rows.
         """
         self._check_rows(input_ids)
+        text = before_a_step(self.model, input_ids[0], options)
+        if text is not None:
+            self._neighbours.check_steps(text)
         with self._using(0, self.slots):
             out: Tensor = continued(self.model, input_ids, options)
             return out

@@ -13,7 +13,7 @@ from ..language_model.interface import device_of
 from .captured_steps import generate
 from .generation_settings import FACTORS, is_off, of_longest
 from .neighbours import difference
-from .queries import Generate
+from .queries import Generate, before_a_step
 
 # Other options and settings may look at the rows of a batch, at padding or at a total length.
 _SETTINGS = {
@@ -81,7 +81,8 @@ class _Idle:
 class Continuations:
     """Of a batch's slots.
 
-    most: prompts of a call, fewer after one for which there was no memory.
+    most: prompts of a call, fewer after one for which there was no memory, and one where a cache
+    mixes rows.
     refused: whether padding before a prompt changes what the model says, so that only prompts of
     one length are continued together.
     """
@@ -102,6 +103,10 @@ class Continuations:
 
         positions: the model's. Rows that have ended go on with the others, and must not pass them.
         """
+        text = before_a_step(self._batch.model, next(iter(prompts.values())), {})
+        if text is not None and self._batch._neighbours.steps_mix_rows(text):
+            self.most = 1
+            return {}
         lengths = [len(prompt) for prompt in prompts.values()]
         longest = max(lengths)
         if positions is not None and longest + plan.most > positions:

@@ -18,32 +18,38 @@ _BOUND, _BOUND_OF_HALVES, _OF_ONE_SHAPE = 1e-3, 0.1, 1e-2
 Logits = Callable[[Tensor], Tensor]  # of ids (R, T): (R, T, V), the model's own
 # The same, where row i goes through the first slot + i of two with large factors.
 SlotLogits = Callable[[Tensor, int], Tensor]
+# A step of `generate` by its cache, after ids (R, T) and one token more in each row: its logits
+# (R, V) and these tokens (R,), which may be given. The slots are as above.
+SlotSteps = Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class Neighbours:
     """What the first text shows of the model.
 
-    logits: the model's own. of_slots: with factors. dtype: of products. slots: of a batch.
-    apart: whether every text has a pass of its own, in full float32. graphs: whether passes are
-    recorded, for padded lengths. knows_longest: whether the model tells which lengths it takes.
+    logits: the model's own. of_slots: with factors. steps: of `generate`, with factors. dtype: of
+    products. slots: of a batch. apart: whether every text has a pass of its own, in full float32.
+    graphs: whether passes are recorded, for padded lengths. knows_longest: whether the model tells
+    which lengths it takes.
     """
 
     def __init__(
         self,
         logits: Logits,
         of_slots: SlotLogits,
+        steps: SlotSteps,
         dtype: torch.dtype,
         slots: int,
         apart: bool,
         graphs: bool,
         knows_longest: bool,
     ) -> None:
-        self._logits, self._of_slots, self._dtype = logits, of_slots, dtype
+        self._logits, self._of_slots, self._steps, self._dtype = logits, of_slots, steps, dtype
         self._apart = apart
         self._bound = _BOUND if apart else _BOUND_OF_HALVES
         self._of_one_shape = _BOUND if apart else _OF_ONE_SHAPE
         self._taken: dict[int, bool] | None = None if knows_longest else {}
         self._checked = slots == 1
+        self._moved_in_steps = 0.0 if slots == 1 else None  # None: not known yet
         # A text that is apart needs padding for a graph only. None: not known yet.
         self._pads: bool | None = False if apart and not graphs else None
 
@@ -95,6 +101,29 @@ class Neighbours:
                 f"{moved:.1e} beside another row"
             )
         self._checked = True
+
+    def steps_mix_rows(self, text: Tensor) -> bool:
+        """Whether another row of a batch changes a step of `generate` after a text (T,), T >= 1.
+
+        Its cache may mix rows where a forward pass does not, as in RWKV of transformers.
+        """
+        if self._moved_in_steps is None:
+            text = text[:_TOKENS]
+            both = torch.stack([text, _others(text)[0]])
+            alone = [self._steps(both[k : k + 1], k, None) for k in range(2)]
+            beside, _ = self._steps(both, 0, torch.cat([tokens for _, tokens in alone]))
+            pairs = zip(torch.cat([logits for logits, _ in alone]), beside, strict=True)
+            self._moved_in_steps = max(difference(*pair, self._dtype) for pair in pairs)
+        return not self._moved_in_steps <= self._bound
+
+    def check_steps(self, text: Tensor) -> None:
+        """Raises ValueError for such a model."""
+        if self.steps_mix_rows(text):
+            raise ValueError(
+                "model: expected rows of a batch that do not change each other in a step of "
+                f"generate, got logits that differ by {self._moved_in_steps:.1e} beside another "
+                "row; use_cache=False generates without a cache"
+            )
 
     def _feels_padding(self, text: Tensor) -> bool:
         """Whether a tail of other tokens changes what the model says of the tokens before it.

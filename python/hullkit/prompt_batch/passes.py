@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -140,6 +141,32 @@ class SlotPasses:
         """As `logits`, where row i goes through slot first + i of `SlotForwards.tried`."""
         with self._forwards.tried(), self._forwards.some(first, len(ids)):
             return self.logits(ids)
+
+    def steps_of_tried_slots(
+        self, ids: Tensor, first: int, tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A step of `generate` after ids (R, T), where row i goes through slot first + i as above.
+
+        tokens (R,): the first tokens that are added; None: those of the largest logits.
+
+        Returns the step's logits (R, V), and the tokens.
+        """
+        model: Any = self._model
+
+        def chosen(_: Any, scores: Tensor) -> Tensor:
+            if tokens is None:
+                return scores
+            return torch.full_like(scores, -math.inf).scatter(1, tokens[:, None], 0.0)
+
+        blocks = (self.products(), self.autocast(), self._forwards.some(first, len(ids)))
+        with torch.no_grad(), self._forwards.tried(), Borrowed(model, *blocks):
+            ids = ids.to(self._device)
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
+                max_new_tokens=2, min_new_tokens=2, pad_token_id=int(ids[0, 0]),
+                return_dict_in_generate=True, output_logits=True, logits_processor=[chosen],
+            )  # fmt: skip
+        return out.logits[1], out.sequences[:, -2]
 
     def held(self, length: int) -> int:
         """The bytes that a pass of one text of this length holds at a time."""

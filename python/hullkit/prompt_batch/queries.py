@@ -146,8 +146,7 @@ def _continued(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Any:
 
     Raises ValueError where a text has not ended by then, TypeError for a length that is no int.
     """
-    config: Any = getattr(model, "generation_config", None)
-    configs = [c for c in (options.get("generation_config"), config) if c is not None]
+    configs = _configs(model, options)
     name, length = _length(options, configs)
     if options.get(name) is not None:
         options = options | {name: length}
@@ -173,6 +172,17 @@ def _continued(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Any:
     return out
 
 
+def before_a_step(model: nn.Module, text: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """As much of a text (T,) as leaves room in the model's positions for one step more.
+
+    None where `generate` makes no step by a cache.
+    """
+    configs, positions = _configs(model, options), token_limits(model).positions
+    if not configs or _setting("use_cache", options, configs) is False or positions == 1:
+        return None
+    return text if positions is None else text[: positions - 1]
+
+
 def _length(options: dict[str, Any], configs: list[Any]) -> tuple[str, int | None]:
     """The option that bounds a text, and its value, as transformers finds them; None without."""
     for name in ("max_new_tokens", "max_length"):
@@ -187,6 +197,12 @@ def _length(options: dict[str, Any], configs: list[Any]) -> tuple[str, int | Non
             got = f"{type(value).__name__} ({value!r})"
             raise TypeError(f"{name}: expected an int, got {got}") from None
     return "max_new_tokens", None
+
+
+def _configs(model: nn.Module, options: dict[str, Any]) -> list[Any]:
+    """Of `generate`: that among the options, and the model's."""
+    found = (options.get("generation_config"), getattr(model, "generation_config", None))
+    return [config for config in found if config is not None]
 
 
 def _setting(name: str, options: dict[str, Any], configs: list[Any]) -> Any:
