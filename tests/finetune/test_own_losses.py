@@ -10,7 +10,7 @@ import hullkit.reference as reference
 import pytest
 import torch
 import torch.nn.functional as F
-from _models import VOCABULARY, Before, texts
+from _models import VOCABULARY, Before, gpt2, texts
 from hullkit import PromptBatch, TestTimeFinetuner
 from hullkit.language_model.own_loss import scores_in_place
 from torch import Tensor, nn
@@ -79,15 +79,68 @@ def test_the_models_own_loss_stays_where_it_is_of_next_tokens_or_more() -> None:
     assert model.labelled == 1
 
 
-def test_it_is_found_out_when_it_can_be() -> None:
+@pytest.mark.parametrize("shift", [0, 1])
+def test_logits_that_do_not_tell(shift: int) -> None:
     """A text of one token again and again has one loss, in place or not."""
-    model = OwnLoss(0)
+    model = OwnLoss(shift)
     same = torch.full((6,), 3)
     with torch.no_grad():
         model.embedding.weight[3] = 0.0  # so that all positions have the same logits
     tuner = TestTimeFinetuner(model, lr=0.0, refresh_interval=1)
     assert len(tuner.adapt_([same, *texts(2)], [2, 1, 2]).losses) == 5
-    assert model.labelled == 3
+    assert model.labelled == (2 if shift == 0 else 6)  # one to find out
+
+
+def with_equal_logits(build: Any) -> Any:
+    model = build()
+    head = model.head if isinstance(model, OwnLoss) else model.lm_head
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize("build", [bart, gpt2, lambda: OwnLoss(0), lambda: OwnLoss(1)])
+def test_a_last_layer_of_zeros(build: Any, options: dict[str, Any]) -> None:
+    """All losses are equal then, and their gradients are not."""
+    model = with_equal_logits(build)
+    tuner = TestTimeFinetuner(model, lr=0.01, **options)
+    losses = tuner.adapt_(texts(3), COUNTS).losses
+    wanted = reference.finetune(with_equal_logits(build), texts(3), COUNTS, lr=0.01)
+    assert losses == pytest.approx(wanted, rel=0.02 if options else 1e-5)
+
+
+class Unforgiving(OwnLoss):
+    """Its loss is of a third kind, or knows no label that is not scored."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(0)
+        self.kind = kind
+        with torch.no_grad():
+            self.head.weight.zero_()
+            self.head.bias.zero_()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.head(self.embedding(input_ids).cumsum(1))
+        if labels is None:
+            return SimpleNamespace(logits=logits)
+        if self.kind == "two later":
+            loss = F.cross_entropy(logits[0, :-2], labels[0, 2:])
+        else:
+            loss = -logits.log_softmax(2)[:, :-1].gather(2, labels[:, 1:, None]).mean()
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+@pytest.mark.parametrize("kind", ["two later", "every label"])
+def test_other_losses_of_equal_logits_stay_the_models_own(kind: str) -> None:
+    model, wanted = Unforgiving(kind), Unforgiving(kind)
+    ids = texts(1)[0]
+    TestTimeFinetuner(model, lr=0.01).adapt_([ids], [1])
+    optimizer = torch.optim.Adam(wanted.parameters(), lr=0.01)
+    wanted(ids[None], ids[None]).loss.backward()
+    optimizer.step()
+    for own, other in zip(model.parameters(), wanted.parameters(), strict=True):
+        assert torch.allclose(own, other, atol=1e-7)
 
 
 def test_labels_that_were_shifted_for_such_a_model_are_refused() -> None:

@@ -20,7 +20,13 @@ from .interface import (
     name_of,
     without_cache,
 )
-from .own_loss import check_own_labels, logits_of_tokens, scores_in_place, sees_later_tokens
+from .own_loss import (
+    check_own_labels,
+    logits_of_tokens,
+    scores_first_label,
+    scores_in_place,
+    sees_later_tokens,
+)
 from .pass_copies import PassCopies
 from .product_settings import autocast_of_pass, matmul_precision
 from .products import WeightProducts
@@ -49,6 +55,7 @@ class CausalLoss:
         self.autocast = precision == "bf16"
         self.in_place = False  # the model's own loss scores labels so
         self._loss_is_known = False
+        self._in_doubt = False  # after a pass whose output did not tell
         self._is_causal: bool | None = True  # as the caller says; None while it is in doubt
         self._call: Callable[..., Any] = torch.compile(model) if compile else model
         self._compiles = compile
@@ -72,18 +79,28 @@ class CausalLoss:
         recompute: bool = False,
         products: WeightProducts | None = None,
     ) -> Tensor:
-        """The loss of one pass.
+        """The loss of one pass, or of the second where the first has shown that it is another.
 
         saved: keeps the tensors that the backward pass needs; None leaves that to autograd.
         copies: copies of weights that the loss multiplies with.
         recompute: whether repeated layers run again in the backward half (`recomputed_layers.py`).
         products: is told of the gradients of linear layers' weights, where layers are fused.
         """
+        return self._settled(
+            lambda: self._of_pass(inputs, saved, copies, recompute, products), inputs
+        )
+
+    def _of_pass(
+        self,
+        inputs: dict[str, Tensor],
+        saved: Saved | None,
+        copies: PassCopies | None,
+        recompute: bool,
+        products: WeightProducts | None,
+    ) -> Tensor:
         if self.compiled:  # the compiler decides itself what is saved, and checkpoints nothing
             self.fused = ()
-            loss = self._of(self._call, inputs, self.autocast)
-            self._check_causal(inputs)
-            return loss
+            return self._of(self._call, inputs, self.autocast)
         layers = checkpointed_layers(self._model)
         # Layers that the user's checkpointing runs again are not run a third time.
         repeated = repeated_layers(self._model) if recompute and not layers else []
@@ -99,16 +116,13 @@ class CausalLoss:
         hooks = nullcontext() if saved is None else saved.hooks()
         with pieces as names, checkpointing(layers), recomputing(repeated), hooks:
             loss = self._of(self._call, inputs, self.autocast)
-        self._check_causal(inputs)
         self.fused = tuple(sorted((*names, REPLACED) if layers else names))
         return loss
 
     def plain(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss of the model as it is: not compiled, and in the model's own precision."""
         with matmul_precision("float32"):
-            loss = self._of(self._model, inputs, autocast=False)
-            self._check_causal(inputs)
-            return loss
+            return self._settled(lambda: self._of(self._model, inputs, autocast=False), inputs)
 
     def forward_alone(self, inputs: dict[str, Tensor]) -> None:
         """The model's own forward, as a pass calls it, and nothing in place of its parts."""
@@ -119,10 +133,8 @@ class CausalLoss:
         # Copies: a forward may write to labels, which may be ids, and the caller's. A graph has its
         # own tensors. Autograd takes no tensor of inference mode, but a copy of it.
         own = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        moved: dict[str, Any] = {
-            key: tensor.to(device, copy=not own) for key, tensor in inputs.items()
-        }
-        moved = without_cache(self._model) | moved
+        moved = self._moved(inputs, device, copy=not own)
+        self._in_doubt = False
         with autocast_of_pass(device.type, autocast):
             ids, labels = moved.pop("input_ids"), moved.pop("labels")
             takes_labels = "labels" in forward_parameters(self._model)
@@ -140,12 +152,41 @@ class CausalLoss:
             if own or self._loss_is_known:
                 return loss
             found = scores_in_place(output, labels)
-            self._loss_is_known = found is not None
-            if not found:
+            self._in_doubt = found is None
+            if not self._note(found, inputs):
                 return loss
+            return self._of_logits(logits_of_tokens(output, ids), labels)
+
+    def _moved(
+        self, inputs: dict[str, Tensor], device: torch.device, copy: bool = True
+    ) -> dict[str, Any]:
+        moved: dict[str, Any] = {key: t.to(device, copy=copy) for key, t in inputs.items()}
+        return without_cache(self._model) | moved
+
+    def _note(self, found: bool | None, inputs: dict[str, Tensor]) -> bool:
+        """Whether the model's own loss was found to score labels in their places."""
+        self._loss_is_known = found is not None
+        if found:
             check_own_labels("labels", inputs["labels"], inputs["input_ids"])
             self.in_place, self._is_causal = True, None
-            return self._of_logits(logits_of_tokens(output, ids), labels)
+        return found is True
+
+    def _settled(self, run: Callable[[], Tensor], inputs: dict[str, Tensor]) -> Tensor:
+        """The loss that `run` returns. It runs again if its loss turns out not to be that."""
+        loss = run()
+        if self._in_doubt:
+            device = device_of(self._model, inputs["input_ids"])
+
+            def output(labels: Tensor) -> Any:
+                return self._model(**self._moved(inputs, device) | {"labels": labels})
+
+            with autocast_of_pass(device.type, self.autocast):
+                found = scores_first_label(output, inputs["input_ids"].to(device))
+            if self._note(found, inputs):
+                del loss  # and its graph
+                loss = run()
+        self._check_causal(inputs)
+        return loss
 
     def _check_causal(self, inputs: dict[str, Tensor]) -> None:
         """After a pass in which the model's own loss was of other tokens: masked models' is too."""

@@ -7,6 +7,7 @@ its own position. Trained with the ids as labels, they learn to repeat their inp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .interface import IGNORED, at_least_float32, logits_of
+from .interface import IGNORED, MODEL_ERRORS, at_least_float32, logits_of
 
 _ROWS = 256  # of logits that are widened at a time
 
@@ -22,8 +23,9 @@ _ROWS = 256  # of logits that are widened at a time
 def scores_in_place(output: Any, labels: Tensor) -> bool | None:
     """Whether the output's loss scores labels (1, T) in their own places; None if nothing tells.
 
-    What is neither that loss nor the next tokens', one with further terms, say, is not. This waits
-    for the device.
+    Nothing does where all logits are equal, as those of a last layer of zeros: both losses are the
+    same then, and their gradients are not. What is neither that loss nor the next tokens', one with
+    further terms, say, is not. This waits for the device.
     """
     logits = getattr(output, "logits", None)
     length = labels.shape[1]
@@ -40,6 +42,26 @@ def scores_in_place(output: Any, labels: Tensor) -> bool | None:
         return None
     # Far from equally near.
     return here < next_one if min(here, next_one) <= 0.1 * max(here, next_one) else None
+
+
+def scores_first_label(call: Callable[[Tensor], Any], ids: Tensor) -> bool | None:
+    """As `scores_in_place`, whatever the logits are: no next-token loss scores the first label.
+
+    call: the model's output, of labels (1, T). ids: (1, T), on their device.
+    """
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, 0] = ids[:, 0]
+    try:
+        with torch.no_grad(), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+            output = call(labels)
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_ERRORS:  # its loss knows no labels that are not scored
+        return None
+    if output.logits.shape[1] != ids.shape[1]:  # a learned position before it predicts it
+        return None
+    loss = float(output.loss)  # NaN: a mean of nothing
+    return False if math.isnan(loss) else True if 0.0 < loss < math.inf else None
 
 
 def logits_of_tokens(output: Any, ids: Tensor) -> Tensor:
