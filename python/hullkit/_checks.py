@@ -101,6 +101,14 @@ def check_finite(name: str, value: Any, below: float = float("inf")) -> float:
     return number
 
 
+def check_betas(value: Any) -> tuple[float, float]:
+    """Adam's pair of numbers in [0, 1)."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"betas: expected a pair of numbers, got {value!r}")
+    first, second = (check_finite(f"betas[{i}]", b, below=1.0) for i, b in enumerate(value))
+    return first, second
+
+
 def check_positive(name: str, value: Any) -> float:
     number = check_number(name, value, 0.0)
     if not 0.0 < number < float("inf"):

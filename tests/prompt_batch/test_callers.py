@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 from collections.abc import Callable
@@ -85,7 +86,11 @@ def test_a_copy_learns_too(copied: Callable[[Any], Any]) -> None:
 
 def test_what_the_slots_were_made_for_stays() -> None:
     batch = made()
-    for name in ("model", "slots", "rank", "alpha", "rslora", "refresh_interval"):
+    assert (batch.betas, batch.eps, batch.precision) == ((0.9, 0.999), 1e-8, "float32")
+    names = inspect.signature(hullkit.PromptBatch).parameters.keys() - {"lr", "seed"}
+    assert len(names) == 13
+    for name in names:
+        getattr(batch, name)
         with pytest.raises(AttributeError, match=name):
             setattr(batch, name, 3)
     batch.lr, batch.seed = 0.1, 5

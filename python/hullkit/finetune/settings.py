@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .._checks import check_choice, check_finite, check_int
+from .._checks import check_betas, check_choice, check_finite, check_int
 from ..language_model.loss import PRECISIONS
 from .activations import CHOICES
 from .rounding import ROUNDINGS
@@ -33,11 +33,7 @@ class Settings(NamedTuple):
         lr = check_finite("lr", self.lr)
         check_int("refresh_interval", self.refresh_interval, 1)
         check_choice("mode", self.mode, ("reuse", "accumulate"))
-        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
-            raise TypeError(f"betas: expected a pair of numbers, got {self.betas!r}")
-        first, second = (
-            check_finite(f"betas[{i}]", b, below=1.0) for i, b in enumerate(self.betas)
-        )
+        betas = check_betas(self.betas)
         eps = check_finite("eps", self.eps)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("snapshot", self.snapshot, ("device", "host"))
@@ -53,7 +49,7 @@ class Settings(NamedTuple):
             )
         if self.capture and self.mode == "accumulate":
             raise ValueError("capture: expected None or False for mode='accumulate', got True")
-        return self._replace(lr=lr, betas=(first, second), eps=eps)
+        return self._replace(lr=lr, betas=betas, eps=eps)
 
     @property
     def of_loss(self) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_finite, check_int, check_positive, check_tensor
+from .._checks import check_int, check_tensor
 from ..finetune.capture_memory import CaptureMemory
 from ..language_model.interface import (
     check_module,
@@ -25,7 +25,6 @@ from ..language_model.interface import (
     token_limits,
 )
 from ..language_model.lookups import checked_lookups
-from ..language_model.loss import PRECISIONS
 from .borrowed import Borrowed
 from .captured_steps import CapturedSteps
 from .export import write_adapter
@@ -59,6 +58,9 @@ class PromptBatch(Settings):
     its neighbours by rounding alone; with the same neighbours they have the same bits on one
     device. In full float32 every text has a pass of its own, and a query's results have the same
     bits whatever its neighbours are.
+
+    The arguments are attributes. `lr` and `seed` may be set between two queries, for those of their
+    own without; the others are what the slots were made for.
 
     Args:
         model: a causal language model in memory, float32, bfloat16 or float16, on one device. Its
@@ -124,31 +126,22 @@ class PromptBatch(Settings):
         check_module(model)
         check_one_process(model)
         check_trainable(model)
-        self._model = model
         if not isinstance(slots, str):
             check_int("slots", slots, 1)
         elif slots != "auto":
             raise ValueError(f"slots: expected an int or 'auto', got {slots!r}")
-        self._rank: int = check_int("rank", rank, 1)
-        self._alpha = check_positive("alpha", alpha)
-        check_choice("rslora", rslora, (True, False))
-        self._rslora = rslora
-        self.lr = lr
-        self._refresh_interval: int = check_int("refresh_interval", refresh_interval, 1)
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise TypeError(f"betas: expected a pair of numbers, got {betas!r}")
-        first, second = (check_finite(f"betas[{i}]", b, below=1.0) for i, b in enumerate(betas))
-        eps = check_finite("eps", eps)
-        check_choice("precision", precision, PRECISIONS)
-        check_choice("capture", capture, (None, True, False))
-        self.seed = seed
+        super().__init__(
+            model, memory=memory, rank=rank, alpha=alpha, rslora=rslora, target=target, lr=lr,
+            refresh_interval=refresh_interval, betas=betas, eps=eps, precision=precision,
+            capture=capture, seed=seed, backend=backend,
+        )  # fmt: skip
         self._layers = chosen_layers(model, target)
         device, dtype = device_and_dtype(model, self._layers)
         half = torch.bfloat16 if precision == "bf16" else dtype
         apart = half is torch.float32 and precision == "float32"
         captures = capture is not False and device.type == "cuda"
         scale = _SCALE if dtype is torch.float16 else 1.0
-        share = self._alpha / (math.sqrt(self._rank) if rslora else self._rank)
+        share = self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
         self._forwards = SlotForwards(self._layers, share, backend)
         self._longest = longest_padded(model)  # the length up to which texts are padded
         self._busy = False
@@ -157,8 +150,8 @@ class PromptBatch(Settings):
         def make(number: int) -> None:
             self._slots = number
             self._factors = SlotFactors(
-                self._layers, number, rank, device, None if half is torch.float32 else half,
-                (first, second), eps, 1.0 / scale, apart and captures and number > 1, backend,
+                self._layers, number, self.rank, device, None if half is torch.float32 else half,
+                self.betas, self.eps, 1.0 / scale, apart and captures and number > 1, backend,
             )  # fmt: skip
             self._passes = SlotPasses(
                 model, self._factors, self._forwards, precision=precision, apart=apart,

@@ -3,20 +3,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
-from .._checks import check_finite, check_int
+from .._checks import check_betas, check_choice, check_finite, check_int, check_positive
+from ..language_model.loss import PRECISIONS
 
 
 class Settings:
-    """Of a `PromptBatch`. Only what has a setter may be changed."""
+    """Of a `PromptBatch`. Only what has a setter may be changed: the rest is built into slots."""
 
-    _model: nn.Module
     _slots: int
-    _rank: int
-    _alpha: float
-    _rslora: bool
-    _refresh_interval: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        memory: int | float | None,
+        rank: int,
+        alpha: float,
+        rslora: bool,
+        target: str | Sequence[str],
+        lr: float,
+        refresh_interval: int,
+        betas: tuple[float, float],
+        eps: float,
+        precision: str,
+        capture: bool | None,
+        seed: int,
+        backend: str | None,
+    ) -> None:
+        self._model = model
+        self._memory = memory  # checked with the device, as are `target` and `backend`
+        self._rank: int = check_int("rank", rank, 1)
+        self._alpha = check_positive("alpha", alpha)
+        check_choice("rslora", rslora, (True, False))
+        self._rslora = rslora
+        self._target = target
+        self.lr = lr
+        self._refresh_interval: int = check_int("refresh_interval", refresh_interval, 1)
+        self._betas = check_betas(betas)
+        self._eps = check_finite("eps", eps)
+        check_choice("precision", precision, PRECISIONS)
+        self._precision = precision
+        check_choice("capture", capture, (None, True, False))
+        self._capture = capture
+        self.seed = seed
+        self._backend = backend
 
     @property
     def model(self) -> nn.Module:
@@ -37,6 +71,34 @@ class Settings:
     @property
     def rslora(self) -> bool:
         return self._rslora
+
+    @property
+    def target(self) -> str | Sequence[str]:
+        return self._target
+
+    @property
+    def memory(self) -> int | float | None:
+        return self._memory
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self._betas
+
+    @property
+    def eps(self) -> float:
+        return self._eps
+
+    @property
+    def precision(self) -> str:
+        return self._precision
+
+    @property
+    def capture(self) -> bool | None:
+        return self._capture
+
+    @property
+    def backend(self) -> str | None:
+        return self._backend
 
     @property
     def refresh_interval(self) -> int:
