@@ -101,6 +101,29 @@ def test_loss_that_is_not_finite(build: Callable[[], nn.Module]) -> None:
     before.check()
 
 
+@pytest.mark.parametrize("mode", ["reuse", "accumulate"])
+def test_a_loss_that_depends_on_nothing_trained(mode: str) -> None:
+    """Of one example: the model's other branch is frozen."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.long = nn.Embedding(VOCABULARY, VOCABULARY)
+            self.short = nn.Embedding(VOCABULARY, VOCABULARY).requires_grad_(False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits: Tensor = (self.long if ids.shape[1] > 5 else self.short)(ids)
+            return logits
+
+    model = Branches()
+    before = Before(model)
+    block = TestTimeFinetuner(model, mode=mode).adapted(texts(3), [1, 1, 1])
+    words = r"examples\[2\]: expected a loss that depends on a parameter with requires_grad"
+    with pytest.raises(ValueError, match=words):
+        block.__enter__()
+    before.check()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_gradient_that_is_not_finite(value: float) -> None:
     model = plain()

@@ -127,14 +127,21 @@ def test_a_layer_that_was_replaced() -> None:
         values(batch)
 
 
-def test_layers_that_do_not_run() -> None:
+def test_layers_that_do_not_run_or_reach_no_loss() -> None:
     class Reads(Model):
         def forward(self, ids: Tensor) -> Tensor:
             y: Tensor = self.head(self.embedding(ids) @ self.layer.weight)
             return y
 
-    with pytest.raises(RuntimeError, match="expected chosen layers to run in a pass, but none did"):
-        values(made(Reads()))
+    class Detached(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            y: Tensor = self.head(self.layer(self.embedding(ids)).detach())
+            return y
+
+    for model, got in ((Reads(), "none"), (Detached(), "a loss that depends on none")):
+        words = f"chosen layers to run in a pass and its loss to depend on one, got {got}$"
+        with pytest.raises(RuntimeError, match=words):
+            values(made(model))
 
 
 def test_an_encoder_layer_takes_no_shortcut() -> None:

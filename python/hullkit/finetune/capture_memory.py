@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..language_model.loss import CausalLoss
+from ..language_model.loss import CausalLoss, check_depends
 from ..language_model.pass_copies import PassCopies
 from ..language_model.product_settings import matmul_precision
 from ..language_model.products import WeightProducts
@@ -240,7 +240,9 @@ def warm_up(
         if loss_of.compiled:
             for _ in range(_COMPILED_WARMUPS):
                 noted.clear()
-                loss_of(inputs).backward()
+                loss = loss_of(inputs)
+                check_depends("pass", loss)
+                loss.backward()
             return noted.order, 0
         try:
             held = _pass(model, loss_of, inputs, copies, memory, plan, forward, noted)
@@ -269,6 +271,7 @@ def _pass(
     held = HeldTensors(model, room, most)
     with forward():
         loss = loss_of(inputs, held, copies, recompute=plan.recomputes(inputs), products=noted)
+    check_depends("pass", loss)
     loss.backward()
     return held.num_bytes
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from ..language_model.loss import CausalLoss
+from ..language_model.loss import CausalLoss, check_depends
 from ..language_model.pass_copies import PassCopies
 from ..native.torch_private import foreach_norm
 from ..optim import accumulate_
@@ -29,8 +29,8 @@ def check_finite(name: str, value: float) -> None:
 
 def warm_up(loss_of: CausalLoss, inputs: list[Inputs], parameters: list[nn.Parameter]) -> None:
     """Runs a pass of each example, so that everything is compiled. Nothing is updated."""
-    for example in inputs:
-        _backward(loss_of, example)
+    for i, example in enumerate(inputs):
+        _backward(loss_of, example, f"lengths[{i}]")
         for parameter in parameters:
             parameter.grad = None
 
@@ -124,33 +124,34 @@ def _pass(
     loss_of: CausalLoss, inputs: Inputs, example: int, trained: Trained, plan: ActivationPlan
 ) -> float:
     """Runs forward and backward; returns the loss. Loss and gradients must be finite."""
-    value = None
+    value, name = None, f"examples[{example}]"
     if trained.parameters[0].is_cuda and plan.may_recompute(inputs):
         try:
-            value = _backward(loss_of, inputs, recompute=False)
+            value = _backward(loss_of, inputs, name, recompute=False)
         except torch.OutOfMemoryError:  # here its frames still hold tensors of the pass
             plan.note_too_large(inputs)
             trained.zero_grad()
     if value is None:
-        value = _backward(loss_of, inputs, recompute=plan.recomputes(inputs))
-    check_finite(f"loss of examples[{example}]", value)
+        value = _backward(loss_of, inputs, name, recompute=plan.recomputes(inputs))
+    check_finite(f"loss of {name}", value)
     gradients = trained.gradients().values()
     for gradient in gradients:
         if gradient.layout is not torch.strided:  # of functional.embedding(sparse=True), say
             raise ValueError(
                 f"model: expected dense gradients, got {gradient.layout} for a parameter of shape "
-                f"{tuple(gradient.shape)} from examples[{example}]"
+                f"{tuple(gradient.shape)} from {name}"
             )
     grads = [gradient for gradient in gradients if gradient.numel() > 0]
     if grads and not math.isfinite(_largest(foreach_norm(grads, 2))):
         # A square may have overflowed. The maximum norm tells, but takes a CPU eight times as long.
         largest = _largest(foreach_norm(grads, math.inf))
-        check_finite(f"largest gradient entry of examples[{example}]", largest)
+        check_finite(f"largest gradient entry of {name}", largest)
     return value
 
 
-def _backward(loss_of: CausalLoss, inputs: Inputs, *, recompute: bool = False) -> float:
+def _backward(loss_of: CausalLoss, inputs: Inputs, name: str, *, recompute: bool = False) -> float:
     loss = loss_of(inputs, recompute=recompute)
+    check_depends(name, loss)
     try:
         loss.backward()
     except CheckpointError as error:

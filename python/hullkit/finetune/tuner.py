@@ -215,8 +215,8 @@ class TestTimeFinetuner:
 
         Raises:
             TypeError, ValueError: a bad example or count, named.
-            ValueError: on entry: an input, of positions say, that leads outside of a table. Values
-                that are new to the tuner cost a forward pass for that.
+            ValueError: on entry: a loss that depends on nothing trained; an input, of positions
+                say, that leads outside of a table (values new to the tuner cost a forward pass).
             RuntimeError: on entry: the model or a part of it is being adapted already.
             FloatingPointError: on entry: a loss or gradient is not finite; names the example.
             torch.OutOfMemoryError: on entry, in a pass, its capture or an update.

@@ -37,6 +37,15 @@ from .saved_tensors import Saved
 PRECISIONS = ("float32", "tf32", "bf16")
 
 
+def check_depends(name: str, loss: Tensor) -> None:
+    """Refuses a loss that has no gradient, before torch says so without a name."""
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{name}: expected a loss that depends on a parameter with requires_grad, got one that "
+            "depends on none"
+        )
+
+
 class CausalLoss:
     """The loss of an example's keyword inputs, a batch of one.
 

@@ -193,7 +193,11 @@ class SlotPasses:
                 else:  # the last layer has returned its input
                     total, losses = linear_next_token_losses(out, head, labels)
             if not total.requires_grad:
-                raise RuntimeError("model: expected chosen layers to run in a pass, but none did")
+                ran = "a loss that depends on none" if self._forwards.ran else "none"
+                raise RuntimeError(
+                    "model: expected chosen layers to run in a pass and its loss to depend on one, "
+                    f"got {ran}"
+                )
             self._forwards.forget()
             (total * self._scale).backward()
         self._forwards.clear_unlearned()

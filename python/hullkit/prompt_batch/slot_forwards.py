@@ -124,6 +124,11 @@ class SlotForwards:
         self._backend = backend
         self._used: set[str] = set()
 
+    @property
+    def ran(self) -> bool:
+        """Whether a layer ran in the latest block of `learning`."""
+        return bool(self._used)
+
     def _check(self, model: nn.Module) -> None:
         """Raises RuntimeError for a layer that somebody has replaced in the model, or moved."""
         for layer, kind in zip(self._layers, self._kinds, strict=True):
