@@ -46,6 +46,13 @@ def test_rank_stabilised_adapters(inside: bool, tmp_path: Path) -> None:
     assert float((wanted - base).norm() / base.norm()) > 0.01
 
 
+@pytest.mark.parametrize("directory", [None, 3])
+def test_a_directory_that_is_no_path(directory: Any) -> None:
+    got = type(directory).__name__
+    with pytest.raises(TypeError, match=f"directory: expected a str or a path, got {got}"):
+        batch_of(llama().to(DEVICE), 1).export(0, directory)
+
+
 def test_the_model_is_as_before(tmp_path: Path) -> None:
     """PEFT freezes what it adapts; the check must not freeze the user's model."""
     model = llama().to(DEVICE)

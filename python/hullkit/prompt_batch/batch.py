@@ -369,13 +369,14 @@ class PromptBatch(Settings):
         first export is loaded once to see whether PEFT adapts these layers.
 
         Raises:
-            TypeError: k is no int. IndexError: no such slot. ImportError: a package is missing.
+            TypeError: k is no int; directory is no path. IndexError: no such slot. ImportError: a
+                package is missing.
             ValueError: layers that PEFT does not adapt as they are, as in some models with experts
                 or Mamba's; a layer with two names.
         """
         self._check_slot(k)
         write_adapter(
-            self.model, self._factors.of_slot(k), self._layers, Path(directory), self.rank,
+            self.model, self._factors.of_slot(k), self._layers, directory, self.rank,
             self.alpha, self.rslora, check=not self._loads,
         )  # fmt: skip
         self._loads = True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ def write_adapter(
     model: nn.Module,
     factors: dict[str, tuple[Tensor, Tensor]],
     layers: list[Layer],
-    directory: Path,
+    directory: str | Path,
     rank: int,
     alpha: float,
     rslora: bool,
@@ -33,6 +34,8 @@ def write_adapter(
     check: whether PEFT must load the same factors into the same layers; else ValueError, and
         nothing is written.
     """
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory: expected a str or a path, got {type(directory).__name__}")
     import peft
     from safetensors.torch import save_file
 
@@ -61,9 +64,10 @@ def write_adapter(
         save_file(tensors, f"{made}/adapter_model.safetensors", metadata={"format": "pt"})
         if check:
             _check_loads(model, made, factors)
-        directory.mkdir(parents=True, exist_ok=True)
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
         for path in Path(made).iterdir():
-            shutil.copyfile(path, directory / path.name)
+            shutil.copyfile(path, target / path.name)
 
 
 def _check_loads(model: nn.Module, made: str, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
