@@ -259,3 +259,21 @@ def test_a_signal_while_a_score_is_checked_is_not_lost() -> None:
     with raising(signal.SIGALRM, TimeoutError):
         at_every.run(run, lambda sent: pytest.fail("lost") if seen != [sent] else None)
     assert at_every.where >= {"_to_score", "_ids"}
+
+
+@pytest.mark.parametrize("given", [{}, {"use_cache": True}])
+def test_what_needs_logits_alone_asks_for_no_cache(given: dict[str, bool]) -> None:
+    """It would hold the keys and values of all layers at once."""
+    model = llama().to(DEVICE)
+    found: list[Any] = []
+
+    def note(module: nn.Module, args: Any, out: Any) -> None:
+        found.append(out.past_key_values)
+
+    batch = batch_of(model, 1)
+    model.register_forward_hook(note)
+    with batch.slot(0):
+        Score(IDS)(model)
+    batch(IDS[None].to(DEVICE), **given)
+    assert found[0] is None
+    assert (found[1] is None) == (not given)

@@ -23,6 +23,7 @@ from ..language_model.interface import (
     logits_of,
     longest_padded,
     token_limits,
+    without_cache,
 )
 from ..language_model.lookups import checked_lookups
 from .borrowed import Borrowed
@@ -328,7 +329,8 @@ class PromptBatch(Settings):
         """
         self._check_rows(input_ids)
         with torch.no_grad(), self._using(0, self.slots), checked_lookups(inputs):
-            return logits_of(self.model(input_ids, **inputs), input_ids)
+            options = without_cache(self.model) | inputs
+            return logits_of(self.model(input_ids, **options), input_ids)
 
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
         """`model.generate(input_ids, **options)`, where row k (K, T) is continued by slot k.

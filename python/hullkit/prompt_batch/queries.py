@@ -19,6 +19,7 @@ from ..language_model.interface import (
     device_of,
     logits_of,
     token_limits,
+    without_cache,
 )
 from ..language_model.lookups import checked_lookups
 from .captured_steps import generate
@@ -95,7 +96,7 @@ class Score:
     def __call__(self, model: nn.Module) -> float:
         ids = _checked(self.ids, model)
         with torch.no_grad():
-            logits = logits_of(model(ids), ids)
+            logits = logits_of(model(ids, **without_cache(model)), ids)
             check_predicted("ids", self.ids.view(1, -1), TokenLimits(None, logits.shape[2], None))
             return finite_score(float(next_token_losses(logits, ids)[0]))
 
