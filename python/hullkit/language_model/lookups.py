@@ -7,8 +7,8 @@ and what it adds to the input first. So the check looks at every lookup of a for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -37,13 +37,13 @@ def index_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def checked_lookups(inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
+def checked_lookups(inputs: Mapping[str, Any]) -> AbstractContextManager[object]:
     """A block in which a lookup outside its table raises ValueError, if inputs may lead to one.
 
     There every lookup waits for the device.
     """
     found = index_inputs(inputs)
-    return _Lookups(found) if found else nullcontext()
+    return _looked_at(_Lookups(found)) if found else nullcontext()
 
 
 class KnownIndices:
@@ -77,8 +77,9 @@ class KnownIndices:
         devices = [device] if device.type == "cuda" else []
         complete = False
         # Another error is that of the pass, which comes next and knows what to do about it.
-        with suppress(*MODEL_ERRORS), torch.no_grad(), torch.random.fork_rng(devices), lookups:
-            run(dict(inputs))
+        with suppress(*MODEL_ERRORS), torch.no_grad(), torch.random.fork_rng(devices):
+            with _looked_at(lookups):
+                run(dict(inputs))
             complete = True
         if lookups.refused is not None:
             raise ValueError(lookups.refused)
@@ -88,22 +89,32 @@ class KnownIndices:
         return True
 
 
+@contextmanager
+def _looked_at(lookups: _Lookups) -> Iterator[None]:
+    try:
+        with lookups:
+            yield
+    finally:
+        lookups.ended = True
+
+
 class _Lookups(TorchDispatchMode):
     """Raises ValueError in a lookup outside its table.
 
     inputs: by their names, which may have led to the index.
-    refused: the error's words.
+    refused: the error's words. ended: a signal may leave the mode on torch's stack.
     """
 
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._inputs = inputs
         self.refused: str | None = None
+        self.ended = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        for index, least, end in _indices(func, args):
+        for index, least, end in () if self.ended else _indices(func, args):
             if index.is_cuda and torch.cuda.is_current_stream_capturing():
                 continue  # the same forward ran before
             low, high = _range(index)
