@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
 import hullkit
@@ -12,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from _models import VOCABULARY, gpt2
 from _prompts import DEVICE, batch_of, text
+from _signals import AtEvery, raising
 from hullkit import TestTimeFinetuner
+from hullkit.language_model import lookups, pass_modes
 from hullkit.prompt_batch import Generate
 from torch import Tensor, nn
 
@@ -90,6 +95,9 @@ def test_inputs_of_gpt2(name: str, value: Tensor, words: str) -> None:
     [
         lambda table, kinds: table[kinds + 2],
         lambda table, kinds: table.T[:, kinds + 2].permute(1, 2, 0),
+        lambda table, kinds: (
+            table.T.unflatten(0, (4, 3))[..., kinds + 2].permute(2, 3, 0, 1).flatten(2)
+        ),
         lambda table, kinds: F.embedding(kinds + 2, table),
         lambda table, kinds: table.index_select(0, kinds[0] + 2)[None],
         lambda table, kinds: table.gather(0, (kinds[0] + 2)[:, None].expand(-1, 12))[None],
@@ -147,3 +155,22 @@ def test_compiled_models() -> None:
     adapt(whole, tuner, kinds=PLACES)
     with pytest.raises(ValueError, match=r"\['kinds'\]: expected indices"):
         adapt(whole, tuner, kinds=PLACES + 40)
+
+
+@pytest.mark.parametrize("module", [lookups, pass_modes])
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a bad index would end the process")
+def test_no_look_outlives_a_signal(module: ModuleType) -> None:
+    model = WithKinds()
+    at_every = AtEvery(lambda: signal.raise_signal(signal.SIGALRM), modules=(module,))
+
+    def query() -> None:
+        with suppress(TimeoutError):
+            adapt(model, TestTimeFinetuner(model), kinds=PLACES)
+
+    def check(_: bool) -> None:
+        with pytest.raises(IndexError):  # torch's own
+            F.embedding(torch.tensor([5]), torch.zeros(2, 2))
+
+    with raising(signal.SIGALRM, TimeoutError):
+        at_every.run(query, check)
+    assert {"__exit__", "check"} & at_every.where

@@ -7,17 +7,17 @@ and what it adds to the input first. So the check looks at every lookup of a for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .interface import MODEL_ERRORS, device_of
+from .pass_modes import PassMode
 
-_ATEN = torch.ops.aten
 _MASKS = (torch.bool, torch.uint8)
 
 
@@ -43,7 +43,7 @@ def checked_lookups(inputs: Mapping[str, Any]) -> AbstractContextManager[object]
     There every lookup waits for the device.
     """
     found = index_inputs(inputs)
-    return _looked_at(_Lookups(found)) if found else nullcontext()
+    return _Lookups(found) if found else nullcontext()
 
 
 class KnownIndices:
@@ -70,16 +70,16 @@ class KnownIndices:
         if rows != self._rows:  # a table may have been resized
             self._rows, self._known = rows, {}
         ranges = {key: _range(value) for key, value in found.items()}
-        if all(_within(own, self._known.get(key)) for key, own in ranges.items()):
+        new = [key for key, own in ranges.items() if not _within(own, self._known.get(key))]
+        if not new:
             return False
         lookups = _Lookups({f"{name}[{key!r}]": value for key, value in found.items()})
         device = device_of(self._model, inputs["input_ids"])
         devices = [device] if device.type == "cuda" else []
         complete = False
         # Another error is that of the pass, which comes next and knows what to do about it.
-        with suppress(*MODEL_ERRORS), torch.no_grad(), torch.random.fork_rng(devices):
-            with _looked_at(lookups):
-                run(dict(inputs))
+        with suppress(*MODEL_ERRORS), torch.no_grad(), torch.random.fork_rng(devices), lookups:
+            run(dict(inputs))
             complete = True
         if lookups.refused is not None:
             raise ValueError(lookups.refused)
@@ -89,39 +89,43 @@ class KnownIndices:
         return True
 
 
-@contextmanager
-def _looked_at(lookups: _Lookups) -> Iterator[None]:
-    try:
-        with lookups:
-            yield
-    finally:
-        lookups.ended = True
-
-
-class _Lookups(TorchDispatchMode):
+class _Lookups(PassMode):
     """Raises ValueError in a lookup outside its table.
 
     inputs: by their names, which may have led to the index.
-    refused: the error's words. ended: a signal may leave the mode on torch's stack.
+    refused: the error's words.
     """
 
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._inputs = inputs
         self.refused: str | None = None
-        self.ended = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        for index, least, end in () if self.ended else _indices(func, args):
-            if index.is_cuda and torch.cuda.is_current_stream_capturing():
-                continue  # the same forward ran before
-            low, high = _range(index)
+    def handle(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        signature = _BY_INDEX.get(func)
+        if func is Tensor.__getitem__:
+            self._check(_by_key(*args))
+        elif signature is not None:
+            given = dict(zip(signature.names, args, strict=False)) | kwargs
+            index, dim = given.get(signature.indices), given.get("dim", 0)
+            table = given.get(signature.table)
+            # Of no dimension: the index into a table without rows is nobody's input.
+            if isinstance(table, Tensor) and isinstance(index, Tensor) and table.ndim > 0:
+                self._check([(index, 0, table.shape[0 if dim is None else dim])])
+        return func(*args, **kwargs)
+
+    def _check(self, lookups: list[tuple[Tensor, int, int]]) -> None:
+        """Of an index, the least that it may be, and the end of the table."""
+        for index, least, end in lookups:
+            if index.numel() == 0 or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
+                continue  # what is captured ran before
+            try:
+                low, high = _range(index)
+            except RuntimeError:  # a function that is mapped over rows has no values
+                continue
             if low < least or high >= end:
                 self.refused = self._words(least, end, low if low < least else high)
                 raise ValueError(self.refused)
-        return func(*args, **kwargs or {})
 
     def _words(self, least: int, end: int, got: int) -> str:
         holding = [name for name, value in self._inputs.items() if bool((value == got).any())]
@@ -129,22 +133,44 @@ class _Lookups(TorchDispatchMode):
         return f"{names}: expected indices in [{least}, {end}), the rows of a table, got {got}"
 
 
-def _indices(func: Any, args: tuple[Any, ...]) -> list[tuple[Tensor, int, int]]:
-    """The indices of a lookup, each with the least that it may be and the end of its table."""
-    found: list[tuple[Tensor, int, int]] = []
-    if func is _ATEN.embedding.default:
-        found = [(args[1], 0, len(args[0]))]
-    elif func in (_ATEN.index_select.default, _ATEN.gather.default) and args[0].ndim > 0:
-        found = [(args[2], 0, args[0].shape[args[1]])]
-    elif func is _ATEN.index.Tensor:
-        dim = 0
-        for index in args[1]:
-            is_mask = index is not None and index.dtype in _MASKS
-            if index is not None and not is_mask:
-                end = args[0].shape[dim]
-                found.append((index, -end, end))
-            dim += index.ndim if is_mask else 1
-    return [(index, least, end) for index, least, end in found if index.numel() > 0]
+class _Signature(NamedTuple):
+    """The first arguments of a function, and which of them are table and index."""
+
+    names: tuple[str, ...]
+    table: str
+    indices: str
+
+
+_EMBEDDING = _Signature(("input", "weight"), "weight", "input")
+_ALONG = _Signature(("input", "dim", "index"), "input", "index")
+_BY_INDEX: dict[Any, _Signature] = {
+    F.embedding: _EMBEDDING,
+    F.embedding_bag: _EMBEDDING,
+    torch.embedding: _Signature(("weight", "indices"), "weight", "indices"),
+    torch.index_select: _ALONG,
+    Tensor.index_select: _ALONG,
+    torch.gather: _ALONG,
+    Tensor.gather: _ALONG,
+}
+
+
+def _by_key(table: Tensor, key: Any) -> list[tuple[Tensor, int, int]]:
+    """The lookups of `table[key]`."""
+    keys = key if isinstance(key, tuple) else (key,)
+    taken = [_dimensions(one) for one in keys]
+    found, dim = [], 0
+    for one, own in zip(keys, taken, strict=True):
+        if isinstance(one, Tensor) and one.dtype not in _MASKS and one.ndim > 0:
+            found.append((one, -table.shape[dim], table.shape[dim]))
+        dim += table.ndim - sum(taken) if one is Ellipsis else own
+    return found
+
+
+def _dimensions(key: Any) -> int:
+    """How many dimensions an entry of a key takes."""
+    if key is None or key is Ellipsis or isinstance(key, bool):
+        return 0
+    return key.ndim if isinstance(key, Tensor) and key.dtype in _MASKS else 1
 
 
 def _range(values: Tensor) -> tuple[int, int]:
