@@ -25,6 +25,7 @@ from _models import (
     texts,
 )
 from hullkit.finetune import TestTimeFinetuner, base_weights, captured_passes, grouped_updates
+from hullkit.finetune.settings import Settings
 from torch import Tensor, nn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_memory]
@@ -117,22 +118,69 @@ def test_a_changed_model_is_recorded_again() -> None:
     tuner.release()
     assert tuner._passes.captured is None
     tuner.lr = 0.0  # read at every query
+    report = tuner.last_report
     tuner.warmup([17])
+    assert tuner.last_report is report
     same = adapted_state(tuner, texts(), COUNTS)
     assert all(torch.equal(same[n], base[n]) for n in base)
 
 
-@pytest.mark.parametrize("setting", [("seed", 5), ("rounding", "nearest")])
-def test_graphs_made_for_other_settings_are_recorded_again(setting: tuple[str, Any]) -> None:
+OTHERS: dict[str, Any] = {
+    "lr": 3e-2, "refresh_interval": 1, "mode": "accumulate", "betas": (0.5, 0.9), "eps": 1e-2,
+    "precision": "bf16", "capture": False, "compile": False, "snapshot": "host",
+    "rounding": "nearest", "seed": 5, "fuse": False, "activations": "recompute",
+}  # fmt: skip
+_ALIKE = ("precision", "compile", "snapshot", "capture", "fuse", "activations")
+
+
+def test_all_settings_have_another_value() -> None:
+    assert [*OTHERS] == [*Settings._fields]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_settings_hold_for_the_next_query(name: str) -> None:
+    """Also where graphs were recorded with others."""
     model = llama().cuda().bfloat16()
-    tuner = TestTimeFinetuner(model, lr=1e-2, capture=True)
+    tuner = TestTimeFinetuner(model, lr=1e-2)
     former = adapted_state(tuner, texts(), COUNTS)
-    setattr(tuner, *setting)
+    setattr(tuner, name, OTHERS[name])
     found = adapted_state(tuner, texts(), COUNTS)
-    made = TestTimeFinetuner(model, lr=1e-2, capture=True, **dict([setting]))
+    made = TestTimeFinetuner(model, **{"lr": 1e-2, name: OTHERS[name]})
     wanted = adapted_state(made, texts(), COUNTS)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert not all(torch.equal(found[name], former[name]) for name in former)
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert tuner.last_report is not None
+    assert made.last_report is not None
+    assert tuner.last_report[:2] == made.last_report[:2]
+    assert (tuner.last_report.path, tuner.last_report.reason) == (
+        made.last_report.path, made.last_report.reason
+    )  # fmt: skip
+    alike = all(torch.equal(found[key], former[key]) for key in former)
+    assert not alike or name in _ALIKE
+
+
+def test_a_weight_transposed_in_place_is_recorded_again() -> None:
+    model = plain().cuda()
+    tuner = TestTimeFinetuner(model, lr=1e-3, capture=True)
+    adapted_state(tuner, texts(), COUNTS)
+    model.frozen.weight.data = model.frozen.weight.data.t()
+    ours = adapted_state(tuner, texts(), COUNTS)
+    theirs = adapted_state(TestTimeFinetuner(model, lr=1e-3, capture=False), texts(), COUNTS)
+    assert distance(ours, theirs) <= 1e-5
+
+
+def test_memory_that_the_block_freed() -> None:
+    model = llama().cuda()
+    before = Before(model)
+    tuner = TestTimeFinetuner(model, lr=1e-3, capture=True)
+    for _ in range(2):
+        with tuner.adapted(texts(), COUNTS):
+            freed = [weight.untyped_storage() for weight in model.parameters()]
+            sizes = [storage.nbytes() for storage in freed]
+            for storage in freed:
+                storage.resize_(0)
+            taken = [torch.zeros(n, dtype=torch.uint8, device="cuda") for n in sizes]
+        assert not any(bool(tensor.any()) for tensor in taken)
+        before.check_bits()
 
 
 class Deciding(PlainLM):
@@ -189,6 +237,9 @@ def test_a_model_that_cannot_be_captured(build: type[PlainLM], reason: str) -> N
     theirs = adapted_state(TestTimeFinetuner(model, lr=1e-3, capture=False), texts(), COUNTS)
     assert all(torch.equal(ours[n], theirs[n]) for n in ours if n != "calls")
     adapted_state(tuner, texts(), COUNTS)  # no second attempt, no second warning
+    tuner.capture = True
+    with pytest.raises(RuntimeError, match="expected a model that can be captured, got"):
+        tuner.adapted(texts(), COUNTS).__enter__()
     before.check()
 
 

@@ -225,6 +225,19 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
     before.check()
 
 
+@pytest.mark.gpu
+@pytest.mark.plain_memory
+def test_shifted_labels_beside_the_example_that_was_recorded() -> None:
+    """They are replayed by the graph of another example of their shape."""
+    model = bart().cuda()
+    before = Before(model)
+    ids = texts(1)[0]
+    shifted = {"input_ids": ids, "labels": ids.roll(-1)}
+    with pytest.raises(ValueError, match=r"examples\[1\]\['labels'\]: expected the token ids"):
+        TestTimeFinetuner(model, capture=True).adapt_([ids, shifted], [1, 1])
+    before.check()
+
+
 @pytest.mark.parametrize("take", [TestTimeFinetuner, lambda model: PromptBatch(model, slots=1)])
 def test_an_encoder_decoder_is_refused(take: Any) -> None:
     config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)

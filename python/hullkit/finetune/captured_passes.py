@@ -139,10 +139,10 @@ class CapturedPasses:
                 recorded = _Pass(self, inputs, constants)
                 recorded.fused = tuple(sorted((*recorded.fused, *names)))
                 return recorded, ""
-        except torch.OutOfMemoryError:
-            raise
         except BaseException as error:
             self._memory.renew()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             if isinstance(error, TimeoutError) or not isinstance(error, Exception):
                 raise  # a signal's
             # The error is not kept: its frames hold tensors, which hold memory of the stream.
@@ -218,4 +218,4 @@ class _Pass:
 
 def _addresses(tensors: list[Tensor]) -> list[Any]:
     """The facts of a model that a graph depends on: where tensors lie, and which are trained."""
-    return [(id(t), t.data_ptr(), t.dtype, t.requires_grad) for t in tensors]
+    return [(id(t), t.data_ptr(), t.dtype, t.shape, t.stride(), t.requires_grad) for t in tensors]

@@ -27,7 +27,9 @@ def check_finite(name: str, value: float) -> None:
         raise FloatingPointError(f"{name}: expected a finite number, got {value}")
 
 
-def warm_up(loss_of: CausalLoss, inputs: list[Inputs], parameters: list[nn.Parameter]) -> None:
+def compile_passes(
+    loss_of: CausalLoss, inputs: list[Inputs], parameters: list[nn.Parameter]
+) -> None:
     """Runs a pass of each example, so that everything is compiled. Nothing is updated."""
     for i, example in enumerate(inputs):
         _backward(loss_of, example, f"lengths[{i}]")

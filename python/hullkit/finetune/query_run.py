@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..language_model.lookups import KnownIndices
 from ..language_model.loss import CausalLoss
+from ..language_model.own_loss import check_own_labels
 from ..language_model.pass_copies import PassCopies, narrowed_tensors
 from ..language_model.product_settings import matmul_precision
 from ..optim._tensor_table import DTYPES, is_dense, sharing_memory
@@ -50,6 +51,8 @@ class ModelPasses:
             self.loss = CausalLoss(self.model, *settings.of_loss)
         if before.of_graphs != settings.of_graphs:
             self.release()
+        if before.capture is not settings.capture:
+            self._not_capturable = None  # an error, if it has to be one, is this query's
 
     def capture(
         self, parameters: list[nn.Parameter], buffers: list[Tensor], settings: Settings
@@ -59,7 +62,9 @@ class ModelPasses:
         tensors = [*parameters, *buffers]
         if self.captured is not None and not self.captured.fits(tensors):
             self.captured = None
-        if self.captured is None and self.eager_reason(trained[0].device, settings) is None:
+        if self.eager_reason(trained[0].device, settings) is not None:
+            return None  # graphs stay for a query that has other settings
+        if self.captured is None:
             try:
                 self.captured = CapturedPasses(
                     self.model,
@@ -165,12 +170,17 @@ class QueryRun:
         settings, schedule = self._settings, self._schedule
         most = max((burst.num_steps for burst in schedule), default=1)
         used = {burst.example for burst in schedule} or range(len(self._inputs))
+        known = self._passes.loss.in_place  # then `adapted` has checked the labels
         try:
             passes = captured.prepare({i: self._inputs[i] for i in used}, most)
         except NotCapturable as error:
             self._passes.fall_back(error, settings)
             snapshot.restore_state()
             return None
+        if self._passes.loss.in_place and not known:
+            for i in used:
+                labels, ids = self._inputs[i]["labels"], self._inputs[i]["input_ids"]
+                check_own_labels(f"examples[{i}]['labels']", labels, ids)
         snapshot.restore_state()
         clock.lap("prepare")
         options = adam_options(settings.lr, settings.betas, settings.eps)
@@ -199,7 +209,7 @@ class QueryRun:
         copies.refresh()
         with copies.in_place():
             if not self._schedule:
-                eager_passes.warm_up(loss_of, self._inputs, parameters)
+                eager_passes.compile_passes(loss_of, self._inputs, parameters)
                 return []
             clock.lap("prepare")
             trained = eager_passes.Trained(
