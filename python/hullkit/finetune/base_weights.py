@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .._checks import bytes_reached, has_memory
 from ..language_model.fused_modules import fused_head_weight
 from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies, autocast_weights, narrowed_tensors
@@ -72,6 +73,7 @@ class Weights:
         steps = torch.empty(len(parameters), dtype=torch.float32, device=device)
         self.steps = dict(zip(parameters, steps.unbind(), strict=True))
         self._data = [p.data for p in parameters]
+        self._addresses = [data.data_ptr() for data in self._data]
         self._all_steps = steps
         self._reset()
         base = dict(zip(parameters, self.base, strict=True))
@@ -114,9 +116,15 @@ class Weights:
 
     def restore(self) -> None:
         """Puts base values back and resets Adam's state. May be cut short and begun again."""
-        for table, record, dtype in self._restoring:
-            _kernels.restore_(table, record, dtype)
-        self._fresh = True
+        if [data.data_ptr() for data in self._data] == self._addresses:
+            for table, record, dtype in self._restoring:
+                _kernels.restore_(table, record, dtype)
+            self._fresh = True
+        else:  # the block freed memory of parameters, as FSDP does; the next query records anew
+            for data, base in zip(self._data, self.base, strict=True):
+                if not has_memory(data):
+                    data.untyped_storage().resize_(bytes_reached(data))
+                data.copy_(base)
         torch.autograd.graph.increment_version(self.parameters)
 
 

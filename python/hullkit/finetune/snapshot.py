@@ -156,14 +156,14 @@ class Attributes:
                 container.clear()
         for now, saved in self._containers:
             if isinstance(now, OrderedDict):
-                if not (check_like(now, saved) and check_like(now.values(), saved.values())):
+                if not (_same_objects(now, saved) and _same_objects(now.values(), saved.values())):
                     now.clear()
                     now.update(saved)
             elif isinstance(now, set):
                 if now != saved:
                     now.clear()
                     now.update(saved)
-            elif not check_like(now, saved):
+            elif not _same_objects(now, saved):
                 now.clear()
                 now.extend(saved)
         # Last: a bytearray refuses another length while somebody holds a view of it.
@@ -187,7 +187,7 @@ def _put_back(copies: DictCopies) -> None:
         now.update(saved)
 
 
-def check_like(now: Collection[Any], saved: Collection[Any]) -> bool:
+def _same_objects(now: Collection[Any], saved: Collection[Any]) -> bool:
     """Whether both have the very same objects in one order."""
     return len(now) == len(saved) and all(map(is_, now, saved))
 
