@@ -39,6 +39,23 @@ class Tied(nn.Module):
         return (x @ self.embedding.t()).logsumexp(-1).mean()
 
 
+def test_an_interrupt_on_entry_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    register = Tensor.register_post_accumulate_grad_hook
+
+    def interrupted(param: Tensor, hook: Any) -> Any:
+        if param is params[1]:
+            raise KeyboardInterrupt
+        return register(param, hook)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "register_post_accumulate_grad_hook", interrupted)
+        with pytest.raises(KeyboardInterrupt), optim.SGD(params, lr=0.1).update_in_backward():
+            pass
+    (params[0].sum() + params[1].sum()).backward()
+    assert all(bool((p == 1.0).all()) and p.grad is not None for p in params)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_bits_as_step(kind: str, way: Way) -> None:

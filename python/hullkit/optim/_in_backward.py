@@ -20,6 +20,7 @@ def update_in_backward(optimizer: Any, num_steps: int) -> Iterator[None]:
     """See `FusedOptimizer.update_in_backward`."""
     kwargs, block = _begin(optimizer, num_steps)
     try:
+        block.register()
         yield
     finally:
         block.end()
@@ -65,11 +66,13 @@ class _Block:
         optimizer._drop_absent()
         # Code that runs in the block may replace or clear state.
         self._states = {id(param): self._look(param) for param in groups}
-        self._hooks = [
-            param.register_post_accumulate_grad_hook(self._update)
-            for param in groups
-            if param.requires_grad
-        ]
+        self._hooks: list[Any] = []
+
+    def register(self) -> None:
+        """Takes the hooks. One by one, since Ctrl-C may come between two of them."""
+        for param in self._groups:
+            if param.requires_grad:
+                self._hooks.append(param.register_post_accumulate_grad_hook(self._update))
 
     def _own(self, param: Tensor) -> dict[Any, dict[str, Any]]:
         return {param: self._optimizer.state.get(param, {})}
