@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -83,6 +84,19 @@ def test_rotary_positions_of_different_batches_stay_the_models() -> None:
 
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     return tuple(x * cos[:, None] + rotate_half(x) * sin[:, None] for x in (q, k))
+
+
+def test_a_rotation_with_other_gradients_or_parts_is_not_proven() -> None:
+    def cut(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        return q, k.detach() + 0.0 * k
+
+    x, cos = random(1, 2, 5, 8), random(1, 5, 8)
+    assert not rotary._is_rotary(cut, x, cos)
+    own = FunctionType(apply_rotary_pos_emb.__code__, {**globals()})
+    assert rotary._is_rotary(own, x, cos)
+    own.__globals__["rotate_half"] = lambda x: x
+    assert not rotary._is_rotary(own, x, cos)
 
 
 def test_rotary_is_proven_on_any_default_device() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .one_backward import OneBackward
 from .replaced_globals import Replacement
-from .trials import random_tensor
+from .trials import plain_modes, random_tensor
 
 NAME = "apply_rotary_pos_emb"  # of the function in a model's module, for q, k, cos and sin
 _WIDEST = 256  # columns of a head
@@ -134,14 +135,15 @@ def takes(x: Tensor, cos: Any, sin: Any) -> bool:
     )
 
 
-# What a function was found to compute, by dtypes and width of its arguments.
+# What a function was found to compute, by dtypes and width of its arguments and the globals that it
+# names, which somebody may replace.
 _proven: weakref.WeakKeyDictionary[Any, dict[Any, bool]] = weakref.WeakKeyDictionary()
 
 
 def _is_rotary(own: Callable[..., Any], q: Tensor, cos: Tensor) -> bool:
     """Whether `own` computes what the kernel does. It is tried once, outside of captures."""
     known = _proven.setdefault(own, {})
-    key = (q.dtype, cos.dtype, q.shape[3], q.device.type)
+    key = (q.dtype, cos.dtype, q.shape[3], q.device.type, _named_globals(own))
     if key not in known:
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
@@ -149,17 +151,37 @@ def _is_rotary(own: Callable[..., Any], q: Tensor, cos: Tensor) -> bool:
         width = q.shape[3]
         queries, keys = random_tensor(generator, 2, 2, 3, 5, width).to(q.device, q.dtype)
         tables = random_tensor(generator, 2, 2, 5, width).to(q.device, cos.dtype)
-        with torch.no_grad():
+        directions = random_tensor(generator, 2, 2, 3, 5, width).to(q.device)
+        with plain_modes():
             try:
-                wanted = own(queries, keys, *tables)
-                found, _ = rotary(queries, keys, *tables)
-                known[key] = len(wanted) == 2 and all(
-                    a.dtype is b.dtype and a.shape == b.shape and _close(a, b)
-                    for a, b in zip(wanted, found, strict=True)
+                leaves = [queries.detach().requires_grad_(), keys.detach().requires_grad_()]
+                wanted = own(*leaves, *tables)
+                found, _ = rotary(*leaves, *tables)
+                given = [direction.to(found[0].dtype) for direction in directions]
+                pairs = [
+                    *zip(wanted, found, strict=True),
+                    *zip(
+                        torch.autograd.grad(wanted, leaves, given),
+                        torch.autograd.grad(found, leaves, given),
+                        strict=True,
+                    ),
+                ]
+                known[key] = all(
+                    a.dtype is b.dtype and a.shape == b.shape and _close(a, b) for a, b in pairs
                 )
             except Exception:
                 known[key] = False
     return known[key]
+
+
+def _named_globals(function: Callable[..., Any]) -> tuple[FunctionType, ...]:
+    """The functions behind the names of globals in its code, and in code within it."""
+    space = getattr(function, "__globals__", {})
+    waiting, found = [getattr(function, "__code__", None)], []
+    for code in waiting:
+        found += [space.get(name) for name in getattr(code, "co_names", ())]
+        waiting += [one for one in getattr(code, "co_consts", ()) if isinstance(one, CodeType)]
+    return tuple(value for value in found if isinstance(value, FunctionType))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
