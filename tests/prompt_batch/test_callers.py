@@ -120,6 +120,35 @@ def test_a_weight_that_a_hook_makes_anew() -> None:
     assert before != pytest.approx((wanted,), rel=2e-2)
 
 
+def test_weights_written_between_two_answers_are_read() -> None:
+    batch = hullkit.PromptBatch(Model(), precision="bf16", **OPTIONS)
+    answers = batch.map([QUERY] * 8)
+    next(answers)
+    ids = IDS.expand(2, -1)
+    before = batch(ids)
+    with torch.no_grad():
+        batch.model.get_submodule("layer").weight.add_(1.0)
+    assert not torch.equal(batch(ids), before)
+    assert len(list(answers)) == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.plain_memory
+def test_a_graph_keeps_the_copies_that_it_reads() -> None:
+    """A block of another precision has copies of its own."""
+    batch = hullkit.PromptBatch(Model().cuda(), precision="bf16", capture=True, **OPTIONS)
+
+    def then(model: nn.Module) -> None:
+        with torch.autocast("cuda", torch.float16), torch.no_grad():
+            model(IDS[None].cuda())
+
+    wanted = values(batch)
+    assert [answer.error for answer in batch.map([hullkit.Query([IDS], [1], then)])] == [None]
+    taken = [torch.full((WIDTH, WIDTH), 1e3, device="cuda").bfloat16() for _ in range(50)]
+    assert values(batch) == wanted
+    assert taken
+
+
 def test_a_layer_that_was_replaced() -> None:
     batch = made()
     batch.model.layer = nn.Linear(WIDTH, WIDTH)

@@ -146,6 +146,7 @@ class PromptBatch(Settings):
         self._forwards = SlotForwards(self._layers, share, backend)
         self._longest = longest_padded(model)  # the length up to which texts are padded
         self._busy = False
+        self._runs = False  # a map or adapt_, which has not handed its caller an answer
         self._loads = False  # whether PEFT was seen to load an adapter of these layers
 
         def make(number: int) -> None:
@@ -239,10 +240,14 @@ class PromptBatch(Settings):
         stream = Stream(self, queries, keep)  # first: its errors leave the batch free
         del queries  # from Python 3.12 on this frame lives as long as a kept error
         try:
-            self._busy = True
-            yield from stream
+            self._busy = self._runs = True
+            for answer in stream:
+                self._runs = False
+                yield answer
+                del answer
+                self._runs = True
         finally:
-            self._busy = False  # first: a signal may cut the rest short
+            self._busy = self._runs = False  # first: a signal may cut the rest short
             stream.close()
 
     # What a stream needs.
@@ -315,8 +320,8 @@ class PromptBatch(Settings):
 
     def _using(self, first: int, slots: int) -> Borrowed:
         """As `slot`, of batches whose row i runs with slot first + i."""
-        # A stream has refreshed the copies as it began.
-        fresh = nullcontext() if self._busy else self._forwards.refreshed(self.model)
+        # A stream has refreshed the copies as it began. Between two answers the caller may write.
+        fresh = nullcontext() if self._runs else self._forwards.refreshed(self.model)
         inner = (fresh, self._forwards.some(first, slots), self._steps.block())
         return Borrowed(self.model, self._passes.products(), self._passes.autocast(), *inner)
 

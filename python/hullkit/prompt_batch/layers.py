@@ -41,7 +41,7 @@ class Layer:
         else:
             self.inputs, self.outputs = module.weight.shape
         self.readers: tuple[Layer, ...] = (self,)
-        self._copy: Tensor | None = None
+        self._copies: dict[torch.dtype, Tensor] = {}
 
     @property
     def bias(self) -> Tensor | None:
@@ -61,7 +61,7 @@ class Layer:
         return product(x, rows, self.weight(x.dtype), self.bias)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight (I, O) in the dtype of products. A copy is kept until `refresh`.
+        """The weight (I, O) in the dtype of products. Copies are kept, for graphs read them.
 
         Of a quantised weight there is no copy, which would need the memory that it saves. Nor is
         there one of a weight that a hook of the layer makes anew, such as weight_norm's.
@@ -72,11 +72,11 @@ class Layer:
         if own.dtype is not dtype:
             if "weight" not in self.module._parameters:
                 own = own.to(dtype)
-            elif self._copy is None or self._copy.dtype is not dtype:
-                with torch.inference_mode(False):  # a tensor of that mode could not be refreshed
-                    own = self._copy = own.to(dtype)
             else:
-                own = self._copy
+                if dtype not in self._copies:
+                    with torch.inference_mode(False):  # one of that mode could not be refreshed
+                        self._copies[dtype] = own.to(dtype)
+                own = self._copies[dtype]
         return own.t() if self.transposed else own
 
     def multiplies(self, x: Tensor) -> bool:
@@ -99,18 +99,16 @@ class Layer:
         return self.weight(dtype).t()
 
     def refresh(self) -> None:
-        """Gives the copy the weight's present values, in place: graphs read its memory.
+        """Gives copies the weight's present values, in place: graphs read their memory.
 
         No counter of versions tells when: writes to `.data` move none.
         """
-        copy = self._copy
-        if copy is None:
-            return
-        own: Tensor = self.module.weight.detach()
-        if own.device == copy.device and own.dtype is not copy.dtype:
-            copy.copy_(own)
-        else:
-            self._copy = None
+        for dtype, copy in [*self._copies.items()]:
+            own: Tensor = self.module.weight.detach()
+            if own.device == copy.device and own.dtype is not dtype:
+                copy.copy_(own)
+            else:
+                del self._copies[dtype]
 
 
 def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
