@@ -32,7 +32,7 @@ def test_one_adaptation_at_a_time() -> None:
         for other in shared:
             with pytest.raises(RuntimeError, match="model that is not being adapted, got one"):
                 other.adapted(texts(), COUNTS).__enter__()
-        with pytest.raises(RuntimeError, match="one with-block for each call"):
+        with pytest.raises(RuntimeError, match="a with-block of its own for each call"):
             block.__enter__()
         assert all(torch.equal(inside[k], v) for k, v in model.state_dict().items())
         with TestTimeFinetuner(plain()).adapted(texts(), COUNTS):  # another model is fine
@@ -271,6 +271,15 @@ def test_bad_example(
 def test_bad_multiset(examples: Any, counts: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         TestTimeFinetuner(plain()).adapted(examples, counts)
+
+
+def test_two_parameters_over_one_memory() -> None:
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False))
+    tuner = TestTimeFinetuner(model)
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    for call in (lambda: tuner.adapted(texts(), COUNTS), lambda: tuner.warmup([3])):
+        with pytest.raises(ValueError, match=r"two that do: '0.weight' and '1.weight'; tie them"):
+            call()
 
 
 def test_longer_than_a_learned_table_of_positions() -> None:

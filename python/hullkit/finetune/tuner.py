@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -333,13 +334,15 @@ class TestTimeFinetuner:
         >>> hullkit.TestTimeFinetuner(model).warmup([128, 256])
         """
         check_trainable(self.model)
+        check_trained(self.model)
         limits = token_limits(self.model)
         if not isinstance(lengths, Iterable):
             raise TypeError(f"lengths: expected integers, got {type(lengths).__name__}")
         sizes = [check_int("lengths", n, 2) for n in lengths]
         ids = [torch.zeros(size, dtype=torch.int64, device="cpu") for size in sizes]
         inputs = [self._inputs(f"lengths[{i}]", x, limits) for i, x in enumerate(ids)]
-        with Adaptation(self.model, QueryRun(self._passes, self._settings(), inputs, []), self):
+        run = QueryRun(self._passes, self._settings(), inputs, [])
+        with Adaptation(self.model, run, SimpleNamespace(last_report=None)):  # no query's report
             pass
 
     @property
