@@ -49,7 +49,6 @@ SIGN = place(AdamOptions, "sign")
 FACTOR = place(AdamOptions, "factor")
 
 COEFFICIENTS = tl.constexpr(2)  # of one update
-ROWS = 128  # of the table, for one program of adam_coefficients_kernel
 
 
 @triton.jit(do_not_specialize=["size", "num_steps"])

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from ..optim._record import COEFFICIENT_ROWS
 from . import add, attention, cross_entropy, gate, low_rank, norm, rotary, stacked_adam
 from .accumulate import accumulate_kernel, squares_kernel
-from .adam import ROWS, adam_coefficients_kernel, adam_kernel, restore_kernel
+from .adam import adam_coefficients_kernel, adam_kernel, restore_kernel
 from .dependent_launch import starts_early
 from .multi_tensor import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS
 from .sgd import sgd_kernel
@@ -18,7 +19,7 @@ _CHUNKS = {"BLOCK": BLOCK_SIZE, "CHUNK": CHUNK_SIZE}
 _ROWS = {"BLOCK": cross_entropy.BLOCK_SIZE}
 _TILES = {"ROWS": low_rank.ROWS, "COLUMNS": low_rank.COLUMNS}
 KERNELS = {
-    "adam_coefficients": (adam_coefficients_kernel, {"BLOCK": ROWS}),
+    "adam_coefficients": (adam_coefficients_kernel, {"BLOCK": COEFFICIENT_ROWS}),
     "adam": (adam_kernel, _CHUNKS),
     "restore": (restore_kernel, _CHUNKS),
     "sgd": (sgd_kernel, _CHUNKS),

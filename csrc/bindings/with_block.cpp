@@ -122,7 +122,7 @@ class WithBlock {
  public:
   py::object enter(const py::object& self) {
     if (entered_) {
-      PyErr_SetString(PyExc_RuntimeError, "adapted(): expected one with-block for each call, got a second one");
+      PyErr_SetString(PyExc_RuntimeError, "expected a with-block of its own for each call, got one that was entered before");
       throw py::error_already_set();
     }
     entered_ = true;

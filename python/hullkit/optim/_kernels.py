@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from ..native import kernels
+from ._record import COEFFICIENT_ROWS
 from ._tensor_table import TensorTable
 from ._triton_launch import MOST_EARLY, Launcher, launcher
-
-_ROWS = 128  # of a table, for one program of Adam's coefficients
-
 
 # Launchers by what their kernels were compiled for.
 _compiled: dict[Any, Launcher] = {}
@@ -68,8 +66,8 @@ def adam_coefficients_(
 ) -> None:
     """Triton: what adam_chunks_ needs for num_steps updates; step counters move on."""
     _run(
-        "adam_coefficients", table, -(-table.size // _ROWS), table.table, record, table.size,
-        coefficients, num_steps, MATH=coefficients.dtype,
+        "adam_coefficients", table, -(-table.size // COEFFICIENT_ROWS), table.table, record,
+        table.size, coefficients, num_steps, MATH=coefficients.dtype,
     )  # fmt: skip
 
 

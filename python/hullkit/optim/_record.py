@@ -16,6 +16,8 @@ from ..native.kernels import LAYOUTS
 # The step counter in the state is float32, as torch's is: it counts up to here.
 MAX_NUM_STEPS = 2**24
 
+COEFFICIENT_ROWS = 128  # of a table, for one program of Adam's coefficients
+
 
 class TensorRow(NamedTuple):
     """One tensor. Its parameter, gradient and state share one dense layout."""
