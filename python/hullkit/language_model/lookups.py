@@ -160,6 +160,8 @@ def _by_key(table: Tensor, key: Any) -> list[tuple[Tensor, int, int]]:
     taken = [_dimensions(one) for one in keys]
     found, dim = [], 0
     for one, own in zip(keys, taken, strict=True):
+        if dim >= table.ndim:
+            break  # torch has its own error
         if isinstance(one, Tensor) and one.dtype not in _MASKS and one.ndim > 0:
             found.append((one, -table.shape[dim], table.shape[dim]))
         dim += table.ndim - sum(taken) if one is Ellipsis else own
