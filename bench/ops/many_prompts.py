@@ -32,51 +32,67 @@ PROMPT, CONTINUATION = 48, 128  # tokens
 EAGER, GRAPHS = "PEFT, LoRA r=16", "PEFT, LoRA r=16, CUDA graphs"
 
 
-class Losses:
-    """Of the first query, as the first way found them. All start from one model, with adapters
-    that add zero, and so must find them again before they are timed. Closer bounds, on a real
-    model, are those of bench.quality.many_prompts."""
+class Found:
+    """The losses and scores of every query, as the first way found them. All ways start from one
+    model, with adapters that add zero, and so must find them again before they are timed. Closer
+    bounds, on a real model, are those of bench.quality.many_prompts."""
 
     def __init__(self) -> None:
-        self.wanted: list[float] = []
+        self._losses: dict[int, list[float]] = {}
+        self._scores: dict[int, float] = {}
 
-    def check(self, losses: Sequence[float], passes: int | None = None) -> None:
-        """AssertionError if a pass is lost, or one of the first `passes` (default: all) differs."""
+    def check(
+        self, query: int, losses: Sequence[float], value: Any = None, passes: int | None = None
+    ) -> None:
+        """AssertionError if a pass is lost, or if the score or one of the first `passes` (default:
+        all) differs.
+
+        value: of the query's `then`. Tokens that random weights continue a prompt with hang on
+        rounding, so that only their number is looked at.
+        """
         if len(losses) != len(COUNTS):
             raise AssertionError(f"expected {len(COUNTS)} losses, got {len(losses)}")
-        self.wanted = self.wanted or [*losses]
-        agree(losses, self.wanted[:passes])
+        agree(losses, self._losses.setdefault(query, [*losses])[:passes])
+        if isinstance(value, float):
+            agree([value], [self._scores.setdefault(query, value)])
+        elif value is not None and value.numel() != CONTINUATION:
+            raise AssertionError(f"expected {CONTINUATION} tokens, got {value.numel()}")
 
 
-def by_torch(model: Any, queries: list[Any], losses: Losses, captured: bool) -> Callable[[], None]:
+def by_torch(model: Any, queries: list[Any], found: Found, captured: bool) -> Callable[[], None]:
     examples, counts = queries[0]
     rival = Captured(model, len(examples[0])) if captured else Eager(model)
-    return lambda: losses.check(rival(examples, counts))
+    return lambda: found.check(0, rival(examples, counts))
 
 
-def alone(model: Any, queries: list[Any], losses: Losses, all_weights: bool) -> Callable[[], None]:
-    passes = 1 if all_weights else None  # adapters learn less
+def alone(model: Any, queries: list[Any], found: Found, all_weights: bool) -> Callable[[], None]:
     tuner = hullkit.TestTimeFinetuner(model)
 
-    def run() -> None:
-        examples, counts, *uses = queries[0]
+    def run(query: int = 0) -> None:
+        examples, counts, *uses = queries[query]
+        value = None
         with tuner.adapted(examples, counts):
             for then in uses:
-                then(model)
+                value = then(model)
         assert tuner.last_report is not None
-        losses.check(tuner.last_report.losses, passes)
+        if all_weights:  # they learn more than adapters
+            found.check(query, tuner.last_report.losses, passes=1)
+        else:
+            found.check(query, tuner.last_report.losses, value)
 
+    for query in () if all_weights else range(len(queries)):
+        run(query)  # what a slot among others must find
     return run
 
 
-def together(model: Any, queries: list[Any], losses: Losses, slots: int) -> Callable[[], None]:
+def together(model: Any, queries: list[Any], found: Found, slots: int) -> Callable[[], None]:
     batch = hullkit.PromptBatch(model, slots=slots, rank=RANK)
 
     def run() -> None:
         for answer in batch.map(queries[:slots]):
             if answer.error is not None:
                 raise answer.error
-            losses.check(answer.losses, None if answer.place == 0 else 0)
+            found.check(answer.place, answer.losses, answer.value)
 
     return run
 
@@ -124,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if not four_bits:
             runs += [("TestTimeFinetuner, all weights", "bfloat16", 1)]
         runs += [("PromptBatch r=16", "bfloat16", int(k)) for k in arguments.slots.split(",")]
-        losses = Losses()
+        found = Found()
+        most = max(slots for *_, slots in runs)
         for provider, case, slots in runs:
             if time.perf_counter() - began > arguments.seconds:
                 continue
@@ -132,35 +149,35 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             random = torch.Generator().manual_seed(0)
             size, length = shape.vocabulary, (arguments.tokens,)
             queries: list[Any] = []
-            for _ in range(slots):
+            for _ in range(most):
                 examples = [torch.randint(size, length, generator=random) for _ in COUNTS]
                 queries.append((examples, COUNTS, *rest(then, size, length, random)))
             rates: list[float] = []
             try:
                 model, _ = build(shape, CASES[case], device, four_bits)
                 if provider in (EAGER, GRAPHS):
-                    run = by_torch(model, queries, losses, provider == GRAPHS)
+                    run = by_torch(model, queries, found, provider == GRAPHS)
                 elif provider.startswith("PromptBatch"):
-                    run = together(model, queries, losses, slots)
+                    run = together(model, queries, found, slots)
                 else:
-                    run = alone(model, queries, losses, case == "bfloat16")
+                    run = alone(model, queries, found, case == "bfloat16")
                 run()  # records, compiles
                 rates = [1e3 * slots / ms for ms in timed(run, device, arguments.rounds)]
             except RuntimeError as error:
                 provider += ", " + str(error).splitlines()[0][:60].replace(",", ";")
             peak = torch.cuda.max_memory_reserved(device) if cuda else None
             run = model = None
-            found = row(
+            made = row(
                 "many prompts", provider,
                 f"{shape.name} slots={slots} tokens={arguments.tokens} updates={sum(COUNTS)} "
                 f"gradients={len(COUNTS)}" + (f" {then}" if then else ""),
                 arguments.base, rates, device, unit="prompts/s", given=argv,
                 peak_mb="" if peak is None else round(peak / 2**20),
             )  # fmt: skip
-            print(provider, found["shape"], found["p50"], found["peak_mb"], flush=True)
-            rows.append(found)
+            print(provider, made["shape"], made["p50"], made["peak_mb"], flush=True)
+            rows.append(made)
             if arguments.out is not None:
-                append(arguments.out, [found])
+                append(arguments.out, [made])
     return rows
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 pytest.importorskip("peft", reason="an extra is not installed")
@@ -54,14 +55,21 @@ def test_rows_of_both_ways(
     assert all(row["shape"].endswith(then or "gradients=30") for row in rows)
 
 
-def test_other_losses_are_not_timed(bench: Any) -> None:
-    losses = bench.Losses()
-    losses.check([4.0] * 30)
-    losses.check([4.05] * 30)
-    losses.check([4.05] + [3.0] * 29, passes=1)
+def test_other_results_are_not_timed(bench: Any) -> None:
+    found = bench.Found()
+    for query, loss in enumerate((4.0, 3.0)):
+        found.check(query, [loss] * 30, 2.0)
+        found.check(query, [1.01 * loss] * 30, 2.01)
+    found.check(0, [4.05] + [3.0] * 29, passes=1)
     with pytest.raises(AssertionError, match="near"):
-        losses.check([4.0] * 29 + [3.0])
+        found.check(0, [4.0] * 29 + [3.0])
+    with pytest.raises(AssertionError, match="near"):
+        found.check(1, [4.0] * 30)
+    with pytest.raises(AssertionError, match="near"):
+        found.check(1, [3.0] * 30, 1.5)
     with pytest.raises(AssertionError, match="30 losses"):
-        losses.check([4.0] * 29, passes=0)
+        found.check(0, [4.0] * 29, passes=0)
     with pytest.raises(AssertionError, match="finite"):
-        losses.check([4.0] * 29 + [float("nan")], passes=0)
+        found.check(0, [4.0] * 29 + [float("nan")], passes=0)
+    with pytest.raises(AssertionError, match="tokens"):
+        found.check(0, [4.0] * 30, torch.zeros(3))
