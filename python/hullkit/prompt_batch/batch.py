@@ -26,6 +26,7 @@ from ..language_model.interface import (
     without_cache,
 )
 from ..language_model.lookups import checked_lookups
+from .arguments import BatchArguments
 from .borrowed import Borrowed
 from .captured_steps import CapturedSteps
 from .export import write_adapter
@@ -36,14 +37,13 @@ from .neighbours import Neighbours
 from .passes import SlotPasses
 from .queries import Answer, Query, before_a_step, continued
 from .runs import Run
-from .settings import Settings
 from .slot_forwards import SlotForwards
 from .stream import Stream
 
 _SCALE = 1024.0  # of a float16 model's loss: its gradients would vanish
 
 
-class PromptBatch(Settings):
+class PromptBatch(BatchArguments):
     """K slots, each with its own low-rank adapters, trained on one frozen model.
 
     A chosen linear layer with weight W computes, for the text of slot k,
@@ -131,11 +131,10 @@ class PromptBatch(Settings):
             check_int("slots", slots, 1)
         elif slots != "auto":
             raise ValueError(f"slots: expected an int or 'auto', got {slots!r}")
-        super().__init__(
-            model, memory=memory, rank=rank, alpha=alpha, rslora=rslora, target=target, lr=lr,
-            refresh_interval=refresh_interval, betas=betas, eps=eps, precision=precision,
-            capture=capture, seed=seed, backend=backend,
-        )  # fmt: skip
+        self.model, self.memory, self.target, self.backend = model, memory, target, backend
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.lr, self.refresh_interval, self.betas, self.eps = lr, refresh_interval, betas, eps
+        self.precision, self.capture, self.seed = precision, capture, seed
         self._layers = chosen_layers(model, target)
         device, dtype = device_and_dtype(model, self._layers)
         half = torch.bfloat16 if precision == "bf16" else dtype
@@ -150,7 +149,7 @@ class PromptBatch(Settings):
         self._loads = False  # whether PEFT was seen to load an adapter of these layers
 
         def make(number: int) -> None:
-            self._slots = number
+            self.slots = number
             self._factors = SlotFactors(
                 self._layers, number, self.rank, device, None if half is torch.float32 else half,
                 self.betas, self.eps, 1.0 / scale, apart and captures and number > 1, backend,
@@ -185,6 +184,7 @@ class PromptBatch(Settings):
             apart, captures, knows_longest(model),
         )  # fmt: skip
         self._factors.reset_(range(slots), self.seed)
+        self._made = True
 
     @property
     def path(self) -> str:

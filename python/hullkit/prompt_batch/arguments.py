@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of a `PromptBatch` as its attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .._checks import check_betas, check_choice, check_finite, check_int, check_positive
+from ..language_model.loss import PRECISIONS
+
+
+class BatchArguments:
+    """Checked as they are set. Once the slots are made, `lr` and `seed` alone may be."""
+
+    model: nn.Module
+    slots: int
+    memory: int | float | None
+    rank: int
+    alpha: float
+    rslora: bool
+    target: str | Sequence[str]
+    lr: float
+    refresh_interval: int
+    betas: tuple[float, float]
+    eps: float
+    precision: str
+    capture: bool | None
+    seed: int
+    backend: str | None
+    _made = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._made and name in _OF_SLOTS:
+            raise AttributeError(
+                f"{name}: expected the value that the slots were made for to stay; make a new "
+                "PromptBatch for another"
+            )
+        check = _CHECKS.get(name)
+        super().__setattr__(name, value if check is None else check(value))
+
+
+def _one_of(name: str, choices: tuple[Any, ...]) -> Any:
+    def check(value: Any) -> Any:
+        check_choice(name, value, choices)
+        return value
+
+    return check
+
+
+_OF_SLOTS = BatchArguments.__annotations__.keys() - {"lr", "seed"}
+# `memory`, `target` and `backend` are checked with the model's layers and their device.
+_CHECKS = {
+    "rank": lambda value: check_int("rank", value, 1),
+    "alpha": lambda value: check_positive("alpha", value),
+    "rslora": _one_of("rslora", (True, False)),
+    "lr": lambda value: check_finite("lr", value),
+    "refresh_interval": lambda value: check_int("refresh_interval", value, 1),
+    "betas": check_betas,
+    "eps": lambda value: check_finite("eps", value),
+    "precision": _one_of("precision", PRECISIONS),
+    "capture": _one_of("capture", (None, True, False)),
+    "seed": lambda value: check_int("seed", value, 0, (1 << 63) - 1),
+}
