@@ -155,7 +155,7 @@ class Bench:
     def _used(self, way: Way, joules: float) -> dict[str, Any]:
         return {
             "slots": way.slots if isinstance(way, Together) else 1,
-            "peak_mb": round(self._peak()),
+            "peak_mb": round(peak_memory(self._device) / 2**20),
             "joules": "not available" if self._meter is None else f"{joules:.3f}",
         }
 
@@ -194,8 +194,3 @@ class Bench:
             "retrieve_ms": f"{self.retrieve_ms(i):.4f}",
             "select_ms": f"{select_ms:.4f}",
         }
-
-    def _peak(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_reserved(self._device) / 2**20
-        return peak_memory(self._device) / 2**20

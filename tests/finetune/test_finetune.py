@@ -57,10 +57,11 @@ def test_defaults_lower_the_loss_and_queries_are_independent(
     tuner = TestTimeFinetuner(build())
     assert (tuner.lr, tuner.refresh_interval) == (5e-5, 2)
     assert (tuner.betas, tuner.eps) == ((0.9, 0.999), 1e-8)
-    with tuner.adapted(texts(), [9, 0, 4, 1]) as model:
+    with tuner.adapted(texts(), [9, 0, 4, 1], select_seconds=0.5) as model:
         first = state(model)
     report = tuner.last_report
     assert report is not None
+    assert report.seconds.select == 0.5
     assert list(report.losses[:5]) == sorted(report.losses[:5], reverse=True)
     with tuner.adapted(texts(2), [1, 1]):
         pass

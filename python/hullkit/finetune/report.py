@@ -46,8 +46,8 @@ class AdaptReport(NamedTuple):
         seconds: time by phase: `select` (as told to `adapted`), `prepare`, `passes`, `updates` and
             `restore`. `updates` is None where they run beside the passes, `restore` is None until
             the block is left.
-        peak_memory: bytes; of a CUDA device, all that torch's allocator holds, else the peak of the
-            process.
+        peak_memory: bytes; the most that torch's allocator has held of a CUDA device, else the peak
+            of the process.
         path: "captured" if passes were replayed CUDA graphs, else "eager".
         reason: why passes were not captured; None if they were.
         fused: the model's methods and functions that a pass replaced while it lasted, sorted by
@@ -105,6 +105,6 @@ class Clock:
 
 def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.memory_reserved(device)
+        return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes
