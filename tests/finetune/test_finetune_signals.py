@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import subprocess
@@ -226,11 +227,14 @@ def test_errors_from_another_thread_all_the_time() -> None:
 
     thread = threading.Thread(target=until_the_end)
     thread.start()
-    for turn in range(100):
+    raise_in, ident = ctypes.pythonapi.PyThreadState_SetAsyncExc, ctypes.c_ulong(thread.ident or 0)
+    ends = time.monotonic() + 120.0
+    for turn in itertools.count():
         time.sleep(1e-3 * (2 + turn % 7))
-        error = ctypes.py_object(TimeoutError)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), error)
-    time.sleep(0.2)  # the last one has come by now
+        if interrupted > 50 or time.monotonic() > ends:
+            break
+        raise_in(ident, ctypes.py_object(TimeoutError))
+    raise_in(ident, None)  # takes back one that has not come yet
     enough.set()
     thread.join()
     assert interrupted > 50
@@ -306,8 +310,10 @@ def test_system_calls_go_on_after_a_signal_as_before() -> None:
         with TestTimeFinetuner(plain()).adapted(texts(1), [1]):
             pass
         timer = threading.Timer(0.3, os.write, (writing, b"x"))
+        signal.setitimer(
+            signal.ITIMER_REAL, 0.05
+        )  # first: so it comes before the write
         timer.start()
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
         assert libc.read(reading, ctypes.create_string_buffer(1), 1) == 1
         timer.join()
         assert arrived == [signal.SIGALRM]
