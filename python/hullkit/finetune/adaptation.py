@@ -16,6 +16,7 @@ from ..language_model.product_settings import end_blocks, open_blocks
 from ..language_model.quantized_layouts import FirstLayouts
 from ..native.kernels import WithBlock
 from .base_weights import Weights
+from .frozen_writes import check_unwritten, forbid_merging
 from .report import AdaptReport, Clock
 from .snapshot import Snapshot, tensors_of
 
@@ -65,6 +66,7 @@ class Adaptation(WithBlock):
         self._timed = False
         self._clock: Clock | None = None
         self._failure: Exception | None = None
+        self._written: list[Tensor] = []
 
     def keep(self) -> None:
         """Enters, and leaves trained weights and buffers as the passes left them."""
@@ -117,10 +119,13 @@ class Adaptation(WithBlock):
             self._caches.take(self._model)
             report = query.run(snapshot, clock)
             self._caches.put_back()
+            check_unwritten(self._model, snapshot.take_written())
         torch.clear_autocast_cache()  # the caller's autocast has cast the base weights
         self._settings = None  # no torch setting was left behind; the block may set its own
         if self._keeping:
             snapshot.forget_values()
+        else:
+            forbid_merging(self._claimed, is_adapted)
         owner.last_report = self._report = report
         self._timed = True
         return self._model
@@ -135,6 +140,7 @@ class Adaptation(WithBlock):
             with suppress(RuntimeError):  # the device is lost; the restoring will raise
                 self._clock = Clock(_device(self._model))
         if self._snapshot is not None:
+            self._written += self._snapshot.take_written()
             self._failure = self._snapshot.restore()
             self._snapshot = None
         torch.clear_autocast_cache()  # and in the block the adapted ones
@@ -149,8 +155,10 @@ class Adaptation(WithBlock):
         self._settings.put_back()
         clock, self._clock = self._clock, None
         failure, self._failure = self._failure, None
+        written, self._written = self._written, []
         if failure is not None:
             raise failure
+        check_unwritten(self._model, written)
         if clock is not None:
             self._report_restore(clock)
 

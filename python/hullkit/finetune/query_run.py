@@ -19,6 +19,7 @@ from . import eager_passes
 from .activations import ActivationPlan
 from .base_weights import NotCapturable, Weights, adam_options
 from .captured_passes import CapturedPasses
+from .frozen_writes import check_rescaled
 from .padding import Inputs
 from .report import AdaptReport, Clock, PhaseSeconds, peak_memory
 from .rounding import rounding_of
@@ -130,6 +131,7 @@ class QueryRun:
 
         Nothing of the model is written.
         """
+        check_rescaled(self._passes.model)
         self._passes.follow(self._settings)
         self._captured = self._passes.capture(parameters, buffers, self._settings)
         return None if self._captured is None else self._captured.weights

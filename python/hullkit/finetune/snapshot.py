@@ -54,6 +54,12 @@ class Snapshot:
             self._tensors.append(
                 (p, data, _geometry(p), _copy(_written(data), place) if copied else None)
             )
+        # Tensors of inference mode count no writes.
+        self._frozen = [
+            (p, p._version, geometry)
+            for p, _, geometry, copy in self._tensors
+            if copy is None and id(p) not in elsewhere and not p.is_inference()
+        ]
         others = [t for t in others if _has_values(t)]
         self._buffers = [(b, _written(b.data).clone()) for b in (*buffers, *others)]
         self._tensors += [(b, b.data, _geometry(b), copy) for b, copy in self._buffers]
@@ -72,10 +78,33 @@ class Snapshot:
         for buffer, copy in self._buffers:
             _write(buffer, copy)
 
+    def take_written(self) -> list[Tensor]:
+        """Parameters without a copy that were written to in place, each time told once.
+
+        Writes to `.data` are not seen. Memory that was replaced has its former values.
+        """
+        written = [
+            parameter
+            for parameter, version, geometry in self._frozen
+            if parameter._version != version and _geometry(parameter) == geometry
+        ]
+        if not written:
+            return []
+        told = set(map(id, written))
+        self._frozen = [entry for entry in self._frozen if id(entry[0]) not in told]
+        # A parametrisation sets a tensor to itself, which counts as a write.
+        set_to_itself = {
+            id(parameter)
+            for module, kind in self._classes
+            if type(module) is not kind or "parametrizations" in module._modules
+            for parameter in module.parameters()
+        }
+        return [parameter for parameter in written if id(parameter) not in set_to_itself]
+
     def forget_values(self) -> None:
         """From now on `restore` restores flags and gradients, but no values."""
         self._tensors, self._buffers, self._weights = [], [], None
-        self._classes = []
+        self._classes, self._frozen = [], []
         self._slots, self._buffer_slots = DictCopies([]), DictCopies([])
         self._attributes = Attributes([])
 

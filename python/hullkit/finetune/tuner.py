@@ -200,8 +200,9 @@ class TestTimeFinetuner:
         restoring is handled once it is finished.
 
         Not undone: hooks; `Module.compile`; what objects other than modules keep (a config, a
-        cache); globals and closures. Parameters without `requires_grad` are not copied: do not
-        write to them in the block.
+        cache); globals and closures. Parameters without `requires_grad` are not copied: a write to
+        one is an error, but the write stays. Writes to its `.data` are not seen. PEFT's layers
+        refuse to merge adapters in the block; a copy of the model may.
 
         Args:
             examples: a sequence with one entry per unique example, visited in this order. An entry
@@ -218,7 +219,8 @@ class TestTimeFinetuner:
             TypeError, ValueError: a bad example or count, named.
             ValueError: on entry: a loss that depends on nothing trained; an input, of positions
                 say, that leads outside of a table (values new to the tuner cost a forward pass).
-            RuntimeError: on entry: the model or a part of it is being adapted already.
+            RuntimeError: on entry: the model or a part of it is being adapted already. On entry or
+                after the block: a parameter without `requires_grad` was written to.
             FloatingPointError: on entry: a loss or gradient is not finite; names the example.
             torch.OutOfMemoryError: on entry, in a pass, its capture or an update.
 
