@@ -15,7 +15,7 @@ from hullkit.finetune import TestTimeFinetuner, adaptation, capture_memory
 from hullkit.finetune.eager_passes import Trained
 from hullkit.optim import Adam
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,9 +199,24 @@ def test_a_parametrization_that_the_block_registers(before: bool) -> None:
         model.embedding.__class__ = type("Other", (nn.Embedding,), {})
     assert type(model.frozen) is kind
     assert type(model.embedding) is nn.Embedding
+    model(texts()[0][None])  # reads weight and bias
     if not before:
         copied = copy.deepcopy(model)
         copied.frozen.weight = nn.Parameter(torch.zeros(12, 12))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_parametrization_that_the_block_removes(trained: bool) -> None:
+    """torch takes a property from the module's class."""
+    model = plain()
+    parametrizations.weight_norm(model.frozen)
+    model.frozen.requires_grad_(trained)
+    before = Before(model)
+    with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), COUNTS):
+        parametrize.remove_parametrizations(model.frozen, "weight")
+        assert not parametrize.is_parametrized(model.frozen)
+    before.check()
+    model(texts()[0][None])  # reads the property
 
 
 @pytest.mark.parametrize("to", [torch.bfloat16, "meta"])

@@ -32,6 +32,9 @@ class Snapshot:
         weights: Weights | None,
     ) -> None:
         self._classes = [(m, type(m)) for m in modules]
+        # That class has a property for each parametrised tensor, which goes with it.
+        parametrised = {type(m) for m in modules if "parametrizations" in m._modules}
+        self._properties = [(kind, _properties(kind)) for kind in parametrised]
         # Code in the block may replace a buffer instead of writing to it, so slots are kept too.
         self._training: dict[int, tuple[bool, list[nn.Module]]] = {}
         for m in modules:
@@ -104,7 +107,7 @@ class Snapshot:
     def forget_values(self) -> None:
         """From now on `restore` restores flags and gradients, but no values."""
         self._tensors, self._buffers, self._weights = [], [], None
-        self._classes, self._frozen = [], []
+        self._classes, self._properties, self._frozen = [], [], []
         self._slots, self._buffer_slots = DictCopies([]), DictCopies([])
         self._attributes = Attributes([])
 
@@ -114,6 +117,8 @@ class Snapshot:
         for module, kind in self._classes:  # parametrisations give a module a class of its own
             if type(module) is not kind:
                 _twice(failures, setattr, module, "__class__", kind)
+        for kind, properties in self._properties:
+            _twice(failures, _restore_properties, kind, properties)
         _put_back(self._slots)
         _put_back(self._buffer_slots)
         for training, modules in self._training.values():
@@ -230,6 +235,20 @@ def _twice(failures: list[Exception], restore: Callable[..., Any], *arguments: A
             restore(*arguments)
         except Exception as error:
             failures.append(error)
+
+
+def _properties(kind: type) -> dict[str, property]:
+    """Of the class itself, not of its bases."""
+    return {name: value for name, value in vars(kind).items() if isinstance(value, property)}
+
+
+def _restore_properties(kind: type, saved: dict[str, property]) -> None:
+    now = _properties(kind)
+    for name in now.keys() - saved.keys():
+        delattr(kind, name)
+    for name, value in saved.items():
+        if now.get(name) is not value:
+            setattr(kind, name, value)
 
 
 def _restore(tensor: Tensor, data: Tensor, geometry: tuple[Any, ...], copy: Tensor | None) -> None:
