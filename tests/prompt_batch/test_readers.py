@@ -50,11 +50,12 @@ class Readers(nn.Module):
             parts = [a(x), b(y), c(x), d(y), e(x)]
         elif mode == 3:
             parts = [a(x)]
-            parts += [b(parts[0]), c(x), d(parts[0])]  # e takes no part
+            parts += [b(parts[0]), c(x), d(parts[0])]
+            parts += [e(parts[1])]
         else:  # a copy that changes before its readers
             parts = [a(x)]
             x = x.clone().mul_(0.5)
-            parts += [b(x), c(x).detach(), d(x.detach())]
+            parts += [b(x), c(x), d(x.detach()), e(parts[0])]
         logits: Tensor = self.head(self.last(torch.tanh(torch.stack(parts).sum(0))))
         return logits
 

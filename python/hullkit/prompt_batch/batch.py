@@ -36,7 +36,7 @@ from .memory import PLANNED, Room, budget, slots_within
 from .neighbours import Neighbours
 from .passes import SlotPasses
 from .queries import Answer, Query, before_a_step, continued
-from .runs import Run
+from .runs import Results, Run
 from .slot_forwards import SlotForwards
 from .stream import Stream
 
@@ -196,8 +196,8 @@ class PromptBatch(BatchArguments):
 
         A slot that has finished takes the next query. At most 4 K queries are read ahead of the
         answer that is due. A query that fails (a bad id, an empty or too long example, examples
-        that raise, a loss or gradient that is not finite, an exception of its `then`) has the
-        exception in its answer, and touches no other.
+        that raise, a loss or gradient that is not finite, a chosen layer in some of its passes
+        alone, an exception of its `then`) has the exception in its answer, and touches no other.
 
         Args:
             queries: :class:`Query`, or tuples `(examples, counts, then)`.
@@ -290,8 +290,8 @@ class PromptBatch(BatchArguments):
     def _rows(self, length: int) -> int:  # slots of a pass of texts that are padded to this length
         return 1 if self._apart else self._room.rows(length)
 
-    def _step(self, tokens: Tensor, first: int, group: list[Run | None]) -> tuple[Tensor, Tensor]:
-        """One pass and its updates; each slot's loss and whether a gradient was not finite.
+    def _step(self, tokens: Tensor, first: int, group: list[Run | None]) -> Results:
+        """One pass and its updates.
 
         group: what the slots from `first` on have to do. tokens (2, R, T): their texts and labels.
         """
@@ -305,7 +305,7 @@ class PromptBatch(BatchArguments):
             if num_steps:
                 self._factors.seeds[slot] = None
         control = self._factors.control(steps, done, lr, max(1, *steps))
-        return self._passes.run(tokens, first, control)
+        return Results(*self._passes.run(tokens, first, control), self._passes.left_out)
 
     # The adapted models.
 

@@ -67,6 +67,7 @@ class SlotPasses:
         self._read: list[Any] = []  # the model's tensors when the graphs were recorded
         self._plain = True  # until the forward pass as it is could not be recorded
         self.path = "eager"
+        self.left_out: tuple[str, ...] = ()  # layers that took no part in the latest pass
         if capture and self._device.type != "cuda":
             raise ValueError("capture: expected a model on a CUDA device for True, got a CPU")
         self.captures = self._device.type == "cuda" and capture is not False
@@ -128,6 +129,7 @@ class SlotPasses:
             of_slots = torch.zeros(self._factors.slots, dtype=losses.dtype, device=self._device)
             of_slots[first : first + len(losses)] = losses
             broken = torch.zeros(self._factors.slots, dtype=torch.int32, device=self._device)
+            self.left_out = self._forwards.left_out if graph is None else graph.left_out
             self._factors.update_(to_device(control, self._device), broken)
             return of_slots, broken
 
@@ -285,6 +287,7 @@ class _Graph:
 
         def recorded() -> None:
             self._losses = owner.gradients(self._tokens, first, served)
+            self.left_out = owner._forwards.left_out
 
         self._graph = memory.record(with_gaps(held.num_bytes), recorded)
 

@@ -26,9 +26,12 @@ class Results:
     """Each slot's loss of a pass, and whether a gradient was not finite.
 
     They stay on the device until `fetch`.
+
+    left_out: the layers that took no part in the pass.
     """
 
-    def __init__(self, losses: Tensor, broken: Tensor) -> None:
+    def __init__(self, losses: Tensor, broken: Tensor, left_out: tuple[str, ...]) -> None:
+        self.left_out = left_out
         self._on_device: tuple[Tensor, Tensor] | None = (losses, broken)
         self.losses: list[float] = []
         self.broken: list[int] = []
@@ -79,13 +82,30 @@ class Run:
         """Whether it has learned all."""
         return len(self.results) == len(self._bursts)
 
-    def note(self, results: Results) -> None:
-        """Takes the results of a pass."""
+    def note(self, results: Results) -> Exception | None:
+        """Takes the results of a pass. Returns why the query cannot go on.
+
+        Adam would leave a layer as it is that takes no part, and count its updates apart. Slots
+        have one count for all layers.
+        """
         if self.scored is not None:
             self.score = results
-        else:
-            self.updates += self.num_steps
-            self.results.append(results)
+            return None
+        first = self.results[0] if self.results else results
+        if first.left_out != results.left_out:
+            example = self._bursts[len(self.results)].example
+            [name, *_] = set(first.left_out) ^ set(results.left_out)
+            took, takes = "left it out", "uses it"
+            if name in results.left_out:
+                took, takes = "used it", "leaves it out"
+            return RuntimeError(
+                f"{name}: expected a layer that takes part in all passes of a query or in none, "
+                f"got one where examples[{example}] {takes} and an earlier pass {took}; choose "
+                "other layers by `target`"
+            )
+        self.updates += self.num_steps
+        self.results.append(results)
+        return None
 
     def forget(self) -> None:
         """What it is done with. Frames that lead to a kept error may hold this object."""

@@ -123,6 +123,7 @@ class SlotForwards:
         self._scale = scale
         self._backend = backend
         self._used: set[str] = set()
+        self.left_out: tuple[str, ...] = ()  # layers that took no part in the latest pass
 
     @property
     def ran(self) -> bool:
@@ -212,11 +213,12 @@ class SlotForwards:
             layer.learned = False
 
     def clear_unlearned(self) -> None:
-        """Sets gradients of layers to 0 that took no part in the latest pass."""
-        for layer in self._layers:
-            if not layer.learned:
-                layer.d_a.zero_()
-                layer.d_b.zero_()
+        """Notes layers that took no part in the latest pass, and sets their gradients to 0."""
+        left_out = [layer for layer in self._layers if not layer.learned]
+        for layer in left_out:
+            layer.d_a.zero_()
+            layer.d_b.zero_()
+        self.left_out = tuple(layer.name for layer in left_out)
 
     @contextmanager
     def _replaced(self, call: _Call) -> Iterator[None]:

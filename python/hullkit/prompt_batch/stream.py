@@ -23,7 +23,7 @@ from ..language_model.interface import (
 )
 from .generation import Continuations, Plan, neighbouring
 from .queries import Answer, Generate, Query, Score, finite_score
-from .runs import Results, Run, clear_locals
+from .runs import Run, clear_locals
 
 _AHEAD = 4  # times as many queries as slots may be read before the answer that is due
 # A pass, or a call of `generate`, takes much the same time for a few slots as for all. So slots
@@ -193,17 +193,18 @@ class Stream:
                 row[1, : len(run.text)] = run.text
         lacking: Exception | None = None
         try:
-            losses, broken = self._batch._step(tokens, first, group)
+            results = self._batch._step(tokens, first, group)
         except _OUT_OF_MEMORY as error:
             clear_locals(error)
             lacking = error
         if lacking is None:
-            results = Results(losses, broken)
-            for run in group:
-                if run is not None:
-                    run.note(results)
+            ended = []
             for slot, run in enumerate(group, first):
-                if run is not None and run.learned:
+                if run is not None and (failure := run.note(results)) is not None:
+                    self._end(slot, run, Answer(run.index, None, (), failure))
+                    ended.append(run)
+            for slot, run in enumerate(group, first):
+                if run is not None and run not in ended and run.learned:
                     self._finish(slot, run, may_wait=run.score is None)
         elif len(group) > 1:
             self._batch._room.note_too_large(len(group), length)
