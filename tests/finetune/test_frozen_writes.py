@@ -59,10 +59,19 @@ def test_a_write_in_a_pass_is_told_before_the_block() -> None:
     assert changed(model, before) == {"frozen.weight"}
 
 
-def with_adapters(model: Any, names: Any) -> Any:
+def with_adapters(model: Any, names: Any, **options: Any) -> Any:
     peft = pytest.importorskip("peft", reason="an extra is not installed")
     torch.manual_seed(0)
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names)).eval()
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, **options)).eval()
+
+
+def test_adapters_of_parameters_write_nothing() -> None:
+    """PEFT parametrises such a parameter in each pass, which counts as a write."""
+    model = with_adapters(plain(), [], target_parameters=["frozen.weight"])
+    before = values(model)
+    with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), COUNTS):
+        assert changed(model, before) > {"base_model.model.frozen.lora_B.default.weight"}
+    assert not changed(model, before)
 
 
 def test_adapters_are_merged_in_a_copy() -> None:

@@ -76,7 +76,7 @@ class Snapshot:
 
     def restore_state(self) -> None:
         """Restores buffers and attributes, after passes that only prepared others."""
-        _put_back(self._buffer_slots)
+        put_back(self._buffer_slots)
         self._attributes.restore()
         for buffer, copy in self._buffers:
             _write(buffer, copy)
@@ -95,11 +95,14 @@ class Snapshot:
             return []
         told = set(map(id, written))
         self._frozen = [entry for entry in self._frozen if id(entry[0]) not in told]
-        # A parametrisation sets a tensor to itself, which counts as a write.
+        # A parametrisation sets a tensor to itself, which counts as a write. PEFT registers one in
+        # each pass for an adapter of a parameter, whose name it keeps, and removes it again.
         set_to_itself = {
             id(parameter)
             for module, kind in self._classes
-            if type(module) is not kind or "parametrizations" in module._modules
+            if type(module) is not kind
+            or "parametrizations" in module._modules
+            or "parameter_name" in vars(module)
             for parameter in module.parameters()
         }
         return [parameter for parameter in written if id(parameter) not in set_to_itself]
@@ -119,8 +122,8 @@ class Snapshot:
                 _twice(failures, setattr, module, "__class__", kind)
         for kind, properties in self._properties:
             _twice(failures, _restore_properties, kind, properties)
-        _put_back(self._slots)
-        _put_back(self._buffer_slots)
+        put_back(self._slots)
+        put_back(self._buffer_slots)
         for training, modules in self._training.values():
             for module in modules:
                 if module.training is not training:
@@ -184,7 +187,7 @@ class Attributes:
             for name, value in saved.items():
                 if name not in _MODULES_OWN and now.get(name, now) is not value:
                     now[name] = value
-        _put_back(self._dicts)
+        put_back(self._dicts)
         for container in self._empty:
             if container:
                 container.clear()
@@ -215,7 +218,7 @@ _DICTS = {dict, defaultdict, Counter}  # whose order DictCopies sees
 _CONTAINERS = {list, set, OrderedDict, deque, *_DICTS}
 
 
-def _put_back(copies: DictCopies) -> None:
+def put_back(copies: DictCopies) -> None:
     for now, saved in copies.changed():
         now.clear()
         now.update(saved)
