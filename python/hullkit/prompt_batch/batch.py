@@ -322,8 +322,9 @@ class PromptBatch(BatchArguments):
         """As `slot`, of batches whose row i runs with slot first + i."""
         # A stream has refreshed the copies as it began. Between two answers the caller may write.
         fresh = nullcontext() if self._runs else self._forwards.refreshed(self.model)
-        inner = (fresh, self._forwards.some(first, slots), self._steps.block())
-        return Borrowed(self.model, self._passes.products(), self._passes.autocast(), *inner)
+        passes, steps = self._passes, self._steps.block()
+        inner = (passes.products(), passes.autocast(), fresh, self._forwards.some(first, slots))
+        return Borrowed(self.model, passes.stretched, *inner, steps)
 
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k.

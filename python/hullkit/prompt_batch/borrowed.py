@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..finetune.adaptation import TorchSettings
+from ..finetune.snapshot import Attributes, put_back
 from ..language_model.quantized_layouts import FirstLayouts
-from ..native.kernels import WithBlock
+from ..native.kernels import DictCopies, WithBlock
 
 
 class _Shortcut:
@@ -49,14 +51,20 @@ class Borrowed(WithBlock):
     Quantised weights have one layout. torch's encoder layers take no shortcut past the forwards
     of their parts, which may be a slot's.
 
+    stretched: modules that keep the longest text so far; their buffers, which they replace, and
+    attributes are as before after the block.
     inner: blocks that lie within this one. A signal's handler may cut one of them short as it is
     left. So this block, which `WithBlock` leaves to the end, puts back the forwards of modules and
     torch's settings, too.
     """
 
-    def __init__(self, model: nn.Module, *inner: AbstractContextManager[None]) -> None:
+    def __init__(
+        self, model: nn.Module, stretched: list[nn.Module], *inner: AbstractContextManager[Any]
+    ) -> None:
         super().__init__()
         self._model = model
+        self._stretched = stretched
+        self._kept: tuple[DictCopies, Attributes] | None = None
         self._inner = inner
         self._stack = ExitStack()
         self._modules: list[tuple[nn.Module, bool, object]] = []
@@ -70,6 +78,8 @@ class Borrowed(WithBlock):
         self._modules = [(m, m.training, m.__dict__.get("forward")) for m in modules]
         self._trained = [(p, p.requires_grad) for p in self._model.parameters()]
         self._layouts.take(module for module, _, _ in self._modules)
+        buffers = DictCopies([module._buffers for module in self._stretched])
+        self._kept = buffers, Attributes(self._stretched)
 
     def _enter(self) -> nn.Module:
         _SHORTCUT.forbid(self)
@@ -94,6 +104,10 @@ class Borrowed(WithBlock):
         for parameter, trained in self._trained:
             parameter.requires_grad_(trained)
         self._layouts.put_back()
+        if self._kept is not None:
+            buffers, attributes = self._kept
+            put_back(buffers)
+            attributes.restore()
         _SHORTCUT.allow(self)
         if self._settings is not None:
             self._settings.put_back()

@@ -23,5 +23,14 @@ def is_off(name: str, value: Any) -> bool:
 
 def of_longest(module: nn.Module) -> bool:
     """Whether a row's positions change with the longest row."""
+    return not _OF_LONGEST.isdisjoint(_rope_types(module))
+
+
+def keeps_longest(module: nn.Module) -> bool:
+    """Whether positions depend on the longest text so far, too."""
+    return "dynamic" in _rope_types(module)
+
+
+def _rope_types(module: nn.Module) -> list[Any]:
     kinds = getattr(module, "rope_type", None)
-    return not _OF_LONGEST.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
+    return [*kinds.values()] if isinstance(kinds, dict) else [kinds]

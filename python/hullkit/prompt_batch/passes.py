@@ -25,6 +25,7 @@ from ..language_model.product_settings import autocast_of_pass, matmul_precision
 from ..language_model.products import SharedInputs
 from .borrowed import Borrowed
 from .factors import SlotFactors, to_device
+from .generation_settings import keeps_longest
 from .slot_forwards import SlotForwards
 
 _BOUNDLESS = 1 << 62  # bytes
@@ -62,6 +63,7 @@ class SlotPasses:
         self.scores = self._device.type == "cuda" and not apart
         self._anchor = torch.zeros((), dtype=torch.float32, device=self._device, requires_grad=True)
         self._options = without_cache(model)
+        self.stretched = [module for module in model.modules() if keeps_longest(module)]
         self._capture = capture
         self._graphs: OrderedDict[int, _Graph] = OrderedDict()
         self._read: list[Any] = []  # the model's tensors when the graphs were recorded
@@ -108,7 +110,8 @@ class SlotPasses:
         """A block for a pass with a backward half, whatever modes of torch the caller is in."""
         modes = (torch.inference_mode(False), torch.enable_grad())
         autocast = torch.autocast(self._device.type, enabled=False)
-        return Borrowed(self._model, *modes, autocast, self.products(), *inner)
+        own = (autocast, self.products())
+        return Borrowed(self._model, self.stretched, *modes, *own, *inner)
 
     def _run(self, tokens: Tensor, first: int, control: Tensor) -> tuple[Tensor, Tensor]:
         with self._training():
@@ -135,7 +138,8 @@ class SlotPasses:
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (R, T, V) of ids (R, T), by the model without factors."""
-        with torch.no_grad(), Borrowed(self._model, self.products(), self.autocast()):
+        own = (self.products(), self.autocast())
+        with torch.no_grad(), Borrowed(self._model, self.stretched, *own):
             ids = ids.to(self._device)
             return logits_of(self._model(ids, **self._options), ids)
 
