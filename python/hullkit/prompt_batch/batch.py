@@ -314,17 +314,18 @@ class PromptBatch(BatchArguments):
 
         Raises:
             TypeError: k is no int. IndexError: no such slot.
+            RuntimeError: after the block: it replaced a chosen layer in the model. It is back.
         """
         self._check_slot(k)
-        return self._using(k, 1)
+        return self._using(k, 1, self._forwards.in_place(self.model))
 
-    def _using(self, first: int, slots: int) -> Borrowed:
+    def _using(self, first: int, slots: int, *inner: AbstractContextManager[None]) -> Borrowed:
         """As `slot`, of batches whose row i runs with slot first + i."""
         # A stream has refreshed the copies as it began. Between two answers the caller may write.
         fresh = nullcontext() if self._runs else self._forwards.refreshed(self.model)
         passes, steps = self._passes, self._steps.block()
-        inner = (passes.products(), passes.autocast(), fresh, self._forwards.some(first, slots))
-        return Borrowed(self.model, passes.stretched, *inner, steps)
+        own = (passes.products(), passes.autocast(), fresh, self._forwards.some(first, slots))
+        return Borrowed(self.model, passes.stretched, *own, steps, *inner)
 
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k.
