@@ -275,3 +275,37 @@ def test_weights_without_a_gradient_stay() -> None:
             optimizer.step()
     for model in models[:2]:
         assert distance(model.state_dict(), models[2].state_dict()) < 1e-12
+
+
+def drop_gradients(model: nn.Module, passes: set[int]) -> None:
+    """In these passes, counted from 1, hooks take all gradients, as an update in backward does."""
+    made: list[Any] = []
+    model.register_forward_pre_hook(lambda *_: made.append(None))
+
+    def drop(parameter: Tensor) -> None:
+        if len(made) in passes:
+            parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(drop)
+
+
+@pytest.mark.parametrize(("passes", "updates"), [({1, 2, 3, 4, 5}, 0), ({2}, 6), ({1, 4}, 4)])
+def test_passes_without_gradients_are_no_updates(passes: set[int], updates: int) -> None:
+    """Neither weights nor moments nor Adam's counts move, as in torch.optim."""
+    model = plain().double().eval()
+    naive = copy.deepcopy(model)
+    for one in (model, naive):
+        drop_gradients(one, passes)
+    report = TestTimeFinetuner(model, lr=1e-2).adapt_(texts(), COUNTS)
+    assert (report.num_updates, report.num_passes) == (updates, 5)
+    optimizer = torch.optim.Adam([p for p in naive.parameters() if p.requires_grad], lr=1e-2)
+    for ids, count in zip(texts(), COUNTS, strict=True):
+        for update in range(count):
+            if update % 2 == 0:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(naive(ids[None])[0, :-1], ids[1:]).backward()
+            optimizer.step()
+    for ours, theirs in zip(model.parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)

@@ -57,10 +57,13 @@ class Trained:
         tensors = [p if copies.of(p) is None else copies.data_of(p) for p in parameters]
         self._own = dict(zip(parameters, tensors, strict=True))
         self._optimizer = RoundingAdam(tensors, parameters, rounding, **options)
+        self.num_updates = 0
 
     def step_with(self, grads: dict[nn.Parameter, Tensor], num_steps: int) -> None:
         self._optimizer.step_with({self._own[p]: g for p, g in grads.items()}, num_steps=num_steps)
         self._copies.refresh(grads)
+        if grads:  # hooks of the user's may have taken all
+            self.num_updates += num_steps
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         return {p: p.grad for p in self.parameters if p.grad is not None}

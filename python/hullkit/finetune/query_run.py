@@ -125,6 +125,7 @@ class QueryRun:
         self._captured: CapturedPasses | None = None
         self._fused: tuple[str, ...] = ()
         self._recomputed = False
+        self._num_updates = 0
 
     def prepare(self, parameters: list[nn.Parameter], buffers: list[Tensor]) -> Weights | None:
         """The memory that keeps base values for captured passes; None where passes run eagerly.
@@ -190,6 +191,7 @@ class QueryRun:
         self._fused = tuple(sorted(names))
         self._recomputed = any(recorded.recomputes for recorded, _ in passes.values())
         results = captured.run(passes, schedule, options)
+        self._num_updates = sum(burst.num_steps for burst in schedule)
         clock.lap("passes")
         for burst, (loss, finite) in zip(schedule, results, strict=True):
             name = f"examples[{burst.example}]"
@@ -224,17 +226,18 @@ class QueryRun:
             )
             run = eager_passes.reuse if settings.mode == "reuse" else eager_passes.accumulate
             try:
-                return run(loss_of, self._inputs, self._schedule, trained, plan, clock)
+                losses = run(loss_of, self._inputs, self._schedule, trained, plan, clock)
+                self._num_updates = trained.num_updates
+                return losses
             finally:
                 # A traceback keeps this frame; it must not keep the moments.
                 trained.reset()
 
     def _report(self, path: str, losses: list[float], clock: Clock) -> AdaptReport:
         seconds = clock.seconds()
-        updates = sum(burst.num_steps for burst in self._schedule)
         eager = path == "eager"
         return AdaptReport(
-            num_updates=updates if self._settings.mode == "reuse" else min(1, len(losses)),
+            num_updates=self._num_updates,
             num_passes=len(losses),
             losses=tuple(losses),
             seconds=PhaseSeconds(

@@ -40,7 +40,8 @@ class AdaptReport(NamedTuple):
     """The report of one query.
 
     Attributes:
-        num_updates: Adam updates made.
+        num_updates: Adam updates made. A pass that leaves no gradient, as hooks of yours took all,
+            makes none.
         num_passes: forward and backward passes made.
         losses: the loss of each pass, usually in nats per token.
         seconds: time by phase: `select` (as told to `adapted`), `prepare`, `passes`, `updates` and
