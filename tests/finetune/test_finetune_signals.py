@@ -310,9 +310,7 @@ def test_system_calls_go_on_after_a_signal_as_before() -> None:
         with TestTimeFinetuner(plain()).adapted(texts(1), [1]):
             pass
         timer = threading.Timer(0.3, os.write, (writing, b"x"))
-        signal.setitimer(
-            signal.ITIMER_REAL, 0.05
-        )  # first: so it comes before the write
+        signal.setitimer(signal.ITIMER_REAL, 0.05)  # first: so it comes before the write
         timer.start()
         assert libc.read(reading, ctypes.create_string_buffer(1), 1) == 1
         timer.join()

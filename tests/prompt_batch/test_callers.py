@@ -15,6 +15,7 @@ import hullkit
 import pytest
 import torch
 import torch.nn.functional as F
+from hullkit.finetune.adaptation import _autocast_depth
 from hullkit.prompt_batch import Score
 from torch import Tensor, nn
 
@@ -180,7 +181,8 @@ def test_an_encoder_layer_takes_no_shortcut() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_the_shortcut_comes_back_with_the_last_block() -> None:
+def test_blocks_that_do_not_end_in_turn() -> None:
+    """torch's shortcut comes back with the last one, and casts are kept no longer than that."""
     first, second = (batch.slot(0) for batch in (made(), made()))
     first.__enter__()
     second.__enter__()
@@ -188,6 +190,7 @@ def test_the_shortcut_comes_back_with_the_last_block() -> None:
     assert not torch.backends.mha.get_fastpath_enabled()
     second.__exit__(None, None, None)
     assert torch.backends.mha.get_fastpath_enabled()
+    assert _autocast_depth() == 0
 
 
 def test_a_score_that_is_not_finite() -> None:

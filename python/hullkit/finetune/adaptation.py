@@ -208,6 +208,8 @@ class TorchSettings:
         while _autocast_depth() > self._depth:
             if torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()
+        while _autocast_depth() < 0:  # a block that was entered before this one has ended before it
+            torch.autocast_increment_nesting()
 
 
 # The adaptation that a module is part of. There is no lock, since a signal could leave one locked:

@@ -165,7 +165,7 @@ class SlotPasses:
             return torch.full_like(scores, -math.inf).scatter(1, tokens[:, None], 0.0)
 
         blocks = (self.products(), self.autocast(), self._forwards.some(first, len(ids)))
-        with torch.no_grad(), self._forwards.tried(), Borrowed(model, *blocks):
+        with torch.no_grad(), self._forwards.tried(), Borrowed(model, self.stretched, *blocks):
             ids = ids.to(self._device)
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
