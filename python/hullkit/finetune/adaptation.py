@@ -18,7 +18,7 @@ from ..native.kernels import WithBlock
 from .base_weights import Weights
 from .frozen_writes import check_unwritten, forbid_merging
 from .report import AdaptReport, Clock
-from .snapshot import Snapshot, tensors_of
+from .snapshot import Snapshot, set_training, tensors_of
 
 
 class Query(Protocol):
@@ -114,7 +114,7 @@ class Adaptation(WithBlock):
             for module in self._claimed:
                 # Not .eval(): a model may override it to do more, such as merging adapters.
                 if module.training:
-                    module.training = False
+                    set_training(module, False)
             snapshot.drop_gradients()
             self._caches.take(self._model)
             report = query.run(snapshot, clock)

@@ -257,10 +257,9 @@ class QueryRun:
 
 def check_trained(model: nn.Module) -> None:
     """Refuses parameters with `requires_grad` that the optimizer would not update."""
-    trained_parameters(model.parameters())
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained_parameters(parameter for _, parameter in named)
+    for name, parameter in named:
         if parameter.dtype not in DTYPES:
             expected = "float64, float32, float16 or bfloat16"
             raise TypeError(f"model: expected dtype {expected}, got {parameter.dtype}: {name!r}")
@@ -269,16 +268,11 @@ def check_trained(model: nn.Module) -> None:
                 "model: expected elements side by side in memory in parameters with requires_grad, "
                 f"got strides {parameter.stride()}: {name!r}"
             )
-    _check_apart(model)
+    _check_apart([(name, p) for name, p in named if type(p) is nn.Parameter])
 
 
-def _check_apart(model: nn.Module) -> None:
+def _check_apart(named: list[tuple[str, nn.Parameter]]) -> None:
     """Refuses two trained parameters over one memory, which would be updated twice."""
-    named = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and type(parameter) is nn.Parameter
-    ]
     parameters = [parameter for _, parameter in named]
     places = sharing_memory(parameters, [p.data_ptr() for p in parameters])
     if places is not None:

@@ -127,7 +127,7 @@ class Snapshot:
         for training, modules in self._training.values():
             for module in modules:
                 if module.training is not training:
-                    module.training = training
+                    set_training(module, training)
         _twice(failures, self._attributes.restore)
         for tensor, data, geometry, copy in self._tensors:
             _twice(failures, _restore, tensor, data, geometry, copy)
@@ -222,6 +222,12 @@ def put_back(copies: DictCopies) -> None:
     for now, saved in copies.changed():
         now.clear()
         now.update(saved)
+
+
+def set_training(module: nn.Module, training: bool) -> None:
+    """Past the `__setattr__` of modules, which looks for parameters, buffers and modules first. A
+    model with adapters has thousands of modules."""
+    object.__setattr__(module, "training", training)
 
 
 def _same_objects(now: Collection[Any], saved: Collection[Any]) -> bool:
