@@ -140,7 +140,8 @@ class GradReader {
   py::object descriptor_;
 };
 
-// Holds tensors in C++ too. A tensor that only Python holds takes torch several times as long to look at.
+// Holds tensors in C++ too, for which torch then swaps no other one. A tensor that only Python holds takes torch
+// several times as long to look at.
 class Holder {
  public:
   void hold(const DlExchange* exchange, PyObject* tensor) {
@@ -158,14 +159,15 @@ class Holder {
 
 class Layouts {
  public:
-  Layouts(const py::object& capsule, const py::object& is_neg, const py::list& tensors, bool hold)
-      : record_(capsule), is_neg_(is_neg) {
+  // swappable: torch may swap the tensors for others, which it does only where nobody else holds them or refers to
+  // them weakly. Looking at them takes longer then.
+  Layouts(const py::object& capsule, const py::object& is_neg, const py::list& tensors, bool hold, bool swappable)
+      : record_(capsule), is_neg_(is_neg), swappable_(swappable) {
     const DlExchange* const exchange = exchange_of(capsule);
     for (const py::handle tensor : tensors) {
       if (!record_.add(tensor.ptr())) throw py::type_error("expected tensors with memory of their own");
-      if (hold) holder_.hold(exchange, tensor.ptr());
+      if (hold && !swappable) holder_.hold(exchange, tensor.ptr());
       objects_.push_back(tensor.ptr());
-      seen_.push_back(py::weakref(tensor));
     }
     list_addresses();
   }
@@ -187,14 +189,15 @@ class Layouts {
     GradReader grad;
     Record::Reader reader(record_);
     now_.resize(count);
+    seen_.resize(count);
     bool moved = false;
     for (size_t i = 0; i < count; ++i) {
       auto tensor = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(tensors.ptr(), i));
       if (of_gradients) tensor = grad(tensor.ptr());
       if (!reader.next(tensor.ptr(), &now_[i])) return py::none();
-      if (PyWeakref_GET_OBJECT(seen_[i].ptr()) != tensor.ptr()) {
+      if (!seen_[i] || PyWeakref_GET_OBJECT(seen_[i].ptr()) != tensor.ptr()) {
         if (negated(tensor.ptr())) return py::none();
-        seen_[i] = py::weakref(tensor);
+        if (!swappable_) seen_[i] = py::weakref(tensor);
       }
       moved |= now_[i] != record_.address(i);
     }
@@ -222,8 +225,9 @@ class Layouts {
   Record record_;
   Holder holder_;
   py::object is_neg_;
+  const bool swappable_;
   std::vector<PyObject*> objects_;  // compared, never followed
-  std::vector<py::object> seen_;    // weak references to the latest tensors, none negated
+  std::vector<py::object> seen_;    // weak references to the tensors latest asked for, none negated
   std::vector<void*> now_;
   py::list addresses_;  // one object as long as nothing moves: whoever knows it need not look into it
 };
@@ -285,7 +289,7 @@ class StateLayouts {
 void bind_objects(py::module_& module) {
   module.def("usable_exchange", &usable_exchange);
   py::class_<Layouts>(module, "Layouts")
-      .def(py::init<py::object, py::object, py::list, bool>())
+      .def(py::init<py::object, py::object, py::list, bool, bool>())
       .def("unmoved", &Layouts::unmoved)
       .def("addresses", &Layouts::addresses);
   py::class_<StateLayouts>(module, "StateLayouts")

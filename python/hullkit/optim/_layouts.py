@@ -8,6 +8,7 @@ been looked at: by DLPack's C functions where torch offers them, in Python where
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -67,6 +68,10 @@ class StateLayouts(Protocol):
     def unmoved(self, state: dict[Any, dict[str, Any]], /) -> bool: ...
 
 
+# Whether modules' conversions and loads swap tensors. What was looked at before is then of no use:
+# torch swaps none that somebody else holds or refers to weakly.
+torch_swaps: Callable[[], bool] = torch.__future__.get_swap_module_params_on_conversion
+
 _exchange: Any = dlpack_exchange()
 if _exchange is not None and not kernels.usable_exchange(_exchange):
     _exchange = None
@@ -74,10 +79,10 @@ if _exchange is not None and not kernels.usable_exchange(_exchange):
 
 def layouts(tensors: list[Tensor], *, hold: bool = False) -> Layouts:
     """The layouts of tensors that have an address. hold: keep the tensors alive, which makes
-    looking at them faster."""
+    looking at them faster. Where torch swaps tensors, nothing is held or referred to."""
     if _exchange is None:
         return _PlainLayouts(tensors)
-    return kernels.Layouts(_exchange, Tensor.is_neg, tensors, hold)
+    return kernels.Layouts(_exchange, Tensor.is_neg, tensors, hold, torch_swaps())
 
 
 def state_layouts(state: dict[Any, dict[str, Any]]) -> StateLayouts:

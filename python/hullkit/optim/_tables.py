@@ -19,7 +19,7 @@ from ._buckets import (
     check_params,
     params_of,
 )
-from ._layouts import StateLayouts, address, state_layouts
+from ._layouts import StateLayouts, address, state_layouts, torch_swaps
 from ._record import TensorRow, flags_of
 from ._state import are_among, own_values
 from ._tensor_table import TensorTable, uses_triton
@@ -58,6 +58,7 @@ class TabledOptimizer(torch.optim.Optimizer):
         self._sorted: dict[Any, SortedBuckets] = {}
         self._states: StateLayouts | None = None  # of all state; None: `_settle` is to look at it
         self._num_groups = 0  # as `_settle` saw them
+        self._swapping = torch_swaps()
 
     def _retire(self, *outdated: SortedBuckets) -> None:
         """Keep the tables that a captured graph reads at its next replay."""
@@ -70,7 +71,7 @@ class TabledOptimizer(torch.optim.Optimizer):
         if self._states is None:  # a step or block ended too early to settle
             self._drop_all_fresh()
             self._forget()
-        elif not self._states.unmoved(self.state):
+        elif self._swapping != torch_swaps() or not self._states.unmoved(self.state):
             self._forget()
 
     def _settle_if_changed(self) -> None:

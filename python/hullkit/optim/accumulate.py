@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._checks import bytes_reached, check_tensor, has_memory
 from . import _kernels
-from ._layouts import address, address_or_none, check_plain, layouts
+from ._layouts import address, address_or_none, check_plain, layouts, torch_swaps
 from ._record import AccumulateOptions, TensorRow
 from ._tensor_table import (
     DTYPES,
@@ -110,7 +110,7 @@ def accumulate_(
         device = into[0].device if len(into) else "cpu"
         return torch.zeros((), dtype=torch.float64, device=device) if norm else None
     into, sources = [a for a, _ in pairs], [g for _, g in pairs]
-    key = (address_or_none(into[0]), len(into), backend)
+    key = (address_or_none(into[0]), len(into), backend, torch_swaps())
     with _looking:
         known = _known.get(key)
         addresses = known.addresses(into, sources) if known is not None else None
