@@ -9,7 +9,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "bindings/dlpack.h"
@@ -40,15 +42,25 @@ class Record {
   bool add(PyObject* object) {
     DlTensor view;
     if (!borrow(object, &view)) return false;
-    entries_.push_back({Py_TYPE(object), view});
+    size_t bytes = view.dtype_bits / 8;
+    for (int32_t axis = 0; axis < view.ndim; ++axis) bytes *= static_cast<size_t>(view.shape[axis]);
+    entries_.push_back({Py_TYPE(object), view, bytes});
     numbers_.insert(numbers_.end(), view.shape, view.shape + view.ndim);
     numbers_.insert(numbers_.end(), view.strides, view.strides + view.ndim);
     return true;
   }
 
   size_t size() const { return entries_.size(); }
+  int element_bits(size_t entry) const { return entries_[entry].view.dtype_bits; }
+  size_t bytes(size_t entry) const { return entries_[entry].bytes; }
   void* address(size_t entry) const { return entries_[entry].view.data; }
   void set_address(size_t entry, void* address) { entries_[entry].view.data = address; }
+
+  // Where the elements of an entry that lie side by side begin and end.
+  std::pair<uintptr_t, uintptr_t> stretch(size_t entry) const {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(address(entry));
+    return {begin, begin + entries_[entry].bytes};
+  }
 
   // Compares one object after the other.
   class Reader {
@@ -91,6 +103,7 @@ class Record {
   struct Entry {
     PyTypeObject* type;
     DlTensor view;  // its shape and strides are in numbers_
+    size_t bytes;
   };
 
   bool borrow(PyObject* object, DlTensor* view) const {
@@ -203,9 +216,30 @@ class Layouts {
     }
     if (moved) {
       for (size_t i = 0; i < count; ++i) record_.set_address(i, now_[i]);
+      stretches_.clear();
       list_addresses();
     }
     return addresses_;
+  }
+
+  // The place of one of the others that shares memory with one of these, but for one that is the same at the same
+  // place; -1: none does. All are dense, and these share none among themselves.
+  py::ssize_t overlapped_by(const Layouts& others) {
+    if (stretches_.empty()) {
+      for (size_t i = 0; i < record_.size(); ++i) {
+        if (record_.bytes(i) != 0) stretches_.push_back(record_.stretch(i));
+      }
+      std::sort(stretches_.begin(), stretches_.end());
+    }
+    for (size_t i = 0; i < others.record_.size(); ++i) {
+      if (others.record_.bytes(i) == 0) continue;
+      const auto [begin, end] = others.record_.stretch(i);
+      const auto next = std::lower_bound(stretches_.begin(), stretches_.end(), std::make_pair(end, uintptr_t{0}));
+      if (next == stretches_.begin() || std::prev(next)->second <= begin) continue;
+      const bool itself = i < record_.size() && record_.stretch(i) == others.record_.stretch(i);
+      if (!itself || record_.element_bits(i) != others.record_.element_bits(i)) return static_cast<py::ssize_t>(i);
+    }
+    return -1;
   }
 
  private:
@@ -229,6 +263,7 @@ class Layouts {
   std::vector<PyObject*> objects_;  // compared, never followed
   std::vector<py::object> seen_;    // weak references to the tensors latest asked for, none negated
   std::vector<void*> now_;
+  std::vector<std::pair<uintptr_t, uintptr_t>> stretches_;  // in order of address, once asked for
   py::list addresses_;  // one object as long as nothing moves: whoever knows it need not look into it
 };
 
@@ -291,7 +326,8 @@ void bind_objects(py::module_& module) {
   py::class_<Layouts>(module, "Layouts")
       .def(py::init<py::object, py::object, py::list, bool, bool>())
       .def("unmoved", &Layouts::unmoved)
-      .def("addresses", &Layouts::addresses);
+      .def("addresses", &Layouts::addresses)
+      .def("overlapped_by", &Layouts::overlapped_by);
   py::class_<StateLayouts>(module, "StateLayouts")
       .def(py::init<py::object, py::dict>())
       .def("unmoved", &StateLayouts::unmoved);

@@ -92,15 +92,19 @@ class SortedBuckets:
         if read is None:
             return None
         if read is not self._read:
+            if self._layouts.overlapped_by(self._grads) >= 0:
+                return None
             self._read = read
-            self._split = [[read[place] for place in places] for places in self._places]
+            self._split = [read]
+            if len(self._places) > 1:
+                self._split = [[read[place] for place in places] for places in self._places]
         made = zip(self.buckets, self._split, strict=True)
         return [Launch(group, bucket, addresses, []) for bucket, addresses in made]
 
     def first_launches(self, group: dict[str, Any], grads: list[Tensor]) -> list[Launch] | None:
         """With gradients not seen before: checked, and copied where they are laid out otherwise
         than their parameters. None if one is of another dtype than its bucket."""
-        launches, copied = [], False
+        launches, used = [], list(grads)
         for bucket, places in zip(self.buckets, self._places, strict=True):
             addresses: list[int] = []
             kept: list[Tensor] = []
@@ -110,12 +114,18 @@ class SortedBuckets:
                 if grad.dtype != bucket.dtypes[1]:
                     return None
                 if not same_layout(grad, param):
-                    grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+                    used[place] = grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
                     kept.append(grad)
                 addresses.append(address(_grad_name(param), grad))
-            copied |= bool(kept)
             launches.append(Launch(group, bucket, addresses, kept))
-        self._grads = None if copied else layouts(grads)
+        looked = layouts(used)
+        place = self._layouts.overlapped_by(looked)
+        if place >= 0:
+            raise ValueError(
+                f"{_grad_name(self.params[place])}: expected memory that no parameter has, got "
+                "memory that one has; call .clone()"
+            )
+        self._grads = None if any(launch.kept for launch in launches) else looked
         self._read = []
         return launches
 

@@ -116,7 +116,8 @@ class FusedOptimizer(TabledOptimizer):
         Returns:
             The closure's value, or None.
         Raises:
-            TypeError, ValueError: a sparse or complex gradient; num_steps out of range, by name.
+            TypeError, ValueError: a sparse or complex gradient, or one that lies in a parameter;
+                num_steps out of range, by name.
 
         >>> import hullkit, torch
         >>> p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)

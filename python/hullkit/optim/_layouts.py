@@ -8,6 +8,7 @@ been looked at: by DLPack's C functions where torch offers them, in Python where
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -60,6 +61,10 @@ class Layouts(Protocol):
 
         The same list as last time if they have not moved.
         """
+
+    def overlapped_by(self, others: Any, /) -> int:
+        """The place of one of the others that shares memory with one of these, but for one that is
+        the same at the same place; -1: none does. All are dense; these share none among them."""
 
 
 class StateLayouts(Protocol):
@@ -121,6 +126,8 @@ class _PlainLayouts:
         self._layouts = list(map(_layout, tensors))
         self._addresses = list(map(Tensor.data_ptr, tensors))
         self._objects = list(map(id, tensors))
+        self._bytes = [tensor.nbytes for tensor in tensors]
+        self._element_sizes = list(map(Tensor.element_size, tensors))
 
     def unmoved(self, tensors: list[Tensor], same_objects: bool) -> bool:
         return (
@@ -141,6 +148,21 @@ class _PlainLayouts:
             return known
         self._addresses = addresses
         return addresses
+
+    def _stretches(self) -> list[tuple[int, int]]:
+        return [(at, at + n) for at, n in zip(self._addresses, self._bytes, strict=True)]
+
+    def overlapped_by(self, others: _PlainLayouts) -> int:
+        own = self._stretches()
+        ordered = sorted(stretch for stretch in own if stretch[0] < stretch[1])
+        for place, (begin, end) in enumerate(others._stretches()):
+            before = bisect_left(ordered, (end, 0)) - 1  # the last that begins before the end
+            if begin == end or before < 0 or ordered[before][1] <= begin:
+                continue
+            same = own[place : place + 1] == [(begin, end)]
+            if not same or self._element_sizes[place] != others._element_sizes[place]:
+                return place
+        return -1
 
 
 class _PlainStateLayouts:

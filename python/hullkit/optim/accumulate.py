@@ -38,10 +38,23 @@ class _CheckedLists:
         self.table = table
         self._into = layouts(into)
         self._grads = layouts(grads)
+        self._read: list[int] | None = None  # addresses that are none of the accumulators'
+        if self._into.overlapped_by(self._grads) >= 0:
+            raise ValueError(
+                "grads: expected tensors that share no memory with into, but for an accumulator "
+                "that is its own gradient, got one that does"
+            )
 
     def addresses(self, into: list[Tensor], grads: list[Tensor]) -> list[int] | None:
-        """The gradients' addresses; None if anything else has changed."""
-        return self._grads.addresses(grads, False) if self._into.unmoved(into, False) else None
+        """The gradients' addresses; None if anything else has changed, or if they overlap."""
+        if not self._into.unmoved(into, False):
+            return None
+        read = self._grads.addresses(grads, False)
+        if read is not self._read:
+            if read is None or self._into.overlapped_by(self._grads) >= 0:
+                return None
+            self._read = read
+        return read
 
 
 # The latest lists, by where the first accumulator lies, how many there are, and the backend.
@@ -122,9 +135,9 @@ def accumulate_(
                 sources = [_check_pair(place, *pair, *pairs[0]) for place, pair in enumerate(pairs)]
             addresses = [address(f"grads[{place}]", grad) for place, grad in enumerate(sources)]
             table = _table(into, backend, known)
-            _check_apart(table.rows, addresses, sources[0].dtype.itemsize)
+            checked = _CheckedLists(into, sources, table)
             if all(map(is_, sources, given)):  # not where one had to be copied
-                _remember(key, _CheckedLists(into, sources, table))
+                _remember(key, checked)
         record = table.record(addresses, AccumulateOptions(float(weight)))
     squares = _kernels.accumulate_(table, record, sources[0].dtype)
     torch.autograd.graph.increment_version(into)
@@ -140,27 +153,6 @@ def _table(into: list[Tensor], backend: str | None, known: _CheckedLists | None)
         return known.table  # only the gradients are elsewhere
     check_disjoint("into", into)
     return TensorTable(rows, device, triton)
-
-
-def _check_apart(rows: list[TensorRow], grads: list[int], itemsize: int) -> None:
-    """What is written is nobody's gradient, but for an accumulator that is its own.
-
-    grads: where they lie, as many elements as their accumulators.
-    """
-    stretches = []
-    for row, grad in zip(rows, grads, strict=True):
-        if row.numel:
-            stretches.append((row.param, row.param + 4 * row.numel, True))
-            if (grad, itemsize) != (row.param, 4):
-                stretches.append((grad, grad + itemsize * row.numel, False))
-    ends = {True: 0, False: 0}
-    for begin, end, written in sorted(stretches):
-        if begin < ends[not written]:
-            raise ValueError(
-                "grads: expected tensors that share no memory with into, but for an accumulator "
-                "that is its own gradient, got one that does"
-            )
-        ends[written] = max(ends[written], end)
 
 
 def _remember(key: Key, lists: _CheckedLists) -> None:

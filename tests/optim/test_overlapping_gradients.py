@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients that lie in memory which the same launch writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hullkit import optim
+from hullkit.optim import _layouts
+from torch import Tensor, nn
+
+
+@pytest.fixture(params=["dlpack", "plain"], autouse=True)
+def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch is now, and as one without DLPack's C functions is."""
+    if request.param == "plain":
+        monkeypatch.setattr(_layouts, "_exchange", None)
+
+
+def taken() -> tuple[list[nn.Parameter], Tensor]:
+    """Two parameters, and a gradient of the first that lies in both."""
+    memory = torch.ones(12)
+    return [nn.Parameter(memory[:4]), nn.Parameter(memory[4:8])], memory[2:6]
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["Adam", "SGD"])
+def test_a_gradient_in_a_parameter(kind: str, steps_before: int) -> None:
+    params, overlapping = taken()
+    optimizer = getattr(optim, kind)(params, lr=0.5)
+    for _ in range(steps_before):
+        for param in params:
+            param.grad = torch.ones(4)
+        optimizer.step()
+    before = [param.tolist() for param in params]
+    params[0].grad, params[1].grad = overlapping, torch.ones(4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"grad of a parameter of shape \(4,\): .*clone"):
+            optimizer.step()
+    with pytest.raises(ValueError, match=r"grad of a parameter of shape \(4,\): .*clone"):
+        optimizer.step_with({params[0]: torch.ones(4), params[1]: overlapping})
+    assert [param.tolist() for param in params] == before
+    params[0].grad = overlapping.clone()
+    optimizer.step()
+    assert [param.tolist() for param in params] != before
+
+
+def test_gradients_beside_parameters_and_on_them() -> None:
+    """Memory that only touches is nobody else's. A parameter that is its own gradient is read
+    before it is written."""
+    memory = torch.ones(12)
+    first, second = nn.Parameter(memory[:4]), nn.Parameter(memory[8:])
+    empty = nn.Parameter(torch.empty(0))
+    first.grad, second.grad, empty.grad = memory[4:8], second.data, torch.empty(0)
+    optim.SGD([first, second, empty], lr=0.5).step()
+    assert memory.tolist() == [0.5] * 4 + [1.0] * 4 + [0.5] * 4
+
+
+def test_a_gradient_in_an_accumulator_that_was_elsewhere() -> None:
+    into: list[Any] = [torch.ones(4), torch.ones(4)]
+    grads = [torch.ones(4), torch.ones(4)]
+    for _ in range(2):
+        optim.accumulate_(into, grads)
+    for overlapping in ([into[1], grads[1]], [grads[0], into[0]]):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="grads: expected tensors that share no memory"):
+                optim.accumulate_(into, overlapping)
+    assert into[0].tolist() == into[1].tolist() == [3.0] * 4
+    optim.accumulate_(into, [into[0], grads[1]])
+    assert into[0].tolist() == [6.0] * 4
