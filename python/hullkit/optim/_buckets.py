@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._layouts import Layouts, address, check_plain, layouts, whereabouts
-from ._record import Options, is_fresh
+from ._record import StepOptions, is_fresh
 from ._tensor_table import (
     DTYPES,
     TensorTable,
@@ -40,7 +40,7 @@ class Bucket:
         self.params = params
         self.dtypes = dtypes
         self.table = table
-        self.options: Options | None = None  # the latest that `check_options` has passed
+        self.options: StepOptions | None = None  # the latest that `check_options` has passed
         self.fresh = fresh  # whether state is set by the first launch, not read
 
     def fresh_params(self) -> Params:

@@ -24,13 +24,11 @@ from ._buckets import (
     check_params,
 )
 from ._in_backward import update_in_backward
-from ._record import FACTOR, LR, MAX_NUM_STEPS, AdamOptions, SGDOptions
+from ._record import FACTOR, LR, MAX_NUM_STEPS, StepOptions
 from ._tables import TabledOptimizer
 from ._watched import untraced, watched
 
 _ON_DEVICE = math.nan  # an option that is filled in on the device
-
-Options = AdamOptions | SGDOptions
 
 # Options of torch's that ask for another way of computing a step, or for other steps.
 _REFUSED = {"foreach": True, "fused": False, "differentiable": True, "amsgrad": True}
@@ -47,7 +45,7 @@ class FusedOptimizer(TabledOptimizer):
     def _seed(self) -> int:
         return 0
 
-    def _options(self, group: dict[str, Any], lr: float) -> Options:
+    def _options(self, group: dict[str, Any], lr: float) -> StepOptions:
         raise NotImplementedError
 
     def _kernel(self, bucket: Bucket, record: Tensor, num_steps: int) -> None:

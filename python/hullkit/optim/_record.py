@@ -95,7 +95,8 @@ class ProductFactors(NamedTuple):
     columns: int  # N
 
 
-Options = AdamOptions | SGDOptions | AccumulateOptions
+StepOptions = AdamOptions | SGDOptions
+Options = StepOptions | AccumulateOptions
 
 for _layout in (
     TensorRow, AdamOptions, SGDOptions, AccumulateOptions, RecordControl, ProductFactors,
