@@ -37,11 +37,13 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_version_is_said_once() -> None:
-    """In pyproject.toml: C++, Python, the wheel and the release's tag take it from there."""
+    """In pyproject.toml: C++, Python, the wheel and the release's tag take it from there. The
+    change log and the citation, which nothing builds, say the same."""
     project = (ROOT / "pyproject.toml").read_text()
     version = re.findall(r'^version = "(.*)"$', project, re.MULTILINE)
     assert len(version) == 1
     assert f"## [{version[0]}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {version[0]}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_extra_is_explained() -> None:
