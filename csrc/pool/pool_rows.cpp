@@ -100,17 +100,17 @@ PoolRows<T>::PoolRows(const PoolSpec& spec, int64_t b, const int64_t* positions,
   base_ = static_cast<const char*>(spec.rows.data) + b * spec.rows.stride[0] * element_bytes(dtype_);
   const int64_t n = spec.positions();
   for (int64_t i = 0; i < count && positions[i] != -1; ++i) {
-    HULLKIT_CHECK(positions[i] >= 0 && positions[i] < n, "indices: expected positions 0..", n - 1,
+    HULLKIT_CHECK(positions[i] >= 0 && positions[i] < n, "result.indices: expected positions 0..", n - 1,
                   " (-1 for padding), got ", positions[i], " at [", b, ", ", i, "]");
     const int64_t row = spec.candidates.defined() ? *spec.candidates.at<int64_t>(b, positions[i]) : positions[i];
-    HULLKIT_CHECK(row != -1, "candidates: expected a row at position ", positions[i], " that indices names, got -1");
+    HULLKIT_CHECK(row != -1, "candidates: expected a row at position ", positions[i], " that result.indices names, got -1");
     add(spec, positions[i], row);
   }
   for (int64_t i = static_cast<int64_t>(sources_.size()); i < count; ++i) {
-    HULLKIT_CHECK(positions[i] == -1, "indices: expected -1 behind another one, got ", positions[i], " at [", b, ", ",
+    HULLKIT_CHECK(positions[i] == -1, "result.indices: expected -1 behind another one, got ", positions[i], " at [", b, ", ",
                   i, "]");
   }
-  HULLKIT_CHECK(!sources_.empty(), "indices: expected at least one support point in entry ", b, ", got only -1");
+  HULLKIT_CHECK(!sources_.empty(), "result.indices: expected a row in entry ", b, ", got only padding, -1");
   keep_widened();
 }
 

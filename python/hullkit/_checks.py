@@ -176,8 +176,8 @@ def has_values(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
-def as_int64(name: str, tensor: Tensor) -> Tensor:
-    """An integer tensor as int64.
+def as_int64(name: str, tensor: Tensor, most: int) -> Tensor:
+    """An integer tensor as int64. most: what its values may be at most, for the error.
 
     uint64 is read by its bits: 2**64 - 1, which -1 becomes there, is -1 again. Any other value
     beyond int64 is refused; on a CUDA device the kernels see a negative, and mark the entry.
@@ -192,7 +192,7 @@ def as_int64(name: str, tensor: Tensor) -> Tensor:
     if has_values(signed):
         beyond = signed[signed < -1]
         if len(beyond):
-            check_below_2_63(name, int(beyond[0]) + 2**64)
+            raise ValueError(f"{name}: expected at most {most}, got {int(beyond[0]) + 2**64}")
     return signed
 
 
@@ -201,9 +201,11 @@ def check_below_2_63(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected a value below 2**63, got {value}")
 
 
-def check_integers(name: str, value: Any, shape: tuple[int, ...], pool: Tensor) -> Tensor:
-    """An integer tensor of exactly `shape` on the pool's device, as int64."""
-    tensor = as_int64(name, check_tensor(name, value))
+def check_integers(
+    name: str, value: Any, shape: tuple[int, ...], pool: Tensor, most: int
+) -> Tensor:
+    """An integer tensor of exactly `shape` on the pool's device, as int64. most: see `as_int64`."""
+    tensor = as_int64(name, check_tensor(name, value), most)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     check_like(name, tensor, pool)

@@ -366,6 +366,9 @@ def test_indices_are_integers() -> None:
     for wrong in (np.array([4.7, 7.2]), [4.0, 7.0], [True, False]):
         with pytest.raises(TypeError, match=r"indices: expected integers, got (float64|bool)"):
             hullft.integerize_by_geometry(wrong, weights, pool, pool[0], 10)  # type: ignore[arg-type]
+    hashed = np.array([4, 2**63], np.uint64)  # a negative one, as int64
+    with pytest.raises(ValueError, match=rf"indices: expected a value below 2\*\*63, got {2**63}"):
+        hullft.integerize_by_geometry(hashed, weights, pool, pool[0], 10)
 
 
 def test_weights_of_any_size() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import hullkit
@@ -16,6 +17,7 @@ SIGNED = ("int8", "int16", "int32", "int64")
 UNSIGNED = ("uint8", "uint16", "uint32", "uint64")
 CANDIDATES = torch.tensor([[4, 9, 2, 7], [1, 0, 29, 8], [5, 6, 7, 3]])
 LENGTHS = torch.tensor([4, 2, 3])
+LAST = 29  # row of the pool
 
 
 def problem() -> tuple[Tensor, Tensor]:
@@ -85,14 +87,18 @@ def test_beyond_int64(value: int) -> None:
     candidates = CANDIDATES.numpy().astype(np.uint64)
     candidates[1, 2] = value
     arrays = pool.numpy(), queries.numpy()
-    message = rf"expected a value below 2\*\*63, got {value}"
-    with pytest.raises(ValueError, match=f"candidates: {message}"):
-        hullkit.lmo(*arrays, candidates=candidates)
-    with pytest.raises(ValueError, match=f"candidates: {message}"):
-        hullkit.select(*arrays, 3, merge_duplicates=0.1, candidates=candidates)
+    for options in ({}, {"merge_duplicates": 0.1}):
+        with pytest.raises(ValueError, match=f"candidates: expected at most {LAST}, got {value}"):
+            hullkit.select(*arrays, 3, candidates=candidates, **options)
     lengths = np.array([3, value, 1], dtype=np.uint64)
-    with pytest.raises(ValueError, match=f"lengths: {message}"):
+    with pytest.raises(ValueError, match=f"lengths: expected at most {LAST + 1}, got {value}"):
         hullkit.lmo(*arrays, lengths=lengths)
+    with pytest.raises(ValueError, match=f"lengths: expected at most 2, got {value}"):
+        hullkit.lmo(*arrays, lengths=lengths, candidates=candidates[:, :2])
+    support = SimpleNamespace(indices=candidates, weights=np.ones(candidates.shape))
+    with pytest.raises(ValueError, match=f"indices: expected at most {LAST}, got {value}"):
+        hullkit.round_multiplicities(*arrays, support, 9)
+    message = rf"expected a value below 2\*\*63, got {value}"
     for counts in (lengths, lengths.tolist(), torch.from_numpy(lengths)):
         with pytest.raises(ValueError, match=rf"counts\[1\]: {message}"):
             hullkit.reuse_schedule(counts)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._checks import check_below_2_63
 from ..selection import apportion, round_multiplicities
 from ..selection._arrays import to_numpy
 from ._arguments import callers_names, floating, integer
@@ -144,6 +145,8 @@ def _integers(name: str, value: Any) -> Array:
     array: Array = to_numpy(name, value)
     if array.size and array.dtype.kind not in "iu":  # an empty list is of float64
         raise TypeError(f"{name}: expected integers, got {array.dtype}")
+    if array.dtype == np.uint64 and array.size:
+        check_below_2_63(name, int(array.max()))  # what is returned is int64
     return array.astype(np.int64, copy=False)
 
 

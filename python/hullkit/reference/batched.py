@@ -306,20 +306,26 @@ def sift(
 def _support(
     pool: Tensor, rows: NDArray[np.int64], indices: NDArray[np.int64], b: int
 ) -> NDArray[np.int64]:
-    """The pool's rows at the positions in `indices`, up to the first -1. `rows` has the row at each
+    """The pool's rows at the positions in `indices`, which -1 ends. `rows` has the row at each
     position; those that `indices` does not name may be anything."""
     named = indices[: (*np.flatnonzero(indices == -1), len(indices))[0]]
+    for place in len(named) + np.flatnonzero(indices[len(named) :] != -1):
+        raise ValueError(
+            f"result.indices: expected -1 behind another one, got {indices[place]} at "
+            f"[{b}, {place}]"
+        )
     if len(named) == 0:
-        raise ValueError(f"indices: expected at least one support point in entry {b}, got only -1")
+        raise ValueError(f"result.indices: expected a row in entry {b}, got only padding, -1")
     for place, position in enumerate(named.tolist()):
         if not 0 <= position < len(rows):
             raise ValueError(
-                f"indices: expected positions 0..{len(rows) - 1} (-1 for padding), "
+                f"result.indices: expected positions 0..{len(rows) - 1} (-1 for padding), "
                 f"got {position} at [{b}, {place}]"
             )
         if rows[position] == -1:
             raise ValueError(
-                f"candidates: expected a row at position {position} that indices names, got -1"
+                f"candidates: expected a row at position {position} that result.indices names, got "
+                "-1"
             )
         _check_row(pool, int(rows[position]), b, position)
     return rows[named]

@@ -82,8 +82,6 @@ def check_pool_query(
     if lengths is None and candidates is None:
         return Problem(as_readable(pool), as_readable(query), None, None)
     leading = tuple(row[: min(len(row) - 1, 1)])  # () or (B,)
-    if lengths is not None:
-        lengths = check_integers("lengths", lengths, leading, pool)
     if candidates is not None:
         candidates = check_tensor("candidates", candidates)
         if len(rows) != 2:
@@ -97,10 +95,13 @@ def check_pool_query(
                 f"candidates: expected shape ({batch}n) with n >= 1, got {tuple(candidates.shape)}"
             )
         candidates = check_integers(
-            "candidates", candidates, (*leading, candidates.shape[-1]), pool
+            "candidates", candidates, (*leading, candidates.shape[-1]), pool, rows[0] - 1
         )
-        if not is_readable(pool) and candidates.numel() < rows[0]:
-            pool, candidates = _candidates_alone(pool, candidates, lengths)
+    if lengths is not None:
+        positions = rows[-2] if candidates is None else candidates.shape[-1]
+        lengths = check_integers("lengths", lengths, leading, pool, positions)
+    if candidates is not None and not is_readable(pool) and candidates.numel() < rows[0]:
+        pool, candidates = _candidates_alone(pool, candidates, lengths)
     return Problem(as_readable(pool), as_readable(query), lengths, candidates)
 
 

@@ -107,7 +107,8 @@ def round_multiplicities(
         raise ValueError(
             f"result.weights: expected shape {(*leading, 'S')} with S >= 1, got {tuple(shape)}"
         )
-    indices = check_integers("result.indices", result.indices, tuple(shape), pool)
+    most = problem.positions() - 1
+    indices = check_integers("result.indices", result.indices, tuple(shape), pool, most)
     if weights.device != pool.device:
         raise ValueError(
             f"result.weights: expected the pool's device {pool.device}, got {weights.device}"

@@ -198,7 +198,7 @@ def select(
         totals = result.num_steps if auto else None
     rows = result.indices
     if listed is not None:
-        looked_up = as_int64("candidates", listed).gather(-1, rows.clamp_min(0))
+        looked_up = as_int64("candidates", listed, pool.shape[0] - 1).gather(-1, rows.clamp_min(0))
         rows = torch.where(rows < 0, rows, looked_up)
     return Multiset(result.indices, counts, rows, result, residual_norm, representatives, totals)
 
@@ -267,7 +267,7 @@ def _without_copies(
         candidates = torch.arange(pool.shape[:-1].numel(), device=pool.device)
         candidates = candidates.view(pool.shape[:-1])
         pool = pool.flatten(0, -2)
-    merged = torch.where(own, as_int64("candidates", candidates), -1)
+    merged = torch.where(own, as_int64("candidates", candidates, pool.shape[0] - 1), -1)
     return pool, merged.expand(*query.shape[: min(query.ndim - 1, 1)], merged.shape[-1])
 
 
