@@ -54,7 +54,8 @@ void lmo_cpu(const PoolSpec& pool, const TensorView& direction, const TensorView
   with_compute_type(pool.rows.dtype, [&](auto type) {
     using T = decltype(type);
     finish_products<T>(pool, direction, "direction", num_threads, Least<T>(),
-                       [&](int64_t b, const Least<T>& least, const PoolRows<T>& rows, int) {
+                       [&](int64_t b, const Least<T>& least, const PoolRows<T>& rows, const T* vector, int) {
+                         rows.check_not_lost(vector, least.value(), "direction", b);
                          *index.at<int64_t>(b) = rows.position(least.row());
                          *value.at<double>(b) = least.value();
                        });

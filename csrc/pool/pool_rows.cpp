@@ -52,6 +52,13 @@ const char* type_name() {
   return sizeof(T) == sizeof(double) ? "float64" : "float32";
 }
 
+template <typename T>
+T largest_magnitude(const T* values, int64_t count) {
+  T largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(values[i]));
+  return largest;
+}
+
 }  // namespace
 
 int64_t valid_length(const PoolSpec& spec, int64_t b) {
@@ -103,12 +110,13 @@ PoolRows<T>::PoolRows(const PoolSpec& spec, int64_t b, const int64_t* positions,
     HULLKIT_CHECK(positions[i] >= 0 && positions[i] < n, "result.indices: expected positions 0..", n - 1,
                   " (-1 for padding), got ", positions[i], " at [", b, ", ", i, "]");
     const int64_t row = spec.candidates.defined() ? *spec.candidates.at<int64_t>(b, positions[i]) : positions[i];
-    HULLKIT_CHECK(row != -1, "candidates: expected a row at position ", positions[i], " that result.indices names, got -1");
+    HULLKIT_CHECK(row != -1, "candidates: expected a row at position ", positions[i],
+                  " that result.indices names, got -1");
     add(spec, positions[i], row);
   }
   for (int64_t i = static_cast<int64_t>(sources_.size()); i < count; ++i) {
-    HULLKIT_CHECK(positions[i] == -1, "result.indices: expected -1 behind another one, got ", positions[i], " at [", b, ", ",
-                  i, "]");
+    HULLKIT_CHECK(positions[i] == -1, "result.indices: expected -1 behind another one, got ", positions[i], " at [", b,
+                  ", ", i, "]");
   }
   HULLKIT_CHECK(!sources_.empty(), "result.indices: expected a row in entry ", b, ", got only padding, -1");
   keep_widened();
@@ -253,6 +261,18 @@ void PoolRows<T>::explain_not_finite(int64_t i, const std::string& argument) con
   throw_value_error("pool: expected inner products with ", argument, " within the range of ", type_name<T>(),
                     ", got an overflow in entry ", batch_entry_, ", candidate ", position(i),
                     "; scale the embeddings down");
+}
+
+template <typename T>
+void PoolRows<T>::explain_if_lost(const T* vector, const char* argument, int64_t entry) const {
+  T largest = 0;
+  visit_part(sources_.data(), 0, size(), [&](const T* const* rows, int64_t n, int64_t) {
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, largest_magnitude(rows[i], dim_));
+  });
+  const T of_vector = largest_magnitude(vector, dim_);
+  HULLKIT_CHECK(largest == 0 || of_vector == 0 || largest * of_vector >= std::numeric_limits<T>::min(),
+                "pool: expected inner products with ", argument, " within the range of ", type_name<T>(),
+                ", got an underflow of all in entry ", entry, "; scale the embeddings up");
 }
 
 template <typename T>

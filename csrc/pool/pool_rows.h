@@ -103,9 +103,17 @@ class PoolRows {
   bool in_place() const;
   // Throws the ValueError that explains why the product of row i and `argument` is not finite.
   [[noreturn]] void explain_not_finite(int64_t i, const std::string& argument) const;
+  // Throws a ValueError if the products of all rows and `vector`, of which `product` is the least or the largest, are
+  // lost below the smallest normal number: then they say little of which row is best. Products that are 0 as they
+  // should be are none such. entry: whose vector it is.
+  void check_not_lost(const T* vector, double product, const char* argument, int64_t entry) const {
+    if (std::abs(product) < static_cast<double>(std::numeric_limits<T>::min()))
+      explain_if_lost(vector, argument, entry);
+  }
 
  private:
   void add(const PoolSpec& spec, int64_t position, int64_t row);
+  void explain_if_lost(const T* vector, const char* argument, int64_t entry) const;
   void dots(const void* const* sources, int64_t count, const T* packed, int num_vectors, T* const* out,
             int num_threads) const;
   // visit(rows, how many, position of the first) for all rows of `sources`, in blocks where they must be widened,

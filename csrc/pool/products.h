@@ -80,15 +80,16 @@ void finish_shared(const PoolSpec& pool, const TensorView& vectors, const char* 
         if (states[v].broken() >= 0) {
           PoolRows<T>(pool, first + v, /*reuse=*/false).explain_not_finite(states[v].broken(), argument);
         }
-        finish(first + v, states[v], rows, threads_each);
+        finish(first + v, states[v], rows, addresses[v], threads_each);
       });
     }
     if (refused) std::rethrow_exception(refused);
   }
 }
 
-// Calls finish(b, state, rows, threads) for every entry of a batch: `state`, a copy of `fresh`, has taken the products
-// of all candidates of entry b with vector b, and rows.position names them. argument: the vectors' name in errors.
+// Calls finish(b, state, rows, vector, threads) for every entry of a batch: `state`, a copy of `fresh`, has taken the
+// products of all candidates of entry b with vector b, and rows.position names them. argument: the vectors' name in
+// errors.
 template <typename T, typename State, typename Finish>
 void finish_products(const PoolSpec& pool, const TensorView& vectors, const char* argument, int num_threads,
                      const State& fresh, Finish&& finish) {
@@ -104,7 +105,7 @@ void finish_products(const PoolSpec& pool, const TensorView& vectors, const char
     State state = fresh;
     state.take(0, products.get(), rows.size());
     if (state.broken() >= 0) rows.explain_not_finite(state.broken(), argument);
-    finish(b, state, rows, threads);
+    finish(b, state, rows, vector.data(), threads);
   });
 }
 

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -26,6 +27,7 @@ void round_one(const PoolSpec& pool, const TensorView& query, int64_t b, const i
     if (!std::isfinite(column[i])) rows.explain_not_finite(i, "query");
     products[i] = column[i];
   }
+  rows.check_not_lost(query_vector.data(), *std::max_element(products.begin(), products.end()), "query", b);
   // The lower triangle, two columns a pass; <x, y> and <y, x> have the same bits.
   std::vector<double> gram(m * m);
   PackedRows<T> packed(rows);

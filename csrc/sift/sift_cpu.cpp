@@ -43,6 +43,11 @@ class SiftRun {
     rows_.dots(query, products.data(), num_threads_);
     const int64_t broken = first_not_finite(products.data(), rows_.size());
     if (broken < rows_.size()) rows_.explain_not_finite(broken, "query");
+    const double most = *std::max_element(products.begin(), products.end());
+    rows_.check_not_lost(query, most, "query", b);
+    HULLKIT_CHECK(most <= 0.0 || most * most >= std::numeric_limits<double>::min(),
+                  "pool: expected inner products with query, squared, within the range of float64, got an underflow ",
+                  "of all in entry ", b, "; scale the embeddings up");
     std::copy(products.begin(), products.end(), products_.begin() + k * padded_);
     double square;
     simd().f64.squares(&query, 1, rows_.dim(), &square);

@@ -2,6 +2,7 @@
 // active_set.h for one query on one thread, with the face of run_cpu.h.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <numeric>
 #include <string>
@@ -35,6 +36,7 @@ class PoolTeam {
     const int64_t broken = first_overflow(products.data(), rows.size());
     if (broken < rows.size()) rows.explain_not_finite(broken, "query");
     std::copy(products.begin(), products.end(), base_.begin());
+    rows.check_not_lost(query, *std::max_element(base_.begin(), base_.end()), "query", rows.batch_entry());
     query_squared_ = support_.query_squared();
   }
 

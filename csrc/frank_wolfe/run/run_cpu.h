@@ -76,6 +76,7 @@ class FrankWolfeRun {
     if (broken < n) rows_.explain_not_finite(broken, "query");
     std::copy(products.begin(), products.end(), base_.begin());
     best_ = std::max_element(base_.begin(), base_.end()) - base_.begin();
+    rows_.check_not_lost(query_, base_[best_], "query", rows_.batch_entry());
     query_squared_ = params_.max_support > 1 ? support_.query_squared() : support_.squared_norm(query_);
     scale_squared_ = query_squared_;
     // A support of one takes no step, so nothing is asked of its vertex.

@@ -309,7 +309,8 @@ def _support(
     """The pool's rows at the positions in `indices`, which -1 ends. `rows` has the row at each
     position; those that `indices` does not name may be anything."""
     named = indices[: (*np.flatnonzero(indices == -1), len(indices))[0]]
-    for place in len(named) + np.flatnonzero(indices[len(named) :] != -1):
+    for behind in np.flatnonzero(indices[len(named) :] != -1):
+        place = len(named) + int(behind)
         raise ValueError(
             f"result.indices: expected -1 behind another one, got {indices[place]} at "
             f"[{b}, {place}]"
