@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"")
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"]
 
 
@@ -26,7 +28,7 @@ def test_readme_is_short() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
-    for target in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text):
+    for target in LINK.findall(text):
         path, _, anchor = (target[0] or target[1]).partition("#")
         if path.startswith("https:"):
             continue
@@ -34,6 +36,29 @@ def test_links_lead_somewhere(page: str) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text(), re.MULTILINE)
             assert anchor in map(slug, headings), target
+
+
+def test_links_lead_somewhere_from_a_package_index() -> None:
+    """Where no file lies beside the page. The workflow that builds packages makes them so."""
+    script = runpy.run_path(str(ROOT / "docs" / "absolute_links.py"))
+    text = (ROOT / "README.md").read_text()
+    made = script["with_absolute_links"](text, "https://host/owner/name", "v1")
+    assert len(made.splitlines()) == len(text.splitlines())
+    links, relative = LINK.findall(made), 0
+    for (page, file), (was_page, was_file) in zip(links, LINK.findall(text), strict=True):
+        if (was_page or was_file).startswith("https:"):
+            assert (page, file) == (was_page, was_file)
+            continue
+        relative += 1
+        assert page == (was_page and f"https://host/owner/name/blob/v1/{was_page}")
+        assert file == (was_file and f"https://host/owner/name/raw/v1/{was_file}")
+    assert relative > 20
+    workflow = ROOT / ".github" / "workflows" / "packages.yml"
+    if not workflow.exists():  # in an sdist
+        return
+    for job in workflow.read_text().partition("\njobs:\n")[2].split("\n\n"):
+        before, built, _ = re.split(r"(-m build|cibuildwheel@)", job, maxsplit=1)
+        assert "docs/absolute_links.py" in before, built
 
 
 def test_version_is_said_once() -> None:
