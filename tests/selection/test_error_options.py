@@ -294,7 +294,7 @@ OTHERS: dict[str, tuple[type[Exception], tuple[str, ...], Callable[..., Any]]] =
     ),
     "indices all -1": (
         ValueError,
-        ("indices", "at least one support point", "-1"),
+        ("result.indices", "expected a row in entry 0", "only padding, -1"),
         lambda **o: _round(result=_result(WIDE), **o),
     ),
     "index of a candidate that is none": (
