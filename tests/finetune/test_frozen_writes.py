@@ -18,6 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
 
 def values(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -37,6 +39,16 @@ def test_a_write_in_the_block_is_told() -> None:
     assert changed(model, before) == {"frozen.bias"}
 
 
+def test_a_frozen_tensor_of_inference_mode_counts_no_writes() -> None:
+    model = plain()
+    with torch.inference_mode():
+        other = nn.Parameter(torch.ones(12), requires_grad=False)
+    before = values(model)
+    with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), COUNTS):
+        torch.utils.swap_tensors(model.frozen.bias, other)
+    assert not changed(model, before)
+
+
 class Rescales(PlainLM):
     """Its forward writes to a frozen weight."""
 
@@ -46,16 +58,19 @@ class Rescales(PlainLM):
         return super().forward(ids)
 
 
-def test_a_write_in_a_pass_is_told_before_the_block() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_write_in_a_pass_is_told_before_the_block(device: str) -> None:
+    """Each time: a graph would write again, and count nothing."""
     torch.manual_seed(0)
-    model = Rescales()
+    model = Rescales().to(device)
     before = values(model)
     tuner = TestTimeFinetuner(model, lr=1e-2)
     told = r"write to 'frozen\.weight'"
-    with pytest.raises(RuntimeError, match=told), tuner.adapted(texts(), COUNTS):
-        pytest.fail("the block was entered")
-    with pytest.raises(RuntimeError, match=told):
-        tuner.adapt_(texts(), COUNTS)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=told), tuner.adapted(texts(), COUNTS):
+            pytest.fail("the block was entered")
+        with pytest.raises(RuntimeError, match=told):
+            tuner.adapt_(texts(), COUNTS)
     assert changed(model, before) == {"frozen.weight"}
 
 

@@ -32,6 +32,9 @@ class Query(Protocol):
     def run(self, snapshot: Snapshot, clock: Clock) -> AdaptReport:
         """Finetunes the model in place."""
 
+    def release(self) -> None:
+        """Forgets recorded passes."""
+
 
 class KeepsReport(Protocol):
     """The owner of the latest query's report."""
@@ -119,7 +122,9 @@ class Adaptation(WithBlock):
             self._caches.take(self._model)
             report = query.run(snapshot, clock)
             self._caches.put_back()
-            check_unwritten(self._model, snapshot.take_written())
+            if written := snapshot.take_written():
+                query.release()  # graphs would write again, and tell nobody
+                check_unwritten(self._model, written)
         torch.clear_autocast_cache()  # the caller's autocast has cast the base weights
         self._settings = None  # no torch setting was left behind; the block may set its own
         if self._keeping:
@@ -140,8 +145,8 @@ class Adaptation(WithBlock):
             with suppress(RuntimeError):  # the device is lost; the restoring will raise
                 self._clock = Clock(_device(self._model))
         if self._snapshot is not None:
-            self._written += self._snapshot.take_written()
             self._failure = self._snapshot.restore()
+            self._written += self._snapshot.take_written()
             self._snapshot = None
         torch.clear_autocast_cache()  # and in the block the adapted ones
         self._caches.put_back()

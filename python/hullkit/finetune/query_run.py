@@ -166,6 +166,10 @@ class QueryRun:
             ran |= passes.indices.check(f"examples[{i}]", self._inputs[i], run)
         return ran
 
+    def release(self) -> None:
+        """Forgets the graphs of the model's passes."""
+        self._passes.release()
+
     def _replay(
         self, captured: CapturedPasses, snapshot: Snapshot, clock: Clock
     ) -> list[float] | None:

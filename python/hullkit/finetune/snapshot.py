@@ -63,6 +63,7 @@ class Snapshot:
             for p, _, geometry, copy in self._tensors
             if copy is None and id(p) not in elsewhere and not p.is_inference()
         ]
+        self._written: list[Tensor] = []
         others = [t for t in others if _has_values(t)]
         self._buffers = [(b, _written(b.data).clone()) for b in (*buffers, *others)]
         self._tensors += [(b, b.data, _geometry(b), copy) for b, copy in self._buffers]
@@ -82,17 +83,24 @@ class Snapshot:
             _write(buffer, copy)
 
     def take_written(self) -> list[Tensor]:
-        """Parameters without a copy that were written to in place, each time told once.
+        """Parameters without a copy that were written to in place, each told once.
 
         Writes to `.data` are not seen. Memory that was replaced has its former values.
         """
+        self._note_written()
+        written, self._written = self._written, []
+        return written
+
+    def _note_written(self) -> None:
         written = [
             parameter
             for parameter, version, geometry in self._frozen
-            if parameter._version != version and _geometry(parameter) == geometry
+            if not parameter.is_inference()  # swapped for one
+            and parameter._version != version
+            and _geometry(parameter) == geometry
         ]
         if not written:
-            return []
+            return
         told = set(map(id, written))
         self._frozen = [entry for entry in self._frozen if id(entry[0]) not in told]
         # A parametrisation sets a tensor to itself, which counts as a write. PEFT registers one in
@@ -105,7 +113,7 @@ class Snapshot:
             or "parameter_name" in vars(module)
             for parameter in module.parameters()
         }
-        return [parameter for parameter in written if id(parameter) not in set_to_itself]
+        self._written += [p for p in written if id(p) not in set_to_itself]
 
     def forget_values(self) -> None:
         """From now on `restore` restores flags and gradients, but no values."""
@@ -117,6 +125,8 @@ class Snapshot:
     def restore(self) -> Exception | None:
         """Restores everything. Returns the first error, after which the rest was still restored."""
         failures: list[Exception] = []
+        _twice(failures, self._note_written)  # first: what was replaced looks as it did afterwards
+        self._frozen = []
         for module, kind in self._classes:  # parametrisations give a module a class of its own
             if type(module) is not kind:
                 _twice(failures, setattr, module, "__class__", kind)
