@@ -168,7 +168,7 @@ class AnyBatches(RuleBasedStateMachine):
             return
         try:
             with self.batch.slot(k) as model:
-                with pytest.raises(RuntimeError, match="another slot"):
+                with pytest.raises(RuntimeError, match="`slot` block"):
                     list(self.batch.map([good(5, 1)]))
                 assert not model.training
                 trains(model)

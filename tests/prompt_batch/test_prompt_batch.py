@@ -388,6 +388,6 @@ def test_a_forward_that_somebody_replaced_stays() -> None:
         pass
     assert layer.__dict__["forward"] is own
     del layer.forward
-    with batch.slot(0), pytest.raises(RuntimeError, match="another slot"), batch.slot(0):
+    with batch.slot(0), pytest.raises(RuntimeError, match="`slot` block"), batch.slot(0):
         pass
     assert "forward" not in layer.__dict__

@@ -207,7 +207,7 @@ class PromptBatch(BatchArguments):
             An iterator of :class:`Answer`. Slots are fresh when it ends or is closed.
 
         Raises:
-            RuntimeError: another `map` or `adapt_` of this batch is under way.
+            RuntimeError: another `map` or `adapt_` of this batch is under way, or a `slot` block.
             ValueError: rows of a batch change each other in this model, and slots share passes.
             What `queries` raises, after earlier answers; what a pass raises but for lack of memory.
         """
@@ -237,6 +237,7 @@ class PromptBatch(BatchArguments):
     def _answers(self, queries: Iterable[Any], keep: bool) -> Iterator[Answer]:
         if self._busy:
             raise RuntimeError("expected no other map or adapt_ of this batch under way")
+        self._forwards.check_free()  # before slots are fresh again
         stream = Stream(self, queries, keep)  # first: its errors leave the batch free
         del queries  # from Python 3.12 on this frame lives as long as a kept error
         try:

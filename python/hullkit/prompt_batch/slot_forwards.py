@@ -245,14 +245,18 @@ class SlotForwards:
             layer.d_b.zero_()
         self.left_out = tuple(layer.name for layer in left_out)
 
-    @contextmanager
-    def _replaced(self, call: _Call) -> Iterator[None]:
-        for layer in self._layers:  # what others put there since would be lost at the end
+    def check_free(self) -> None:
+        """Raises RuntimeError for a layer whose forward is not its class's."""
+        for layer in self._layers:
             if "forward" in layer.module.__dict__:
                 raise RuntimeError(
-                    f"{layer.name}: expected its class's forward, got another: somebody "
-                    "replaced it, or the model runs with another slot"
+                    f"{layer.name}: expected its class's forward, got another: a `slot` block of a "
+                    "batch is open, or somebody replaced it"
                 )
+
+    @contextmanager
+    def _replaced(self, call: _Call) -> Iterator[None]:
+        self.check_free()  # what others put there since would be lost at the end
         try:
             for layer in self._layers:
                 layer.module.forward = partial(self._forward, layer, call)
