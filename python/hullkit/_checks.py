@@ -110,7 +110,7 @@ def check_betas(value: Any) -> tuple[float, float]:
 
 
 def check_positive(name: str, value: Any) -> float:
-    number = check_number(name, value, 0.0)
+    number = check_number(name, value, -float("inf"))
     if not 0.0 < number < float("inf"):
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     return number

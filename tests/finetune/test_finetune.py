@@ -99,6 +99,21 @@ def test_labels_that_are_not_scored(build: Callable[[], nn.Module]) -> None:
     assert masked.losses == pytest.approx(cut.losses, rel=1e-5)
 
 
+def test_masked_tokens_are_not_scored() -> None:
+    """Where the labels are left out, as tokenizers do with padding."""
+    ids = texts(1)[0]
+    mask = torch.ones_like(ids)
+    mask[:5] = 0
+    tuner, losses = TestTimeFinetuner(llama()), []
+    for labels in ({}, {"labels": ids.where(mask == 1, -100)}, {"labels": ids}):
+        with tuner.adapted([{"input_ids": ids, "attention_mask": mask} | labels], [1]):
+            assert tuner.last_report is not None
+            losses.append(tuner.last_report.losses)
+    assert losses[0] == losses[1] != losses[2]
+    with pytest.raises(ValueError, match=r"examples\[0\]\['attention_mask'\]: .*\(1, 17\), got"):
+        tuner.adapted([{"input_ids": ids, "attention_mask": mask[1:]}], [1])
+
+
 def test_only_what_requires_grad_is_trained() -> None:
     model = llama().requires_grad_(False)
     model.model.layers[1].mlp.requires_grad_(True)

@@ -107,6 +107,11 @@ def test_batches_and_truncation(tokenizer: Any) -> None:
         torch.testing.assert_close(adapted[1][name], tensor, rtol=0, atol=1e-9)
 
 
+def test_one_text_is_no_sequence_of_texts(tokenizer: Any) -> None:
+    with pytest.raises(TypeError, match="texts: expected a sequence of texts, got a str"):
+        hullft.finetune_on_texts(_model("gpt2"), tokenizer, TEXTS[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_batches_in_half_precision(tokenizer: Any, dtype: torch.dtype) -> None:
     """Updates below the weights' last digit move them, on average, as they move float32's."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -262,15 +263,60 @@ def test_a_model_that_is_another_by_now_is_refused(
             use()
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_compiled_models_are_refused(whole: bool) -> None:
+@pytest.mark.parametrize("what", ["model", "layer", "forward"])
+def test_compiled_models_are_refused(what: str) -> None:
     model: Any = llama()
-    if whole:
+    if what == "model":
         model = torch.compile(model, backend="eager")
-    else:
+    elif what == "layer":
         model.model.layers[0].compile(backend="eager")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")
     with pytest.raises(ValueError, match=r"model: expected one that torch\.compile has not"):
         batch_of(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"target": ["lm_head"]}, "layers within the model, got the output head, 'lm_head'"),
+     ({"target": "q_proj"}, "'all-linear' or a list of names, got the str 'q_proj'"),
+     ({"alpha": -3}, "alpha: expected a finite number > 0, got -3")],
+)  # fmt: skip
+def test_construction_says_what_it_wants(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        batch_of(llama(), 1, **options)
+
+
+def test_a_slot_whose_block_is_open_stays() -> None:
+    batch = batch_of(llama().to(DEVICE), 1)
+    batch.adapt_([QUERY])
+    ids = text(5, 0).to(DEVICE)[None]
+    with batch.slot(0) as model:
+        before = model(ids).logits
+        for call in (lambda: batch.adapt_([QUERY]), lambda: list(batch.map([QUERY]))):
+            with pytest.raises(RuntimeError, match="a `slot` block of a batch is open"):
+                call()
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_a_loss_of_the_models_own_is_told() -> None:
+    """Slots learn by another one. It is told once, and draws no random numbers of the caller's."""
+    model: Any = llama().to(DEVICE)
+    own = model.loss_function
+
+    def doubled(*args: Any, **options: Any) -> Any:
+        return 2.0 * own(*args, **options)
+
+    for loss, told in ((own, 0), (doubled, 1)):
+        model.loss_function = loss
+        batch = batch_of(model, 1)
+        state = torch.get_rng_state()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            answers = [*batch.map([QUERY]), *batch.map([QUERY])]
+        assert [answer.error for answer in answers] == [None, None]
+        assert sum("slots learn by the mean next-token" in str(w.message) for w in caught) == told
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("part", ["mlp", "mlp.up_proj"])

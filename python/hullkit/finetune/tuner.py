@@ -207,8 +207,9 @@ class TestTimeFinetuner:
         Args:
             examples: a sequence with one entry per unique example, visited in this order. An entry
                 is int64 token ids (T,) or (1, T), T >= 2, which are their own labels; or a dict of
-                the model's keyword inputs: `input_ids` as above, `labels` (default: input_ids; -100
-                is not scored) and others. One-dimensional inputs get the batch dimension.
+                the model's keyword inputs: `input_ids` as above, `labels` (-100 is not scored;
+                default: input_ids, but for those with 0 in a mask of one number a token) and
+                others. One-dimensional inputs get the batch dimension.
             counts: (n,) integers >= 0, updates for each example; 0 skips it.
             select_seconds: the time that choosing them took, for the report alone.
 
@@ -297,7 +298,7 @@ class TestTimeFinetuner:
                 raise ValueError(f"{name}[{key!r}]: {what}")
             inputs[key] = tensor[None] if tensor.ndim == 1 else tensor
         ids = check_token_ids(f"{name}['input_ids']", inputs["input_ids"], limits)
-        labels = inputs.setdefault("labels", ids)
+        labels = inputs.setdefault("labels", _labels(name, ids, inputs.get("attention_mask")))
         if labels.dtype != torch.int64:
             raise TypeError(f"{name}['labels']: expected dtype torch.int64, got {labels.dtype}")
         if labels.shape != ids.shape:
@@ -372,3 +373,13 @@ class TestTimeFinetuner:
         >>> hullkit.TestTimeFinetuner(model).release()
         """
         self._passes.release()
+
+
+def _labels(name: str, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The labels of an example (1, T) without any. mask: (1, T), or of another rank."""
+    if mask is None or mask.ndim != 2:
+        return ids
+    if mask.shape != ids.shape:
+        expected, got = tuple(ids.shape), tuple(mask.shape)
+        raise ValueError(f"{name}['attention_mask']: expected shape {expected}, got {got}")
+    return ids.masked_fill((mask == 0).to(ids.device), IGNORED)

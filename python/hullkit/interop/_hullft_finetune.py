@@ -61,8 +61,9 @@ def finetune_with_approach(
         A dict of finetune_steps (updates), finetune_seconds (device work included),
         finetune_approach, finetune_unique_texts (groups) and finetune_total_texts.
     Raises:
-        TypeError, ValueError: another method; a batch_size below 1, a max_length below 2; a text
-            of less than two tokens; a batch of texts of several lengths without a pad token.
+        TypeError, ValueError: texts is one str; another method; a batch_size below 1, a max_length
+            below 2; a text of less than two tokens; a batch of texts of several lengths without a
+            pad token.
 
     >>> import torch
     >>> from hullkit.interop.hullft import finetune_with_approach
@@ -75,6 +76,8 @@ def finetune_with_approach(
     >>> report["finetune_steps"], report["finetune_unique_texts"]
     (3, 2)
     """
+    if isinstance(texts, str):
+        raise TypeError("texts: expected a sequence of texts, got a str")
     config = approach_config or {}
     method = config.get("method", "standard")
     check_choice("approach_config['method']", method, METHODS)

@@ -274,6 +274,7 @@ class PromptBatch(BatchArguments):
 
     def _pads(self, text: Tensor) -> bool:
         """Whether texts are padded. The first text shows whether they may be."""
+        self._passes.compare_losses(text)
         return self._neighbours.pads(text)
 
     def _takes(self, length: int) -> bool:
@@ -312,6 +313,8 @@ class PromptBatch(BatchArguments):
 
     def slot(self, k: int) -> AbstractContextManager[nn.Module]:
         """A block in which the model behaves as adapted with slot k, in eval mode. It yields it.
+
+        Parameters need no gradients in it. What saves the model finds the base: see `export`.
 
         Raises:
             TypeError: k is no int. IndexError: no such slot.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..language_model.interface import is_compiled
 from ..language_model.products import product
 from .quantized import EIGHT_BITS, FOUR_BITS, check_quantized, product_of, weight_of
 
@@ -117,8 +118,7 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
     target: "all-linear", or ends of names, each of a layer. The output head never gets factors.
     """
     ends = _ends(target)
-    parts = model.modules()
-    if any(getattr(m, "_compiled_call_impl", None) or "_orig_mod" in m._modules for m in parts):
+    if is_compiled(model):
         raise ValueError(
             "model: expected one that torch.compile has not changed, got a compiled one: passes "
             "are captured without it"
@@ -149,6 +149,12 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
         found.append(Layer(name, module))
     names = [layer.name for layer in found]
     lacking = [end for end in ends or () if not any(_is_end(end, name) for name in names)]
+    of_head = [name for name, module in model.named_modules() if module is head]
+    if any(_is_end(end, name) for end in lacking for name in of_head):
+        raise ValueError(
+            f"target: expected layers within the model, got the output head, {of_head[0]!r}, which "
+            "gets no factors"
+        )
     if not found or lacking:
         of = lacking.pop(0) if lacking else target
         raise ValueError(f"target: expected linear layers in the model, got none for {of!r}")
@@ -159,7 +165,9 @@ def _ends(target: Any) -> tuple[str, ...] | None:
     """Ends of names; None for all layers."""
     if isinstance(target, str):
         if target != "all-linear":
-            raise ValueError(f"target: expected 'all-linear' or names, got {target!r}")
+            raise ValueError(
+                f"target: expected 'all-linear' or a list of names, got the str {target!r}"
+            )
         return None
     if not isinstance(target, Collection):
         raise TypeError(f"target: expected 'all-linear' or names, got {target!r}")

@@ -16,11 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ..finetune.capture_memory import CaptureMemory, HeldTensors, with_gaps
-from ..language_model.cross_entropy import linear_next_token_losses, next_token_losses
+from ..language_model.cross_entropy import (
+    linear_next_token_losses,
+    next_token_losses,
+    plain_next_token_loss,
+)
 from ..language_model.experts import without_questions
 from ..language_model.fused_modules import fused_head_weight, stand_ins
 from ..language_model.host_constants import HostConstants
-from ..language_model.interface import logits_of, without_cache
+from ..language_model.interface import MODEL_ERRORS, logits_of, without_cache
+from ..language_model.loss import CausalLoss
 from ..language_model.product_settings import autocast_of_pass, matmul_precision
 from ..language_model.products import SharedInputs
 from .borrowed import Borrowed
@@ -29,6 +34,7 @@ from .generation_settings import keeps_longest
 from .slot_forwards import SlotForwards
 
 _BOUNDLESS = 1 << 62  # bytes
+_COMPARED = 64  # tokens of the first text
 _MAX_GRAPHS = 64  # texts that share a pass have twice as many lengths as those of a tuner
 Block = Callable[[], AbstractContextManager[None]]
 
@@ -68,6 +74,7 @@ class SlotPasses:
         self._graphs: OrderedDict[int, _Graph] = OrderedDict()
         self._read: list[Any] = []  # the model's tensors when the graphs were recorded
         self._plain = True  # until the forward pass as it is could not be recorded
+        self._compared = False  # whether a text has shown the model's own loss
         self.path = "eager"
         self.left_out: tuple[str, ...] = ()  # layers that took no part in the latest pass
         if capture and self._device.type != "cuda":
@@ -142,6 +149,31 @@ class SlotPasses:
         with torch.no_grad(), Borrowed(self._model, self.stretched, *own):
             ids = ids.to(self._device)
             return logits_of(self._model(ids, **self._options), ids)
+
+    def compare_losses(self, text: Tensor) -> None:
+        """Warns, after the first text, of a model whose own loss is another one than its slots'."""
+        if self._compared or len(text) < 2:
+            return
+        self._compared = True
+        ids = text[None, :_COMPARED].to(self._device)
+        of_model = CausalLoss(self._model, "float32", compile=False, fuse=False)
+        generators = [self._device] if self._device.type == "cuda" else []
+        try:
+            own_modes = Borrowed(self._model, self.stretched)
+            with torch.no_grad(), torch.random.fork_rng(generators), own_modes:
+                own = float(of_model.plain({"input_ids": ids, "labels": ids}))
+                logits = logits_of(self._model(ids, **self._options), ids)
+            learned = float(plain_next_token_loss(logits, ids))
+        except MODEL_ERRORS:
+            return  # a loss that cannot be asked for is nobody's
+        bound = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.02
+        if not abs(own - learned) <= bound * max(1.0, abs(learned)):
+            warnings.warn(
+                f"hullkit: slots learn by the mean next-token cross entropy, {learned:.4g} of the "
+                f"first text, where the model's own loss is {own:.4g}; TestTimeFinetuner on a PEFT "
+                "model trains by that one",
+                stacklevel=5,
+            )
 
     def logits_of_tried_slots(self, ids: Tensor, first: int) -> Tensor:
         """As `logits`, where row i goes through slot first + i of `SlotForwards.tried`."""

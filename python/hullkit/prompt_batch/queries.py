@@ -36,7 +36,9 @@ class Query(NamedTuple):
         then: called with the adapted model, in a block in which it behaves as adapted. Its result
             is the answer's value. `Score` and `Generate` are such callables. Where slots share
             passes, several may be computed at once instead of in calls. None: no value.
-            Do not call the batch in it: its other slots hold other queries' factors.
+            Do not call the batch in it: its other slots hold other queries' factors. Parameters
+            need no gradients in it, and what saves the model finds the base: use
+            :meth:`PromptBatch.adapt_` and :meth:`PromptBatch.export`.
         lr: the learning rate; None for the batch's.
         seed: of the fresh factors; None for the batch's.
 
