@@ -219,7 +219,8 @@ def test_padding_is_at_the_end(device: str, backend: str | None, indices: list[i
     pool, query = pool.expand(2, 3, 3), query.expand(2, 3)
     if device == "cuda" and backend is None:  # where no call waits for values
         counts = hullkit.round_multiplicities(pool, query, support, 10)
-        assert counts.tolist() == [[-1, -1, -1], [5, 5, 0]]
+        mark = -1 if max(indices) >= 0 else 0  # padding alone stays padding
+        assert counts.tolist() == [[mark] * 3, [5, 5, 0]]
         return
     wanted = r"expected a row in entry 0, got only padding, -1$"
     if max(indices) >= 0:

@@ -78,7 +78,8 @@ def round_multiplicities(
     Raises:
         TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf,
             and for lengths or candidates out of range. A CUDA call does not wait for values: there
-            such an entry gets counts of -1 instead, and the others are right.
+            such an entry gets counts of -1 instead (0 where its support is padding alone), and the
+            others are right.
         NotImplementedError: the device has no kernels, or S > 4096 on CUDA.
 
     >>> import hullkit, torch
