@@ -53,6 +53,7 @@ class Setup(NamedTuple):
             rows of a block together.
         choose: from a block of rows (a dict of columns) to the examples and counts of each row. It
             gets the whole block, so that all prompts' pools are one call of :func:`hullkit.select`.
+            The learning rate and the seed are the tuner's for all rows.
         use: from the adapted model and one row to its new columns, numbers or strings. With a
             `PromptBatch` it may run again for a row after the model raised in a pass with others.
         columns: the new columns' types. None: those of the first values in an actor; files may
@@ -313,7 +314,7 @@ def _misfit(name: str, value: Any, declared: dict[str, pa.DataType]) -> Exceptio
 def _checked(choice: Any) -> tuple[Any, Exception | None]:
     if isinstance(choice, (tuple, list)) and len(choice) == 2:
         return choice, None
-    what = f"{len(choice)} of them" if isinstance(choice, (tuple, list)) else type(choice).__name__
+    what = f"{len(choice)} of them" if type(choice) in (tuple, list) else type(choice).__name__
     return None, TypeError(f"choose: expected a pair of examples and counts, got {what}")
 
 
