@@ -79,10 +79,26 @@ def test_modes_of_the_caller(mode: str, made_inside: bool) -> None:
     assert values(batch) == wanted
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
+COPIED = pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["deep", "pickled"]
+)
+
+
+@COPIED
 def test_a_copy_learns_too(copied: Callable[[Any], Any]) -> None:
     batch = made()
     assert values(copied(batch)) == values(batch)
+
+
+@COPIED
+def test_a_copy_made_in_a_slots_block_stays_adapted(copied: Callable[[Any], Any]) -> None:
+    batch = made()
+    batch.adapt_([QUERY])
+    with batch.slot(0) as model:
+        wanted = model(IDS[None])
+        other = copied(model)
+    assert torch.equal(other(IDS[None]), wanted)
+    assert not torch.equal(model(IDS[None]), wanted)
 
 
 def test_what_the_slots_were_made_for_stays() -> None:

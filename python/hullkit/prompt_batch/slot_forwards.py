@@ -56,6 +56,11 @@ class _Call:
         self._thread = threading.get_ident()
         self._readers: Readers[Layer, tuple[Tensor, Inner]] = Readers()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies of a model, pickled ones too, begin without what was computed of its inputs."""
+        of_new = (self.of, self.tokens, self.anchor, SharedInputs(), self.scale, self.backend)
+        return _Call, of_new
+
     def check_thread(self, name: str) -> None:
         """Raises RuntimeError for another thread's call. Its numbers would be those of slots.
 
