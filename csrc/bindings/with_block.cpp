@@ -122,7 +122,8 @@ class WithBlock {
  public:
   py::object enter(const py::object& self) {
     if (entered_) {
-      PyErr_SetString(PyExc_RuntimeError, "expected a with-block of its own for each call, got one that was entered before");
+      PyErr_SetString(PyExc_RuntimeError,
+                      "expected a with-block of its own for each call, got one that was entered before");
       throw py::error_already_set();
     }
     entered_ = true;
