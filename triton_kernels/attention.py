@@ -204,8 +204,8 @@ def attention_gradient_kernel(
     HALF: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Of few heads. The first half of the programs of an axis are for rows of q, the second for
-    rows of k and v.
+    """The gradients of few heads. The first half of the programs of an axis are for rows of q, the
+    second for rows of k and v.
 
     k_gradient, v_gradient [texts, T, heads, width]: a part for every head of q.
     """
@@ -261,7 +261,10 @@ def attention_q_gradient_kernel(
     ROTATED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Of many heads: a program for a block of rows of one. along [texts, heads, T]: for k and v."""
+    """The gradients of many heads' q: a program for a block of rows of a head.
+
+    along [texts, heads, T]: for the kernel of k and v.
+    """
     after_previous_kernel(EARLY)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     text, head = tl.program_id(1) // heads, tl.program_id(1) % heads
@@ -310,7 +313,7 @@ def attention_kv_gradient_kernel(
     ROTATED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Of many heads: a program for a block of rows of one of k and v, and all heads of its group.
+    """The gradients of many heads' k and v: a program for a block of rows and the heads of a group.
 
     heads: of k and v. normalisers, along [texts, heads of q, T].
     """

@@ -26,7 +26,7 @@ from .tiles import load_tile, store_tile
 ROWS = 64
 COLUMNS = 128
 MOST_PARTS = 8
-# Of d_a alone, where larger blocks would be too few for a GPU.
+# The blocks where d_a alone is computed: larger ones would be too few for a GPU.
 FEW_ROWS, FEW_COLUMNS = 128, 32
 
 

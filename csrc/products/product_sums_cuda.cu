@@ -2,8 +2,8 @@
 // A block computes tiles of kTileColumns columns by kRows rows of one slot's result, one after the other. One thread
 // copies both sides of a product to shared memory, a stage of 64 of the sum's elements at a time, as far ahead as there
 // is room; two groups of four warps multiply, each half of the tile's columns. The columns take the part of the matrix
-// instruction's rows: a slot's rows are met with little waste by several widths. Of a last round that leaves half of
-// the blocks idle each tile is split in two. The small tiles of factors' gradients (factor_gradients.cuh) come last.
+// instruction's rows: a slot's rows are met with little waste by several widths. Each tile of a last round that leaves
+// half of the blocks idle is split in two. The small tiles of factors' gradients (factor_gradients.cuh) come last.
 #include <algorithm>
 #include <iterator>
 #include <stdexcept>

@@ -20,7 +20,7 @@ namespace hullkit {
 
 inline constexpr double kMinImprovement = 1e-14;
 
-// Of what is left to a support of m points, 1 / (kParts m) goes to one point at once, or one unit. Much is left where a
+// One point gets 1 / (kParts m) of what is left to a support of m points at once, or one unit. Much is left where a
 // cap takes from a heavy point: the number of steps grows with the logarithm of it.
 inline constexpr int64_t kParts = 16;
 

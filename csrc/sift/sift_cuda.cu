@@ -53,8 +53,8 @@ struct SiftWorkspace {
   double* columns;  // [count, terms, column_stride] posterior columns at the start of each stretch
 };
 
-// The kernel [n, stride] after all stretches. Of each of its rows a thread changes what belongs to its own candidates,
-// which it alone reads. Not inlined, as it is rare: the loop's instructions and registers stay together.
+// The kernel [n, stride] after all stretches. A thread changes the columns of its own candidates in each row, which it
+// alone reads. Not inlined, as it is rare: the loop's instructions and registers stay together.
 __device__ __noinline__ void fold(double* kernel, int stride, int n, const double* columns, int column_stride,
                                   const double* weights, int terms) {
   for (int first = 0; first < n; first += kFoldedRows) {

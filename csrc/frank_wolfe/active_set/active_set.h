@@ -302,7 +302,7 @@ class ActiveSetRun {
     const auto* const column = p_.column(i);
     p_.each(0, size, [&](int r) { m_.direction[r] = static_cast<double>(column[m_.free[r]]) + lift_; });
     const double own = p_.squared(i) + lift_;
-    // Of the constant only float64 rounding is left.
+    // What is left of the constant is float64 rounding.
     factor_.append(m_.direction, own, larger(pivot() * p_.squared(i), kPivot * own));
     p_.each(0, 1, [&](int) {
       m_.free[size] = i;

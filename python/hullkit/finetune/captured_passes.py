@@ -70,7 +70,7 @@ class CapturedPasses:
 
     @property
     def lengths(self) -> list[int]:
-        """Of the recorded passes of token ids and labels alone, the shortest first."""
+        """The lengths of recorded passes of token ids and labels alone, the shortest first."""
         plain = (dict((name, size) for name, size, _ in shape) for shape in self._passes)
         return sorted(
             {sizes["input_ids"][1] for sizes in plain if sizes.keys() == {"input_ids", "labels"}}

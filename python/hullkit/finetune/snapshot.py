@@ -257,7 +257,7 @@ def _twice(failures: list[Exception], restore: Callable[..., Any], *arguments: A
 
 
 def _properties(kind: type) -> dict[str, property]:
-    """Of the class itself, not of its bases."""
+    """The properties of the class itself, without its bases'."""
     return {name: value for name, value in vars(kind).items() if isinstance(value, property)}
 
 

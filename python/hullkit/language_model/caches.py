@@ -52,5 +52,5 @@ class CachesOff:
 
 
 _lock = threading.RLock()  # a signal may come inside, and its handler run a pass
-# Of a configuration: whose caches are off. Models of several threads may share one.
+# Whose caches are off, by configuration. Models of several threads may share one.
 _users: dict[int, set[int]] = {}

@@ -83,13 +83,13 @@ class FusedFunctions(PassMode):
         self._inputs = SharedInputs() if inputs is None else inputs
         self._products = products
         self.adapted = AdaptedLayers(backend, products)
-        # Of an activation: the gate, its version then, and the activation's name.
+        # For the result of an activation: the gate, its version then, and the activation's name.
         self._activated: RecentTensors[tuple[Tensor, int, str]] = RecentTensors()
-        # Of a norm's input: what `share` made of it, and the norm's weight.
+        # For a norm's input: what `share` made of it, and the norm's weight.
         self._normed: RecentTensors[tuple[Tensor, SharedInput, Tensor]] = RecentTensors()
         self._residuals = ResidualNorms()
         self._sums: RecentTensors[NarrowGradient] = RecentTensors()
-        # Of the results of `rotary`: of which call, and whether it is k.
+        # For a result of `rotary`: its call, and whether it is k.
         self._rotated: RecentTensors[tuple[Rotation, bool]] = RecentTensors()
 
     def handle(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -66,8 +66,8 @@ def _is_compiled(module: nn.Module) -> bool:
 def without_cache(model: nn.Module) -> dict[str, bool]:
     """Options with which the model's forward keeps no keys and values, of use for generation only.
 
-    PEFT's models hand options on to the model inside them. Of a model that hands them on otherwise
-    nobody knows which it takes; `caches.py` sees to those.
+    PEFT's models hand options on to the model inside them. Nobody knows which options a model takes
+    that hands them on otherwise; `caches.py` sees to those.
     """
     parameters = forward_parameters(model)
     model = getattr(model, "_orig_mod", model)

@@ -109,13 +109,13 @@ class _Lookups(PassMode):
             given = dict(zip(signature.names, args, strict=False)) | kwargs
             index, dim = given.get(signature.indices), given.get("dim", 0)
             table = given.get(signature.table)
-            # Of no dimension: the index into a table without rows is nobody's input.
+            # A table without dimensions has no rows, and its index is nobody's input.
             if isinstance(table, Tensor) and isinstance(index, Tensor) and table.ndim > 0:
                 self._check([(index, 0, table.shape[0 if dim is None else dim])])
         return func(*args, **kwargs)
 
     def _check(self, lookups: list[tuple[Tensor, int, int]]) -> None:
-        """Of an index, the least that it may be, and the end of the table."""
+        """lookups: an index, the least that it may be, and the end of the table."""
         for index, least, end in lookups:
             if index.numel() == 0 or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
                 continue  # what is captured ran before

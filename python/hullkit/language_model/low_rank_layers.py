@@ -191,7 +191,7 @@ def leave(shared: SharedInput, part: Part) -> None:
 
 
 def _versions(part: Part) -> list[int]:
-    """Of what is still read."""
+    """The versions of the tensors that are still read."""
     read = [part.d, part.adapted.a]
     if part.d_a is not None:
         read.append(part.x)

@@ -105,7 +105,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:
-        # Of what is left, autograd would not know that it cannot be differentiated again.
+        # Autograd would not know that a gradient that was left cannot be differentiated again.
         return _backward(ctx, d, None if torch.is_grad_enabled() else ctx.rotation)
 
 

@@ -214,7 +214,7 @@ class Same:
 
 
 def _fact(value: Any, room: list[int], depth: int = 0) -> Any:
-    """Of a value. Deep containers, and what no room is left for, count as the objects they are."""
+    """A value's part of `facts`. Deep containers, and those without room, count as objects."""
     kind = type(value)  # an object may tell another class
     if kind in _PLAIN:
         return kind, value

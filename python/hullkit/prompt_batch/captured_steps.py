@@ -57,13 +57,13 @@ def generate(model: Any, ids: Tensor, **options: Any) -> Any:
 
 
 def positions(ids: Tensor, options: dict[str, Any]) -> int:
-    """Of a static cache, in all rows."""
+    """The positions of a static cache, over all rows."""
     most: int = options["max_new_tokens"]
     return len(ids) * (ids.shape[-1] + most)
 
 
 class CapturedSteps:
-    """Of a model in a batch.
+    """The steps of `generate` of a batch's model, as CUDA graphs.
 
     layers: modules whose forwards the batch replaces.
     memory: of captures, its own; None where nothing is captured.

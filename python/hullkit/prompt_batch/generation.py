@@ -24,7 +24,7 @@ _SETTINGS = {
 _OPTIONS = FACTORS | {
     "do_sample", "eos_token_id", "max_new_tokens", "min_new_tokens", "pad_token_id",
 }  # fmt: skip
-# Of the `difference` of logits that should be the same. Neither is derived from a model.
+# Bounds of the `difference` of logits that should be the same. Neither is derived from a model.
 _BOUND, _BOUND_OF_HALVES = 1e-2, 0.1
 
 
@@ -79,7 +79,7 @@ class _Idle:
 
 
 class Continuations:
-    """Of a batch's slots.
+    """How the slots of a batch continue their prompts, several in one call where that is right.
 
     most: prompts of a call, fewer after one for which there was no memory, and one where a cache
     mixes rows.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 _TOKENS = 64  # of the text that is tried
-# Of the `difference` of logits that should be the same. Whatever mixes rows or looks ahead moves
-# them by a part of their size that does not depend on the dtype. None is derived from a model.
-# Inputs of two shapes may run through other kernels, whose rounding differs. Of one shape only
-# experts' may, as they get other tokens.
+# Bounds of the `difference` of logits that should be the same. Whatever mixes rows or looks ahead
+# moves them by a part of their size that does not depend on the dtype. No bound is derived from a
+# model. Inputs of two shapes may run through other kernels, whose rounding differs. Inputs of one
+# shape do so in experts alone, which get other tokens.
 _BOUND, _BOUND_OF_HALVES, _OF_ONE_SHAPE = 1e-3, 0.1, 1e-2
 
 Logits = Callable[[Tensor], Tensor]  # of ids (R, T): (R, T, V), the model's own
@@ -152,8 +152,10 @@ def _others(text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def difference(logits: Tensor, other: Tensor, dtype: torch.dtype) -> float:
-    """Of logits (..., V) less each token's mean, which no loss or choice depends on; relative, of
-    all together. The rounding of the logits to `dtype`, which an offset makes large, is none.
+    """How far logits (..., V) are from others, relative to the size of all together.
+
+    Each token's mean is taken off first, since no loss or choice depends on it. Rounding of the
+    logits to `dtype`, which an offset makes large, counts as no difference.
     """
     rounding = torch.finfo(dtype).eps * logits.double().norm()
     logits, other = (t.double() - t.double().mean(-1, keepdim=True) for t in (logits, other))

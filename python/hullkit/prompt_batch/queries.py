@@ -203,7 +203,7 @@ def _length(options: dict[str, Any], configs: list[Any]) -> tuple[str, int | Non
 
 
 def _configs(model: nn.Module, options: dict[str, Any]) -> list[Any]:
-    """Of `generate`: that among the options, and the model's."""
+    """The configurations that `generate` reads: that among the options, and the model's."""
     found = (options.get("generation_config"), getattr(model, "generation_config", None))
     return [config for config in found if config is not None]
 
@@ -215,7 +215,7 @@ def _setting(name: str, options: dict[str, Any], configs: list[Any]) -> Any:
 
 
 def _tokens(out: Any) -> Tensor:
-    """Of what `generate` returns, also where `return_dict_in_generate` is set."""
+    """The tokens that `generate` returns, also where `return_dict_in_generate` is set."""
     tokens: Tensor = out if isinstance(out, Tensor) else out.sequences
     return tokens
 

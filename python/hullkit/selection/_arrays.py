@@ -104,7 +104,7 @@ def refuse_mask(name: str, value: Any) -> None:
 
 
 def to_numpy(name: str, value: Any, dtype: Any = None) -> Any:
-    """`numpy.asarray`, which forgets masks, for what has none. Of bfloat16 it is in float32."""
+    """`numpy.asarray`, which forgets masks, for what has none. bfloat16 becomes float32."""
     refuse_mask(name, value)
     if isinstance(value, Tensor) and value.dtype is torch.bfloat16:
         value = value.detach().float()
