@@ -3,12 +3,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .._checks import check_betas, check_choice, check_finite, check_int
 from ..language_model.loss import PRECISIONS
 from .activations import CHOICES
 from .rounding import ROUNDINGS
+
+
+def one_of(name: str, choices: tuple[Any, ...]) -> Callable[[Any], Any]:
+    """A check of one argument: it returns the value, or raises ValueError."""
+
+    def check(value: Any) -> Any:
+        check_choice(name, value, choices)
+        return value
+
+    return check
+
+
+# Each argument of finetuning by its name: what checks it, and returns it as a plain number.
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "lr": lambda value: check_finite("lr", value),
+    "refresh_interval": lambda value: check_int("refresh_interval", value, 1),
+    "mode": one_of("mode", ("reuse", "accumulate")),
+    "betas": check_betas,
+    "eps": lambda value: check_finite("eps", value),
+    "precision": one_of("precision", PRECISIONS),
+    "capture": one_of("capture", (None, True, False)),
+    "compile": one_of("compile", (True, False)),
+    "snapshot": one_of("snapshot", ("device", "host")),
+    "rounding": one_of("rounding", ROUNDINGS),
+    "seed": lambda value: check_int("seed", value, 0, (1 << 63) - 1),
+    "fuse": one_of("fuse", (True, False)),
+    "activations": one_of("activations", CHOICES),
+}
 
 
 class Settings(NamedTuple):
@@ -29,27 +58,15 @@ class Settings(NamedTuple):
     activations: str
 
     def checked(self) -> Settings:
-        """The same with numbers as floats. Raises TypeError, ValueError: a bad one, named."""
-        lr = check_finite("lr", self.lr)
-        check_int("refresh_interval", self.refresh_interval, 1)
-        check_choice("mode", self.mode, ("reuse", "accumulate"))
-        betas = check_betas(self.betas)
-        eps = check_finite("eps", self.eps)
-        check_choice("precision", self.precision, PRECISIONS)
-        check_choice("snapshot", self.snapshot, ("device", "host"))
-        check_choice("rounding", self.rounding, ROUNDINGS)
-        check_choice("capture", self.capture, (None, True, False))
-        check_choice("compile", self.compile, (True, False))
-        check_choice("fuse", self.fuse, (True, False))
-        check_choice("activations", self.activations, CHOICES)
-        check_int("seed", self.seed, 0, (1 << 63) - 1)
-        if self.compile and self.activations == "recompute":
+        """The same with plain numbers. Raises TypeError, ValueError: a bad one, named."""
+        own = Settings(**{name: CHECKS[name](value) for name, value in self._asdict().items()})
+        if own.compile and own.activations == "recompute":
             raise ValueError(
                 "activations: expected 'auto' or 'keep' for compile=True, got 'recompute'"
             )
-        if self.capture and self.mode == "accumulate":
+        if own.capture and own.mode == "accumulate":
             raise ValueError("capture: expected None or False for mode='accumulate', got True")
-        return self._replace(lr=lr, betas=betas, eps=eps)
+        return own
 
     @property
     def of_loss(self) -> tuple[Any, ...]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .._checks import check_betas, check_choice, check_finite, check_int, check_positive
-from ..language_model.loss import PRECISIONS
+from .._checks import check_int, check_positive
+from ..finetune.settings import CHECKS, one_of
 
 
 class BatchArguments:
@@ -42,25 +42,10 @@ class BatchArguments:
         super().__setattr__(name, value if check is None else check(value))
 
 
-def _one_of(name: str, choices: tuple[Any, ...]) -> Any:
-    def check(value: Any) -> Any:
-        check_choice(name, value, choices)
-        return value
-
-    return check
-
-
 _OF_SLOTS = BatchArguments.__annotations__.keys() - {"lr", "seed"}
 # `memory`, `target` and `backend` are checked with the model's layers and their device.
-_CHECKS = {
+_CHECKS = {name: CHECKS[name] for name in CHECKS.keys() & BatchArguments.__annotations__.keys()} | {
     "rank": lambda value: check_int("rank", value, 1),
     "alpha": lambda value: check_positive("alpha", value),
-    "rslora": _one_of("rslora", (True, False)),
-    "lr": lambda value: check_finite("lr", value),
-    "refresh_interval": lambda value: check_int("refresh_interval", value, 1),
-    "betas": check_betas,
-    "eps": lambda value: check_finite("eps", value),
-    "precision": _one_of("precision", PRECISIONS),
-    "capture": _one_of("capture", (None, True, False)),
-    "seed": lambda value: check_int("seed", value, 0, (1 << 63) - 1),
+    "rslora": one_of("rslora", (True, False)),
 }
