@@ -12,8 +12,8 @@ import hullkit
 import numpy as np
 import pytest
 import torch
+from hullkit._arrays import tensor_of
 from hullkit.interop import activeft, hullft
-from hullkit.selection._arrays import tensor_of
 from torch import Tensor
 
 

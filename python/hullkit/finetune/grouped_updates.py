@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._tensors import HALVES, same_layout
 from ..language_model.products import WeightProducts
 from ..optim import _kernels
 from ..optim._products import (
@@ -27,7 +28,6 @@ from ..optim._record import (
     AdamOptions,
     ProductFactors,
 )
-from ..optim._tensor_table import HALVES, same_layout
 from .base_weights import Weights
 from .capture_memory import Gradient, update_stream
 from .rounding import moment_dtype

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..optim._tensor_table import HALVES
+from .._tensors import HALVES
 from ..optim.adam import Adam
 
 ROUNDINGS = ("stochastic", "nearest")

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from .._arrays import refuse_mask
 from .._checks import check_below_2_63, check_int
-from ..selection._arrays import refuse_mask
 
 _MOST_PASSES = 1 << 20  # more are a mistake, and a list of them would fill the memory
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .._arrays import tensor_of, to_numpy
 from .._checks import check_floating, check_int
-from ..selection._arrays import tensor_of, to_numpy
 
 
 def floating(name: str, array: Any) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from .._checks import check_choice
+from .._tensors import HALVES
 from ..finetune import TestTimeFinetuner
 from ..language_model.interface import IGNORED, without_cache
 from ..language_model.pass_copies import PassCopies, narrowed_tensors
 from ..optim import Adam
-from ..optim._tensor_table import HALVES
 from ._arguments import integer
 
 METHODS = ("standard", "gradient_refresh", "sift_global_refresh", "sift_consecutive_refresh")

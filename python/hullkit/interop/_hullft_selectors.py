@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._arrays import to_numpy
 from ..selection import frank_wolfe, knn, sift
-from ..selection._arrays import to_numpy
 from ._arguments import callers_names, floating, integer
 from .activeft import sift_values
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._arrays import to_numpy
 from ..selection import sift
-from ..selection._arrays import to_numpy
 from ._arguments import callers_names, check_index, integer, reconstructed
 
 __all__ = ["RetrievalTime", "Retriever"]

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._arrays import is_array, tensor_of, to_numpy
 from .._checks import check_floating, check_int
 from ..selection import Multiset
 from ..selection import select as select_rows
-from ..selection._arrays import is_array, tensor_of, to_numpy
 from ._arguments import check_index, floating, reconstructed, renamed
 
 __all__ = ["Texts", "search", "select"]

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._arrays import to_numpy
 from .._checks import check_below_2_63
 from ..selection import apportion, round_multiplicities
-from ..selection._arrays import to_numpy
 from ._arguments import callers_names, floating, integer
 from ._hullft_finetune import finetune_on_texts, finetune_with_approach, release
 from ._hullft_selectors import FWSelector, KNNSelector, SIFTSelector

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._tensors import uses_triton
 from ..optim import _kernels
-from ..optim._tensor_table import uses_triton
 from .interface import IGNORED, at_least_float32
 from .products import add_product, widens
 

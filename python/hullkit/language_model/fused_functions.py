@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._tensors import HALVES, uses_triton
 from ..native.torch_private import is_transformed
-from ..optim._tensor_table import HALVES, uses_triton
 from . import short_attention
 from .adapted_layers import AdaptedLayers
 from .gates import gated

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..optim._tensor_table import HALVES
+from .._tensors import HALVES
 from .fused_functions import ACTIVATIONS
 from .trials import column, random_linear, random_tensor, trial
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..optim._tensor_table import uses_triton
+from .._tensors import uses_triton
 
 MOST_LAYERS = 3  # that read the same x, which a kernel has places for
 _LARGEST_RANK = 64  # of the kernels

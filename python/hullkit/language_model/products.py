@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..optim._tensor_table import HALVES, uses_triton
+from .._tensors import HALVES, uses_triton
 from .one_backward import OneBackward
 from .recent_tensors import RecentTensors, has_hooks
 

@@ -10,16 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._tensors import DTYPES, is_dense, same_layout, uses_triton
 from ._layouts import Layouts, address, check_plain, layouts, whereabouts
 from ._record import StepOptions, is_fresh
-from ._tensor_table import (
-    DTYPES,
-    TensorTable,
-    check_disjoint,
-    is_dense,
-    same_layout,
-    uses_triton,
-)
+from ._tensor_table import TensorTable, check_disjoint
 
 Params = list[Tensor]
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._tensors import HALVES
 from ..native import kernels
 from ._record import ProductFactors
-from ._tensor_table import HALVES, TensorTable
+from ._tensor_table import TensorTable
 
 # Elements of a matrix. Passes of smaller ones do not fill a GPU: they lose less to updates on half
 # of the processors, which take longer, beside them. (H100: GPT-2 and SmolLM2-135M gain by it,

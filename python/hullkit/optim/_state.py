@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_tensor
-from ._tensor_table import same_layout
+from .._tensors import same_layout
 
 State = tuple[list[Tensor | None], bool]
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._tensors import uses_triton
 from ._buckets import (
     Bucket,
     CheckedParams,
@@ -22,7 +23,7 @@ from ._buckets import (
 from ._layouts import StateLayouts, address, state_layouts, torch_swaps
 from ._record import TensorRow, flags_of
 from ._state import are_among, own_values
-from ._tensor_table import TensorTable, uses_triton
+from ._tensor_table import TensorTable
 
 
 class TabledOptimizer(torch.optim.Optimizer):

@@ -14,18 +14,11 @@ import torch
 from torch import Tensor
 
 from .._checks import bytes_reached, check_tensor, has_memory
+from .._tensors import DTYPES, check_backend, is_dense, same_layout, uses_triton
 from . import _kernels
 from ._layouts import address, address_or_none, check_plain, layouts, torch_swaps
 from ._record import AccumulateOptions, TensorRow
-from ._tensor_table import (
-    DTYPES,
-    TensorTable,
-    check_backend,
-    check_disjoint,
-    is_dense,
-    same_layout,
-    uses_triton,
-)
+from ._tensor_table import TensorTable, check_disjoint
 from ._watched import untraced
 
 Key = tuple[Any, ...]

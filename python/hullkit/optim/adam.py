@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_int, check_tensor
+from .._tensors import HALVES
 from . import _kernels
 from ._buckets import Bucket
 from ._fused import FusedOptimizer
 from ._record import AdamOptions
 from ._state import State, state_like
-from ._tensor_table import HALVES
 
 # Torch's own argument is younger than the oldest torch supported.
 _TORCH_DECOUPLES = "decoupled_weight_decay" in signature(torch.optim.Adam).parameters

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optim._tensor_table import uses_triton
+from .._tensors import uses_triton
 from .layers import Layer
 
 _ALIGNED = 64  # elements: where a factor begins

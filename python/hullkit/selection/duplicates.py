@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._arrays import takes_arrays
 from .._checks import check_device, check_floating, check_number
 from ..native import operators
 from ..reference import batched
-from ._arrays import takes_arrays
 from ._problem import check_pool_query
 
 operators.check_arguments("duplicates", "pool", "lengths", "candidates", "eps", "representatives")

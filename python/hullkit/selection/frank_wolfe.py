@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._arrays import takes_arrays
 from .._checks import CAP_SLACK, check_choice, check_device, check_int, check_number
 from ..native import operators
 from ..native.kernels import VARIANTS
 from ..reference import batched
-from ._arrays import takes_arrays
 from ._problem import Problem, check_pool_query
 from .results import FrankWolfeResult
 

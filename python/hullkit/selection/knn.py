@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arrays import takes_arrays
 from .._checks import check_device, check_int
 from ..native import operators
 from ..reference import batched
-from ._arrays import takes_arrays
 from ._problem import Problem, check_pool_query
 from .results import KNNResult
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .._arrays import takes_arrays
 from .._checks import (
     check_cap,
     check_device,
@@ -18,7 +19,6 @@ from .._checks import (
 )
 from ..native import operators
 from ..reference import batched
-from ._arrays import takes_arrays
 from ._problem import check_pool_query
 from .apportion import as_float64
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._arrays import takes_arrays
 from .._checks import (
     MAX_TOTAL,
     as_int64,
@@ -23,7 +24,6 @@ from .._checks import (
 )
 from ..native import operators
 from ..reference import batched, ladder
-from ._arrays import takes_arrays
 from ._problem import Problem, check_pool_query
 from .duplicates import check_eps, duplicates
 from .frank_wolfe import FrankWolfeOptions, frank_wolfe_options

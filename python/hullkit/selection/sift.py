@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._arrays import takes_arrays
 from .._checks import check_cap, check_device, check_positive, check_total
 from ..native import operators
 from ..reference import batched
-from ._arrays import takes_arrays
 from ._problem import Problem, check_pool_query
 from .results import SIFTResult
 
