@@ -308,19 +308,6 @@ def test_weights_that_changed_are_read_anew(inference: bool) -> None:
             assert torch.equal(batch(ids), other(ids))
 
 
-def test_graphs_of_other_tensors_are_dropped() -> None:
-    model = llama().to(DEVICE)
-    batch = batch_of(model, 1)
-    batch._begin()
-    known: Any = batch._passes._graphs
-    known[32] = None
-    batch._begin()
-    assert known
-    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
-    batch._begin()
-    assert not known
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("assign", [False, True])
 def test_captured_passes_read_weights_that_were_loaded(assign: bool) -> None:

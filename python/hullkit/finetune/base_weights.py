@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import bytes_reached, has_memory
+from .._tensors import DTYPES, HALVES, is_dense
 from ..language_model.fused_modules import fused_head_weight
 from ..language_model.loss import CausalLoss
 from ..language_model.pass_copies import PassCopies, autocast_weights, narrowed_tensors
 from ..native.torch_private import foreach_copy_, foreach_zero_
 from ..optim import _kernels
 from ..optim._record import NUM_OPTIONS, AdamOptions, TensorRow, flags_of
-from ..optim._tensor_table import DTYPES, HALVES, TensorTable, check_disjoint, is_dense
+from ..optim._tensor_table import TensorTable, check_disjoint
+from .capture_memory import NotCapturable
 from .rounding import Rounding, moment_dtype
 
 
@@ -23,10 +25,6 @@ def adam_options(lr: float, betas: tuple[float, float], eps: float) -> AdamOptio
     """The options of a record for `triton_kernels/adam.py`, without weight decay or clipping."""
     logs = (_kernels.log2(betas[0]), _kernels.log2(betas[1]))
     return AdamOptions(lr, *betas, *logs, eps)
-
-
-class NotCapturable(Exception):
-    """A model's passes cannot be recorded; the message says why."""
 
 
 class Weights:

@@ -24,10 +24,13 @@ from ..optim._products import is_product
 from .activations import ActivationPlan, ActivationsTooLarge
 from .padding import Inputs
 
-MAX_GRAPHS = 32  # of one model; the one that was used longest ago makes room
 # The part of a device that is left for gradients, workspaces and what others need.
 _MARGIN = 1 / 16
 _COMPILED_WARMUPS = 2  # the first compiles, the second tunes
+
+
+class NotCapturable(Exception):
+    """A model's passes cannot be recorded; the message says why."""
 
 
 class CaptureMemory:

@@ -1,34 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes as CUDA graphs: recorded once for each shape of an example, and replayed.
+"""A query's passes as CUDA graphs, one for each shape of an example.
 
 A pass records its updates too, group by group, beside its backward half.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..language_model.experts import without_questions
-from ..language_model.host_constants import HostConstants
 from ..language_model.interface import longest_padded
 from ..language_model.loss import CausalLoss
 from ..language_model.saved_tensors import Saved
 from ..optim._record import AdamOptions
 from .activations import ActivationPlan
-from .base_weights import NotCapturable, Weights, pass_copies
-from .capture_memory import MAX_GRAPHS, CaptureMemory, hooks, warm_up
+from .base_weights import Weights, pass_copies
+from .capture_memory import CaptureMemory, hooks, warm_up
 from .grouped_updates import GroupedUpdates
 from .padding import Inputs, Padding
+from .recorded_passes import RecordedPasses, Recording
 from .rounding import Rounding
 from .schedule import Reuse
-from .snapshot import Attributes
 
-Shape = tuple[tuple[str, torch.Size, torch.dtype], ...]
+MAX_GRAPHS = 32  # of one model; the one that was used longest ago makes room
 # Where at most one in so many elements of a model is trained, all gradients may exist together.
 _SMALL_PART = 16
 
@@ -61,8 +58,7 @@ class CapturedPasses:
         self._padding = Padding(longest_padded(model), self._plain_loss)
         self._memory = CaptureMemory(self.weights.device)
         self.plan = activations
-        self._passes: OrderedDict[Shape, _Pass] = OrderedDict()
-        self._plain = True  # until the forward pass as it is could not be recorded
+        self._passes = RecordedPasses[_Pass](model, self._memory, MAX_GRAPHS)
 
     def fits(self, model_tensors: list[Tensor]) -> bool:
         """Whether the graphs still read and write these tensors of the model."""
@@ -71,7 +67,8 @@ class CapturedPasses:
     @property
     def lengths(self) -> list[int]:
         """The lengths of recorded passes of token ids and labels alone, the shortest first."""
-        plain = (dict((name, size) for name, size, _ in shape) for shape in self._passes)
+        shapes: Any = self._passes
+        plain = (dict((name, size) for name, size, _ in shape) for shape in shapes)
         return sorted(
             {sizes["input_ids"][1] for sizes in plain if sizes.keys() == {"input_ids", "labels"}}
         )
@@ -87,8 +84,7 @@ class CapturedPasses:
         """
         self.copies.refresh()
         if most_steps > self._capacity:
-            self._passes.clear()
-            self._memory.renew()
+            self._passes.release()
             self._capacity = 1 << (most_steps - 1).bit_length()
         # The longest comes first: the passes of the others fit into its memory.
         by_size = sorted(examples, key=lambda i: -examples[i]["input_ids"].numel())
@@ -100,53 +96,22 @@ class CapturedPasses:
         device = self.weights.device
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
         shape = tuple((name, t.shape, t.dtype) for name, t in inputs.items())
-        known = self._passes.get(shape)
-        if known is None:
-            while len(self._passes) >= MAX_GRAPHS:
-                self._passes.popitem(last=False)
-            known = self._passes[shape] = self._record(inputs)
-        self._passes.move_to_end(shape)
-        return known, inputs
+
+        def record(recording: Recording) -> _Pass:
+            with self.copies.in_place():
+                return _Pass(self, inputs, recording)
+
+        loss_of = self._loss_of
+        recorded = self._passes.of(
+            shape, record, constants=not loss_of.compiled, experts=loss_of.fuses
+        )
+        return recorded, inputs
 
     def _plain_loss(self, inputs: Inputs) -> float:
         # With autocast the copies stand for its casts; the plain model runs without autocast.
         own = nullcontext() if self._loss_of.autocast else self.copies.in_place()
         with torch.no_grad(), self._memory.apart(), own:
             return self._loss_of.plain(inputs).double().item()
-
-    def _record(self, inputs: Inputs) -> _Pass:
-        slots = [dict(m._buffers) for m in self._model.modules()]
-        recorded, reason = self._attempt(inputs, None) if self._plain else (None, "")
-        if recorded is None and not self._loss_of.compiled:
-            # Watching every operation has a cost: only models that need it pay.
-            own = (*self._model.parameters(), *self._model.buffers())
-            constants = HostConstants(self.weights.device, own)
-            recorded, reason = self._attempt(inputs, constants)
-            self._plain = recorded is None
-        if recorded is None:
-            raise NotCapturable(reason)
-        for was, module in zip(slots, self._model.modules(), strict=True):
-            if [*map(id, was.values())] != [*map(id, module._buffers.values())]:
-                raise NotCapturable("forward replaces a buffer instead of writing to it")
-        return recorded
-
-    def _attempt(self, inputs: Inputs, constants: HostConstants | None) -> tuple[_Pass | None, str]:
-        """A recorded pass, or why there is none. With constants experts ask no questions."""
-        static = constants is not None and self._loss_of.fuses
-        experts = without_questions(self._model) if static else nullcontext(())
-        try:
-            with self._memory.apart(), self.copies.in_place(), experts as names:
-                recorded = _Pass(self, inputs, constants)
-                recorded.fused = tuple(sorted((*recorded.fused, *names)))
-                return recorded, ""
-        except BaseException as error:
-            self._memory.renew()
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            if isinstance(error, TimeoutError) or not isinstance(error, Exception):
-                raise  # a signal's
-            # The error is not kept: its frames hold tensors, which hold memory of the stream.
-            return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 
     def run(
         self, passes: dict[int, tuple[_Pass, Inputs]], schedule: list[Reuse], options: AdamOptions
@@ -164,22 +129,17 @@ class CapturedPasses:
 class _Pass:
     """One graph: forward pass, backward pass, and each group's updates when its gradients exist."""
 
-    def __init__(
-        self, owner: CapturedPasses, inputs: Inputs, constants: HostConstants | None
-    ) -> None:
+    def __init__(self, owner: CapturedPasses, inputs: Inputs, recording: Recording) -> None:
         parameters = owner.weights.parameters
-        self._constants = constants
-        noted, served = (constants.noted, constants.served) if constants else (nullcontext,) * 2
+        self._recording = recording
         # The graph reads these at every replay and does not keep them alive; this object does.
         self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self._result = torch.zeros(2, dtype=torch.float64, device=owner.weights.device)
         order, held = warm_up(
-            owner._model, parameters, owner._loss_of, self._inputs, owner.copies, owner._memory,
-            owner.plan, noted,
+            owner._model, parameters, owner._loss_of, self._inputs, owner.copies, recording.memory,
+            owner.plan, recording.noted,
         )  # fmt: skip
         self.recomputes = owner.plan.recomputes(self._inputs)
-        # A model may replace a tensor that it keeps as an attribute; the graph reads the old one.
-        self._tables = Attributes(list(owner._model.modules())).tensors
         trained = sum(parameter.numel() for parameter in order)
         together = _SMALL_PART * trained <= sum(p.numel() for p in owner._model.parameters())
         self.updates = GroupedUpdates(owner.weights, order, owner._capacity, together)
@@ -187,7 +147,7 @@ class _Pass:
         def recorded() -> None:
             try:
                 self.updates.begin()
-                with hooks(parameters, self.updates.ready), served():
+                with hooks(parameters, self.updates.ready), recording.served():
                     loss = owner._loss_of(
                         self._inputs, Saved(), owner.copies,
                         recompute=self.recomputes, products=self.updates,
@@ -201,9 +161,9 @@ class _Pass:
                     self.updates.join()
 
         try:
-            self._graph = owner._memory.record(held, recorded)
+            self._graph = recording.graph(held, recorded)
             self.updates.set_gradients()
-            self.fused = owner._loss_of.fused
+            self.fused = tuple(sorted((*owner._loss_of.fused, *recording.replaced)))
         finally:
             for parameter in parameters:
                 parameter.grad = None  # its memory stays in the graph's pool

@@ -9,15 +9,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .._tensors import DTYPES, is_dense, sharing_memory
 from ..language_model.lookups import KnownIndices
 from ..language_model.loss import CausalLoss
 from ..language_model.own_loss import check_own_labels
 from ..language_model.pass_copies import PassCopies, narrowed_tensors
 from ..language_model.product_settings import matmul_precision
-from ..optim._tensor_table import DTYPES, is_dense, sharing_memory
 from . import eager_passes
 from .activations import ActivationPlan
-from .base_weights import NotCapturable, Weights, adam_options
+from .base_weights import Weights, adam_options
+from .capture_memory import NotCapturable
 from .captured_passes import CapturedPasses
 from .frozen_writes import check_rescaled
 from .padding import Inputs

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,11 @@ def device_of(model: nn.Module, default: Tensor) -> torch.device:
     """
     here = (p.device for p in model.parameters() if not p.is_meta)
     return next(here, default.device)
+
+
+def trial(device: torch.device) -> AbstractContextManager[None]:
+    """A block for a forward that only shows something: later random numbers are as without it."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .interface import MODEL_ERRORS, device_of
+from .interface import MODEL_ERRORS, device_of, trial
 from .pass_modes import PassMode
 
 _MASKS = (torch.bool, torch.uint8)
@@ -74,11 +74,10 @@ class KnownIndices:
         if not new:
             return False
         lookups = _Lookups({f"{name}[{key!r}]": value for key, value in found.items()})
-        device = device_of(self._model, inputs["input_ids"])
-        devices = [device] if device.type == "cuda" else []
+        apart = trial(device_of(self._model, inputs["input_ids"]))
         complete = False
         # Another error is that of the pass, which comes next and knows what to do about it.
-        with suppress(*MODEL_ERRORS), torch.no_grad(), torch.random.fork_rng(devices), lookups:
+        with suppress(*MODEL_ERRORS), torch.no_grad(), apart, lookups:
             run(dict(inputs))
             complete = True
         if lookups.refused is not None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .interface import IGNORED, MODEL_ERRORS, at_least_float32, logits_of
+from .interface import IGNORED, MODEL_ERRORS, at_least_float32, logits_of, trial
 
 _ROWS = 256  # of logits that are widened at a time
 
@@ -52,7 +52,7 @@ def scores_first_label(call: Callable[[Tensor], Any], ids: Tensor) -> bool | Non
     labels = torch.full_like(ids, IGNORED)
     labels[:, 0] = ids[:, 0]
     try:
-        with torch.no_grad(), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+        with torch.no_grad(), trial(ids.device):
             output = call(labels)
     except torch.OutOfMemoryError:
         raise
@@ -93,7 +93,7 @@ def sees_later_tokens(call: Callable[[Tensor], Any], ids: Tensor) -> bool:
     found = []
     for part in (ids.clone(), changed):
         # Each block puts the state of random numbers back, so that the second begins as the first.
-        with torch.no_grad(), torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+        with torch.no_grad(), trial(ids.device):
             found.append(logits_of_tokens(call(part), ids)[0, :-1])
     one, other = found
     bound = 1e-4 if _is_wide(one) else 0.02

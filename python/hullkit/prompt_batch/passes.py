@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from traceback import clear_frames
@@ -15,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..finetune.capture_memory import CaptureMemory, HeldTensors, with_gaps
+from ..finetune.capture_memory import CaptureMemory, HeldTensors, NotCapturable, with_gaps
+from ..finetune.recorded_passes import RecordedPasses, Recording
 from ..language_model.cross_entropy import (
     linear_next_token_losses,
     next_token_losses,
     plain_next_token_loss,
 )
-from ..language_model.experts import without_questions
 from ..language_model.fused_modules import fused_head_weight, stand_ins
-from ..language_model.host_constants import HostConstants
-from ..language_model.interface import MODEL_ERRORS, logits_of, without_cache
+from ..language_model.interface import MODEL_ERRORS, logits_of, trial, without_cache
 from ..language_model.loss import CausalLoss
 from ..language_model.product_settings import autocast_of_pass, matmul_precision
 from ..language_model.products import SharedInputs
@@ -71,21 +69,20 @@ class SlotPasses:
         self._options = without_cache(model)
         self.stretched = [module for module in model.modules() if keeps_longest(module)]
         self._capture = capture
-        self._graphs: OrderedDict[int, _Graph] = OrderedDict()
         self._read: list[Any] = []  # the model's tensors when the graphs were recorded
-        self._plain = True  # until the forward pass as it is could not be recorded
         self._compared = False  # whether a text has shown the model's own loss
         self.path = "eager"
         self.left_out: tuple[str, ...] = ()  # layers that took no part in the latest pass
         if capture and self._device.type != "cuda":
             raise ValueError("capture: expected a model on a CUDA device for True, got a CPU")
-        self.captures = self._device.type == "cuda" and capture is not False
-        self.memory = CaptureMemory(self._device) if self.captures else None  # of graphs
+        self._graphs: RecordedPasses[_Graph] | None = None  # None: passes run eagerly
+        if self._device.type == "cuda" and capture is not False:
+            self._graphs = RecordedPasses(model, CaptureMemory(self._device), _MAX_GRAPHS)
 
     @property
     def shares(self) -> int:
         """Into how many parts memory is split: graphs keep one, and eager passes have one."""
-        return 2 if self.captures else 1
+        return 1 if self._graphs is None else 2
 
     def products(self) -> AbstractContextManager[None]:
         """A block in which products have the precision that was asked for."""
@@ -125,7 +122,7 @@ class SlotPasses:
             tokens, control = (t.clone() if t.is_inference() else t for t in (tokens, control))
             # A pass of some slots is a long one, which keeps the device busy without a graph.
             fits = self.apart or tokens.shape[1] == self._factors.slots
-            graph = self._graph(tokens) if fits and self.captures else None
+            graph = self._graph(tokens) if fits else None
             self.path = "eager" if graph is None else "captured"
             if graph is None:
                 losses = self.gradients(to_device(tokens, self._device), first)
@@ -157,10 +154,9 @@ class SlotPasses:
         self._compared = True
         ids = text[None, :_COMPARED].to(self._device)
         of_model = CausalLoss(self._model, "float32", compile=False, fuse=False)
-        generators = [self._device] if self._device.type == "cuda" else []
         try:
             own_modes = Borrowed(self._model, self.stretched)
-            with torch.no_grad(), torch.random.fork_rng(generators), own_modes:
+            with torch.no_grad(), trial(self._device), own_modes:
                 own = float(of_model.plain({"input_ids": ids, "labels": ids}))
                 logits = logits_of(self._model(ids, **self._options), ids)
             learned = float(plain_next_token_loss(logits, ids))
@@ -242,45 +238,22 @@ class SlotPasses:
         return losses
 
     def _graph(self, tokens: Tensor) -> _Graph | None:
-        length = tokens.shape[2]
-        known = self._graphs.get(length)
-        if known is None:
-            while len(self._graphs) >= _MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-            known, reason = self._attempt(tokens, None) if self._plain else (None, "")
-            if known is None:
-                own = (*self._model.parameters(), *self._model.buffers())
-                known, reason = self._attempt(tokens, HostConstants(self._device, own))
-                self._plain = known is None
-            if known is None:
-                if self._capture:
-                    raise RuntimeError(f"capture: expected a pass that can be recorded: {reason}")
-                warnings.warn(
-                    f"passes run eagerly, for one was not recorded: {reason}", stacklevel=5
-                )
-                self.captures = False
-                return None
-            self._graphs[length] = known
-        self._graphs.move_to_end(length)
-        return known
-
-    def _attempt(
-        self, tokens: Tensor, constants: HostConstants | None
-    ) -> tuple[_Graph | None, str]:
-        experts = nullcontext() if constants is None else without_questions(self._model)
-        memory = self.memory
-        assert memory is not None
+        if self._graphs is None:
+            return None
+        first = self._factors.slots if self._factors.spare else 0
         try:
-            with experts, memory.apart():
-                first = self._factors.slots if self._factors.spare else 0
-                return _Graph(self, tokens, first, memory, constants), ""
-        except BaseException as error:
-            memory.renew()
-            if isinstance(error, (torch.OutOfMemoryError, TimeoutError)):
-                raise  # the latter is a signal's
-            if not isinstance(error, Exception):
-                raise
-            return None, f"{type(error).__name__}: {error}".partition("\n")[0]
+            return self._graphs.of(
+                tokens.shape[2], lambda recording: _Graph(self, tokens, first, recording)
+            )
+        except NotCapturable as error:
+            if self._capture:
+                raise RuntimeError(
+                    f"capture: expected a pass that can be recorded: {error}"
+                ) from error
+            warnings.warn(f"passes run eagerly, for one was not recorded: {error}", stacklevel=5)
+            self.release()
+            self._graphs = None
+            return None
 
     def follow(self) -> None:
         """Takes the model as it is now. Graphs of other tensors than its present ones are freed.
@@ -296,9 +269,8 @@ class SlotPasses:
 
     def release(self) -> None:
         """Frees the graphs and their memory."""
-        self._graphs.clear()
-        if self.memory is not None:
-            self.memory.renew()
+        if self._graphs is not None:
+            self._graphs.release()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -306,26 +278,22 @@ class SlotPasses:
 class _Graph:
     """A captured pass of texts of one length, the first of them with the factors in row `first`."""
 
-    def __init__(
-        self, owner: SlotPasses, tokens: Tensor, first: int, memory: CaptureMemory,
-        constants: HostConstants | None,
-    ) -> None:  # fmt: skip
-        noted, served = (constants.noted, constants.served) if constants else (nullcontext,) * 2
-        self._constants = constants  # the graph reads its tensors
-        device = memory.stream.device
+    def __init__(self, owner: SlotPasses, tokens: Tensor, first: int, recording: Recording) -> None:
+        self._recording = recording
+        device = owner._device
         self._tokens = tokens.to(device)
         # Everything lazy is done before the capture.
-        held = HeldTensors(owner._model, memory.free(), None)
+        held = HeldTensors(owner._model, recording.memory.free(), None)
         with held.hooks():
-            owner.gradients(self._tokens, first, noted)
+            owner.gradients(self._tokens, first, recording.noted)
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
         def recorded() -> None:
-            self._losses = owner.gradients(self._tokens, first, served)
+            self._losses = owner.gradients(self._tokens, first, recording.served)
             self.left_out = owner._forwards.left_out
 
-        self._graph = memory.record(with_gaps(held.num_bytes), recorded)
+        self._graph = recording.graph(with_gaps(held.num_bytes), recorded)
 
     def replay(self, tokens: Tensor) -> Tensor:
         """The losses, which the next replay overwrites."""
