@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hullkit.finetune.capture_memory import CaptureMemory
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -67,3 +68,15 @@ def equal_bits(first: Any, second: Any) -> bool:
     if isinstance(first, tuple):
         return all(map(equal_bits, first, second))
     return first is second is None or torch.equal(first, second)
+
+
+def count_recordings(monkeypatch: Any) -> list[Any]:
+    """A list that gets an entry with every CUDA graph that a tuner or batch records from now on."""
+    record, recorded = CaptureMemory.record, []
+
+    def counted(*given: Any) -> Any:
+        recorded.append(None)
+        return record(*given)
+
+    monkeypatch.setattr(CaptureMemory, "record", counted)
+    return recorded

@@ -8,9 +8,9 @@ from typing import Any
 import hullkit
 import pytest
 import torch
+from _gpu import count_recordings
 from _models import VOCABULARY, llama
 from _prompts import batch_of, query
-from hullkit.finetune.capture_memory import CaptureMemory
 from torch import Tensor, nn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("one_thread")]
@@ -67,10 +67,7 @@ def test_a_graph_keeps_the_attributes_that_it_reads() -> None:
 
 
 def test_passes_are_recorded_again_for_other_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    record, recorded = CaptureMemory.record, []
-    monkeypatch.setattr(
-        CaptureMemory, "record", lambda *given: recorded.append(given) or record(*given)
-    )
+    recorded = count_recordings(monkeypatch)
     model = llama().to("cuda")
     batch = batch_of(model, 1, capture=True)
     batch.adapt_([query(0)])
