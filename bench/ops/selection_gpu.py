@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make bench-gpu`: selection on a CUDA device, every case checked against the CPU kernels first.
+"""`make bench-gpu`: selection on a CUDA device, every case checked first.
+
+`select` in float32 is checked against the CPU kernels, in bfloat16 by its residuals; `frank_wolfe`
+against the naive loop, `lmo` against torch's products, and runs over a corpus by their residuals
+and gaps, computed anew.
 
 Times are of whole calls, by CUDA events, back to back; bandwidths are bytes of the pool over time,
 against a device copy's bytes read and written over its time, in the same run.
@@ -131,7 +135,9 @@ def select_cases() -> dict[Case, list[float]]:
             chosen.indices[some], chosen.counts[some], chosen.rows[some], chosen.result
         )
         wrong = int((~agreement(first, oracle)).sum())
-        assert wrong <= 1, f"{wrong} of {len(oracle.counts)} prompts differ from the CPU's"
+        assert wrong <= len(oracle.counts) // 64, (
+            f"{wrong} of {len(oracle.counts)} prompts differ from the CPU's"
+        )
         assert (chosen.counts.sum(1) == TOTAL).all()
         shape = f"clustered B={batch} n={N} d={DIM} total={TOTAL}"
         times["select", "hullkit", "float32", shape] = timed(

@@ -54,7 +54,7 @@ class Signature : public ArgumentVisitor<Signature> {
   void output(const char* name, TensorView&) { add(std::string("Tensor(") + letter_++ + "!)", name); }
   template <typename Value>
   void option(const char* name, Value&) {
-    add(std::is_floating_point_v<Value> ? "float" : std::is_same_v<Value, bool> ? "bool" : "int", name);
+    add(std::is_floating_point_v<Value> ? "float" : "int", name);
   }
 
   std::string schema(const std::string& operation) const { return operation + "(" + list_ + ") -> ()"; }

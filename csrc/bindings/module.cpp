@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python face of the core: integers in, nothing out. Only this folder knows pybind11.
+// The Python face of the core. Only this folder knows pybind11.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

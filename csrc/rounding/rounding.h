@@ -43,8 +43,7 @@ class Rounding {
         total_(static_cast<double>(total)),
         max_multiplicity_(max_multiplicity),
         gram_(std::move(gram)),
-        products_(std::move(products)),
-        slope_(products_),
+        slope_(std::move(products)),
         diagonal_(size_),
         counts_(size_) {
     for (int64_t i = 0; i < size_; ++i) diagonal_[i] = gram_[i * (size_ + 1)];
@@ -153,7 +152,6 @@ class Rounding {
   double total_;
   int64_t max_multiplicity_;
   std::vector<double> gram_;      // [m, m]
-  std::vector<double> products_;  // [m] b
   std::vector<double> slope_;     // [m] h = G c - N b
   std::vector<double> diagonal_;  // [m] G_ii
   std::vector<int64_t> counts_;

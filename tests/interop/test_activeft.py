@@ -209,6 +209,19 @@ def test_ids_below_zero() -> None:
         np.testing.assert_array_equal(ours[2], others[2])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_prompt_without_candidates(device: str) -> None:
+    """A GPU marks its answer, which would name vectors of another prompt."""
+    coarse = faiss.IndexFlatL2(DIM)
+    index = faiss.IndexIVFFlat(coarse, DIM, 2)
+    centres = np.eye(2, DIM, dtype=np.float32)
+    index.train(np.repeat(centres, 50, axis=0))
+    index.add(np.repeat(centres[:1], 20, axis=0))  # the other list is empty
+    retriever = Retriever(index, also_query_opposite=False, device=device)
+    with pytest.raises(ValueError, match="index: expected at least one candidate.* in entry 1"):
+        retriever.batch_search(centres[:, None], 3, 5)
+
+
 def test_other_indices() -> None:
     """Distances instead of products; and cells with fewer vectors than K, which faiss pads."""
     rows = queries(300, 1, seed=5)[:, 0]

@@ -107,6 +107,17 @@ def test_batches_and_truncation(tokenizer: Any) -> None:
         torch.testing.assert_close(adapted[1][name], tensor, rtol=0, atol=1e-9)
 
 
+def test_batches_of_a_model_with_frozen_integers(tokenizer: Any) -> None:
+    """As layers of 4 and 8 bits have."""
+    model = _model("gpt2")
+    model.codes = torch.nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+    frozen = next(model.parameters()).requires_grad_(False)
+    before, others = frozen.clone(), _models.state(model)
+    hullft.finetune_on_texts(model, tokenizer, TEXTS, batch_size=2, max_length=24)
+    assert torch.equal(frozen, before)
+    assert any(not torch.equal(others[name], now) for name, now in model.state_dict().items())
+
+
 def test_one_text_is_no_sequence_of_texts(tokenizer: Any) -> None:
     with pytest.raises(TypeError, match="texts: expected a sequence of texts, got a str"):
         hullft.finetune_on_texts(_model("gpt2"), tokenizer, TEXTS[0])

@@ -171,7 +171,7 @@ def _finetune_in_place(
     # Batches of several texts, which a tuner does not take; each makes one update. Halves are
     # treated as there.
     options = without_cache(model)
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     halves = any(p.dtype in HALVES for p in parameters)
     optimizer = Adam(parameters, lr=lr, stochastic_rounding=halves)
     copies = PassCopies(narrowed_tensors(model))

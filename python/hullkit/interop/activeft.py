@@ -160,6 +160,12 @@ class Retriever:
                 candidates=torch.from_numpy(rows).to(self.device),
             )
         order = result.order.cpu().numpy()
+        broken = (order < 0).any(axis=1)
+        if broken.any():  # on a CPU `sift` has raised
+            raise ValueError(
+                "index: expected at least one candidate, and finite vectors, in entry "
+                f"{int(broken.argmax())}, got none or NaN or infinity"
+            )
         vectors = means[:, None] if mean_pooling else queries
         values = sift_values(result.variance.cpu().numpy(), vectors, self.fast)
         embeddings = pool[np.take_along_axis(rows, order, axis=1)]

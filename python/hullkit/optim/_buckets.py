@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._tensors import DTYPES, is_dense, same_layout, uses_triton
-from ._layouts import Layouts, address, check_plain, layouts, whereabouts
+from ._layouts import Layouts, address, check_memory, check_plain, layouts, whereabouts
 from ._record import StepOptions, is_fresh
 from ._tensor_table import TensorTable, check_disjoint
 
@@ -163,8 +163,10 @@ def check_params(groups: list[dict[str, Any]], backend: str | None) -> None:
 
 
 def check_options(group: dict[str, Any]) -> None:
-    """Refuses what the constructor refuses and what would make weights NaN, if a group has it
-    now."""
+    """Refuses NaN, and betas outside [0, 1), if a group has them now.
+
+    The rest that the constructor refuses, such as a negative lr, torch.optim takes from a group.
+    """
     for name in ("lr", "eps", "weight_decay", "momentum", "dampening"):
         value = group.get(name, 0.0)
         on_device = isinstance(value, Tensor) and value.device.type != "cpu"  # reading would wait
@@ -196,6 +198,7 @@ def check_grad(param: Tensor, grad: Tensor) -> None:
             f"{name}: expected that shape on {param.device}, got {tuple(grad.shape)} on "
             f"{grad.device}"
         )
+    check_memory(name, grad)
 
 
 def check_mapping(grads: Any) -> None:

@@ -110,7 +110,7 @@ class FusedOptimizer(TabledOptimizer):
 
         Args:
             closure: as in torch.optim; evaluated once.
-            num_steps: 1 <= k <= 2**24: so far torch's step counter, a float32, counts.
+            num_steps: 1 <= k <= 2**24. torch's step counter is a float32, which counts so far.
         Returns:
             The closure's value, or None.
         Raises:

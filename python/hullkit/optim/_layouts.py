@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._checks import bytes_reached, has_memory
 from ..native import kernels
 from ..native.torch_private import dlpack_exchange
 
@@ -47,7 +48,17 @@ def address(name: str, tensor: Tensor) -> int:
             f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__} of "
             f"shape {tuple(tensor.shape)} without"
         )
+    check_memory(name, tensor)
     return found
+
+
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Refuses elements behind the end of the storage, where kernels would find others'."""
+    if address_or_none(tensor) is not None and not has_memory(tensor):
+        raise ValueError(
+            f"{name}: expected a storage of at least {bytes_reached(tensor)} bytes, "
+            f"got {tensor.untyped_storage().nbytes()}"
+        )
 
 
 class Layouts(Protocol):

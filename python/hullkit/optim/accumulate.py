@@ -13,10 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import bytes_reached, check_tensor, has_memory
+from .._checks import check_tensor
 from .._tensors import DTYPES, check_backend, is_dense, same_layout, uses_triton
 from . import _kernels
-from ._layouts import address, address_or_none, check_plain, layouts, torch_swaps
+from ._layouts import (
+    address,
+    address_or_none,
+    check_memory,
+    check_plain,
+    layouts,
+    torch_swaps,
+)
 from ._record import AccumulateOptions, TensorRow
 from ._tensor_table import TensorTable, check_disjoint
 from ._watched import untraced
@@ -172,14 +179,8 @@ def _uniform(into: list[Tensor], grads: list[Tensor]) -> bool:
         and all(tensor.device == device for tensor in tensors)
         and list(map(Tensor.size, into)) == list(map(Tensor.size, grads))
         and all(map(Tensor.is_contiguous, tensors))
-        and not any(map(_is_cut, tensors))
         and not any(map(Tensor.is_neg, tensors))
     )
-
-
-def _is_cut(tensor: Tensor) -> bool:
-    """Whether there are elements behind the end of the storage."""
-    return address_or_none(tensor) is not None and not has_memory(tensor)
 
 
 def _check_pair(
@@ -188,11 +189,7 @@ def _check_pair(
     """The gradient, in the accumulator's layout; both like the first pair."""
     for name, tensor in (("into", into), ("grads", grad)):
         check_plain(f"{name}[{place}]", check_tensor(f"{name}[{place}]", tensor))
-        if _is_cut(tensor):
-            raise ValueError(
-                f"{name}[{place}]: expected a storage of at least {bytes_reached(tensor)} bytes, "
-                f"got {tensor.untyped_storage().nbytes()}"
-            )
+        check_memory(f"{name}[{place}]", tensor)
     device, dtype = first_into.device, first_grad.dtype
     if into.dtype is not torch.float32 or not is_dense(into):
         raise TypeError(

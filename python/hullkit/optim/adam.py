@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers that make several updates with one gradient, and weighted accumulation of gradients.
-
-`Adam`, `AdamW` and `SGD` take the arguments of torch.optim's and keep its state, under its names:
-`state_dict` goes either way. `step(num_steps=k)` makes k consecutive updates with the gradients at
-hand for the memory traffic of one, in one launch for all parameters of a group.
-"""
+"""Adam and AdamW with several updates for one gradient."""
 
 from __future__ import annotations
 

@@ -29,8 +29,9 @@ def apportion(weights: Tensor, total: int, *, backend: str | None = None) -> Ten
     Returns:
         counts int64 of the same shape.
     Raises:
-        TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf.
-            A CUDA call does not wait for values: there such an entry gets counts of -1 instead.
+        TypeError, ValueError: the argument, what was expected and what came; also for NaN, Inf,
+            weights whose sum overflows, and quotas that float64 cannot sum to total. A CUDA call
+            does not wait for values: there such an entry gets counts of -1 instead.
         NotImplementedError: the device has no kernels.
 
     >>> import hullkit, torch

@@ -58,7 +58,7 @@ def knn(
     tensor([0, 2])
 
     Numerics: as in :func:`hullkit.lmo`. Cost: its products, and a sort of k for each query; on CUDA
-    16 bytes of workspace for each candidate of a query, in chunks of at most 512 MiB.
+    16 bytes of workspace for each candidate of a query, in chunks of at most 512 MiB or 16 queries.
     """
     problem = check_pool_query(pool, query, lengths, candidates)
     check_device("knn", problem.pool, backend)

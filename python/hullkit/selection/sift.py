@@ -75,7 +75,7 @@ def sift(
             and for lengths or candidates out of range. A CUDA call does not wait for values: there
             such an entry gets order and indices -1 and variance NaN instead, and the others are
             right.
-        NotImplementedError: the device has no kernels, or n > 4096 on CUDA.
+        NotImplementedError: the device has no kernels, or n + m - 1 > 4096 on CUDA.
 
     >>> import hullkit, torch
     >>> hullkit.sift(torch.eye(3), torch.tensor([0.8, 0.6, 0.0]), total=3).order
