@@ -52,6 +52,7 @@ def test_any_denominator(simd: str) -> None:
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.filterwarnings("ignore:hullkit. moments of float16", "ignore:overflow encountered")
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # Triton 3.8's interpreter: 0 * inf
 def test_halves_of_gradients_whose_squares_overflow(
     dtype: torch.dtype, stochastic: bool, num_steps: int, way: Way
 ) -> None:
