@@ -273,16 +273,28 @@ def test_inner_blocks_of_two_threads_do_not_wait_for_each_other() -> None:
 
 def test_a_signal_ends_the_waiting() -> None:
     held, enough = threading.Event(), threading.Event()
+    waiting: list[bool] = []
 
-    thread = threading.Thread(target=holds_tf32, args=(held, enough))
+    def holds() -> None:
+        with matmul_precision("tf32"):
+            held.set()
+            while not (_someone_waits() or enough.wait(0.001)):
+                pass
+            waiting.append(_someone_waits())
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+            assert enough.wait(20.0)
+
+    thread = threading.Thread(target=holds)
     thread.start()
     held.wait(20.0)
     with raising(signal.SIGALRM, TimeoutError):
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-        with pytest.raises(TimeoutError):
-            TestTimeFinetuner(plain()).adapt_(texts(1), [1])
-    enough.set()
-    thread.join(20.0)
+        try:
+            with pytest.raises(TimeoutError):
+                TestTimeFinetuner(plain()).adapt_(texts(1), [1])
+        finally:
+            enough.set()
+            thread.join(20.0)
+    assert waiting == [True]
     assert torch.get_float32_matmul_precision() == "highest"
     in_threads(lambda: TestTimeFinetuner(plain()).adapt_(texts(1), [1]) and None)
 
