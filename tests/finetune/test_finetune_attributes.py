@@ -159,6 +159,14 @@ def test_what_is_not_the_models_own_stays() -> None:
     assert len(outputs) == 1
 
 
+class Untouchable(Tensor):
+    """Whoever asks for its values is told that it has none."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"no {function}")
+
+
 def test_tensors_of_all_kinds() -> None:
     """All are attached as before; values come back where a tensor has memory of its own."""
     model = with_memory()
@@ -166,7 +174,12 @@ def test_tensors_of_all_kinds() -> None:
     computed = model.head.weight * 2
     with torch.inference_mode():
         inferred = torch.zeros(3)
-    model.memory.others = [sparse, computed, torch.zeros(2, device="meta"), inferred]
+    freed = torch.zeros(1 << 20)
+    freed.untyped_storage().resize_(0)
+    wrapper = Untouchable._make_wrapper_subclass(Untouchable, (2,))  # type: ignore[attr-defined]
+    model.memory.others = [
+        sparse, computed, torch.zeros(2, device="meta"), inferred, freed, wrapper,
+    ]  # fmt: skip
     before = list(model.memory.others)
     with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), [1, 0, 0, 1]):
         model.memory.others[:] = []
@@ -205,6 +218,19 @@ def _put(container: Any) -> None:
         container["a"] = 1
     else:
         getattr(container, "add", getattr(container, "append", None))(1)
+
+
+@pytest.mark.parametrize("names", [("third", "second"), ("second", "first")])
+def test_an_ordered_dict_gets_its_names_back(names: tuple[str, str]) -> None:
+    """Its values are the same objects in the same order."""
+    model = with_memory()
+    ordered = model.memory.ordered = OrderedDict(first=1.0, second=1.0)
+    attributes = Attributes(list(model.modules()))
+    values = [*ordered.values()]
+    ordered.clear()
+    ordered.update(zip(names, values, strict=True))
+    attributes.restore()
+    assert [*ordered] == ["first", "second"]
 
 
 def test_counters_and_bytes() -> None:

@@ -218,3 +218,11 @@ def test_a_forward_that_somebody_replaces_between_queries() -> None:
     tuner.adapt_([{"input_ids": texts(1)[0], "scale": torch.tensor(2.0)}], [1])
     with pytest.raises(ValueError, match="expected inputs of the model's forward, got 'factor'"):
         tuner.adapted([{"input_ids": texts(1)[0], "factor": torch.tensor(2.0)}], [1])
+
+    def takes_any(input_ids: Tensor, **others: Tensor) -> Tensor:
+        return logits(input_ids, others["factor"])
+
+    model.forward = takes_any
+    model.load_state_dict(llama().state_dict())
+    found = tuner.adapt_([{"input_ids": texts(1)[0], "factor": torch.tensor(1.0)}], [1]).losses
+    assert found == pytest.approx(wanted)

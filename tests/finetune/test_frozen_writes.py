@@ -107,10 +107,11 @@ def test_adapters_are_merged_in_a_copy() -> None:
     model.merge_adapter()  # it is the user's again
 
 
-def rwkv() -> Any:
+def rwkv(rescale_every: int = 1) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 24}
-    config = RwkvConfig(vocab_size=VOCABULARY, num_hidden_layers=3, rescale_every=1, **sizes)
+    sizes |= {"vocab_size": VOCABULARY, "num_hidden_layers": 3}
+    config = RwkvConfig(rescale_every=rescale_every, **sizes)
     return RwkvForCausalLM(config).eval()
 
 
@@ -126,6 +127,14 @@ def test_rwkv_is_to_have_rescaled_its_weights() -> None:
         with tuner.adapted(texts(), COUNTS):
             pass
         assert not changed(model, before)
+
+
+def test_rwkv_without_rescaling_is_taken_as_it_is() -> None:
+    model = with_adapters(rwkv(rescale_every=0), ["key"])
+    before = values(model)
+    with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), COUNTS):
+        assert changed(model, before)
+    assert not changed(model, before)
 
 
 def test_rwkv_may_be_trained_as_a_whole() -> None:
