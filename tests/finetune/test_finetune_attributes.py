@@ -139,19 +139,22 @@ def test_adapt_in_place_keeps_it() -> None:
 
 
 def test_what_is_not_the_models_own_stays() -> None:
-    """Hooks have handles; other objects are kept, not looked into."""
+    """Hooks have handles, `compile` is the user's; other objects are kept, not looked into."""
 
     class Log:
         lines = 0
 
     model = with_memory()
     model.memory.log = log = Log()
+    model.unused = nn.Identity()
     outputs: list[Tensor] = []
     with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), [1, 0, 0, 1]):
         log.lines += 1
         handle = model.head.register_forward_hook(lambda _, __, out: outputs.append(out))
         model.memory.register_forward_pre_hook(lambda _, inputs: inputs)
+        model.unused.compile(backend="eager")
     assert model.memory.log.lines == 1
+    assert model.unused._compiled_call_impl is not None
     model(texts()[0][None])
     assert len(outputs) == 1
     handle.remove()
