@@ -213,6 +213,19 @@ def test_a_warm_up_counts_what_a_pass_holds(room: int) -> None:
     loss_of(inputs, HeldTensors(model, room, held.num_bytes))
 
 
+def test_a_warm_up_keeps_what_there_is_room_for() -> None:
+    """And counts an address again once its tensor is gone."""
+    memory = bytearray(64)
+    held = HeldTensors(gpt2(), room=128, most=None)
+    for number in (1, 2, 3):
+        tensor = torch.frombuffer(memory, dtype=torch.float32)
+        packed = held.keep(tensor)
+        assert (packed is tensor) == (number < 3)
+        held.keep(tensor[3:])
+        assert held.num_bytes == 64 * number
+        del tensor, packed
+
+
 def test_the_report_says_which() -> None:
     for activations, wanted in (("auto", "keep"), ("keep", "keep"), ("recompute", "recompute")):
         report = TestTimeFinetuner(llama(), activations=activations).adapt_(texts(1), [1])

@@ -147,11 +147,14 @@ def test_tuners_travel(take: Any, build: Any) -> None:
 
 
 def test_a_tuner_that_adapts_stays() -> None:
+    """And one of a wrapper: a part of its model is adapted."""
     tuner = TestTimeFinetuner(plain())
+    wrapper = TestTimeFinetuner(nn.Sequential(tuner.model))
     with tuner.adapted(texts(), COUNTS):
-        for take in (copy.copy, copy.deepcopy, pickle.dumps):
-            with pytest.raises(RuntimeError, match="expected a model that is not being adapted"):
-                take(tuner)
+        for own in (tuner, wrapper):
+            for take in (copy.copy, copy.deepcopy, pickle.dumps):
+                with pytest.raises(RuntimeError, match="model that is not being adapted"):
+                    take(own)
     copy.deepcopy(tuner)
 
 
