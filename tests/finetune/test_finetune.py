@@ -112,6 +112,11 @@ def test_masked_tokens_are_not_scored() -> None:
     assert losses[0] == losses[1] != losses[2]
     with pytest.raises(ValueError, match=r"examples\[0\]\['attention_mask'\]: .*\(1, 17\), got"):
         tuner.adapted([{"input_ids": ids, "attention_mask": mask[1:]}], [1])
+    every = torch.full((1, 1, 17, 17), -1e9).triu(1)  # one that names no tokens
+    plain_one = tuner.adapt_([ids], [1]).losses
+    tuner.model.load_state_dict(llama().state_dict())
+    found = tuner.adapt_([{"input_ids": ids, "attention_mask": every}], [1]).losses
+    assert found == pytest.approx(plain_one, rel=1e-5)
 
 
 def test_only_what_requires_grad_is_trained() -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -234,6 +234,21 @@ def test_an_ordered_dict_gets_its_names_back(names: tuple[str, str]) -> None:
     ordered.update(zip(names, values, strict=True))
     attributes.restore()
     assert [*ordered] == ["first", "second"]
+
+
+class Pair(NamedTuple):
+    numbers: list[int]
+    tensor: Tensor
+
+
+def test_what_a_named_tuple_holds() -> None:
+    model = with_memory()
+    pair = model.memory.pair = Pair([1], torch.zeros(2))
+    with TestTimeFinetuner(model, lr=1e-2).adapted(texts(), [1, 0, 0, 1]):
+        pair.numbers.append(2)
+        pair.tensor.add_(1)
+    assert pair.numbers == [1]
+    assert not pair.tensor.any()
 
 
 def test_counters_and_bytes() -> None:

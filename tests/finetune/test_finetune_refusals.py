@@ -80,10 +80,13 @@ def test_weights_of_one_memory_that_do_not_overlap() -> None:
     block.__enter__()
     del block, one, model, models
     gc.collect()
-    again = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False))
-    again[1].weight.data = flat[0]
-    with TestTimeFinetuner(again).adapted([text], [1]):
-        pass
+    again, shares = (nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)) for _ in "ab")
+    again[1].weight.data = shares[1].weight.data = flat[0]
+    with (
+        TestTimeFinetuner(again).adapted([text], [1]),
+        pytest.raises(RuntimeError, match="shares some with a model inside an adapted"),
+    ):
+        TestTimeFinetuner(shares).adapted([text], [1]).__enter__()
 
 
 @pytest.mark.parametrize("build", [plain, llama])
