@@ -42,13 +42,13 @@ def rwkv() -> nn.Module:
     return RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, context_length=64, **sizes))
 
 
-def queries() -> list[hullkit.Query]:
-    thens = [Generate(text(4, 10 + seed), **OPTIONS) for seed in range(3)]
+def queries(options: dict[str, Any] = OPTIONS) -> list[hullkit.Query]:
+    thens = [Generate(text(4, 10 + seed), **options) for seed in range(3)]
     return [hullkit.Query([text(12, seed)], [3], then) for seed, then in enumerate(thens)]
 
 
-def values(slots: int, model: nn.Module) -> list[list[int]]:
-    answers = [*batch_of(model.to(DEVICE), slots, **TOGETHER).map(queries())]
+def values(slots: int, model: nn.Module, options: dict[str, Any] = OPTIONS) -> list[list[int]]:
+    answers = [*batch_of(model.to(DEVICE), slots, **TOGETHER).map(queries(options))]
     assert [answer.error for answer in answers] == [None] * 3
     return [answer.value.tolist() for answer in answers]
 
@@ -88,3 +88,9 @@ def test_a_step_after_an_end_is_tried_too() -> None:
     ids = torch.stack([text(4, seed) for seed in range(2)]).to(DEVICE)
     with pytest.raises(ValueError, match="in a step of generate"):
         batch.generate(ids, **OPTIONS)
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`:UserWarning")
+def test_texts_without_a_bound_are_as_long_as_alone() -> None:
+    alone = values(1, llama(), {"do_sample": False})
+    assert values(3, llama(), {"do_sample": False}) == alone

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hullkit
@@ -12,7 +14,8 @@ import torch
 from _models import llama
 from _prompts import DEVICE, PRECISIONS, ROUNDING, TOGETHER, batch_of, query, text
 from hullkit.prompt_batch import Score
-from torch import nn
+from hullkit.prompt_batch.memory import PLANNED, budget
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
@@ -111,6 +114,39 @@ def test_auto_takes_the_slots_that_memory_has_room_for(precision: str) -> None:
         slots(1.5)
     with pytest.raises(ValueError, match="memory"):
         slots(0)
+
+
+class Tables(nn.Module):
+    """It has no embedding that would bound its texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.head = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.head(self.inner(self.table.weight[ids]))
+        return out
+
+
+def test_auto_plans_for_texts_of_a_model_that_tells_no_longest() -> None:
+    def batch(slots: int | str, memory: float | None = None) -> hullkit.PromptBatch:
+        options: dict[str, Any] = {"target": ["inner", "head"], "rank": 1}
+        return hullkit.PromptBatch(Tables().to(DEVICE), slots=slots, memory=memory, **options)
+
+    one = batch(1)
+    each, text = one._factors.num_bytes, one._passes.held(PLANNED) * one._passes.shares
+    assert text > 4 * each
+    shared = each // 2 if one._passes.captures else 0
+    assert batch("auto", 2 * each + text + shared).slots == 2
+    assert batch("auto").slots in {1 << i for i in range(7)}
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="another system")
+def test_all_memory_is_what_the_system_has_free() -> None:
+    found = re.search(r"MemFree: +(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    free = 1024 * int(found[1])
+    assert free / 16 < budget(None, torch.device("cpu")) < 16 * free  # others take and give
 
 
 @pytest.fixture
