@@ -87,14 +87,18 @@ class Twice(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embedding, self.inner = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8)
-        self.alias, self.head = self.inner, nn.Linear(8, VOCABULARY)
+        self.alias, self.other, self.head = self.inner, nn.Linear(8, 8), nn.Linear(8, VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.alias(self.embedding(ids)))
+        logits: Tensor = self.head(self.other(self.alias(self.embedding(ids))))
         return logits
 
 
 def test_a_layer_with_two_names_is_refused(tmp_path: Path) -> None:
+    """Where it gets an adapter; another may have two."""
+    batch_of(Twice().to(DEVICE), 1, target=["other"], capture=False).export(
+        0, tmp_path / "of other"
+    )
     batch = batch_of(Twice().to(DEVICE), 1, target=["inner"], capture=False)
     with pytest.raises(ValueError, match="one name for each layer, got 'inner' and 'alias'"):
         batch.export(0, tmp_path / "adapter")

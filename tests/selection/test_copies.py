@@ -69,7 +69,10 @@ def test_candidates_of_a_pool_by_columns(call: str, batched: bool) -> None:
     query = torch.randn(3, D, generator=generator)
     if not batched:
         candidates, query = candidates[1], query[1]
-    wanted = CALLS[call](pool.contiguous(), query, candidates=candidates)
+    by_rows = pool.contiguous()
+    with Largest() as largest:
+        wanted = CALLS[call](by_rows, query, candidates=candidates)
+    assert largest.numbers < candidates.numel() * D  # nothing is gathered
     with Largest() as largest:
         chosen = CALLS[call](pool, query, candidates=candidates)
     assert largest.numbers <= candidates.numel() * D
