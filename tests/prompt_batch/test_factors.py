@@ -14,6 +14,10 @@ if DEVICE.type == "cuda":
     pytestmark = [pytest.mark.gpu]
 
 
+# The interpreter cuts bfloat16 instead of rounding it.
+BOUNDS = {"params": 1e-5, "exp_avg": 1e-5, "exp_avg_sq": 1e-5, "copies": 2**-7}
+
+
 def factors_of(backend: str | None) -> SlotFactors:
     layers = [Layer("0", nn.Linear(5, 9).to(DEVICE)), Layer("1", nn.Linear(600, 3).to(DEVICE))]
     factors = SlotFactors(
@@ -26,7 +30,7 @@ def factors_of(backend: str | None) -> SlotFactors:
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # inf, by the interpreter
 def test_the_kernel_updates_and_resets_as_torch_does() -> None:
-    both = [factors_of("triton"), factors_of(None)]
+    both, found = [factors_of("triton"), factors_of(None)], []
     random = torch.Generator().manual_seed(0)
     gradient = torch.randn(both[0].params.shape, generator=random).to(DEVICE)
     for factors in both:
@@ -39,15 +43,16 @@ def test_the_kernel_updates_and_resets_as_torch_does() -> None:
         assert not broken.any()
         assert torch.equal(before[1], factors.params[1])
         assert not torch.isclose(before[0], factors.params[0]).any()
+        updated = [getattr(factors, name).clone() for name in BOUNDS]
         factors.reset_([2], 7)
         factors.grads[0] = float("inf")
         for steps in (0, 1):  # nobody reads the gradients of a slot without updates
             control = factors.control([steps, 1, 1], [4, 0, 0], [0.0, 0.0, 0.0], 2)
             factors.update_(control.to(DEVICE), broken)
             assert broken.tolist() == [steps, 0, 0]
-    # The interpreter cuts bfloat16 instead of rounding it.
-    for name, bound in (("params", 1e-5), ("exp_avg", 1e-5), ("copies", 2**-7)):
-        of_kernel, of_torch = (getattr(factors, name)[1:] for factors in both)
+        ends = [getattr(factors, name)[1:] for name in BOUNDS]
+        found.append((*updated, *ends))
+    for of_kernel, of_torch, bound in zip(*found, (*BOUNDS.values(),) * 2, strict=True):
         torch.testing.assert_close(of_kernel, of_torch, rtol=bound, atol=1e-6)
 
 
