@@ -136,7 +136,7 @@ def test_auto_plans_for_texts_of_a_model_that_tells_no_longest() -> None:
     one = batch(1)
     each, text = one._factors.num_bytes, one._passes.held(PLANNED) * one._passes.shares
     assert text > 4 * each
-    shared = each // 2 if one._passes.captures else 0
+    shared = each // 2 * (one._passes.shares - 1)
     assert batch("auto", 2 * each + text + shared).slots == 2
     assert batch("auto").slots in {1 << i for i in range(7)}
 
