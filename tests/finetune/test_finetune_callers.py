@@ -41,6 +41,24 @@ def test_a_forward_that_writes_to_its_labels(as_dict: bool) -> None:
     assert len(tuner.last_report.losses) == 3
 
 
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_examples_are_those_of_the_call(as_dict: bool) -> None:
+    """Also where a caller fills one buffer for the next prompt before he enters the block."""
+    losses = []
+    for refilled in (False, True):
+        ids, labels = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 5, 6])
+        given: Any = {"input_ids": ids, "labels": labels} if as_dict else ids
+        tuner = TestTimeFinetuner(Masking())
+        block = tuner.adapted([given], [2])
+        if refilled:
+            ids.fill_(VOCABULARY)  # no id
+            labels.fill_(7)
+        with block:
+            assert tuner.last_report is not None
+            losses.append(tuner.last_report.losses)
+    assert losses[0] == losses[1]
+
+
 class TwoTypes(nn.Module):
     def __init__(self) -> None:
         super().__init__()

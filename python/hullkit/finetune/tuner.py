@@ -190,8 +190,8 @@ class TestTimeFinetuner:
     ) -> Adaptation:
         """A with-block in which the model is finetuned on `examples`; it yields the model.
 
-        This call checks everything and touches no weight. Finetuning happens on entry. Inside the
-        block the parameters' `.grad` is None.
+        This call checks everything, copies the examples' tensors and touches no weight. Finetuning
+        happens on entry. Inside the block the parameters' `.grad` is None.
 
         After the block, trained parameters and buffers have their former bits. `.grad` objects,
         `requires_grad`, training flags and the modules' attributes are as before. Tensors and
@@ -279,9 +279,12 @@ class TestTimeFinetuner:
         return self.last_report
 
     def _inputs(self, name: str, example: Any, limits: TokenLimits) -> dict[str, Tensor]:
-        """The checked keyword inputs of one example, `input_ids` and `labels` among them."""
+        """The checked keyword inputs of one example, `input_ids` and `labels` among them.
+
+        They are copies: a caller may fill his tensors anew before the passes read them.
+        """
         if not isinstance(example, Mapping):
-            ids = check_token_ids(name, example, limits)
+            ids = check_token_ids(name, example, limits).clone()
             check_predicted(name, ids, limits)
             return {"input_ids": ids, "labels": ids}
         if "input_ids" not in example:
@@ -296,7 +299,7 @@ class TestTimeFinetuner:
             if tensor.is_meta:
                 what = "expected a tensor with values, got one on the meta device"
                 raise ValueError(f"{name}[{key!r}]: {what}")
-            inputs[key] = tensor[None] if tensor.ndim == 1 else tensor
+            inputs[key] = (tensor[None] if tensor.ndim == 1 else tensor).clone()
         ids = check_token_ids(f"{name}['input_ids']", inputs["input_ids"], limits)
         labels = inputs.setdefault("labels", _labels(name, ids, inputs.get("attention_mask")))
         if labels.dtype != torch.int64:
