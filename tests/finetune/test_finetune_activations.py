@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
 
@@ -65,6 +66,42 @@ def test_recomputed_passes_have_the_same_bits(
         before.check()
     kept, again = results
     assert all(same_bits(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("build", [llama, gpt2], ids=["named cache", "unnamed cache"])
+def test_a_cache_is_filled_once(build: Callable[[], nn.Module]) -> None:
+    """PEFT's learned prefixes are the beginning of a cache, to which each layer appends."""
+    peft = pytest.importorskip("peft", reason="an extra is not installed")
+    config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    check_same_bits(lambda: peft.get_peft_model(build(), config))
+
+
+def test_hooks_of_the_first_run_serve_the_second() -> None:
+    """PEFT registers those of an activated LoRA for the forward half alone."""
+    peft = pytest.importorskip("peft", reason="an extra is not installed")
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        init_lora_weights=False,
+        alora_invocation_tokens=texts(1)[0][3:5].tolist(),
+        task_type="CAUSAL_LM",
+    )
+    model = check_same_bits(lambda: peft.get_peft_model(llama(), config))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def check_same_bits(build: Callable[[], nn.Module]) -> nn.Module:
+    """That passes which run layers again train the model as others do; returns one of them."""
+    results = []
+    for activations in ("keep", "recompute"):
+        torch.manual_seed(0)
+        model = build()
+        tuner = TestTimeFinetuner(model, lr=1e-2, fuse=False, activations=activations)
+        tuner.adapt_(texts(1), [2])
+        results.append(state(model))
+    assert all(same_bits(results[0][name], results[1][name]) for name in results[0])
+    return model
 
 
 class Random(nn.Module):

@@ -6,6 +6,7 @@ A pass then holds one input for each layer, and the tensors of one layer at a ti
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,10 +61,86 @@ class _Recomputed:
         self._own = own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = _TwoRuns(self._layer, self._own, args, kwargs)
         with same_random_numbers(self._layer) as preserved:
             return torch.utils.checkpoint.checkpoint(
-                functools.partial(self._own, **kwargs),
+                functools.partial(run, **kwargs),
                 *args,
                 use_reentrant=False,
                 preserve_rng_state=preserved,
             )
+
+
+class _TwoRuns:
+    """A layer's call. The second run finds caches and hooks as the first has found them.
+
+    The first one appends keys and values to a cache, if the call has one: that of learned prefixes.
+    PEFT's activated LoRA hands its layers their offsets by hooks that end with the forward half.
+    """
+
+    def __init__(
+        self, layer: nn.Module, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        self._own = own
+        named = (*enumerate(args), *kwargs.items())
+        self._caches = {name: _as_now(value) for name, value in named if _is_cache(value)}
+        self._hooks = _hooks(layer)
+        self._ran = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._ran:
+            self._ran = True
+            return self._own(*args, **kwargs)
+        args = tuple(self._caches.get(place, value) for place, value in enumerate(args))
+        kwargs = {name: self._caches.get(name, value) for name, value in kwargs.items()}
+        with _with_hooks(self._hooks):
+            return self._own(*args, **kwargs)
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether it is a cache of transformers, which is never imported, or a layer's part of one."""
+    return any(kind.__module__ == "transformers.cache_utils" for kind in type(value).__mro__)
+
+
+def _as_now(value: Any) -> Any:
+    """A cache with the tensors that this one has now. Appending to one makes it a new tensor."""
+    if isinstance(value, list):
+        return [_as_now(part) for part in value]
+    if not _is_cache(value):
+        return value
+    cache = copy.copy(value)
+    vars(cache).update({name: _as_now(part) for name, part in vars(value).items()})
+    return cache
+
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+# A part of a layer, the name of one of its dicts, and what that holds.
+_Hooks = list[tuple[nn.Module, str, dict[int, Any]]]
+
+
+def _hooks(layer: nn.Module) -> _Hooks:
+    """The hooks of the parts. Those of the layer itself run around its forward."""
+    parts = (part for part in layer.modules() if part is not layer)
+    return [(part, name, vars(part)[name].copy()) for part in parts for name in _HOOKS]
+
+
+@contextmanager
+def _with_hooks(hooks: _Hooks) -> Iterator[None]:
+    """Inside the block the parts have these hooks."""
+    replaced: _Hooks = []
+    try:
+        for part, name, wanted in hooks:
+            own = vars(part)[name]
+            if own != wanted:
+                replaced.append((part, name, own))
+                vars(part)[name] = wanted
+        yield
+    finally:
+        for part, name, own in replaced:
+            vars(part)[name] = own
