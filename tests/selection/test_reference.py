@@ -182,6 +182,15 @@ def test_a_donor_gives_no_more_than_it_has() -> None:
     assert counts.tolist() == [0, 1, 0]
 
 
+def test_a_row_gives_none_in_the_pass_that_brings_its_first_unit() -> None:
+    support = _array([(2,), (1,), (0,)])
+    for passes, expected in ((1, [0, 1, 0]), (2, [0, 0, 1])):
+        counts = reference.round_multiplicities(
+            support, np.zeros(1), np.array([1.0, 0.0, 0.0]), 1, passes
+        )
+        assert counts.tolist() == expected
+
+
 def test_greedy_ties_go_to_the_lowest_index() -> None:
     support = _array([(1, 0), (-1, 0), (1, 0), (-1, 0)])
     counts = reference.round_multiplicities(support, np.zeros(2), np.full(4, 0.25), 2, 0)

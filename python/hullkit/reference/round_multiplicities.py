@@ -22,7 +22,8 @@ def round_multiplicities(
 
     Floors of the quotas; then units where L becomes smallest (lowest index on a tie), of many left
     a share of 1 / (16 len(support)) at once; then passes that move a unit from i to j, in index
-    order, if that lowers L by more than 1e-14.
+    order, if that lowers L by more than 1e-14. Rows with units as a pass begins may give in it, as
+    long as they have some; a row that gets its first unit in a pass may give in the next.
 
     Args:
         support: `(m, d)` float64, the rows that have weight.

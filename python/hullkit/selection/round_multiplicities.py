@@ -59,8 +59,9 @@ def round_multiplicities(
     Finds `c >= 0` with `sum c = total` and small `L(c) = ||query - sum_i (c_i / total) s_i||^2`,
     where s_i are the rows in `result`. It starts from the floors of `total * w_i / sum w`, adds
     single units greedily until the sum is reached, and then makes `exchange_passes` passes that
-    move single units where L falls by more than 1e-14. A tie goes to the lowest index. Where a cap
-    leaves 32 m units or more to be added for m rows, 1 / (16 m) of them are added at once.
+    move single units where L falls by more than 1e-14. Only rows with units as a pass begins give
+    in it. A tie goes to the lowest index. Where a cap leaves 32 m units or more to be added for m
+    rows, 1 / (16 m) of them are added at once.
     Equivalent to: `hullkit.reference.round_multiplicities`.
 
     Args:
