@@ -39,29 +39,39 @@ def takes_arrays(function: Callable[P, R]) -> TakesArrays[P, R]:
 
     Its first argument says which library. Tensors pass with one look at it.
     """
-    names = tuple(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters
+    names = tuple(parameters)
+    tensors = {name for name in names if "Tensor" in str(parameters[name].annotation)}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0] if args else kwargs.get(names[0])
-        if isinstance(first, Tensor) or not is_array(first):
+        if isinstance(first, Tensor) or not (args or names[0] in kwargs):
             return function(*args, **kwargs)
+        if not is_array(first):
+            raise TypeError(
+                f"{names[0]}: expected a torch.Tensor or an array (NumPy's, or one with "
+                f"__dlpack__), got {_kind(first)}"
+            )
         library = _library(names[0], first)
 
-        def convert(name: str, value: Any) -> Any:
-            if not is_array(value):
-                if not (hasattr(value, "indices") and hasattr(value, "weights")):
-                    return value  # `function` says what is wrong
-                # A result of frank_wolfe, or what its caller made in its place.
-                indices = convert(f"{name}.indices", value.indices)
-                weights = convert(f"{name}.weights", value.weights)
-                return SimpleNamespace(indices=indices, weights=weights)
-            if _library(name, value) is not library:
+        def array(name: str, value: Any) -> Tensor:
+            if not is_array(value) or _library(name, value) is not library:
                 raise TypeError(
                     f"{name}: expected an array of {names[0]}'s kind, {_kind(first)}, "
                     f"got {_kind(value)}"
                 )
             return tensor_of(name, value)
+
+        def convert(name: str, value: Any) -> Any:
+            if is_array(value) or (name in tensors and value is not None):
+                return array(name, value)
+            if not (hasattr(value, "indices") and hasattr(value, "weights")):
+                return value  # `function` says what is wrong
+            # A result of frank_wolfe, or what its caller made in its place.
+            indices = array(f"{name}.indices", value.indices)
+            weights = array(f"{name}.weights", value.weights)
+            return SimpleNamespace(indices=indices, weights=weights)
 
         positional: Any = map(convert, names, args)
         keywords: Any = {name: convert(name, value) for name, value in kwargs.items()}
@@ -156,4 +166,6 @@ def _in_kind(result: Any, library: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    return f"{type(value).__module__.partition('.')[0]}.{type(value).__qualname__}"
+    library = type(value).__module__.partition(".")[0]
+    name = type(value).__qualname__
+    return name if library == "builtins" else f"{library}.{name}"

@@ -30,6 +30,8 @@ def check_tensor(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if value.is_nested:  # of the older kind, whose layout is strided
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
     return value
 
 
@@ -77,12 +79,18 @@ def check_total(value: Any) -> Any:
     return check_int("total", value, 1, MAX_TOTAL)
 
 
-def check_number(name: str, value: Any, minimum: float) -> float:
-    """A float, of any real number, also one of NumPy's, or the symbol for one."""
+def check_real(name: str, value: Any) -> Any:
+    """An int or float, of any real number, also one of NumPy's, or the symbol for a float."""
     if not isinstance(value, (int, float, torch.SymFloat)) and isinstance(value, numbers.Real):
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r})")
+    return value
+
+
+def check_number(name: str, value: Any, minimum: float) -> float:
+    """A float, of any real number, also one of NumPy's, or the symbol for one."""
+    value = check_real(name, value)
     if not value >= minimum:  # also refuses NaN
         raise ValueError(f"{name}: expected a number >= {minimum}, got {value}")
     try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hullkit
@@ -255,8 +256,36 @@ def test_readable_arrays_are_checked_as_tensors_are() -> None:
         hullkit.lmo(pool.astype(np.int64), query)
     with pytest.raises(ValueError, match=r"query: expected d = 6 coordinates"):
         hullkit.knn(pool, query[:5], 3)
-    with pytest.raises(TypeError, match=r"pool: expected a torch\.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"pool: expected a torch\.Tensor or an array .*, got list"):
         hullkit.lmo(pool.tolist(), query.tolist())
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'pool'"):
+        hullkit.lmo(direction=query)
+
+
+@pytest.mark.parametrize("name", ["query", "candidates", "lengths"])
+def test_what_is_neither_tensor_nor_array_is_named_beside_the_pools_kind(name: str) -> None:
+    tensors = dict(zip(("pool", "query"), problem(), strict=True))
+    given = {key: value.numpy() for key, value in tensors.items()} | {name: [0, 1]}
+    with pytest.raises(TypeError, match=rf"{name}: .* pool's kind, numpy\.ndarray, got list"):
+        hullkit.knn(**given, k=1)
+    with pytest.raises(TypeError, match=rf"{name}: expected a torch\.Tensor, got list"):
+        hullkit.knn(**tensors | {name: [0, 1]}, k=1)
+
+
+def test_lists_in_a_result_are_named() -> None:
+    pool, query = (tensor.numpy() for tensor in problem())
+    result = SimpleNamespace(indices=[0, 1], weights=np.ones(2))
+    with pytest.raises(TypeError, match=r"result\.indices: .* numpy\.ndarray, got list"):
+        hullkit.round_multiplicities(pool, query, result, 9)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors_are_named() -> None:
+    pool, query = problem()
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([pool, pool[:2]], layout=layout)
+        with pytest.raises(TypeError, match="pool: expected a dense tensor, got"):
+            hullkit.knn(nested, query.expand(2, 6), 1)
 
 
 def test_other_results_are_named() -> None:

@@ -143,7 +143,7 @@ def test_bad_arguments(backend: str | None) -> None:
     for eps in (0.0, -1.0, 2.5, float("nan")):
         with pytest.raises(ValueError, match="eps: expected a number"):
             hullkit.duplicates(pool, eps=eps, backend=backend)
-    with pytest.raises(TypeError, match=r"pool: expected a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"pool: expected a torch.Tensor or an array .*, got list"):
         hullkit.duplicates([1.0], eps=0.1, backend=backend)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"pool: expected shape"):
         hullkit.duplicates(pool[0, 0], eps=0.1, backend=backend)

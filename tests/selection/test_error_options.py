@@ -154,7 +154,7 @@ OTHERS: dict[str, tuple[type[Exception], tuple[str, ...], Callable[..., Any]]] =
     ),
     "total of another name": (
         TypeError,
-        ("total", "int", "'automatic'"),
+        ("total", "int or 'auto'", "'automatic'"),
         lambda **o: _select("automatic", **o),
     ),
     "knn auto": (

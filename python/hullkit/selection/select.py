@@ -144,6 +144,8 @@ def select(
     )
     if auto:
         most, alpha = _check_auto(method, max_total, alpha)
+    elif isinstance(total, str):
+        raise TypeError(f"total: expected an int or 'auto', got str ({total!r})")
     else:
         most = check_total(total)
         if max_total is not None:
