@@ -161,9 +161,8 @@ def test_weights_of_numpy() -> None:
         into = torch.ones(2)
         accumulate_([into], [torch.ones(2)], weight)
         assert into.tolist() == [1.5, 1.5]
-    for weight in (np.float32("nan"), np.complex64(1.0), "1"):
-        with pytest.raises(ValueError, match="weight: expected a finite number"):
-            accumulate_([torch.ones(2)], [torch.ones(2)], weight)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weight: expected a finite number"):
+        accumulate_([torch.ones(2)], [torch.ones(2)], np.float32("nan"))
 
 
 @pytest.mark.parametrize("grads", [[None], [torch.ones(2)]])

@@ -38,6 +38,11 @@ def test_bad_options(
         cls([param()], **options)
 
 
+def test_a_number_in_the_place_of_the_closure() -> None:
+    with pytest.raises(TypeError, match="closure: expected a callable or None, got int; num_steps"):
+        optim.Adam([param()]).step(2)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("cls", [optim.Adam, optim.AdamW])
 def test_amsgrad(cls: Any) -> None:
     with pytest.raises(ValueError, match="amsgrad: expected False, got True"):
@@ -296,9 +301,14 @@ class TestAccumulate:
             optim.accumulate_(into, grads)
         assert all(not tensor.any() for tensor in into)
 
-    @pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e39, -1e39, "1", None])
+    @pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e39, -1e39, 10**400])
     def test_bad_weight(self, weight: Any) -> None:
-        with pytest.raises((TypeError, ValueError), match="weight: expected a finite number"):
+        with pytest.raises(ValueError, match="weight: expected a finite number"):
+            optim.accumulate_([torch.zeros(3)], [torch.ones(3)], weight)
+
+    @pytest.mark.parametrize("weight", ["1", None, True, 1j, torch.tensor(0.5)])
+    def test_a_weight_that_is_no_number(self, weight: Any) -> None:
+        with pytest.raises(TypeError, match="weight: expected a number, got"):
             optim.accumulate_([torch.zeros(3)], [torch.ones(3)], weight)
 
     def test_accumulators_that_share_memory(self) -> None:

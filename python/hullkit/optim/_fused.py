@@ -136,6 +136,11 @@ class FusedOptimizer(TabledOptimizer):
         num_steps = check_int("num_steps", num_steps, 1, MAX_NUM_STEPS)
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    f"closure: expected a callable or None, got {type(closure).__name__}; "
+                    "num_steps is given by name"
+                )
             with torch.enable_grad():
                 loss = closure()
         self._forget_if_replaced()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections import OrderedDict
 from collections.abc import Sequence
 from operator import is_
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor
+from .._checks import check_real, check_tensor
 from .._tensors import DTYPES, check_backend, is_dense, same_layout, uses_triton
 from . import _kernels
 from ._layouts import (
@@ -95,7 +94,8 @@ def accumulate_(
         0-d float64 tensor on the accumulators' device if `norm`, else None.
     Raises:
         TypeError, ValueError: lists of different lengths, shapes, devices, dtypes; a gradient that
-            overlaps an accumulator; nothing is written then.
+            overlaps an accumulator, but for an accumulator that is its own gradient; nothing is
+            written then.
 
     Numerics: a product and a sum in float32; the norm's squares in float32 within a block of a few
     thousand elements, in float64 across. Memory traffic: 3 words for each element.
@@ -108,10 +108,8 @@ def accumulate_(
     """
     if len(into) != len(grads):
         raise ValueError(f"grads: expected {len(into)}, as many as into, got {len(grads)}")
-    given: Any = weight
-    if not isinstance(given, (int, float)) and isinstance(given, numbers.Real):
-        weight = float(given)  # of NumPy's numbers float64 alone is a float
-    if not isinstance(weight, (int, float)) or not abs(weight) <= _MAX_WEIGHT:
+    weight = check_real("weight", weight)
+    if not abs(weight) <= _MAX_WEIGHT:
         raise ValueError(
             f"weight: expected a finite number within the range of float32, got {weight!r}"
         )
