@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _models import VOCABULARY, Before, gpt2, texts
-from hullkit import PromptBatch, TestTimeFinetuner
+from hullkit import PromptBatch, TestTimeFinetuner, bits_per_byte
 from hullkit.language_model.own_loss import scores_in_place
 from torch import Tensor, nn
 from transformers import (
@@ -19,6 +19,8 @@ from transformers import (
     BartForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -241,11 +243,26 @@ def test_shifted_labels_beside_the_example_that_was_recorded() -> None:
     before.check()
 
 
-@pytest.mark.parametrize("take", [TestTimeFinetuner, lambda model: PromptBatch(model, slots=1)])
-def test_an_encoder_decoder_is_refused(take: Any) -> None:
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated")
+@pytest.mark.parametrize(
+    "take",
+    [
+        TestTimeFinetuner,
+        lambda model: PromptBatch(model, slots=1),
+        lambda model: bits_per_byte(model, texts(1)[0], 9),
+    ],
+    ids=["tuner", "batch", "score"],
+)
+def test_models_without_logits_of_next_tokens_are_refused(take: Any) -> None:
     config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="encoder-decoder, T5ForConditionalGeneration"):
         take(T5ForConditionalGeneration(config))
+    small = {"vocab_size": VOCABULARY, "n_embd": 8, "n_layer": 1, "n_head": 1, "pad_token_id": 0}
+    model = GPT2ForSequenceClassification(GPT2Config(**small))
+    peft = pytest.importorskip("peft", reason="an extra is not installed")
+    for one in (model, peft.get_peft_model(model, peft.LoraConfig(fan_in_fan_out=True))):
+        with pytest.raises(ValueError, match=r"model: .* one whose logits are of a whole text"):
+            take(one)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated")

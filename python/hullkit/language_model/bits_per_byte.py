@@ -50,7 +50,8 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
     Raises:
         TypeError: an argument of the wrong kind or dtype, or a model output without logits.
         ValueError: wrong rank, T < 2 or beyond a learned table of positions, ids outside the
-            vocabulary or without a logit, num_bytes < 1, or logits of another shape than (1, T, V).
+            vocabulary or without a logit, num_bytes < 1, logits of another shape than (1, T, V), or
+            an encoder-decoder.
         FloatingPointError: the negative log-likelihood is infinite or NaN.
 
     >>> import hullkit, torch

@@ -131,19 +131,37 @@ _NOT_HERE = (
 )
 
 
+# How names of transformers' models end whose logits are of a whole text.
+_OF_TEXTS = ("ForSequenceClassification", "ForMultipleChoice")
+
+
+def _check_causal(model: nn.Module) -> None:
+    """Refuses what shows in its configuration or name that it has no logits of next tokens."""
+    own = getattr(model, "_orig_mod", model)
+    inner = getattr(own, "get_base_model", lambda: own)()  # of PEFT's
+    names = [kind.__name__ for one in (own, inner) for kind in type(one).__mro__]
+    found = None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
+        found = f"an encoder-decoder, {name_of(model)}"
+    elif any(name.endswith(_OF_TEXTS) for name in names):
+        found = f"one whose logits are of a whole text, {name_of(model)}"
+    if found is not None:
+        raise ValueError(f"model: expected a causal language model, got {found}")
+
+
 def check_scorable(model: nn.Module) -> None:
-    """Refuses parameters on the meta device, unless accelerate's hooks bring them in a pass."""
+    """Refuses models without logits of next tokens, and parameters on the meta device, unless
+    accelerate's hooks bring them in a pass."""
+    _check_causal(model)
     missing = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if missing is not None and not any("_hf_hook" in vars(m) for m in model.modules()):
         raise ValueError(f"model: {_NOT_HERE.format(missing)}")
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuses encoder-decoders, and what torch or a snapshot would fail with in a pass or later."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
-        raise ValueError(
-            f"model: expected a causal language model, got an encoder-decoder, {name_of(model)}"
-        )
+    """Refuses models without logits of next tokens, and what torch or a snapshot would fail with
+    in a pass or later."""
+    _check_causal(model)
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
