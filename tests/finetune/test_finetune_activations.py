@@ -198,7 +198,7 @@ def test_everything_is_back_after_a_failure(
         call = FailingCall(LlamaDecoderLayer, "forward", error, failing)
         with monkeypatch.context() as patch:
             patch.setattr(*call.place)
-            failed = injected(tuner, error)
+            failed = injected(tuner.adapted(texts(), COUNTS), error)
         before.check()
         if call.calls < failing:
             break

@@ -55,5 +55,5 @@ def test_eager_passes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distance(ours, wanted) <= 1e-5  # sums of embeddings have no fixed order
     calls = 0
     tuner = TestTimeFinetuner(model, capture=False, activations="keep")
-    assert injected(tuner, torch.OutOfMemoryError)
+    assert injected(tuner.adapted(texts(), COUNTS), torch.OutOfMemoryError)
     before.check()

@@ -283,7 +283,7 @@ def test_failure_in_each_phase(
             call = FailingCall(owner, name, error, failing)
             with monkeypatch.context() as patch:
                 patch.setattr(*call.place)
-                failed = injected(tuner, error)
+                failed = injected(tuner.adapted(texts(), COUNTS), error)
             assert failed is (call.calls >= failing)
             assert (tuner.last_report is None) is failed
             before.check()

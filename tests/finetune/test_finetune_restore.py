@@ -78,9 +78,10 @@ def test_failure_in_each_phase(
     for failing in range(1, 100):
         assert failing < 99
         call = FailingCall(owner, name, error, failing, late)
+        block = tuner.adapted(texts(), COUNTS)
         with monkeypatch.context() as patch:
             patch.setattr(*call.place)
-            failed = injected(tuner, error)
+            failed = injected(block, error)
         before.check()
         if call.calls < failing:  # every call has failed once
             break

@@ -100,10 +100,10 @@ class FailingCall:
         self.place = (owner, name, call)  # arguments of monkeypatch.setattr
 
 
-def injected(tuner: Any, error: type[BaseException]) -> bool:
-    """Whether adapting fails with the injected error."""
+def injected(block: Any, error: type[BaseException]) -> bool:
+    """Whether entering or leaving the block fails with the injected error."""
     try:
-        with tuner.adapted(texts(), COUNTS):
+        with block:
             pass
     except error as raised:
         return str(raised) == "injected"
