@@ -234,3 +234,22 @@ def test_a_block_that_swaps_tensors(to: Any) -> None:
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     before.check()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_who_may_leave_is_said(dropped: bool) -> None:
+    """A block that was entered by hand may be gone, and the base weights are then, too."""
+    model = plain()
+    block = TestTimeFinetuner(model).adapted(texts(), COUNTS)
+    block.__enter__()
+    held = [] if dropped else [block]
+    del block
+    other = nn.ModuleList([nn.Embedding(VOCABULARY, 12)])
+    other[0].weight = model.embedding.weight
+    for one in (model, other):
+        with pytest.raises(RuntimeError, match="adapted") as refused:
+            TestTimeFinetuner(one).adapt_(texts(), COUNTS)
+        assert str(refused.value).endswith("load the model anew") == dropped
+    if held:
+        held[0].__exit__(None, None, None)
+        TestTimeFinetuner(model).adapt_(texts(), COUNTS)

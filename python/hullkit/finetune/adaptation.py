@@ -61,7 +61,7 @@ class Adaptation(WithBlock):
         self._claimed_memory: list[int] = []
         self._layouts = FirstLayouts()
         self._caches = CachesOff()
-        self._key = object()
+        self._key = weakref.ref(self)  # whoever is refused can see whether somebody can leave
         self._keeping = False
         self._settings: TorchSettings | None = None
         self._snapshot: Snapshot | None = None
@@ -82,10 +82,12 @@ class Adaptation(WithBlock):
         # are claimed in one order: if two adaptations begin together, one of them gets all.
         self._claimed = list(self._model.modules())
         for module in sorted(self._claimed, key=id):
-            if _OWNERS.setdefault(module, self._key) is not self._key:
+            owner = _OWNERS.setdefault(module, self._key)
+            if owner is not self._key:
                 raise RuntimeError(
                     "adapted(): expected a model that is not being adapted, got one inside an "
                     "adapted() block of this tuner or of one that shares modules with it"
+                    f"{_end(owner)}"
                 )
         # Other modules may have the same weights. What is read alone may be read by others, too.
         trained = {p.data_ptr(): module for module in self._claimed for p in _trained(module)}
@@ -98,7 +100,7 @@ class Adaptation(WithBlock):
             elif owner is not self._key:
                 raise RuntimeError(
                     "adapted(): expected a model whose trained weights are not being adapted, got "
-                    "one that shares some with a model inside an adapted() block"
+                    f"one that shares some with a model inside an adapted() block{_end(owner)}"
                 )
         self._layouts.take(self._claimed)
 
@@ -219,10 +221,18 @@ class TorchSettings:
 
 # The adaptation that a module is part of. There is no lock, since a signal could leave one locked:
 # each claim is a single operation of the dictionary.
-_OWNERS: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
+_Key = weakref.ref[Adaptation]
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, _Key] = weakref.WeakKeyDictionary()
 # The same of trained weights, by their addresses, with a module that had the weight. torch swaps no
 # tensor for another that somebody refers to weakly.
-_OWNERS_OF_MEMORY: dict[int, tuple[object, weakref.ref[nn.Module]]] = {}
+_OWNERS_OF_MEMORY: dict[int, tuple[_Key, weakref.ref[nn.Module]]] = {}
+
+
+def _end(owner: _Key) -> str:
+    """What the error says of a block that was entered by hand and is gone."""
+    if owner() is not None:
+        return ""
+    return ". That block was dropped, and the base weights with it: load the model anew"
 
 
 def is_adapted(module: nn.Module) -> bool:

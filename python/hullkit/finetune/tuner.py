@@ -214,7 +214,8 @@ class TestTimeFinetuner:
             select_seconds: the time that choosing them took, for the report alone.
 
         Returns:
-            The with-block. It can be entered once.
+            The with-block. It can be entered once. If you call its `__enter__` yourself, keep it
+            for its `__exit__`: it alone has the base weights.
 
         Raises:
             TypeError, ValueError: a bad example or count, named.
