@@ -93,8 +93,9 @@ class TestTimeFinetuner:
         last_report: the AdaptReport of the latest query; None if it failed.
 
     Raises:
-        TypeError, ValueError: a bad argument; no parameter with `requires_grad`; a parameter on the
-            meta device (offloaded), made in inference mode, or of a sparse embedding.
+        TypeError, ValueError: a bad argument; an encoder-decoder, or a model that classifies texts;
+            no parameter with `requires_grad`; a parameter on the meta device (offloaded), made in
+            inference mode, or of a sparse embedding.
 
     >>> import hullkit, torch
     >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
