@@ -38,19 +38,25 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def recomputing(layers: list[nn.Module]) -> Iterator[None]:
     """Inside the block these layers keep only their input. Their own forward runs again later."""
-    replaced: list[tuple[nn.Module, bool, Any]] = []
+    with _replaced([(layer, _Recomputed(layer, layer.forward)) for layer in layers]):
+        yield
+
+
+@contextmanager
+def _replaced(forwards: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Inside the block these modules have other forwards."""
+    replaced: list[tuple[nn.Module, Any]] = []
     try:
-        for layer in layers:
-            own = layer.forward
-            replaced.append((layer, "forward" in layer.__dict__, own))
-            layer.__dict__["forward"] = _Recomputed(layer, own)
+        for module, forward in forwards:
+            replaced.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = forward
         yield
     finally:
-        for layer, had_own, own in replaced:
-            if had_own:
-                layer.__dict__["forward"] = own
+        for module, own in replaced:
+            if own is not None:
+                module.__dict__["forward"] = own
             else:
-                layer.__dict__.pop("forward", None)
+                module.__dict__.pop("forward", None)
 
 
 class _Recomputed:
@@ -84,7 +90,12 @@ class _TwoRuns:
         self._own = own
         named = (*enumerate(args), *kwargs.items())
         self._caches = {name: _as_now(value) for name, value in named if _is_cache(value)}
-        self._hooks = _hooks(layer)
+        # Those of the layer itself run before its forward.
+        hooked = [m for m in layer.modules() if m is not layer and m._forward_pre_hooks]
+        self._hooks = [
+            (m, m._forward_pre_hooks.copy(), m._forward_pre_hooks_with_kwargs.copy())
+            for m in hooked
+        ]
         self._ran = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,8 +104,35 @@ class _TwoRuns:
             return self._own(*args, **kwargs)
         args = tuple(self._caches.get(place, value) for place, value in enumerate(args))
         kwargs = {name: self._caches.get(name, value) for name, value in kwargs.items()}
-        with _with_hooks(self._hooks):
+        with _replaced(list(self._with_lost_hooks())):
             return self._own(*args, **kwargs)
+
+    def _with_lost_hooks(self) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        """Forwards of parts whose hooks are gone, to begin with these hooks."""
+        for part, hooks, with_kwargs in self._hooks:
+            lost = [key for key in hooks if key not in part._forward_pre_hooks]
+            if lost:
+                found = [(hooks[key], key in with_kwargs) for key in lost]
+                yield part, functools.partial(_behind, part, part.forward, found)
+
+
+def _behind(
+    part: nn.Module,
+    own: Callable[..., Any],
+    hooks: list[tuple[Any, bool]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The forward of a part behind hooks, each with whether it takes the named inputs, too."""
+    for hook, takes_named in hooks:
+        given = hook(part, args, kwargs) if takes_named else hook(part, args)
+        if given is None:
+            continue
+        if takes_named:
+            args, kwargs = given
+        else:
+            args = given if isinstance(given, tuple) else (given,)
+    return own(*args, **kwargs)
 
 
 def _is_cache(value: Any) -> bool:
@@ -111,36 +149,3 @@ def _as_now(value: Any) -> Any:
     cache = copy.copy(value)
     vars(cache).update({name: _as_now(part) for name, part in vars(value).items()})
     return cache
-
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
-# A part of a layer, the name of one of its dicts, and what that holds.
-_Hooks = list[tuple[nn.Module, str, dict[int, Any]]]
-
-
-def _hooks(layer: nn.Module) -> _Hooks:
-    """The hooks of the parts. Those of the layer itself run around its forward."""
-    parts = (part for part in layer.modules() if part is not layer)
-    return [(part, name, vars(part)[name].copy()) for part in parts for name in _HOOKS]
-
-
-@contextmanager
-def _with_hooks(hooks: _Hooks) -> Iterator[None]:
-    """Inside the block the parts have these hooks."""
-    replaced: _Hooks = []
-    try:
-        for part, name, wanted in hooks:
-            own = vars(part)[name]
-            if own != wanted:
-                replaced.append((part, name, own))
-                vars(part)[name] = wanted
-        yield
-    finally:
-        for part, name, own in replaced:
-            vars(part)[name] = own
