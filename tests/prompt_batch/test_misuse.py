@@ -19,7 +19,6 @@ import torch
 from _models import VOCABULARY, gpt2, llama
 from _prompts import DEVICE, TOGETHER, batch_of, is_fresh, text
 from hullkit.prompt_batch import Generate
-from torch import nn
 from transformers import GenerationConfig
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
@@ -317,26 +316,3 @@ def test_a_loss_of_the_models_own_is_told() -> None:
         assert [answer.error for answer in answers] == [None, None]
         assert sum("slots learn by the mean next-token" in str(w.message) for w in caught) == told
         assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("part", ["mlp", "mlp.up_proj"])
-def test_a_block_that_replaces_a_layer(part: str) -> None:
-    model = llama().to(DEVICE)
-    batch = batch_of(model, 1)
-    [alone] = batch.map([QUERY])
-    layer = model.model.layers[0].get_submodule(part)
-
-    def then(adapted: Any) -> None:
-        adapted.model.layers[0].set_submodule(part, nn.Identity())
-
-    wrong, right = batch.map([QUERY._replace(then=then), QUERY])
-    told = r"mlp\.\w+: expected a block that leaves the batch's layers in the model"
-    with pytest.raises(RuntimeError, match=told):
-        raise wrong.error or AssertionError("no error")
-    assert model.model.layers[0].get_submodule(part) is layer
-    assert (right.error, right.losses) == (None, alone.losses)
-    with pytest.raises(RuntimeError, match=told), batch.slot(0) as adapted:
-        then(adapted)
-    with batch.slot(0) as adapted:  # other parts are the block's own business
-        adapted.extra = nn.Identity()
-    assert model.extra is adapted.extra

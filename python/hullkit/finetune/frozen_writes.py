@@ -32,11 +32,18 @@ def check_unwritten(model: nn.Module, written: list[Tensor]) -> None:
     """Raises RuntimeError for the first of parameters that were written to."""
     if not written:
         return
-    names = [name for name, parameter in model.named_parameters() if parameter is written[0]]
     raise RuntimeError(
-        "adapted(): expected nobody to write to parameters without requires_grad, got a write to "
-        f"{', '.join(map(repr, names))} of shape {tuple(written[0].shape)}. There is no copy of "
-        "it, so the base model is changed: load it again"
+        "adapted(): expected nobody to write to parameters without requires_grad, got "
+        + of_write(model, written[0])
+    )
+
+
+def of_write(model: nn.Module, parameter: Tensor) -> str:
+    """What an error says of a write to this parameter, of which there is no copy."""
+    names = [repr(name) for name, present in model.named_parameters() if present is parameter]
+    return (
+        f"a write to {', '.join(names)} of shape {tuple(parameter.shape)}. There is no copy of it, "
+        "so the base model is changed: load it again"
     )
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from operator import is_
 from typing import Any
 
@@ -55,7 +55,7 @@ class Snapshot:
             data = p.data
             copied = p.requires_grad and id(p) not in elsewhere
             self._tensors.append(
-                (p, data, _geometry(p), _copy(_written(data), place) if copied else None)
+                (p, data, geometry_of(p), _copy(_written(data), place) if copied else None)
             )
         # Tensors of inference mode count no writes.
         self._frozen = [
@@ -66,7 +66,7 @@ class Snapshot:
         self._written: list[Tensor] = []
         others = [t for t in others if _has_values(t)]
         self._buffers = [(b, _written(b.data).clone()) for b in (*buffers, *others)]
-        self._tensors += [(b, b.data, _geometry(b), copy) for b, copy in self._buffers]
+        self._tensors += [(b, b.data, geometry_of(b), copy) for b, copy in self._buffers]
         if weights is not None:
             weights.save()
 
@@ -97,23 +97,13 @@ class Snapshot:
             for parameter, version, geometry in self._frozen
             if not parameter.is_inference()  # swapped for one
             and parameter._version != version
-            and _geometry(parameter) == geometry
+            and geometry_of(parameter) == geometry
         ]
         if not written:
             return
         told = set(map(id, written))
         self._frozen = [entry for entry in self._frozen if id(entry[0]) not in told]
-        # A parametrisation sets a tensor to itself, which counts as a write. PEFT registers one in
-        # each pass for an adapter of a parameter, whose name it keeps, and removes it again.
-        set_to_itself = {
-            id(parameter)
-            for module, kind in self._classes
-            if type(module) is not kind
-            or "parametrizations" in module._modules
-            or "parameter_name" in vars(module)
-            for parameter in module.parameters()
-        }
-        self._written += [p for p in written if id(p) not in set_to_itself]
+        self._written += without_parametrised(written, self._classes)
 
     def forget_values(self) -> None:
         """From now on `restore` restores flags and gradients, but no values."""
@@ -271,15 +261,40 @@ def _restore_properties(kind: type, saved: dict[str, property]) -> None:
 
 
 def _restore(tensor: Tensor, data: Tensor, geometry: tuple[Any, ...], copy: Tensor | None) -> None:
-    if _geometry(tensor) != geometry:
+    if geometry_of(tensor) != geometry:
         if copy is not None and not has_memory(data):  # the block freed it, as FSDP does
             data.untyped_storage().resize_(bytes_reached(data))
-        if tensor.is_meta and not data.is_meta:  # swapped for one that takes no such data
-            torch.utils.swap_tensors(tensor, nn.Parameter(data, tensor.requires_grad))
-        else:
-            tensor.data = data
+        put_memory_back(tensor, data)
     if copy is not None:
         _write(tensor, copy)
+
+
+def put_memory_back(tensor: Tensor, data: Tensor) -> None:
+    if tensor.is_meta and not data.is_meta:  # swapped for one that takes no such data
+        torch.utils.swap_tensors(tensor, nn.Parameter(data, tensor.requires_grad))
+    else:
+        tensor.data = data
+
+
+def without_parametrised(
+    written: list[Tensor], classes: Iterable[tuple[nn.Module, type]]
+) -> list[Tensor]:
+    """Those of the tensors whose count of writes tells of one.
+
+    A parametrisation sets a tensor to itself, which counts as a write. PEFT registers one in each
+    pass for an adapter of a parameter, whose name it keeps, and removes it again.
+
+    classes: the modules, each with its class before the writes.
+    """
+    set_to_itself = {
+        id(parameter)
+        for module, kind in classes
+        if type(module) is not kind
+        or "parametrizations" in module._modules
+        or "parameter_name" in vars(module)
+        for parameter in module.parameters()
+    }
+    return [tensor for tensor in written if id(tensor) not in set_to_itself]
 
 
 def _write(tensor: Tensor, copy: Tensor) -> None:
@@ -312,7 +327,7 @@ def _copy(tensor: Tensor, place: str) -> Tensor:
     return tensor.clone()
 
 
-def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+def geometry_of(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 

@@ -42,6 +42,13 @@ class BatchArguments:
         super().__setattr__(name, value if check is None else check(value))
 
 
+def check_slot(k: int, slots: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k: expected an int, got {type(k).__name__} ({k!r})")
+    if not 0 <= k < slots:
+        raise IndexError(f"k: expected a slot in [0, {slots}), got {k}")
+
+
 _OF_SLOTS = BatchArguments.__annotations__.keys() - {"lr", "seed"}
 # `memory`, `target` and `backend` are checked with the model's layers and their device.
 _CHECKS = {name: CHECKS[name] for name in CHECKS.keys() & BatchArguments.__annotations__.keys()} | {

@@ -26,7 +26,7 @@ from ..language_model.interface import (
     without_cache,
 )
 from ..language_model.lookups import checked_lookups
-from .arguments import BatchArguments
+from .arguments import BatchArguments, check_slot
 from .borrowed import Borrowed
 from .captured_steps import CapturedSteps
 from .export import write_adapter
@@ -39,6 +39,7 @@ from .queries import Answer, Query, before_a_step, continued
 from .runs import Results, Run
 from .slot_forwards import SlotForwards
 from .stream import Stream
+from .untouched import Base
 
 _SCALE = 1024.0  # of a float16 model's loss: its gradients would vanish
 
@@ -144,6 +145,7 @@ class PromptBatch(BatchArguments):
         share = self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
         self._forwards = SlotForwards(self._layers, share, backend)
         self._longest = longest_padded(model)  # the length up to which texts are padded
+        self._base = Base()
         self._busy = False
         self._runs = False  # a map or adapt_, which has not handed its caller an answer
         self._loads = False  # whether PEFT was seen to load an adapter of these layers
@@ -207,7 +209,8 @@ class PromptBatch(BatchArguments):
             An iterator of :class:`Answer`. Slots are fresh when it ends or is closed.
 
         Raises:
-            RuntimeError: another `map` or `adapt_` of this batch is under way, or a `slot` block.
+            RuntimeError: another `map` or `adapt_` of this batch is under way, or a `slot` block. A
+                `then` has written to a parameter: all later queries would have another base.
             ValueError: rows of a batch change each other in this model, and slots share passes.
             What `queries` raises, after earlier answers; what a pass raises but for lack of memory.
         """
@@ -315,21 +318,24 @@ class PromptBatch(BatchArguments):
         """A block in which the model behaves as adapted with slot k, in eval mode. It yields it.
 
         Parameters need no gradients in it. What saves the model finds the base: see `export`.
+        Modules and parameters are the base's, to be read. What is replaced, added, removed, cast or
+        moved is put back. Of values there is no copy; a write to `.data` is not seen.
 
         Raises:
             TypeError: k is no int. IndexError: no such slot.
-            RuntimeError: after the block: it replaced a chosen layer in the model. It is back.
+            RuntimeError: after the block: it changed something, or wrote to a parameter.
         """
-        self._check_slot(k)
-        return self._using(k, 1, self._forwards.in_place(self.model))
+        check_slot(k, self.slots)
+        block = self._using(k, 1)
+        return block.with_inner(self._base.untouched(block))
 
-    def _using(self, first: int, slots: int, *inner: AbstractContextManager[None]) -> Borrowed:
+    def _using(self, first: int, slots: int) -> Borrowed:
         """As `slot`, of batches whose row i runs with slot first + i."""
         # A stream has refreshed the copies as it began. Between two answers the caller may write.
         fresh = nullcontext() if self._runs else self._forwards.refreshed(self.model)
         passes, steps = self._passes, self._steps.block()
         own = (passes.products(), passes.autocast(), fresh, self._forwards.some(first, slots))
-        return Borrowed(self.model, passes.stretched, *own, steps, *inner)
+        return Borrowed(self.model, passes.stretched, *own, steps)
 
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits (K, T, V) of input_ids (K, T): row k by the model as adapted with slot k.
@@ -357,12 +363,6 @@ class PromptBatch(BatchArguments):
             out: Tensor = continued(self.model, input_ids, options)
             return out
 
-    def _check_slot(self, k: int) -> None:
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k: expected an int, got {type(k).__name__} ({k!r})")
-        if not 0 <= k < self.slots:
-            raise IndexError(f"k: expected a slot in [0, {self.slots}), got {k}")
-
     def _check_rows(self, input_ids: Tensor) -> None:
         """An index outside a table would end the process."""
         check_tensor("input_ids", input_ids)
@@ -387,7 +387,7 @@ class PromptBatch(BatchArguments):
             ValueError: layers that PEFT does not adapt as they are, as in some models with experts
                 or Mamba's; a layer with two names.
         """
-        self._check_slot(k)
+        check_slot(k, self.slots)
         write_adapter(
             self.model, self._factors.of_slot(k), self._layers, directory, self.rank,
             self.alpha, self.rslora, check=not self._loads,

@@ -72,6 +72,20 @@ class Borrowed(WithBlock):
         self._layouts = FirstLayouts()
         self._settings: TorchSettings | None = None
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model's, once the block is open: the model first."""
+        return [module for module, _, _ in self._modules]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter, _ in self._trained]
+
+    def with_inner(self, block: AbstractContextManager[Any]) -> Borrowed:
+        """Adds a block that lies within all others. Returns this one."""
+        self._inner = (*self._inner, block)
+        return self
+
     def _claim(self) -> None:
         self._settings = TorchSettings()
         modules = self._model.modules()

@@ -38,7 +38,9 @@ class Query(NamedTuple):
             passes, several may be computed at once instead of in calls. None: no value.
             Do not call the batch in it: its other slots hold other queries' factors. Parameters
             need no gradients in it, and what saves the model finds the base: use
-            :meth:`PromptBatch.adapt_` and :meth:`PromptBatch.export`.
+            :meth:`PromptBatch.adapt_` and :meth:`PromptBatch.export`. It is not to change modules
+            or parameters, as in a block of :meth:`PromptBatch.slot`: what can be put back is, and
+            the answer has an error; a write to a parameter ends the `map`.
         lr: the learning rate; None for the batch's.
         seed: of the fresh factors; None for the batch's.
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..finetune.snapshot import put_back
 from ..language_model.low_rank_layers import (
     Adapted,
     Part,
@@ -26,7 +25,6 @@ from ..language_model.low_rank_layers import (
 )
 from ..language_model.low_rank_products import Inner, expand, shrink
 from ..language_model.products import SharedInput, SharedInputs
-from ..native.kernels import DictCopies
 from ..native.torch_private import current_backward
 from .layers import Layer
 
@@ -137,26 +135,18 @@ class SlotForwards:
         """Whether a layer ran in the latest block of `learning`."""
         return bool(self._used)
 
-    def _lost(self, model: nn.Module) -> str | None:
-        """The name of a layer that somebody has replaced in the model."""
-        for layer in self._layers:
+    def _check(self, model: nn.Module) -> None:
+        """Raises RuntimeError for a layer that somebody has replaced in the model, or moved."""
+        for layer, kind in zip(self._layers, self._kinds, strict=True):
             try:
                 present: Any = model.get_submodule(layer.name)
             except AttributeError:
                 present = None
             if present is not layer.module:
-                return layer.name
-        return None
-
-    def _check(self, model: nn.Module) -> None:
-        """Raises RuntimeError for a layer that somebody has replaced in the model, or moved."""
-        name = self._lost(model)
-        if name is not None:
-            raise RuntimeError(
-                f"{name}: expected the layer of which the batch was made, got another; "
-                "make a new PromptBatch"
-            )
-        for layer, kind in zip(self._layers, self._kinds, strict=True):
+                raise RuntimeError(
+                    f"{layer.name}: expected the layer of which the batch was made, got another; "
+                    "make a new PromptBatch"
+                )
             if layer.kind != kind:
                 raise RuntimeError(
                     f"{layer.name}: expected a weight as when the batch was made, {kind[0]} on "
@@ -170,21 +160,6 @@ class SlotForwards:
         for layer in self._layers:
             layer.refresh()
         yield
-
-    @contextmanager
-    def in_place(self, model: nn.Module) -> Iterator[None]:
-        """A block of `Borrowed`, after which the layers are where they were.
-
-        Raises RuntimeError for one that the block has replaced, alone or with a part of the model.
-        """
-        parts = DictCopies([module._modules for module in model.modules()])
-        yield
-        if parts.changed() and (name := self._lost(model)) is not None:
-            put_back(parts)
-            raise RuntimeError(
-                f"{name}: expected a block that leaves the batch's layers in the model, got one "
-                "that replaced it; it is there again"
-            )
 
     @contextmanager
     def some(self, first: int, slots: int) -> Iterator[None]:
@@ -288,7 +263,10 @@ class SlotForwards:
                     f"{tuple(x.shape)}"
                 )
             if layer.name in self._used:
-                raise RuntimeError(f"{layer.name}: expected one call in a pass, got another")
+                raise RuntimeError(
+                    f"{layer.name}: expected one call in a pass, got another; `target` can leave "
+                    "the layer out"
+                )
             self._used.add(layer.name)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

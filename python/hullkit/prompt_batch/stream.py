@@ -24,6 +24,7 @@ from ..language_model.interface import (
 from .generation import Continuations, Plan, neighbouring
 from .queries import Answer, Generate, Query, Score, finite_score
 from .runs import Run, clear_locals
+from .untouched import BaseWritten
 
 _AHEAD = 4  # times as many queries as slots may be read before the answer that is due
 # A pass, or a call of `generate`, takes much the same time for a few slots as for all. So slots
@@ -309,6 +310,8 @@ class Stream:
             elif run.query.then is not None:
                 with self._batch.slot(slot) as model:
                     value = run.query.then(model)
+        except BaseWritten:
+            raise  # other queries would go on with another base
         except Exception as failure:
             clear_locals(failure)  # they may hold a pass's tensors
             error = failure
