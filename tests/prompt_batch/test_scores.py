@@ -7,17 +7,17 @@ The CPU takes part with the GPU's rule.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hullkit
 import pytest
 import torch
 from _models import VOCABULARY, llama
-from _prompts import DEVICE, ROUNDING, TOGETHER, batch_of, text
+from _prompts import DEVICE, PRECISIONS, ROUNDING, TOGETHER, batch_of, text
 from _signals import AtEvery, raising
 from hullkit.language_model import interface
-from hullkit.prompt_batch import Score, stream
+from hullkit.prompt_batch import Generate, Score, stream
 from torch import Tensor, nn
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
@@ -201,6 +201,25 @@ def test_labels_without_a_logit_are_their_querys_errors(told: bool, called: list
         assert f"examples[1]: expected ids in [0, {VOCABULARY // 2})" in str(second.error)
         assert third.error is None
         assert len(called) == 1
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_memory_for_the_ids_of_all_queries(precision: str) -> None:
+    """Queries are read ahead of the calls that score and continue them."""
+    texts = [text(9, seed) for seed in range(6)]
+    thens: tuple[Any, ...] = (
+        Score,
+        lambda ids: Generate(ids, max_new_tokens=2, do_sample=True, top_k=1),
+    )
+
+    def queries(of: Callable[[Tensor], Tensor]) -> Iterator[hullkit.Query]:
+        for i, ids in enumerate(texts):
+            yield hullkit.Query([of(ids)], [2], thens[i % 2](of(ids)))
+
+    batch = batch_of(llama().to(DEVICE), 2, precision=precision)
+    memory = torch.empty_like(texts[0])
+    apart, together = ([*batch.map(queries(of))] for of in (Tensor.clone, memory.copy_))
+    assert list(map(str, values(together))) == list(map(str, values(apart)))
 
 
 @pytest.mark.parametrize("what", ["examples", "scored"])

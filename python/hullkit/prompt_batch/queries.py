@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from operator import index
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ _DEFAULT = 20  # new tokens of a `generate` that is told no number
 
 class Query(NamedTuple):
     """One prompt's examples, and what to do with the model that they adapt.
+
+    Examples, counts, and the ids of a `Score` or `Generate` are copied as `map` takes the query
+    from its iterable, which may be long before the answer.
 
     Attributes:
         examples: a sequence of int64 token ids, (T,) or (1, T) with T >= 2.
@@ -110,6 +114,14 @@ def finite_score(loss: float) -> float:
     if not math.isfinite(loss):
         raise FloatingPointError(f"ids: expected a finite loss, got {loss}")
     return loss
+
+
+def with_own_ids(then: Any) -> Any:
+    """A `Score` or `Generate` that the caller's later writes to its ids do not reach."""
+    then = copy(then)
+    if isinstance(then.ids, Tensor):
+        then.ids = then.ids.clone()
+    return then
 
 
 class Generate:

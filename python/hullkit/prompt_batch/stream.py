@@ -22,7 +22,7 @@ from ..language_model.interface import (
     token_limits,
 )
 from .generation import Continuations, Plan, neighbouring
-from .queries import Answer, Generate, Query, Score, finite_score
+from .queries import Answer, Generate, Query, Score, finite_score, with_own_ids
 from .runs import Run, clear_locals
 from .untouched import BaseWritten
 
@@ -121,6 +121,8 @@ class Stream:
             raise TypeError(f"examples: expected a list of examples, got {kind}")
         if query.then is not None and not callable(query.then):
             raise TypeError(f"then: expected a callable, got {type(query.then).__name__}")
+        if type(query.then) in (Score, Generate):
+            query = query._replace(then=with_own_ids(query.then))
         if query.seed is not None:
             query = query._replace(seed=check_int("seed", query.seed, 0, (1 << 63) - 1))
         bursts = reuse_schedule(query.counts, self._batch.refresh_interval)
