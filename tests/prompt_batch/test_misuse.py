@@ -286,6 +286,22 @@ def test_construction_says_what_it_wants(options: dict[str, Any], words: str) ->
         batch_of(llama(), 1, **options)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("kind", "told"), [("PromptTuningConfig", "PROMPT_TUNING"), ("PromptEncoderConfig", "P_TUNING")]
+)
+def test_a_learned_prompt_before_the_tokens(kind: str, told: str) -> None:
+    peft = pytest.importorskip("peft", reason="an extra is not installed")
+    config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(llama(), config)
+    with pytest.raises(ValueError, match=rf"model: expected one without .*got PEFT's {told}"):
+        batch_of(model, 1)
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(llama(), config).to(DEVICE)
+    assert [a.error for a in batch_of(model, 2).map([QUERY] * 2)] == [None, None]
+
+
 def test_a_slot_whose_block_is_open_stays() -> None:
     batch = batch_of(llama().to(DEVICE), 1)
     batch.adapt_([QUERY])

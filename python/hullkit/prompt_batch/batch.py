@@ -86,7 +86,7 @@ class PromptBatch(BatchArguments):
 
     Raises:
         TypeError, ValueError: a bad argument; no such layers; layers of other classes (adapters,
-            other quantised ones); parameters on the meta device; no memory for the slots.
+            other quantised ones); learned prompts; parameters on the meta device; no memory.
         RuntimeError: from a pass: a chosen layer ran twice in it.
 
     >>> import hullkit, torch

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..language_model.interface import is_compiled
+from ..language_model.interface import is_compiled, is_prompt_learning
 from ..language_model.products import product
 from .quantized import EIGHT_BITS, FOUR_BITS, check_quantized, product_of, weight_of
 
@@ -118,6 +118,7 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
     target: "all-linear", or ends of names, each of a layer. The output head never gets factors.
     """
     ends = _ends(target)
+    _check_prompts(model)
     if is_compiled(model):
         raise ValueError(
             "model: expected one that torch.compile has not changed, got a compiled one: passes "
@@ -159,6 +160,17 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
         of = lacking.pop(0) if lacking else target
         raise ValueError(f"target: expected linear layers in the model, got none for {of!r}")
     return found
+
+
+def _check_prompts(model: nn.Module) -> None:
+    """Refuses learned prompts of PEFT that take rows beside the tokens'. Prefixes take none."""
+    for module in filter(is_prompt_learning, model.modules()):
+        kind = module.active_peft_config.peft_type
+        if kind not in ("PREFIX_TUNING", "CARTRIDGE"):
+            raise ValueError(
+                "model: expected one without a learned prompt before the tokens, which would be "
+                f"rows of no slot, got PEFT's {getattr(kind, 'value', kind)}; prefix tuning is fine"
+            )
 
 
 def _ends(target: Any) -> tuple[str, ...] | None:

@@ -260,7 +260,7 @@ class SlotForwards:
             if rows != call.tokens:  # a part of the tokens, as experts get, may mix slots
                 raise RuntimeError(
                     f"{layer.name}: expected a row for each of {call.tokens} tokens, got an input "
-                    f"{tuple(x.shape)}"
+                    f"{tuple(x.shape)}; `target` can leave the layer out"
                 )
             if layer.name in self._used:
                 raise RuntimeError(
