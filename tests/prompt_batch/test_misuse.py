@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from _models import VOCABULARY, gpt2, llama
-from _prompts import DEVICE, TOGETHER, batch_of, is_fresh, text
+from _prompts import DEVICE, PRECISIONS, TOGETHER, batch_of, is_fresh, text
 from hullkit.prompt_batch import Generate
-from transformers import GenerationConfig
+from transformers import BertConfig, BertForMaskedLM, GenerationConfig
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 if DEVICE.type == "cuda":
@@ -314,15 +314,16 @@ def test_a_slot_whose_block_is_open_stays() -> None:
         assert torch.equal(model(ids).logits, before)
 
 
-def test_a_loss_of_the_models_own_is_told() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_loss_of_the_models_own_is_told(dtype: torch.dtype) -> None:
     """Slots learn by another one. It is told once, and draws no random numbers of the caller's."""
-    model: Any = llama().to(DEVICE)
+    model: Any = llama().to(DEVICE, dtype)
     own = model.loss_function
 
-    def doubled(*args: Any, **options: Any) -> Any:
-        return 2.0 * own(*args, **options)
+    def with_more(*args: Any, **options: Any) -> Any:  # an auxiliary loss is no larger
+        return own(*args, **options) + 2e-3
 
-    for loss, told in ((own, 0), (doubled, 1)):
+    for loss, told in ((own, 0), (with_more, 1)):
         model.loss_function = loss
         batch = batch_of(model, 1)
         state = torch.get_rng_state()
@@ -332,3 +333,14 @@ def test_a_loss_of_the_models_own_is_told() -> None:
         assert [answer.error for answer in answers] == [None, None]
         assert sum("slots learn by the mean next-token" in str(w.message) for w in caught) == told
         assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_model_that_sees_later_tokens(precision: str) -> None:
+    """Its own loss tells, as it tells a tuner: such a model would learn to copy."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **sizes)
+    batch = batch_of(BertForMaskedLM(config).to(DEVICE), 2, precision=precision)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a causal language model, got BertForMaskedLM"):
+            list(batch.map([QUERY]))

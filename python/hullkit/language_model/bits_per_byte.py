@@ -40,7 +40,8 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
     Args:
         model: a causal language model: `model(ids)` with ids (1, T) returns logits (1, T, V), or an
             object with such `.logits` (transformers). It runs on its own device, in eval mode and
-            without gradients. Every module's training flag is as before afterwards.
+            without gradients. Every module's training flag is as before afterwards. Nothing checks
+            that it is causal: the bits of one that sees later tokens say nothing.
         input_ids: (T,) or (1, T) int64 token ids, T >= 2, on any device.
         num_bytes: UTF-8 bytes that the scored tokens `input_ids[1:]` spell, > 0.
 

@@ -46,6 +46,10 @@ def check_depends(name: str, loss: Tensor) -> None:
         )
 
 
+class NotCausal(ValueError):
+    """The model's logits depend on later tokens."""
+
+
 class CausalLoss:
     """The loss of an example's keyword inputs, a batch of one.
 
@@ -133,6 +137,25 @@ class CausalLoss:
         with matmul_precision("float32"):
             return self._settled(lambda: self._of(self._model, inputs, autocast=False), inputs)
 
+    def beside_next_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The loss of ids (1, T) as `plain`, and the mean next-token one, of the same output.
+
+        None where this loss is that one by its definition, as of a forward without `labels`.
+        """
+        if "labels" not in forward_parameters(self._model):
+            return None
+        output: Any = None
+
+        def call(*args: Any, **inputs: Any) -> Any:
+            nonlocal output
+            output = self._model(*args, **inputs)
+            return output
+
+        inputs = {"input_ids": ids, "labels": ids}
+        with matmul_precision("float32"):
+            own = self._settled(lambda: self._of(call, inputs, autocast=False), inputs)
+        return own, plain_next_token_loss(logits_of_tokens(output, ids), ids)
+
     def forward_alone(self, inputs: dict[str, Tensor]) -> None:
         """The model's own forward, as a pass calls it, and nothing in place of its parts."""
         self._of(self._model, inputs, self.autocast)
@@ -207,7 +230,7 @@ class CausalLoss:
                     lambda ids: self._model(ids, **options), inputs["input_ids"].to(device)
                 )
         if not self._is_causal:
-            raise ValueError(
+            raise NotCausal(
                 f"model: expected a causal language model, got {name_of(self._model)}, "
                 "whose logits depend on later tokens"
             )

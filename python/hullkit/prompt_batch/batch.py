@@ -211,7 +211,7 @@ class PromptBatch(BatchArguments):
         Raises:
             RuntimeError: another `map` or `adapt_` of this batch is under way, or a `slot` block. A
                 `then` has written to a parameter: all later queries would have another base.
-            ValueError: rows of a batch change each other in this model, and slots share passes.
+            ValueError: a model that is not causal; rows that change each other in shared passes.
             What `queries` raises, after earlier answers; what a pass raises but for lack of memory.
         """
         answers = self._answers(queries, keep=False)

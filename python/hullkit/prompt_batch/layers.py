@@ -165,7 +165,8 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
 def _check_prompts(model: nn.Module) -> None:
     """Refuses learned prompts of PEFT that take rows beside the tokens'. Prefixes take none."""
     for module in filter(is_prompt_learning, model.modules()):
-        kind = module.active_peft_config.peft_type
+        config: Any = module.active_peft_config
+        kind = config.peft_type
         if kind not in ("PREFIX_TUNING", "CARTRIDGE"):
             raise ValueError(
                 "model: expected one without a learned prompt before the tokens, which would be "

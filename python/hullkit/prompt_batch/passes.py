@@ -16,14 +16,10 @@ from torch import Tensor, nn
 
 from ..finetune.capture_memory import CaptureMemory, HeldTensors, NotCapturable, with_gaps
 from ..finetune.recorded_passes import RecordedPasses, Recording
-from ..language_model.cross_entropy import (
-    linear_next_token_losses,
-    next_token_losses,
-    plain_next_token_loss,
-)
+from ..language_model.cross_entropy import linear_next_token_losses, next_token_losses
 from ..language_model.fused_modules import fused_head_weight, stand_ins
 from ..language_model.interface import MODEL_ERRORS, logits_of, trial, without_cache
-from ..language_model.loss import CausalLoss
+from ..language_model.loss import CausalLoss, NotCausal
 from ..language_model.product_settings import autocast_of_pass, matmul_precision
 from ..language_model.products import SharedInputs
 from .borrowed import Borrowed
@@ -148,25 +144,33 @@ class SlotPasses:
             return logits_of(self._model(ids, **self._options), ids)
 
     def compare_losses(self, text: Tensor) -> None:
-        """Warns, after the first text, of a model whose own loss is another one than its slots'."""
+        """Warns, after the first text, of a model whose own loss is another one than its slots'.
+
+        Raises ValueError for a model that is not causal, where its own loss tells.
+        """
         if self._compared or len(text) < 2:
             return
-        self._compared = True
         ids = text[None, :_COMPARED].to(self._device)
         of_model = CausalLoss(self._model, "float32", compile=False, fuse=False)
+        losses = None
         try:
             own_modes = Borrowed(self._model, self.stretched)
             with torch.no_grad(), trial(self._device), own_modes:
-                own = float(of_model.plain({"input_ids": ids, "labels": ids}))
-                logits = logits_of(self._model(ids, **self._options), ids)
-            learned = float(plain_next_token_loss(logits, ids))
+                losses = of_model.beside_next_tokens(ids)
+        except NotCausal:
+            raise  # of every text
         except MODEL_ERRORS:
-            return  # a loss that cannot be asked for is nobody's
-        bound = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.02
+            pass  # a loss that cannot be asked for is nobody's
+        self._compared = True
+        if losses is None:
+            return
+        own, learned = map(float, losses)
+        # Most models widen their logits for their loss, as the other loss does.
+        bound = 1e-4 if losses[0].dtype in (torch.float32, torch.float64) else 0.02
         if not abs(own - learned) <= bound * max(1.0, abs(learned)):
             warnings.warn(
-                f"hullkit: slots learn by the mean next-token cross entropy, {learned:.4g} of the "
-                f"first text, where the model's own loss is {own:.4g}; TestTimeFinetuner on a PEFT "
+                f"hullkit: slots learn by the mean next-token cross entropy, {learned:.6g} of the "
+                f"first text, where the model's own loss is {own:.6g}; TestTimeFinetuner on a PEFT "
                 "model trains by that one",
                 stacklevel=5,
             )
