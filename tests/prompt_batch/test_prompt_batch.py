@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _architectures
 import hullkit
 import pytest
 import torch
@@ -48,7 +50,7 @@ def by_peft(model: nn.Module, of: hullkit.Query, precision: str) -> tuple[float,
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # by peft
-@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("make", [llama, gpt2, partial(_architectures.build, "falcon")])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_slot_learns_what_an_adapter_of_peft_learns(
     precision: str, make: Any, tmp_path: Path

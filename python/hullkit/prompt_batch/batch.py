@@ -75,8 +75,8 @@ class PromptBatch(BatchArguments):
             error of its query. None: for "auto" all that is free, less 1/16 of a CUDA device; else
             no bound, and fewer slots after a pass ran out of memory.
         rank, alpha, rslora: of the adapters.
-        target: "all-linear", every `torch.nn.Linear`, `Conv1D` of transformers and quantised layer
-            but the head of a transformers model; or names, or ends of names, of layers.
+        target: "all-linear", every `torch.nn.Linear` or subclass that computes the same, `Conv1D`
+            and quantised layer but a transformers model's head; or layers' names, or their ends.
         lr, betas, eps, refresh_interval, seed: as TestTimeFinetuner's; seed is of fresh factors.
         precision: of the passes, as TestTimeFinetuner's: "float32", "tf32" or "bf16". On a CPU
             "tf32" computes in float32, and slots share passes.

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..language_model.interface import is_compiled, is_prompt_learning
+from ..language_model.bits_per_byte import eval_mode
+from ..language_model.interface import MODEL_ERRORS, is_compiled, is_prompt_learning
+from ..language_model.product_settings import matmul_precision
 from ..language_model.products import product
 from .quantized import EIGHT_BITS, FOUR_BITS, check_quantized, product_of, weight_of
 
@@ -137,11 +140,13 @@ def chosen_layers(model: nn.Module, target: str | Sequence[str]) -> list[Layer]:
             continue
         if name.startswith(tuple(adapted)):
             raise ValueError(f"model: expected a model without adapters, got {name!r}")
-        if type(module) is not nn.Linear and kind not in (_CONV1D, EIGHT_BITS, FOUR_BITS):
+        if not _takes(module):
+            others = (n for n, m in model.named_modules() if m is not head and _takes(m))
+            other = next(others, None)
             raise ValueError(
-                "model: expected linear layers of torch.nn.Linear, transformers' Conv1D, or "
-                f"bitsandbytes' Linear8bitLt and Linear4bit, got {kind}: {name!r}. `target` may "
-                "name others"
+                "model: expected linear layers that compute what torch.nn.Linear does, "
+                "transformers' Conv1D, or bitsandbytes' Linear8bitLt and Linear4bit, got "
+                f"{kind}: {name!r}" + (f". `target` may name others, as {other!r}" if other else "")
             )
         if kind in (EIGHT_BITS, FOUR_BITS):
             check_quantized(name, module)
@@ -192,6 +197,41 @@ def _ends(target: Any) -> tuple[str, ...] | None:
 
 def _is_end(end: str, name: str) -> bool:
     return f".{name}".endswith(f".{end}")
+
+
+def _takes(module: nn.Module) -> bool:
+    """Whether the module is a linear layer that gets factors."""
+    if type(module) is nn.Linear or _kind(module) in (_CONV1D, EIGHT_BITS, FOUR_BITS):
+        return True
+    # torch.nn.MultiheadAttention reads the weight of such a layer without a call of it.
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    if module._modules or not module._parameters.keys() <= {"weight", "bias"}:
+        return False  # has more to it, as adapters do
+    return type(module).forward is nn.Linear.forward or _computes_the_product(module)
+
+
+def _computes_the_product(module: nn.Linear) -> bool:
+    """Whether the forward of such a class is that of `nn.Linear`, on a few random rows."""
+    weight = module.weight
+    random = torch.Generator(weight.device).manual_seed(0)
+    shape, of = (2, 32, module.in_features), {"device": weight.device, "dtype": weight.dtype}
+    try:
+        with torch.no_grad(), matmul_precision("float32"), eval_mode(module):
+            x = torch.randn(shape, generator=random, **of)  # type: ignore[call-overload]
+            found: Any = type(module).forward(module, x)
+            wanted = nn.functional.linear(x, weight, module.bias)
+            if type(found) is not Tensor or (found.dtype, found.shape) != (x.dtype, wanted.shape):
+                return False
+            # Halves may be rounded after the product and after the sum: 0.4 of eps. Inputs of 8
+            # bits would be 0.9 of bfloat16's. In float32 sums have another order.
+            bound = torch.finfo(x.dtype).eps * (0.6 if x.dtype.itemsize == 2 else 64.0)
+            found, wanted = found.double(), wanted.double()
+            return bool((found - wanted).norm() <= bound * wanted.norm())
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_ERRORS:
+        return False
 
 
 def device_and_dtype(model: nn.Module, layers: list[Layer]) -> tuple[torch.device, torch.dtype]:
