@@ -19,6 +19,7 @@ import torch
 from _models import VOCABULARY, gpt2, llama
 from _prompts import DEVICE, PRECISIONS, TOGETHER, batch_of, is_fresh, text
 from hullkit.prompt_batch import Generate
+from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GenerationConfig
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
@@ -151,6 +152,14 @@ def test_kept_errors_hold_no_examples() -> None:
         gc.collect()
         assert all(isinstance(answer.error, error) for answer in answers)
         assert sum(reference() is not None for reference in alive) <= 1  # of the last query read
+
+
+def test_a_layer_that_runs_twice_in_a_pass() -> None:
+    inner, head = nn.Linear(8, 8), nn.Linear(8, VOCABULARY)
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 8), inner, inner, head)
+    with pytest.raises(RuntimeError, match=r"1: expected one call .*`target` can leave the layer"):
+        list(batch_of(model.to(DEVICE), 1).map([QUERY]))
+    assert [a.error for a in batch_of(model, 1, target=["3"]).map([QUERY])] == [None]
 
 
 def test_an_input_by_its_name() -> None:
