@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from _models import COUNTS, VOCABULARY, Before, FailingCall, PlainLM, injected, plain, texts
+from _models import COUNTS, VOCABULARY, Before, FailingCall, PlainLM, injected, llama, plain, texts
 from hullkit.finetune import TestTimeFinetuner, adaptation, capture_memory
 from hullkit.finetune.eager_passes import Trained
 from hullkit.optim import Adam
@@ -46,6 +46,15 @@ def test_the_block_may_do_anything(error: type[BaseException] | None) -> None:
         with pytest.raises(error, match="from the block"):
             block()
     before.check()
+
+
+def test_a_container_that_loses_a_module_has_it_again() -> None:
+    """It takes a new dict for the modules that it has left."""
+    model = llama()
+    layers = [*model.model.layers]
+    with TestTimeFinetuner(model).adapted(texts(), COUNTS):
+        del model.model.layers[0]
+    assert [*model.model.layers] == layers
 
 
 INJECTED = [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError]

@@ -185,7 +185,7 @@ class Attributes:
             for name in [n for n in now if n not in saved and n not in _MODULES_OWN]:
                 del now[name]
             for name, value in saved.items():
-                if name not in _MODULES_OWN and now.get(name, now) is not value:
+                if name not in _LEFT_ALONE and now.get(name, now) is not value:
                     now[name] = value
         put_back(self._dicts)
         for container in self._empty:
@@ -213,6 +213,8 @@ class Attributes:
 _MODULES_OWN = frozenset(nn.Module().__dict__.keys() - {"_non_persistent_buffers_set"}) | {
     "_compiled_call_impl"
 }
+# Containers take a new dict as they lose a module.
+_LEFT_ALONE = _MODULES_OWN - {"_parameters", "_buffers", "_modules"}
 _PLAIN = {int, float, bool, str, type(None), type, frozenset, torch.dtype, torch.device}
 _DICTS = {dict, defaultdict, Counter}  # whose order DictCopies sees
 _CONTAINERS = {list, set, OrderedDict, deque, *_DICTS}
