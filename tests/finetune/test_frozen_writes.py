@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from _models import COUNTS, VOCABULARY, PlainLM, llama, plain, texts
+from _models import COUNTS, PlainLM, llama, plain, rwkv, texts
 from hullkit.finetune import TestTimeFinetuner
 from torch import Tensor, nn
-from transformers import RwkvConfig, RwkvForCausalLM
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -105,14 +104,6 @@ def test_adapters_are_merged_in_a_copy() -> None:
     torch.testing.assert_close(merged(ids).logits, logits)
     assert (logits - base).abs().max() > 1e-3
     model.merge_adapter()  # it is the user's again
-
-
-def rwkv(rescale_every: int = 1) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 24}
-    sizes |= {"vocab_size": VOCABULARY, "num_hidden_layers": 3}
-    config = RwkvConfig(rescale_every=rescale_every, **sizes)
-    return RwkvForCausalLM(config).eval()
 
 
 def test_rwkv_is_to_have_rescaled_its_weights() -> None:

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from hullkit.finetune import adaptation
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 VOCABULARY = 31
 COUNTS = [5, 0, 2, 1]
@@ -72,6 +79,15 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 MODELS = [plain, llama, gpt2]  # GPT-2 ties its embeddings and has dropout 0.1
+
+
+def rwkv(rescale_every: int = 1) -> RwkvForCausalLM:
+    """Its first pass in eval mode divides weights by powers of two; with 0 none does."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 24}
+    sizes |= {"vocab_size": VOCABULARY, "num_hidden_layers": 3}
+    config = RwkvConfig(rescale_every=rescale_every, **sizes)
+    return RwkvForCausalLM(config).eval()
 
 
 def texts(count: int = 4) -> list[Tensor]:

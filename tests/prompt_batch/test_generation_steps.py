@@ -8,11 +8,10 @@ from typing import Any
 import hullkit
 import pytest
 import torch
-from _models import VOCABULARY, gpt2, llama
+from _models import VOCABULARY, gpt2, llama, rwkv
 from _prompts import DEVICE, TOGETHER, batch_of, text
 from hullkit.prompt_batch import Generate
 from torch import Tensor, nn
-from transformers import RwkvConfig, RwkvForCausalLM
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 if DEVICE.type == "cuda":
@@ -34,12 +33,6 @@ def mixing() -> nn.Module:
 
     model.__class__ = type("MixingSteps", (type(model),), {"forward": mixed})
     return model
-
-
-def rwkv() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
-    return RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, context_length=64, **sizes))
 
 
 def queries(options: dict[str, Any] = OPTIONS) -> list[hullkit.Query]:

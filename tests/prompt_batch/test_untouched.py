@@ -10,7 +10,7 @@ from typing import Any
 import hullkit
 import pytest
 import torch
-from _models import VOCABULARY, llama
+from _models import VOCABULARY, llama, rwkv
 from _prompts import DEVICE, PRECISIONS, TOGETHER, batch_of, text
 from torch import nn
 from torch.nn.utils import parametrize
@@ -134,6 +134,14 @@ def test_what_a_forward_and_a_reader_do_is_no_change() -> None:
     first, second = batch.map([QUERY._replace(then=then)] * 2)
     assert (first.error, second.error) == (None, None)
     assert second.value > first.value
+
+
+def test_rwkv_may_rescale_its_weights() -> None:
+    model = rwkv().to(DEVICE)
+    assert not model.rwkv.layers_are_rescaled
+    with batch_of(model, 1).slot(0) as adapted:
+        adapted(text(5, 0)[None].to(DEVICE))
+    assert model.rwkv.layers_are_rescaled
 
 
 def test_a_change_between_two_blocks_is_the_callers() -> None:
