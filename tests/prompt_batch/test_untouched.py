@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import hullkit
@@ -84,6 +85,31 @@ def test_what_a_block_replaces_is_put_back(
     assert all(after[key].dtype is tensor.dtype for key, tensor in before.items())
     assert {b.dtype for b in model.buffers()} == {torch.float32}
     assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == VOCABULARY
+
+
+def test_a_block_that_raises_keeps_its_own_error() -> None:
+    model: Any = llama().to(DEVICE)
+
+    def change(adapted: Any, error: BaseException) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            write(adapted)
+        else:
+            del adapted.half().model.layers[0]
+        raise error
+
+    batch = batch_of(model, 2)
+    thens = [partial(change, error=ArithmeticError("of then"))] * 2
+    answers = [*batch.map([QUERY._replace(then=then) for then in thens])]
+    assert [type(a.error) for a in answers] == [ArithmeticError] * 2
+    with pytest.raises(KeyboardInterrupt):
+        list(batch.map([QUERY._replace(then=partial(change, error=KeyboardInterrupt()))]))
+    assert (model.dtype, len(model.model.layers)) == (torch.float32, 2)
+    assert [a.error for a in batch.map([QUERY])] == [None]
+    try:
+        raise KeyError("being handled")
+    except KeyError:
+        with pytest.raises(RuntimeError, match=CHANGED), batch.slot(0) as adapted:
+            adapted.half()
 
 
 @pytest.mark.parametrize("then", [write, write_and_raise, write_in_inference_mode])

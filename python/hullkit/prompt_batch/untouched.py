@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,24 +52,22 @@ class Base:
         if self._structure is None or not self._structure.is_of(modules):
             self._structure = _Structure(modules)
         before = _Before(self._structure, block.parameters)
-        raised: type[BaseException] | None = None
-        try:
-            yield
-        except BaseException as error:
-            raised = type(error)
-            raise
-        finally:
-            changed, written = before.put_back()
-            if written and (raised is None or issubclass(raised, Exception)):
-                raise BaseWritten(
-                    "then, slot(): expected a block that only reads the base model, got "
-                    + of_write(modules[0], written[0])
-                )
-            if changed is not None and raised is None:
-                raise RuntimeError(
-                    f"{changed}: expected a block that leaves the base model as it is, got one "
-                    "that replaced, moved, added or removed it; the model is as before again"
-                )
+        handled = sys.exc_info()[1]  # of a caller that opens the block in an `except`
+        yield
+        changed, written = before.put_back()
+        raised = sys.exc_info()[1]  # `block` hands nobody within it the error that ended it
+        if raised is handled:
+            raised = None
+        if written and (raised is None or isinstance(raised, Exception)):
+            raise BaseWritten(
+                "then, slot(): expected a block that only reads the base model, got "
+                + of_write(modules[0], written[0])
+            )
+        if changed is not None and raised is None:
+            raise RuntimeError(
+                f"{changed}: expected a block that leaves the base model as it is, got one that "
+                "replaced, moved, added or removed it; the model is as before again"
+            )
 
 
 class _Structure:
