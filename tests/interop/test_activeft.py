@@ -102,8 +102,8 @@ def test_choices(
     prompts = queries(count, vectors)
     retriever = Retriever(index, llambda=llambda, device="cpu", **options)
     *batch, seconds = retriever.batch_search(prompts, N, 200)
-    assert seconds.faiss > 0
-    assert seconds.sift > 0
+    assert 0 < seconds.faiss < 60
+    assert 0 < seconds.sift < 60
     equal = 0
     their_retriever = theirs(index, llambda, **options)
     for b, prompt in enumerate(prompts):
@@ -298,6 +298,9 @@ def test_what_it_does_not_take(index: Any) -> None:
     for wrong in (np.zeros((3, DIM)), np.zeros((2, 1, DIM + 1))):
         with pytest.raises(ValueError, match=r"queries: expected shape \(B, m, 96\), got"):
             retriever.batch_search(wrong, 5, 20)
+    for wrong in (np.zeros(DIM), np.zeros((2, DIM + 1)), np.zeros((1, 2, DIM))):
+        with pytest.raises(ValueError, match=r"query: expected shape \(m, 96\), got"):
+            retriever.search(wrong, 5, 20)
     prompt = queries(1)[0]
     for options, message in (
         ({"N": 0}, "N: expected an int >= 1, got 0"),

@@ -165,6 +165,7 @@ def test_refusals(corpus: Any) -> None:
     for bad, message in (
         (np.ones((2, D + 1), np.float32), r"query: expected shape \(B, 16\), got \(2, 17\)"),
         (np.ones((2, 2, D), np.float32), r"query: expected shape \(B, 16\)"),
+        (np.ones((2, D, D), np.float32), r"query: expected shape \(B, 16\)"),
         (broken, "query: expected finite numbers"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -44,13 +44,13 @@ def test_the_kernel_updates_and_resets_as_torch_does() -> None:
         assert torch.equal(before[1], factors.params[1])
         assert not torch.isclose(before[0], factors.params[0]).any()
         updated = [getattr(factors, name).clone() for name in BOUNDS]
-        factors.reset_([2], 7)
-        factors.grads[0] = float("inf")
+        factors.reset_([0], 7)
+        factors.grads[2] = float("inf")
         for steps in (0, 1):  # nobody reads the gradients of a slot without updates
-            control = factors.control([steps, 1, 1], [4, 0, 0], [0.0, 0.0, 0.0], 2)
+            control = factors.control([1, 1, steps], [0, 0, 4], [0.0, 0.0, 0.0], 2)
             factors.update_(control.to(DEVICE), broken)
-            assert broken.tolist() == [steps, 0, 0]
-        ends = [getattr(factors, name)[1:] for name in BOUNDS]
+            assert broken.tolist() == [0, 0, steps]
+        ends = [getattr(factors, name)[:2] for name in BOUNDS]
         found.append((*updated, *ends))
     for of_kernel, of_torch, bound in zip(*found, (*BOUNDS.values(),) * 2, strict=True):
         torch.testing.assert_close(of_kernel, of_torch, rtol=bound, atol=1e-6)

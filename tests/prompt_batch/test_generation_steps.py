@@ -87,3 +87,18 @@ def test_a_step_after_an_end_is_tried_too() -> None:
 def test_texts_without_a_bound_are_as_long_as_alone() -> None:
     alone = values(1, llama(), {"do_sample": False})
     assert values(3, llama(), {"do_sample": False}) == alone
+
+
+def test_no_end_is_not_the_models_own() -> None:
+    options = OPTIONS | {"max_new_tokens": 20}
+    own: Any = llama()
+    [[*_, end], *_] = values(1, own, options | {"max_new_tokens": 3, "eos_token_id": []})
+    found = []
+    for slots, ends in ((1, {}), (1, {"eos_token_id": []}), (3, {"eos_token_id": []})):
+        model: Any = llama()
+        model.generation_config.eos_token_id = end
+        found.append(values(slots, model, options | ends))
+    of_model, alone, together = found
+    assert min(map(len, of_model)) < 20
+    assert [len(tokens) for tokens in alone] == [20] * 3
+    assert together == alone

@@ -52,6 +52,19 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert [a.losses for a in ours] == [a.losses for a in theirs]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_layers_of_several_dtypes_are_refused(dtype: torch.dtype) -> None:
+    """And of one that products do not have."""
+    message = "expected layers on one device in float32, bfloat16 or float16, got"
+    model: Any = llama().to(DEVICE)
+    model.model.layers[1].mlp.to(dtype)
+    with pytest.raises(ValueError, match=message):
+        batch_of(model, 2)
+    if dtype is torch.float64:
+        with pytest.raises(ValueError, match=message):
+            batch_of(model.to(dtype), 2)
+
+
 def test_more_tokens_than_positions() -> None:
     """On a GPU an index outside of the table would end the process."""
     model = gpt2().to(DEVICE)
