@@ -174,8 +174,9 @@ def test_refusals(corpus: Any) -> None:
         search(index, queries(1), 0)
     with pytest.raises(TypeError, match="embeddings: expected an array or a tensor, got str"):
         search(index, queries(1), 4, embeddings="corpus.npy")
-    with pytest.raises(ValueError, match=r"embeddings: expected shape \(M, 16\)"):
-        search(index, queries(1), 4, embeddings=corpus[:, 1:])
+    for wrong in (corpus[:, 1:], corpus[:, :, None]):
+        with pytest.raises(ValueError, match=r"embeddings: expected shape \(M, 16\)"):
+            search(index, queries(1), 4, embeddings=wrong)
     with pytest.raises(ValueError, match="embeddings: expected a row for each id of the index"):
         search(index, queries(1), 4, embeddings=corpus[:1])
     with pytest.raises(ValueError, match=r"query: expected numbers that torch\.float16 holds"):

@@ -199,7 +199,9 @@ def test_filling_at_the_edges() -> None:
     cut[0] = 0
     assert indices[0] == 4
     assert pad(indices, np.array([0.5, -0.5, 0.5]), 6)[0].tolist() == [4, 4, 4, 9, 9, 9]
-    assert pad(indices, np.zeros(3), 6)[0].tolist() == [4, 4, 2, 2, 9, 9]
+    even = pad(indices, np.zeros(3), 6)
+    assert even[0].tolist() == [4, 4, 2, 2, 9, 9]
+    assert even[1].tolist() == [1 / 3] * 6
     padded, their_weights = pad(indices, 2 * weights, 10)
     assert padded.tolist() == [4] * 5 + [2] * 3 + [9] * 2
     assert np.allclose(their_weights, [0.5] * 5 + [0.3] * 3 + [0.2] * 2)

@@ -67,6 +67,15 @@ def test_declared_columns_are_in_every_block() -> None:
             AdaptRows(lambda own=own: own, keep=["n"])
 
 
+def test_whole_numbers_among_fractions() -> None:
+    """Also those that Arrow takes for no fraction."""
+    large = 2**53 + 1
+    made = setup()._replace(use=lambda _, row: {"score": 0.5 if row["n"] == 1 else large})
+    rows = AdaptRows(lambda: made, keep=["n"])(block(1, 5))
+    assert rows.column("error").to_pylist() == [None, None]
+    assert rows.column("score").to_pylist() == [0.5, float(large)]
+
+
 def test_columns_are_in_the_order_of_use() -> None:
     """Hashes of strings differ between processes; the actors' tables must not."""
     names = [f"column {n}" for n in range(12)]

@@ -85,6 +85,10 @@ def test_column_sums(rows: int) -> None:
     launch("column_sums", (5, 1), (values, sums, rows, 67, values.stride(0)), {})
     assert_close([sums], [values.double().sum(0)], 8.0)
     assert_close([column_sums(values, torch.float32)], [values.double().sum(0)], 8.0)
+    several, sums = random(3, rows, 67), values.new_empty(3, 67)
+    launch("column_sums", (5, 3), (several, sums, rows, 67, several.stride(1)), {})
+    assert_close([sums], [several.double().sum(1)], 8.0)
+    assert_close([column_sums(several, torch.float32)], [several.double().sum(1)], 8.0)
 
 
 @pytest.mark.parametrize("wide", [False, True])
