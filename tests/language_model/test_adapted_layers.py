@@ -135,6 +135,16 @@ def test_layers_of_several_scales_and_ranks_are_computed_apart(made: list[int]) 
         assert sorted(made) == [1, 1, 2]
 
 
+def test_factors_that_lie_by_columns() -> None:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and ".k." in name:
+            parameter.data = parameter.data.t().contiguous().t()
+    wanted = run(model, fused=False)
+    for _ in range(2):
+        assert_near(run(model, fused=True), wanted)
+
+
 def test_a_factor_that_changes_after_the_first_reader(made: list[int]) -> None:
     """What was computed ahead is of the old factor. It is computed again."""
     model = adapted()

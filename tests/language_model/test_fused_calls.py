@@ -90,6 +90,8 @@ def test_a_layer_norm_with_strided_parameters() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     with FusedFunctions(backend="triton"), pytest.raises(RuntimeError):
         F.layer_norm(x, (8,), weight, bias[:5])
+    with FusedFunctions(backend="triton"), pytest.raises(RuntimeError):
+        F.layer_norm(x, x.shape, B, B)
 
 
 @pytest.mark.parametrize("case", ["no gradient", "transposed", "transposed square"])

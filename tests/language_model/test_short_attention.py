@@ -7,6 +7,7 @@ In Triton's interpreter on CPUs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +19,13 @@ from hullkit.language_model.fused_functions import FusedFunctions
 from torch import Tensor
 
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there they run on it
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * 0.3
+    seen = torch.ones_like(scores, dtype=torch.bool).tril()
+    return scores.where(seen, -math.inf).softmax(-1) @ v
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,17 +53,26 @@ def test_attention(
     v = random(texts, shared, length, width, dtype=dtype, seed=2)
     assert short_attention.takes(q, k, v)
 
-    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (x.repeat_interleave(heads // shared, 1) for x in (k, v))
-        scores = q @ k.transpose(2, 3) * 0.3
-        seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-        return scores.where(seen, -math.inf).softmax(-1) @ v
-
     def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return short_attention.causal_attention(q, k, v, 0.3, dtype)
 
     # Weights and their gradients are rounded to `dtype` before the second product.
     assert_close(gradients(own, q, k, v), in_float64(exact, q, k, v), 16.0, 1.0)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few heads", "many heads"])
+def test_a_gradient_that_lies_by_columns(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short_attention, "_MANY_PROGRAMS", 0 if many else 1 << 30)
+    q, k, v = (random(1, 2, 40, 16, seed=seed) for seed in range(3))
+
+    def by_columns(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *given: attention(*given).transpose(2, 3)
+
+    def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return short_attention.causal_attention(q, k, v, 0.3, torch.float32)
+
+    found = gradients(by_columns(own), q, k, v)
+    assert_close(found, in_float64(by_columns(exact), q, k, v), 16.0, 1.0)
 
 
 @pytest.mark.parametrize("trained", ["q", "k", "v"])
