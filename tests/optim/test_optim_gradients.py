@@ -32,6 +32,17 @@ def test_clipping_equals_torch(max_norm: float, way: Way) -> None:
     check_equal(ours, params, theirs, others, 4e-6)
 
 
+@pytest.mark.parametrize("size", [1e-6, 0.0])
+def test_clipping_of_tiny_gradients_equals_torch(size: float) -> None:
+    """torch adds a millionth to the norm."""
+    [ours], [theirs] = parameters([torch.zeros(1)]), parameters([torch.zeros(1)])
+    ours.grad, theirs.grad = torch.full((1,), size), torch.full((1,), size)
+    optim.SGD([ours], lr=1.0, max_grad_norm=size).step()
+    nn.utils.clip_grad_norm_([theirs], size)
+    torch.optim.SGD([theirs], lr=1.0).step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0.0)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_step_with_wider_gradients(way: Way) -> None:
     """float32 sums update bfloat16 parameters; others and .grad are left alone."""
