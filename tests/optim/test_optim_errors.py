@@ -126,6 +126,7 @@ def test_bad_explicit_gradients(grad: Any, error: type[Exception], message: str)
         (optim.Adam, "betas", (1.0, 0.999), r"betas: expected numbers in \[0, 1\), got \(1.0, 0.9"),
         (optim.Adam, "betas", (0.9, -0.5), r"betas: expected numbers in \[0, 1\)"),
         (optim.Adam, "betas", (0.9, float("nan")), r"betas: expected numbers in \[0, 1\)"),
+        (optim.AdamW, "amsgrad", True, "amsgrad: expected False, got True"),
     ],
 )
 def test_options_that_turn_bad_later(

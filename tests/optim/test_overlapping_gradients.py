@@ -48,13 +48,14 @@ def test_a_gradient_in_a_parameter(kind: str, steps_before: int) -> None:
 
 
 def test_gradients_beside_parameters_and_on_them() -> None:
-    """Memory that only touches is nobody else's. A parameter that is its own gradient is read
-    before it is written."""
+    """Memory that only touches is nobody else's, nor is a place without elements. A parameter that
+    is its own gradient is read before it is written."""
     memory = torch.ones(12)
     first, second = nn.Parameter(memory[:4]), nn.Parameter(memory[8:])
-    empty = nn.Parameter(torch.empty(0))
-    first.grad, second.grad, empty.grad = memory[4:8], second.data, torch.empty(0)
-    optim.SGD([first, second, empty], lr=0.5).step()
+    empties = [nn.Parameter(memory[2:2]), nn.Parameter(torch.empty(3, 4)[:0, ::2])]
+    first.grad, second.grad = memory[4:8], second.data
+    empties[0].grad, empties[1].grad = memory[10:10], torch.empty(0, 2)
+    optim.SGD([first, second, *empties], lr=0.5).step()
     assert memory.tolist() == [0.5] * 4 + [1.0] * 4 + [0.5] * 4
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -49,6 +50,19 @@ def test_same_bits_every_run_others_every_step(way: Way) -> None:
         assert not torch.equal(seen[0], seen[1])  # two tensors, two noises
         runs.append(params)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_seed_that_is_set_between_steps() -> None:
+    """With the same gradients in the same memory."""
+    params = parameters([torch.ones(3000).bfloat16()] * 2)
+    optimizers = [optim.Adam([param], stochastic_rounding=True) for param in params]
+    set_grads([params], 7)
+    params[1].grad = params[0].grad
+    for seed, same in ((0, True), (5, False)):
+        optimizers[1].seed = seed
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(*params) == same
 
 
 @pytest.mark.parametrize(
@@ -177,3 +191,27 @@ def test_other_bits_for_another_seed() -> None:
         ends.append(param.detach())
     assert torch.equal(ends[0], ends[1])
     assert not any(torch.equal(ends[0], end) for end in ends[2:])
+
+
+@pytest.mark.parametrize("hook", ["pre", "post"])
+def test_a_load_within_another(hook: str) -> None:
+    """A hook of the user's loads, too, and another comes after it."""
+    param = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    param.grad = torch.full_like(param, 1e-5)  # its square is 0 in float16
+    optimizer = optim.Adam([param], lr=0.5, stochastic_rounding=True)
+    optimizer.step()
+    state, seen = copy.deepcopy(optimizer.state_dict()), []
+
+    def load(loaded: Any, *_: Any) -> None:
+        seen.append("load")
+        if len(seen) == 1:
+            loaded.load_state_dict(state)
+
+    register = getattr(optimizer, f"register_load_state_dict_{hook}_hook")
+    register(load)
+    register(lambda *_: seen.append("later"))
+    optimizer.load_state_dict(state)
+    assert seen == ["load", "load", "later", "later"]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[param][name], state["state"][0][name])
+        assert optimizer.state[param][name].all()

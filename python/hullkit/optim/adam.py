@@ -38,6 +38,7 @@ def _refuse_amsgrad(groups: list[dict[str, Any]]) -> None:
 class _FusedAdam(FusedOptimizer):
     stochastic_rounding: bool
     seed: int
+    _hooked: list[dict[str, Any]] | None = None  # the states of the load that runs
 
     def _init_adam(self, stochastic_rounding: bool, seed: int, **options: Any) -> None:
         self.stochastic_rounding = bool(stochastic_rounding)
@@ -74,16 +75,16 @@ class _FusedAdam(FusedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but that moments of halves are taken over in bfloat16, without a
         detour through float16."""
-        hooked: list[dict[str, Any]] = []
-        depth = self._loads = self.__dict__.get("_loads", 0) + 1  # a hook may load, too
+        if self._hooked is not None:  # within a hook of another load, whose hooks serve this one
+            super().load_state_dict(state_dict)
+            return
+        hooked = self._hooked = []
 
         def note(_: Any, given: dict[str, Any]) -> None:
-            if self._loads == depth:
-                hooked.append(given)
+            hooked.append(given)
 
         def take_over(_: Any) -> None:
-            if self._loads == depth:
-                self._take_over_moments(hooked[-1])
+            self._take_over_moments(hooked[-1])
 
         # The last hook before sees what the others have made of it, the first one after comes
         # before what they make of the moments.
@@ -94,7 +95,7 @@ class _FusedAdam(FusedOptimizer):
         finally:
             before.remove()
             after.remove()
-            self._loads = depth - 1
+            self._hooked = None
 
     def _take_over_moments(self, state_dict: dict[str, Any]) -> None:
         indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
