@@ -53,3 +53,6 @@ def test_step_with_wider_gradients(way: Way) -> None:
     assert torch.equal(params[0], torch.full_like(params[0], 0.75))
     assert torch.equal(params[1], torch.ones_like(params[1]))
     assert len(optimizer.state) == 1
+    for dtype, wanted in ((torch.bfloat16, 0.5), (torch.float32, 0.25)):  # of other dtypes later
+        optimizer.step_with({params[0]: torch.ones(40, dtype=dtype, device=way.device)})
+        torch.testing.assert_close(params[0], torch.full_like(params[0], wanted))

@@ -210,8 +210,10 @@ def test_a_load_within_another(hook: str) -> None:
     register = getattr(optimizer, f"register_load_state_dict_{hook}_hook")
     register(load)
     register(lambda *_: seen.append("later"))
-    optimizer.load_state_dict(state)
-    assert seen == ["load", "load", "later", "later"]
-    for name in ("exp_avg", "exp_avg_sq"):
-        assert torch.equal(optimizer.state[param][name], state["state"][0][name])
-        assert optimizer.state[param][name].all()
+    for _ in range(2):
+        seen.clear()
+        optimizer.load_state_dict(state)
+        assert seen == ["load", "load", "later", "later"]
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[param][name], state["state"][0][name])
+            assert optimizer.state[param][name].all()
