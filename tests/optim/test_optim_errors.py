@@ -378,24 +378,3 @@ def test_a_step_that_fails_makes_no_state(cls: Any, given: bool) -> None:
         params[1].grad = params[2].grad = None
         optimizer.step()
     torch.testing.assert_close(params[0].data, torch.full((3,), 0.9))
-
-
-@pytest.mark.plain_memory
-@pytest.mark.parametrize("transposed", [False, True])  # a copy would be read, too
-@pytest.mark.parametrize(
-    ("which", "steps_before"),
-    [("params", 0), ("params", 2), ("state", 0), ("state", 2), ("grad", 0)],
-)
-def test_storage_that_was_cut(which: str, steps_before: int, transposed: bool) -> None:
-    param = nn.Parameter(torch.ones(60, 60))
-    optimizer = optim.SGD([param], lr=0.1, momentum=0.9)
-    for _ in range(steps_before):
-        param.grad = torch.ones(60, 60)
-        optimizer.step()
-    param.grad = torch.ones(60, 60).t() if transposed else torch.ones(60, 60)
-    cut = {"params": param.data, "grad": param.grad}
-    if which == "state":
-        cut["state"] = optimizer.state[param]["momentum_buffer"] = torch.zeros(60, 60)
-    cut[which].untyped_storage().resize_(4000)
-    with pytest.raises(ValueError, match=f"{which}.*: expected a storage of at least 14400 bytes"):
-        optimizer.step()

@@ -78,7 +78,7 @@ class _FusedAdam(FusedOptimizer):
         if self._hooked is not None:  # within a hook of another load, whose hooks serve this one
             super().load_state_dict(state_dict)
             return
-        hooked = self._hooked = []
+        hooked: list[dict[str, Any]] = []
 
         def note(_: Any, given: dict[str, Any]) -> None:
             hooked.append(given)
@@ -91,6 +91,7 @@ class _FusedAdam(FusedOptimizer):
         before = self.register_load_state_dict_pre_hook(note)
         after = self.register_load_state_dict_post_hook(take_over, prepend=True)
         try:
+            self._hooked = hooked
             super().load_state_dict(state_dict)
         finally:
             before.remove()

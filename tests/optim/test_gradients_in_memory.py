@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients that lie in memory which the same launch writes."""
+"""Tensors over memory that the same launch writes, or that is not there."""
 
 from __future__ import annotations
 
@@ -71,3 +71,24 @@ def test_a_gradient_in_an_accumulator_that_was_elsewhere() -> None:
     assert into[0].tolist() == into[1].tolist() == [3.0] * 4
     optim.accumulate_(into, [into[0], grads[1]])
     assert into[0].tolist() == [6.0] * 4
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("transposed", [False, True])  # a copy would be read, too
+@pytest.mark.parametrize(
+    ("which", "steps_before"),
+    [("params", 0), ("params", 2), ("state", 0), ("state", 2), ("grad", 0)],
+)
+def test_memory_that_was_cut(which: str, steps_before: int, transposed: bool) -> None:
+    param = nn.Parameter(torch.ones(60, 60))
+    optimizer = optim.SGD([param], lr=0.1, momentum=0.9)
+    for _ in range(steps_before):
+        param.grad = torch.ones(60, 60)
+        optimizer.step()
+    param.grad = torch.ones(60, 60).t() if transposed else torch.ones(60, 60)
+    cut = {"params": param.data, "grad": param.grad}
+    if which == "state":
+        cut["state"] = optimizer.state[param]["momentum_buffer"] = torch.zeros(60, 60)
+    cut[which].untyped_storage().resize_(4000)
+    with pytest.raises(ValueError, match=f"{which}.*: expected a storage of at least 14400 bytes"):
+        optimizer.step()
