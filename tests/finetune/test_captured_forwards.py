@@ -42,6 +42,10 @@ def masked(model: Any, x: Tensor) -> Tensor:
     return torch.where(mask, x, torch.tensor(-1.0))
 
 
+def picked(model: Any, x: Tensor) -> Tensor:
+    return torch.cat([x[..., [0, 2, 1]], x[..., 3:]], -1)
+
+
 def counted(model: Any, x: Tensor) -> Tensor:
     model.number += 1
     return x + torch.tensor([float(model.number)]).to(x.device)
@@ -66,7 +70,7 @@ def built(change: Callable[[Any, Tensor], Tensor]) -> Forward:
     return model
 
 
-@pytest.mark.parametrize("change", [scaled, built_there, masked])
+@pytest.mark.parametrize("change", [scaled, built_there, masked, picked])
 def test_host_tensors_are_captured(change: Callable[[Any, Tensor], Tensor]) -> None:
     model = built(change)
     before = Before(model)

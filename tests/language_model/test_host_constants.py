@@ -46,7 +46,20 @@ def index(x: Tensor) -> Tensor:
     return x[torch.tensor([2, 0, 1])]
 
 
-MOVES = [to, tensor_on_the_device, as_tensor_on_the_device, new_tensor, copy, where, index]
+def index_by_list(x: Tensor) -> Tensor:
+    return x[[2, 0, 1]] + x.expand(2, 3)[..., [2, 0, 1]]
+
+
+def copy_by_list(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[[0, 2]] = 7.0
+    return y
+
+
+MOVES = [
+    to, tensor_on_the_device, as_tensor_on_the_device, new_tensor, copy, where, index,
+    index_by_list, copy_by_list,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("forward", MOVES)

@@ -9,7 +9,7 @@ import hullkit
 import pytest
 import torch
 from _models import VOCABULARY, gpt2, llama, rwkv
-from _prompts import DEVICE, TOGETHER, batch_of, text
+from _prompts import DEVICE, batch_of, text
 from hullkit.prompt_batch import Generate
 from torch import Tensor, nn
 
@@ -40,8 +40,10 @@ def queries(options: dict[str, Any] = OPTIONS) -> list[hullkit.Query]:
     return [hullkit.Query([text(12, seed)], [3], then) for seed, then in enumerate(thens)]
 
 
-def values(slots: int, model: nn.Module, options: dict[str, Any] = OPTIONS) -> list[list[int]]:
-    answers = [*batch_of(model.to(DEVICE), slots, **TOGETHER).map(queries(options))]
+def values(
+    slots: int, model: nn.Module, options: dict[str, Any] = OPTIONS, precision: str = "tf32"
+) -> list[list[int]]:
+    answers = [*batch_of(model.to(DEVICE), slots, precision=precision).map(queries(options))]
     assert [answer.error for answer in answers] == [None] * 3
     return [answer.value.tolist() for answer in answers]
 
@@ -49,8 +51,8 @@ def values(slots: int, model: nn.Module, options: dict[str, Any] = OPTIONS) -> l
 @pytest.mark.parametrize("make", [mixing, rwkv, llama])
 @pytest.mark.parametrize("precision", ["float32", "tf32"])
 def test_a_cache_that_mixes_rows(make: Any, precision: str) -> None:
-    alone = values(1, make())
-    assert values(3, make()) == alone
+    alone = values(1, make(), precision=precision)
+    assert values(3, make(), precision=precision) == alone
     model: Any = make().to(DEVICE)
     model.generation_config.eos_token_id = None
     batch = batch_of(model, 3, precision=precision)

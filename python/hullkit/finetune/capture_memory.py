@@ -41,6 +41,10 @@ class CaptureMemory:
         _take_workspaces(self.stream)
         self.renew()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has a pool of its own."""
+        return CaptureMemory, (self.stream.device,)
+
     def renew(self) -> None:
         """Takes a new pool for the next graphs. A graph that failed leaves the old one unusable."""
         self.pool = torch.cuda.graph_pool_handle()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import nullcontext
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -56,6 +56,10 @@ class RecordedPasses(Generic[P]):
         self._most = most
         self._passes: OrderedDict[Hashable, P] = OrderedDict()
         self._plain = True  # until the forward pass as it is could not be recorded
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is of a copied model, and records passes of its own."""
+        return RecordedPasses, (self._model, self._memory, self._most)
 
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._passes)

@@ -33,7 +33,9 @@ _MOVING = {
     _ATEN.index_put.default,
     _ATEN.index_put_.default,
 }
-_FROM_DATA = (torch.tensor, torch.as_tensor)  # these move below dispatch, where no mode sees it
+# These move below dispatch, where no mode sees it; the latter move lists of numbers in a key.
+_FROM_DATA = (torch.tensor, torch.as_tensor)
+_BY_KEY = (Tensor.__getitem__, Tensor.__setitem__)
 
 Key = tuple[torch.dtype, torch.Size, bytes]
 
@@ -145,13 +147,18 @@ class _Moves(TorchDispatchMode):
 
 
 class _Constructors(PassMode):
-    """`torch.tensor(data, device=...)` in two steps, host and move, so that the move is seen."""
+    """`torch.tensor(data, device=...)` in two steps, host and move, so that the move is seen; and
+    `x[..., [1, 2]]` as `x[..., torch.tensor([1, 2])]`."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
 
     def handle(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func in _BY_KEY and args[0].device.type == self._device.type:
+            x, key, *value = args
+            key = tuple(map(_index, key)) if isinstance(key, tuple) else _index(key)
+            return func(x, key, *value)
         kwargs = dict(kwargs)
         target = kwargs.get("device")
         data = kwargs.get("data", args[-1] if args else None)
@@ -169,6 +176,13 @@ class _Constructors(PassMode):
         ):
             return func(*args, **kwargs)
         return func(*args, **{**kwargs, "device": "cpu"}).to(target)
+
+
+def _index(part: Any) -> Any:
+    """A part of a key: a list of numbers as a tensor of the host."""
+    if type(part) is list and part and all(type(number) is int for number in part):
+        return torch.tensor(part, device="cpu")
+    return part
 
 
 def _key(value: Tensor) -> Key:
