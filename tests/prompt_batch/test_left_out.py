@@ -62,7 +62,10 @@ def test_a_layer_that_some_passes_of_a_query_leave_out(precision: str, later: st
 
 
 def test_a_layer_that_a_query_leaves_out_stays_fresh() -> None:
+    """Also in a slot that has gradients of an earlier query for it."""
     of = batch(slots=2, capture=False)
+    [earlier] = of.map([hullkit.Query([text(LONG, 2)], [4])])
+    assert earlier.error is None
     [answer, _] = of.adapt_([hullkit.Query([text(8, 1)], [4]), hullkit.Query([], [])])
     assert answer.error is None
     trained, fresh = (of._factors.of_slot(k) for k in range(2))
