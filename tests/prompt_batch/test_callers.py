@@ -197,16 +197,43 @@ def test_an_encoder_layer_takes_no_shortcut() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_blocks_that_do_not_end_in_turn() -> None:
-    """torch's shortcut comes back with the last one, and casts are kept no longer than that."""
+@pytest.mark.parametrize("before", [True, False])
+def test_blocks_that_do_not_end_in_turn(before: bool) -> None:
+    """torch's shortcut is as before with the last one, and casts are kept no longer than that."""
     first, second = (batch.slot(0) for batch in (made(), made()))
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not torch.backends.mha.get_fastpath_enabled()
-    second.__exit__(None, None, None)
-    assert torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(before)
+    try:
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not torch.backends.mha.get_fastpath_enabled()
+        second.__exit__(None, None, None)
+        assert torch.backends.mha.get_fastpath_enabled() == before
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
     assert _autocast_depth() == 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_layers_with_factors_have_the_precision_of_the_pass(
+    precision: str, dtype: torch.dtype
+) -> None:
+    seen = []
+
+    class Notes(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            y = self.layer(self.embedding(ids))
+            if torch.is_grad_enabled():  # a pass that learns
+                seen.append(y.dtype)
+            out: Tensor = self.head(y)
+            return out
+
+    batch = hullkit.PromptBatch(Notes(), target=["layer"], precision=precision, **OPTIONS)
+    [answer] = batch.map([QUERY])
+    assert answer.error is None
+    assert set(seen) == {dtype}
 
 
 def test_a_score_that_is_not_finite() -> None:
