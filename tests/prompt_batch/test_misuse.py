@@ -40,6 +40,23 @@ def test_a_query_is_no_iterable_of_queries() -> None:
     assert [a.error for a in batch.map([QUERY])] == [None]  # it is free
 
 
+def test_no_more_queries_are_read_ahead_than_is_said() -> None:
+    """The first one learns for long, and others take the other slot in turn."""
+    batch, read = batch_of(llama().to(DEVICE), 2), []
+
+    def queries() -> Iterator[hullkit.Query]:
+        for i in range(20):
+            read.append(i)
+            yield QUERY._replace(counts=[1 if i else 40])
+
+    answers = batch.map(queries())
+    for due in range(3):
+        assert next(answers).place == due
+        assert len(read) <= due + 4 * 2
+    assert len(read) >= 4 * 2
+    answers.close()  # type: ignore[attr-defined]
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     batch = batch_of(llama().to(DEVICE), 2, seed=np.int64(2), alpha=Fraction(1, 3))
     plain = batch_of(llama().to(DEVICE), 2, seed=2, alpha=1 / 3)
