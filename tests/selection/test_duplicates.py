@@ -205,3 +205,9 @@ assert peak() - before < 50, peak() - before
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (0, 4), (2, 0, 4), (1, 2, 3, 4)])
+def test_pools_that_are_none_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^pool: expected"):
+        hullkit.duplicates(torch.zeros(shape), eps=0.1)

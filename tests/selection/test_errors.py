@@ -74,6 +74,12 @@ SHAPES: dict[str, Bad] = {
     "batched pool, one query": Bad(
         ValueError, ("{q}", "(3, 5)", "(3, 9, 5)", "got (5,)"), _pool(), _query()[0]
     ),
+    "batched pool, one query as long as the batch": Bad(
+        ValueError,
+        ("{q}", "(5, 5)", "(5, 9, 5)", "got (5,)"),
+        _pool(torch.float32, 5, 9, 5),
+        _query()[0],
+    ),
     "two batch sizes": Bad(ValueError, ("{q}", "(3, 5)", "(2, 5)"), _pool(), _query()[:2]),
     "two dimensions": Bad(ValueError, ("{q}", "d = 5", "got 4"), _pool(), _query()[:, :4]),
     "no rows": Bad(ValueError, ("pool", "at least one row", "(3, 0, 5)"), _pool()[:, :0], _query()),

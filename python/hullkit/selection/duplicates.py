@@ -64,7 +64,10 @@ def duplicates(
     matrix.
     """
     pool = check_floating("pool", pool)
-    any_row = pool if pool.ndim < 2 or pool.shape[-2] == 0 else pool[..., 0, :]
+    if pool.ndim > 1 and pool.shape[-2] > 0:
+        any_row = pool[..., 0, :]
+    else:  # a row that fits, so that the error is of the pool
+        any_row = pool.new_zeros((*pool.shape[:-2], *pool.shape[-1:]))
     for per_entry, rank in ((candidates, 2), (lengths, 1)):  # these make a batch of a shared pool
         if isinstance(per_entry, Tensor) and per_entry.ndim == rank and any_row.ndim == 1:
             any_row = any_row.expand(per_entry.shape[0], -1)
