@@ -110,7 +110,7 @@ def test_a_row_between_two_that_end_does_not_go_on() -> None:
     free = {"max_new_tokens": 20}
     ends = [tokens[1] for tokens in alone([query(0, count=1, **free), query(2, count=1, **free)])]
     own = {"eos_token_id": ends} | free
-    queries = [query(0, count=1, **own), query(1, count=9, **free), query(2, count=1, **own)]
+    queries = [query(0, count=1, **own), query(4, count=9, **free), query(2, count=1, **own)]
     wanted = alone(queries)
     assert len(wanted[1]) == 20
     model = llama().to(DEVICE)
