@@ -78,9 +78,9 @@ def round_multiplicities(
         call.
     Raises:
         TypeError, ValueError: the argument, what was expected and what came; also for NaN and Inf,
-            and for lengths or candidates out of range. A CUDA call does not wait for values: there
-            such an entry gets counts of -1 instead (0 where its support is padding alone), and the
-            others are right.
+            for candidates or indices of the result out of range, and for -1 before one of them. A
+            CUDA call does not wait for values: there such an entry gets counts of -1 instead (0
+            where its support is padding alone), and the others are right.
         NotImplementedError: the device has no kernels, or S > 4096 on CUDA.
 
     >>> import hullkit, torch
