@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 PRIVATE = re.compile(
-    r"torch\._(?!_version__|_future__)|Tensor\._(?!_torch_dispatch__|_getitem__)|torch_optimizer\._|\._C\b"
+    r"torch\._(?!_version__|_future__)|Tensor\._(?!_torch_dispatch__|_getitem__|_setitem__)|torch_optimizer\._|\._C\b"
     r"|import _global|packed_metadata|__dlpack_c|StorageWeakRef|triton\.(runtime|compiler|backends)"
 )
 ONLY_IN = {"native/torch_private.py", "optim/_triton_launch.py"}
