@@ -20,7 +20,9 @@ def prefetched(queries: Iterable[T], ahead: int = 16) -> Iterator[T]:
     earlier queries. Python's own work takes turns with the passes' launches; native calls such as
     `hullkit.select`, and files that are read, do not. A generator that runs the batch's own model,
     to embed prompts for example, must not be here: in a pass its layers are the slots', and a call
-    of another thread raises RuntimeError. Closing the iterator waits for the query that is made.
+    of another thread raises RuntimeError. A query waits with the tensors that it has: one that is
+    filled anew for a later query is read with those values. Closing the iterator waits for the
+    query that is made.
 
     Args:
         queries: what makes them; one thread iterates over it, one query after the other.
