@@ -299,6 +299,34 @@ def test_a_signal_ends_the_waiting() -> None:
     in_threads(lambda: TestTimeFinetuner(plain()).adapt_(texts(1), [1]) and None)
 
 
+@pytest.mark.parametrize("delay", range(60))
+def test_a_signal_that_comes_as_the_waiting_begins(delay: int) -> None:
+    """Python tells of it at the end of a wait alone."""
+
+    def holds(held: threading.Event, enough: threading.Event) -> None:
+        with matmul_precision("tf32"):
+            held.set()
+            while not product_settings._waiting and not enough.is_set():
+                pass
+            for _ in range(delay):
+                pass
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+            assert enough.wait(20.0)
+
+    for _ in range(5):
+        held, enough = threading.Event(), threading.Event()
+        thread = threading.Thread(target=holds, args=(held, enough))
+        thread.start()
+        held.wait(20.0)
+        with raising(signal.SIGALRM, TimeoutError):
+            try:
+                with pytest.raises(TimeoutError), matmul_precision("float32"):
+                    pass
+            finally:
+                enough.set()
+                thread.join(20.0)
+
+
 # Python warns of forks beside threads; the child starts none.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_child_does_not_wait_for_threads_that_it_has_not() -> None:

@@ -9,10 +9,12 @@ would hit queries that are right, at moments that nobody can foresee.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -59,6 +61,7 @@ class Block:
 
 
 PATIENCE = 60.0  # seconds after which a thread says that it waits
+_AT_A_TIME = 0.05  # seconds of a wait: Python hears a signal that comes as one begins at its end
 _lock = threading.RLock()  # a signal may come inside, and its handler run a pass
 _changed = threading.Condition(_lock)
 _blocks: dict[int, list[Block]] = {}  # of each thread, the innermost last
@@ -129,7 +132,7 @@ def _follow(thread: int) -> None:
         return next(iter(_waiting)) == thread and set(_running.values()) <= {wanted}
 
     try:
-        if not _changed.wait_for(may_begin, PATIENCE):
+        if not _wait_for(may_begin, PATIENCE):
             warnings.warn(
                 f"this thread needs products in {_name(wanted)} and has waited {PATIENCE:g} "
                 f"seconds for another one, whose passes need {_name(not wanted)}: torch has one "
@@ -138,7 +141,7 @@ def _follow(thread: int) -> None:
                 RuntimeWarning,
                 stacklevel=5,  # the caller of the block
             )
-            _changed.wait_for(may_begin)
+            _wait_for(may_begin, math.inf)
     finally:
         _waiting.pop(thread, None)
         _changed.notify_all()
@@ -146,6 +149,16 @@ def _follow(thread: int) -> None:
         _before = ProductSettings.now()
         _set(_before, wanted)
     _running[thread] = wanted
+
+
+def _wait_for(may_begin: Callable[[], bool], seconds: float) -> bool:
+    """Whether the time to begin has come within so many seconds."""
+    end = time.monotonic() + seconds
+    while not may_begin():
+        if time.monotonic() >= end:
+            return False
+        _changed.wait(_AT_A_TIME)
+    return True
 
 
 def _name(rounds: bool) -> str:
