@@ -57,6 +57,18 @@ def test_a_container_that_loses_a_module_has_it_again() -> None:
     assert [*model.model.layers] == layers
 
 
+def test_a_vocabulary_that_the_block_resizes() -> None:
+    """The new size stands in the configuration, too, of which the model's own loss takes it."""
+    model = llama()
+    before = dict(vars(model.config))
+    with TestTimeFinetuner(model).adapted(texts(), COUNTS):
+        model.resize_token_embeddings(VOCABULARY + 9, mean_resizing=False)
+        assert model.config.vocab_size == VOCABULARY + 9
+    assert vars(model.config) == before
+    with TestTimeFinetuner(model).adapted(texts(), COUNTS):
+        pass
+
+
 INJECTED = [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError]
 PHASES = [
     (torch.Tensor, "clone"),  # the snapshot

@@ -42,6 +42,8 @@ class Snapshot:
         self._buffer_slots = DictCopies([m._buffers for m in modules])
         self._slots = DictCopies([slots for m in modules for slots in (m._parameters, m._modules)])
         self._attributes = Attributes(modules)
+        self._configurations = DictCopies(configurations(modules[0]))
+        self._replaced = False  # whether a parameter, its memory or a module was
         known = {*map(id, parameters), *map(id, buffers)}
         others = [t for t in self._attributes.tensors if id(t) not in known]
         leaves = [t for t in others if t.requires_grad and t.is_leaf]
@@ -111,6 +113,7 @@ class Snapshot:
         self._classes, self._properties, self._frozen = [], [], []
         self._slots, self._buffer_slots = DictCopies([]), DictCopies([])
         self._attributes = Attributes([])
+        self._configurations = DictCopies([])
 
     def restore(self) -> Exception | None:
         """Restores everything. Returns the first error, after which the rest was still restored."""
@@ -122,6 +125,7 @@ class Snapshot:
                 _twice(failures, setattr, module, "__class__", kind)
         for kind, properties in self._properties:
             _twice(failures, _restore_properties, kind, properties)
+        self._replaced = self._replaced or bool(self._slots.changed())
         put_back(self._slots)
         put_back(self._buffer_slots)
         for training, modules in self._training.values():
@@ -130,7 +134,9 @@ class Snapshot:
                     set_training(module, training)
         _twice(failures, self._attributes.restore)
         for tensor, data, geometry, copy in self._tensors:
-            _twice(failures, _restore, tensor, data, geometry, copy)
+            _twice(failures, self._restore, tensor, data, geometry, copy)
+        if self._replaced:
+            put_back(self._configurations)
         if self._weights is not None:
             _twice(failures, self._weights.restore)
         for tensor, requires_grad, grad in self._flags:
@@ -139,6 +145,17 @@ class Snapshot:
             if tensor.grad is not grad:
                 _twice(failures, setattr, tensor, "grad", grad)
         return failures[0] if failures else None
+
+    def _restore(
+        self, tensor: Tensor, data: Tensor, geometry: tuple[Any, ...], copy: Tensor | None
+    ) -> None:
+        if geometry_of(tensor) != geometry:
+            self._replaced = True
+            if copy is not None and not has_memory(data):  # the block freed it, as FSDP does
+                data.untyped_storage().resize_(bytes_reached(data))
+            put_memory_back(tensor, data)
+        if copy is not None:
+            _write(tensor, copy)
 
 
 class Attributes:
@@ -226,6 +243,14 @@ def put_back(copies: DictCopies) -> None:
         now.update(saved)
 
 
+def configurations(model: nn.Module) -> list[dict[str, Any]]:
+    """What the model's configurations keep: what resizes an embedding writes the new size there."""
+    config: Any = getattr(model, "config", None)
+    find = getattr(config, "get_text_config", None)
+    found = [config, find() if callable(find) else None]
+    return [vars(c) for c in found if isinstance(getattr(c, "__dict__", None), dict)]
+
+
 def set_training(module: nn.Module, training: bool) -> None:
     """Past the `__setattr__` of modules, which looks for parameters, buffers and modules first. A
     model with adapters has thousands of modules."""
@@ -260,15 +285,6 @@ def _restore_properties(kind: type, saved: dict[str, property]) -> None:
     for name, value in saved.items():
         if now.get(name) is not value:
             setattr(kind, name, value)
-
-
-def _restore(tensor: Tensor, data: Tensor, geometry: tuple[Any, ...], copy: Tensor | None) -> None:
-    if geometry_of(tensor) != geometry:
-        if copy is not None and not has_memory(data):  # the block freed it, as FSDP does
-            data.untyped_storage().resize_(bytes_reached(data))
-        put_memory_back(tensor, data)
-    if copy is not None:
-        _write(tensor, copy)
 
 
 def put_memory_back(tensor: Tensor, data: Tensor) -> None:

@@ -200,10 +200,11 @@ class TestTimeFinetuner:
         exception, also on entry and from a signal's handler. A signal that arrives during the
         restoring is handled once it is finished.
 
-        Not undone: hooks; `Module.compile`; what objects other than modules keep (a config, a
-        cache); globals and closures. Parameters without `requires_grad` are not copied: a write to
-        one is an error, but the write stays. Writes to its `.data` are not seen. PEFT's layers
-        refuse to merge adapters in the block; a copy of the model may.
+        Not undone: hooks; `Module.compile`; what objects other than modules keep (a cache; a config
+        where no parameter, module or memory was replaced); globals and closures. Parameters without
+        `requires_grad` are not copied: a write to one is an error, but the write stays. Writes to
+        its `.data` are not seen. PEFT's layers refuse to merge adapters in the block; a copy of the
+        model may.
 
         Args:
             examples: a sequence with one entry per unique example, visited in this order. An entry

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..finetune.frozen_writes import of_write
 from ..finetune.snapshot import (
     Attributes,
+    configurations,
     geometry_of,
     put_back,
     put_memory_back,
@@ -131,7 +132,7 @@ class _Before:
         self._versions = _versions(parameters)
         self._buffers = DictCopies([m._buffers for m in structure.with_buffers])
         self._sizes = Attributes(structure.with_sizes)
-        self._configs = DictCopies(_configurations(self._model))
+        self._configs = DictCopies(configurations(self._model))
 
     def put_back(self) -> tuple[str | None, list[Tensor]]:
         """Puts back all but values.
@@ -203,10 +204,3 @@ def _versions(parameters: list[nn.Parameter]) -> list[int | None]:
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.device
-
-
-def _configurations(model: nn.Module) -> list[dict[str, Any]]:
-    config: Any = getattr(model, "config", None)
-    find = getattr(config, "get_text_config", None)
-    found = [config, find() if callable(find) else None]
-    return [vars(c) for c in found if isinstance(getattr(c, "__dict__", None), dict)]
