@@ -42,7 +42,7 @@ class Snapshot:
         self._buffer_slots = DictCopies([m._buffers for m in modules])
         self._slots = DictCopies([slots for m in modules for slots in (m._parameters, m._modules)])
         self._attributes = Attributes(modules)
-        self._configurations = DictCopies(configurations(modules[0]))
+        self._configurations = DictCopies(configurations(modules))
         self._replaced = False  # whether a parameter, its memory or a module was
         known = {*map(id, parameters), *map(id, buffers)}
         others = [t for t in self._attributes.tensors if id(t) not in known]
@@ -243,12 +243,10 @@ def put_back(copies: DictCopies) -> None:
         now.update(saved)
 
 
-def configurations(model: nn.Module) -> list[dict[str, Any]]:
-    """What the model's configurations keep: what resizes an embedding writes the new size there."""
-    config: Any = getattr(model, "config", None)
-    find = getattr(config, "get_text_config", None)
-    found = [config, find() if callable(find) else None]
-    return [vars(c) for c in found if isinstance(getattr(c, "__dict__", None), dict)]
+def configurations(modules: list[nn.Module]) -> list[dict[str, Any]]:
+    """What configurations keep. What resizes an embedding writes the new size there."""
+    found = {id(one): one for one in (m.__dict__.get("config") for m in modules)}
+    return [vars(c) for c in found.values() if isinstance(getattr(c, "__dict__", None), dict)]
 
 
 def set_training(module: nn.Module, training: bool) -> None:

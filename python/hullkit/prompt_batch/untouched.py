@@ -79,6 +79,7 @@ class _Structure:
         self.with_buffers = [m for m in modules if m._buffers]
         # What resizes an embedding writes the new size there, too.
         self.with_sizes = [m for m in modules if isinstance(m, nn.Embedding) or m is modules[0]]
+        self.configurations = configurations(modules)
         self._classes = [*map(type, modules)]
         self._entries = DictCopies([d for m in modules for d in (m._parameters, m._modules)])
         # Containers take a new dict as they lose a module.
@@ -132,7 +133,7 @@ class _Before:
         self._versions = _versions(parameters)
         self._buffers = DictCopies([m._buffers for m in structure.with_buffers])
         self._sizes = Attributes(structure.with_sizes)
-        self._configs = DictCopies(configurations(self._model))
+        self._configurations = DictCopies(structure.configurations)
 
     def put_back(self) -> tuple[str | None, list[Tensor]]:
         """Puts back all but values.
@@ -149,7 +150,7 @@ class _Before:
         if not (moved or entries):
             return None, written
         self._sizes.restore()
-        put_back(self._configs)
+        put_back(self._configurations)
         names = [name for name, p in self._model.named_parameters() if id(p) in memories]
         return [*names, *(self._structure.name(*entry) for entry in entries)][0], written
 
