@@ -20,7 +20,7 @@ from _models import Before, gpt2, plain, texts
 from _signals import SIGNALS, AtEvery, raising
 from hullkit.finetune import TestTimeFinetuner, adaptation, eager_passes, query_run, snapshot
 from hullkit.finetune import tuner as tuner_module
-from hullkit.language_model import fused_modules, pass_modes, product_settings
+from hullkit.language_model import fused_modules, pass_modes, product_settings, torch_settings
 from hullkit.language_model import loss as loss_module
 from torch import nn
 
@@ -296,12 +296,12 @@ def test_torch_settings_that_a_cut_pass_leaves_behind() -> None:
 
     model = Leaving()
     before = Before(model)
-    depth = adaptation._autocast_depth()
+    depth = torch_settings.autocast_depth()
     with pytest.raises(TimeoutError):
         TestTimeFinetuner(model).adapted(texts(1), [1]).__enter__()
     before.check()
     assert torch.is_grad_enabled()
-    assert adaptation._autocast_depth() == depth
+    assert torch_settings.autocast_depth() == depth
 
 
 def test_system_calls_go_on_after_a_signal_as_before() -> None:

@@ -15,7 +15,7 @@ import hullkit
 import pytest
 import torch
 import torch.nn.functional as F
-from hullkit.finetune.adaptation import _autocast_depth
+from hullkit.language_model.torch_settings import autocast_depth
 from hullkit.prompt_batch import Score
 from torch import Tensor, nn
 
@@ -211,7 +211,7 @@ def test_blocks_that_do_not_end_in_turn(before: bool) -> None:
         assert torch.backends.mha.get_fastpath_enabled() == before
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-    assert _autocast_depth() == 0
+    assert autocast_depth() == 0
 
 
 @pytest.mark.parametrize(

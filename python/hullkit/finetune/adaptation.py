@@ -10,10 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..language_model import pass_modes
 from ..language_model.caches import CachesOff
-from ..language_model.product_settings import end_blocks, open_blocks
 from ..language_model.quantized_layouts import FirstLayouts
+from ..language_model.torch_settings import TorchSettings
 from ..native.kernels import WithBlock
 from .base_weights import Weights
 from .frozen_writes import check_unwritten, forbid_merging
@@ -187,38 +186,6 @@ def _without_autocast(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False)
 
 
-class TorchSettings:
-    """torch's settings at this moment, and the thread's blocks of a precision of products.
-
-    A context manager whose `__exit__` is cut short leaves its setting behind.
-    """
-
-    def __init__(self) -> None:
-        self._grad = torch.is_grad_enabled()
-        self._products = open_blocks()
-        self._autocast = [
-            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in ("cpu", "cuda")
-        ]
-        self._cached = torch.is_autocast_cache_enabled()
-        self._depth = _autocast_depth()
-        self._modes = pass_modes.modes()
-
-    def put_back(self) -> None:
-        pass_modes.put_back(self._modes)
-        torch.set_grad_enabled(self._grad)
-        end_blocks(but=self._products)
-        for device, enabled, dtype in self._autocast:
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
-        torch.set_autocast_cache_enabled(self._cached)
-        while _autocast_depth() > self._depth:
-            if torch.autocast_decrement_nesting() == 0:
-                torch.clear_autocast_cache()
-        while _autocast_depth() < 0:  # a block that was entered before this one has ended before it
-            torch.autocast_increment_nesting()
-
-
 # The adaptation that a module is part of. There is no lock, since a signal could leave one locked:
 # each claim is a single operation of the dictionary.
 _Key = weakref.ref[Adaptation]
@@ -244,13 +211,6 @@ def _trained(module: nn.Module) -> list[Tensor]:
     """A module's own trained parameters that have memory."""
     own = [p for p in module._parameters.values() if type(p) in (Tensor, nn.Parameter)]
     return [p for p in own if p is not None and p.requires_grad and p.numel() and not p.is_meta]
-
-
-def _autocast_depth() -> int:
-    """How many blocks of autocast are open. A signal comes before both calls or after them."""
-    more, fewer = torch.autocast_increment_nesting, torch.autocast_decrement_nesting
-    _, depth = next(zip(iter(more, None), iter(fewer, None)))  # noqa: B905 both go on for ever
-    return depth
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -77,6 +77,24 @@ def _no_backward() -> int:
 current_backward: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", _no_backward)
 
 
+def _unknown_hooks(ignore_tracing: bool) -> None:
+    return None
+
+
+_saved_tensors_hooks: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", _unknown_hooks
+)
+pop_saved_tensors_hooks: Callable[[], None] = getattr(
+    torch._C._autograd, "_pop_saved_tensors_default_hooks", lambda: None
+)
+
+
+def saved_tensors_hooks() -> Any:
+    """The thread's innermost hooks of `torch.autograd.graph.saved_tensors_hooks`; None without any,
+    and from a torch that does not tell."""
+    return _saved_tensors_hooks(True)
+
+
 def _never(tensor: Tensor) -> bool:
     return False
 
