@@ -345,7 +345,7 @@ class PromptBatch(BatchArguments):
                 change each other in this model.
         """
         self._check_rows(input_ids)
-        with torch.no_grad(), self._using(0, self.slots), checked_lookups(inputs):
+        with self._using(0, self.slots), torch.no_grad(), checked_lookups(inputs):
             options = without_cache(self.model) | inputs
             return logits_of(self.model(input_ids, **options), input_ids)
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..finetune.adaptation import TorchSettings
-from ..finetune.snapshot import Attributes, put_back
+from ..finetune.snapshot import Attributes, put_back, set_training
 from ..language_model.quantized_layouts import FirstLayouts
+from ..language_model.torch_settings import TorchSettings
 from ..native.kernels import DictCopies, WithBlock
 
 
@@ -45,6 +45,15 @@ class _Shortcut:
 _SHORTCUT = _Shortcut()
 
 
+# What passes replace in modules: `SlotForwards` and `stand_ins`.
+_REPLACED = ("forward", "_loss_function")
+
+
+def _replaceable(module: nn.Module) -> tuple[object, ...]:
+    own = module.__dict__
+    return own.get("forward"), own.get("_loss_function")
+
+
 class Borrowed(WithBlock):
     """Inside the block the model is in eval mode, and no parameter gets a gradient. It yields it.
 
@@ -54,8 +63,8 @@ class Borrowed(WithBlock):
     stretched: modules that keep the longest text so far; their buffers, which they replace, and
     attributes are as before after the block.
     inner: blocks that lie within this one. A signal's handler may cut one of them short as it is
-    left. So this block, which `WithBlock` leaves to the end, puts back the forwards of modules and
-    torch's settings, too.
+    left. So this block, which `WithBlock` leaves to the end, puts back what passes replace in
+    modules and torch's settings, too.
     """
 
     def __init__(
@@ -67,7 +76,7 @@ class Borrowed(WithBlock):
         self._kept: tuple[DictCopies, Attributes] | None = None
         self._inner = inner
         self._stack = ExitStack()
-        self._modules: list[tuple[nn.Module, bool, object]] = []
+        self._modules: list[tuple[nn.Module, bool, tuple[object, ...]]] = []
         self._trained: list[tuple[nn.Parameter, bool]] = []
         self._layouts = FirstLayouts()
         self._settings: TorchSettings | None = None
@@ -89,7 +98,7 @@ class Borrowed(WithBlock):
     def _claim(self) -> None:
         self._settings = TorchSettings()
         modules = self._model.modules()
-        self._modules = [(m, m.training, m.__dict__.get("forward")) for m in modules]
+        self._modules = [(m, m.training, _replaceable(m)) for m in modules]
         self._trained = [(p, p.requires_grad) for p in self._model.parameters()]
         self._layouts.take(module for module, _, _ in self._modules)
         buffers = DictCopies([module._buffers for module in self._stretched])
@@ -97,8 +106,9 @@ class Borrowed(WithBlock):
 
     def _enter(self) -> nn.Module:
         _SHORTCUT.forbid(self)
-        for module, _, _ in self._modules:
-            module.training = False
+        for module, training, _ in self._modules:
+            if training:
+                set_training(module, False)
         for parameter, _ in self._trained:
             parameter.requires_grad_(False)
         for block in self._inner:
@@ -108,13 +118,14 @@ class Borrowed(WithBlock):
     def _leave(self) -> None:
         """Begins again where it was cut short: the stack forgets a block as it leaves it."""
         self._stack.close()
-        for module, training, forward in self._modules:
-            module.training = training
-            if module.__dict__.get("forward") is not forward:
-                if forward is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = forward
+        for module, training, own in self._modules:
+            if module.training is not training:
+                set_training(module, training)
+            if _replaceable(module) != own:
+                for name, value in zip(_REPLACED, own, strict=True):
+                    module.__dict__.pop(name, None)
+                    if value is not None:
+                        module.__dict__[name] = value
         for parameter, trained in self._trained:
             parameter.requires_grad_(trained)
         self._layouts.put_back()

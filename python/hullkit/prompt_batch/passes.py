@@ -136,10 +136,13 @@ class SlotPasses:
             self._factors.update_(to_device(control, self._device), broken)
             return of_slots, broken
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits (R, T, V) of ids (R, T), by the model without factors."""
-        own = (self.products(), self.autocast())
-        with torch.no_grad(), Borrowed(self._model, self.stretched, *own):
+    def logits(self, ids: Tensor, *inner: AbstractContextManager[None]) -> Tensor:
+        """Logits (R, T, V) of ids (R, T), by the model without factors.
+
+        inner: blocks around the pass.
+        """
+        own = (self.products(), self.autocast(), *inner)
+        with Borrowed(self._model, self.stretched, *own), torch.no_grad():
             ids = ids.to(self._device)
             return logits_of(self._model(ids, **self._options), ids)
 
@@ -155,7 +158,7 @@ class SlotPasses:
         losses = None
         try:
             own_modes = Borrowed(self._model, self.stretched)
-            with torch.no_grad(), trial(self._device), own_modes:
+            with own_modes, torch.no_grad(), trial(self._device):
                 losses = of_model.beside_next_tokens(ids)
         except NotCausal:
             raise  # of every text
@@ -177,8 +180,8 @@ class SlotPasses:
 
     def logits_of_tried_slots(self, ids: Tensor, first: int) -> Tensor:
         """As `logits`, where row i goes through slot first + i of `SlotForwards.tried`."""
-        with self._forwards.tried(), self._forwards.some(first, len(ids)):
-            return self.logits(ids)
+        with self._forwards.tried():
+            return self.logits(ids, self._forwards.some(first, len(ids)))
 
     def steps_of_tried_slots(
         self, ids: Tensor, first: int, tokens: Tensor | None
@@ -197,7 +200,7 @@ class SlotPasses:
             return torch.full_like(scores, -math.inf).scatter(1, tokens[:, None], 0.0)
 
         blocks = (self.products(), self.autocast(), self._forwards.some(first, len(ids)))
-        with torch.no_grad(), self._forwards.tried(), Borrowed(model, self.stretched, *blocks):
+        with self._forwards.tried(), Borrowed(model, self.stretched, *blocks), torch.no_grad():
             ids = ids.to(self._device)
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,

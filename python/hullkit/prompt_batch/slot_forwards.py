@@ -25,6 +25,7 @@ from ..language_model.low_rank_layers import (
 )
 from ..language_model.low_rank_products import Inner, expand, shrink
 from ..language_model.products import SharedInput, SharedInputs
+from ..native.kernels import WithBlock
 from ..native.torch_private import current_backward
 from .layers import Layer
 
@@ -173,24 +174,9 @@ class SlotForwards:
         with self._replaced(call):
             yield
 
-    @contextmanager
-    def tried(self) -> Iterator[None]:
+    def tried(self) -> WithBlock:
         """Inside the block there are two slots with large factors at random, not the batch's."""
-        kept = [(layer, layer.a, layer.b) for layer in self._layers]
-        random = torch.Generator(kept[0][1].device).manual_seed(0)
-        try:
-            for layer, a, b in kept:
-                of_a = torch.randn(2, *a.shape[1:], device=a.device, generator=random)
-                of_b = torch.randn(2, *b.shape[1:], device=b.device, generator=random)
-                # What they add is about half as large as the output of a layer that has just been
-                # made. On SmolLM2 another slot's then move logits by 0.55 of their size, and
-                # rounding to bfloat16 by 0.007; twice as large ones by 1.0 and 0.027.
-                layer.a = (of_a / layer.inputs**0.5).to(a.dtype)
-                layer.b = (0.5 * of_b / (self._scale * b.shape[2] ** 0.5)).to(b.dtype)
-            yield
-        finally:
-            for layer, a, b in kept:
-                layer.a, layer.b = a, b
+        return _Tried(self._layers, self._scale)
 
     @contextmanager
     def learning(
@@ -275,6 +261,33 @@ class SlotForwards:
             tensor, call.anchor, layer, call, shared
         )
         return y
+
+
+class _Tried(WithBlock):
+    """See `SlotForwards.tried`. A signal must not leave these factors behind."""
+
+    def __init__(self, layers: list[Layer], scale: float) -> None:
+        super().__init__()
+        self._kept = [(layer, layer.a, layer.b) for layer in layers]
+        self._scale = scale
+
+    def _claim(self) -> None:
+        pass
+
+    def _enter(self) -> None:
+        random = torch.Generator(self._kept[0][1].device).manual_seed(0)
+        for layer, a, b in self._kept:
+            of_a = torch.randn(2, *a.shape[1:], device=a.device, generator=random)
+            of_b = torch.randn(2, *b.shape[1:], device=b.device, generator=random)
+            # What they add is about half as large as the output of a layer that has just been made.
+            # On SmolLM2 another slot's then move logits by 0.55 of their size, and rounding to
+            # bfloat16 by 0.007; twice as large ones by 1.0 and 0.027.
+            layer.a = (of_a / layer.inputs**0.5).to(a.dtype)
+            layer.b = (0.5 * of_b / (self._scale * b.shape[2] ** 0.5)).to(b.dtype)
+
+    def _leave(self) -> None:
+        for layer, a, b in self._kept:
+            layer.a, layer.b = a, b
 
 
 class _Stacked(torch.autograd.Function):
