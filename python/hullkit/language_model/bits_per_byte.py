@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import check_int
+from .eval_mode import EvalMode
 from .interface import (
     at_least_float32,
     check_module,
@@ -74,7 +73,7 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
     ids = check_token_ids("input_ids", input_ids, limits)
     check_predicted("input_ids[1:], which are predicted", ids, limits)
     given, ids = ids, ids.to(device_of(model, ids))
-    with torch.no_grad(), eval_mode(model):
+    with EvalMode(model):
         # PEFT puts learned positions before the tokens, and they have logits too.
         output = logits_of(model(ids, **without_cache(model)), ids, virtual_tokens(model))
         logits = output[0, -ids.shape[1] : -1]  # [T - 1, V]
@@ -89,17 +88,3 @@ def bits_per_byte(model: nn.Module, input_ids: Tensor, num_bytes: int) -> float:
             f"negative log-likelihood of input_ids: expected a finite number of bits, got {total}"
         )
     return total / num_bytes
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside the block all modules are in eval mode. Their flags are as before afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        # Not .eval(): a model may override it to do more, such as merging adapters.
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

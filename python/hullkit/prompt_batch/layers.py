@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..language_model.bits_per_byte import eval_mode
+from ..language_model.eval_mode import EvalMode
 from ..language_model.interface import MODEL_ERRORS, is_compiled, is_prompt_learning
 from ..language_model.product_settings import matmul_precision
 from ..language_model.products import product
@@ -217,7 +217,7 @@ def _computes_the_product(module: nn.Linear) -> bool:
     random = torch.Generator(weight.device).manual_seed(0)
     shape, of = (2, 32, module.in_features), {"device": weight.device, "dtype": weight.dtype}
     try:
-        with torch.no_grad(), matmul_precision("float32"), eval_mode(module):
+        with EvalMode(module), matmul_precision("float32"):
             x = torch.randn(shape, generator=random, **of)  # type: ignore[call-overload]
             found: Any = type(module).forward(module, x)
             wanted = nn.functional.linear(x, weight, module.bias)
