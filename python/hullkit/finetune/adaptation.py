@@ -61,7 +61,7 @@ class Adaptation(WithBlock):
         self._layouts = FirstLayouts()
         self._caches = CachesOff()
         self._key = weakref.ref(self)  # whoever is refused can see whether somebody can leave
-        self._keeping = False
+        self._keeping = self._kept = False
         self._settings: TorchSettings | None = None
         self._snapshot: Snapshot | None = None
         self._report: AdaptReport | None = None
@@ -71,10 +71,20 @@ class Adaptation(WithBlock):
         self._written: list[Tensor] = []
 
     def keep(self) -> None:
-        """Enters, and leaves trained weights and buffers as the passes left them."""
+        """Enters, and leaves trained weights and buffers as the passes left them.
+
+        After an error they are as before, whenever it comes: Python hears no signal between the end
+        of the `try` and the next line of the caller.
+        """
         self._keeping = True
-        with self:
-            pass
+        try:
+            with self:
+                self._kept = True
+        except BaseException:
+            self._kept = False
+            self.__exit__()
+            self._owner.last_report = None
+            raise
 
     def _claim(self) -> None:
         # All modules are claimed, since a wrapper or a part of the model shares its weights. They
@@ -128,9 +138,7 @@ class Adaptation(WithBlock):
                 check_unwritten(self._model, written)
         torch.clear_autocast_cache()  # the caller's autocast has cast the base weights
         self._settings = None  # no torch setting was left behind; the block may set its own
-        if self._keeping:
-            snapshot.forget_values()
-        else:
+        if not self._keeping:
             forbid_merging(self._claimed, is_adapted)
         owner.last_report = self._report = report
         self._timed = True
@@ -145,7 +153,10 @@ class Adaptation(WithBlock):
             self._timed = False
             with suppress(RuntimeError):  # the device is lost; the restoring will raise
                 self._clock = Clock(_device(self._model))
-        if self._snapshot is not None:
+        if self._snapshot is not None and self._kept:
+            self._kept = False  # if this is called again, there was an error
+            self._failure = self._snapshot.restore_all_but_values()
+        elif self._snapshot is not None:
             self._failure = self._snapshot.restore()
             self._written += self._snapshot.take_written()
             self._snapshot = None

@@ -107,14 +107,6 @@ class Snapshot:
         self._frozen = [entry for entry in self._frozen if id(entry[0]) not in told]
         self._written += without_parametrised(written, self._classes)
 
-    def forget_values(self) -> None:
-        """From now on `restore` restores flags and gradients, but no values."""
-        self._tensors, self._buffers, self._weights = [], [], None
-        self._classes, self._properties, self._frozen = [], [], []
-        self._slots, self._buffer_slots = DictCopies([]), DictCopies([])
-        self._attributes = Attributes([])
-        self._configurations = DictCopies([])
-
     def restore(self) -> Exception | None:
         """Restores everything. Returns the first error, after which the rest was still restored."""
         failures: list[Exception] = []
@@ -128,10 +120,7 @@ class Snapshot:
         self._replaced = self._replaced or bool(self._slots.changed())
         put_back(self._slots)
         put_back(self._buffer_slots)
-        for training, modules in self._training.values():
-            for module in modules:
-                if module.training is not training:
-                    set_training(module, training)
+        self._restore_training()
         _twice(failures, self._attributes.restore)
         for tensor, data, geometry, copy in self._tensors:
             _twice(failures, self._restore, tensor, data, geometry, copy)
@@ -139,12 +128,28 @@ class Snapshot:
             put_back(self._configurations)
         if self._weights is not None:
             _twice(failures, self._weights.restore)
+        self._restore_flags(failures)
+        return failures[0] if failures else None
+
+    def restore_all_but_values(self) -> Exception | None:
+        """Restores training flags, `requires_grad` and gradients. `restore` may follow."""
+        failures: list[Exception] = []
+        self._restore_training()
+        self._restore_flags(failures)
+        return failures[0] if failures else None
+
+    def _restore_training(self) -> None:
+        for training, modules in self._training.values():
+            for module in modules:
+                if module.training is not training:
+                    set_training(module, training)
+
+    def _restore_flags(self, failures: list[Exception]) -> None:
         for tensor, requires_grad, grad in self._flags:
             if tensor.requires_grad != requires_grad:
                 _twice(failures, tensor.requires_grad_, requires_grad)
             if tensor.grad is not grad:
                 _twice(failures, setattr, tensor, "grad", grad)
-        return failures[0] if failures else None
 
     def _restore(
         self, tensor: Tensor, data: Tensor, geometry: tuple[Any, ...], copy: Tensor | None
