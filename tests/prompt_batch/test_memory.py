@@ -11,9 +11,10 @@ from typing import Any
 import hullkit
 import pytest
 import torch
-from _models import llama
-from _prompts import DEVICE, PRECISIONS, ROUNDING, TOGETHER, batch_of, query, text
+from _models import FailingCall, llama
+from _prompts import DEVICE, PRECISIONS, ROUNDING, TOGETHER, batch_of, is_fresh, query, text
 from hullkit.prompt_batch import Score
+from hullkit.prompt_batch.factors import SlotFactors
 from hullkit.prompt_batch.memory import PLANNED, budget
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -89,6 +90,23 @@ def test_without_memory_a_pass_runs_again_with_fewer_slots() -> None:
     assert isinstance(lost.error, torch.OutOfMemoryError)
     assert [a.value for a in answers] == pytest.approx(wanted, rel=ROUNDING)
     assert max(rows for rows, _ in shapes) == 4  # it was tried
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_updates_are_not_made_twice_after_a_lack_of_memory(
+    error: type[Exception], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Amid a pass's updates it comes too late for another pass: nobody knows which were made."""
+    queries = [query(seed) for seed in range(4)]
+    batch = batch_of(llama().to(DEVICE), 2, precision=precision, capture=False)
+    wanted = [a.value for a in batch.map(queries)]
+    with monkeypatch.context() as patch:
+        patch.setattr(*FailingCall(SlotFactors, "update_", error, at=3, late=True).place)
+        with pytest.raises(error, match="injected"):
+            list(batch.map(queries))
+    assert all(is_fresh(batch, slot) for slot in range(2))
+    assert [a.value for a in batch.map(queries)] == wanted
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -212,7 +212,7 @@ class PromptBatch(BatchArguments):
             RuntimeError: another `map` or `adapt_` of this batch is under way, or a `slot` block. A
                 `then` has written to a parameter: all later queries would have another base.
             ValueError: a model that is not causal; rows that change each other in shared passes.
-            What `queries` raises, after earlier answers; what a pass raises but for lack of memory.
+            What `queries` or a pass raises, but for lack of memory before a pass's updates.
         """
         answers = self._answers(queries, keep=False)
         if not progress:

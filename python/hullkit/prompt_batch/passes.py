@@ -68,6 +68,7 @@ class SlotPasses:
         self._read: list[Any] = []  # the model's tensors when the graphs were recorded
         self._compared = False  # whether a text has shown the model's own loss
         self.path = "eager"
+        self.updating = False  # whether a pass has begun its updates: it must not run again
         self.left_out: tuple[str, ...] = ()  # layers that took no part in the latest pass
         if capture and self._device.type != "cuda":
             raise ValueError("capture: expected a model on a CUDA device for True, got a CPU")
@@ -93,11 +94,13 @@ class SlotPasses:
         tokens: (2, R, T) int64 on the host: ids, and labels. Row i is of slot first + i.
         control: as `SlotFactors.update_`.
 
-        Raises torch.OutOfMemoryError, after which no factor has changed.
+        Raises torch.OutOfMemoryError, after which no factor has changed, unless `updating` says so.
         """
         try:
             return self._run(tokens, first, control)
         except torch.OutOfMemoryError as error:
+            if self.updating:
+                raise
             clear_frames(error.__traceback__)  # they hold the pass's tensors
             if not self._graphs and tokens.shape[1] > 1:
                 raise  # fewer texts at a time need less
@@ -133,7 +136,9 @@ class SlotPasses:
             of_slots[first : first + len(losses)] = losses
             broken = torch.zeros(self._factors.slots, dtype=torch.int32, device=self._device)
             self.left_out = self._forwards.left_out if graph is None else graph.left_out
-            self._factors.update_(to_device(control, self._device), broken)
+            control = to_device(control, self._device)
+            self.updating = True
+            self._factors.update_(control, broken)
             return of_slots, broken
 
     def logits(self, ids: Tensor, *inner: AbstractContextManager[None]) -> Tensor:

@@ -195,9 +195,13 @@ class Stream:
                 row[0] = F.pad(run.text, (0, length - len(run.text)))
                 row[1, : len(run.text)] = run.text
         lacking: Exception | None = None
+        passes = self._batch._passes
+        passes.updating = False
         try:
             results = self._batch._step(tokens, first, group)
         except _OUT_OF_MEMORY as error:
+            if passes.updating:
+                raise  # some slots may have their updates, which they must not get twice
             clear_locals(error)
             lacking = error
         if lacking is None:
