@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import _architectures
 import pytest
 import torch
-from _models import VOCABULARY, llama
+from _models import VOCABULARY, Before, llama
 from _prompts import DEVICE, batch_of, query, text
+from _signals import AtEvery, raising
+from hullkit.prompt_batch import borrowed, export
 from torch import Tensor, nn
 
 peft = pytest.importorskip("peft", reason="an extra is not installed")
@@ -103,3 +108,40 @@ def test_a_layer_with_two_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one name for each layer, got 'inner' and 'alias'"):
         batch.export(0, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_an_export_draws_none_of_the_callers_random_numbers(tmp_path: Path) -> None:
+    """PEFT initialises the factors of the adapter that is loaded once, to see whether it can be."""
+    batch = batch_of(llama().to(DEVICE), 1, capture=False)
+    before = torch.get_rng_state()
+    batch.export(0, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_export_that_is_cut_short(tmp_path: Path) -> None:
+    """As PEFT loads it: flags are as before, and nothing is written. As files are copied: those of
+    an earlier export are whole."""
+    model = llama().to(DEVICE)
+    batch = batch_of(model, 1, capture=False)
+    before = Before(model)
+    at_every = AtEvery(
+        lambda: signal.raise_signal(signal.SIGALRM), (export, borrowed, shutil),
+        functions=("_check_loads", "_leave", "copyfile"),
+    )  # fmt: skip
+    written: list[str] = []
+
+    def run() -> None:
+        batch._loads = False
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        with suppress(KeyboardInterrupt):
+            batch.export(0, tmp_path / "new")
+        written[:] = sorted(path.name for path in (tmp_path / "new").glob("*"))
+
+    def check(sent: bool) -> None:
+        before.check()
+        assert written == ([] if sent else ["adapter_config.json", "adapter_model.safetensors"])
+
+    with raising(signal.SIGALRM, KeyboardInterrupt):
+        at_every.run(run, check)
+    assert at_every.where == {"_check_loads", "_leave", "copyfile"}

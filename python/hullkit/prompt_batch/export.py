@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..language_model.interface import trial
+from .borrowed import Borrowed
 from .layers import Layer
 
 
@@ -66,8 +68,12 @@ def write_adapter(
             _check_loads(model, made, factors)
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
-        for path in Path(made).iterdir():
-            shutil.copyfile(path, target / path.name)
+        # Another file system may run full: files get their names once all are whole.
+        with tempfile.TemporaryDirectory(dir=target) as near:
+            for path in Path(made).iterdir():
+                shutil.copyfile(path, Path(near, path.name))
+            for path in Path(near).iterdir():
+                path.replace(target / path.name)
 
 
 def _check_loads(model: nn.Module, made: str, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -75,14 +81,15 @@ def _check_loads(model: nn.Module, made: str, factors: dict[str, tuple[Tensor, T
     layers. A layer that has two names would get an adapter under one of them."""
     from peft import PeftModel
 
+    device = next(iter(factors.values()))[0].device
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         first = names.setdefault(module, name)
         if first in factors and first != name:
             raise ValueError(f"model: expected one name for each layer, got {first!r} and {name!r}")
-    trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with warnings.catch_warnings():  # what follows tells
+        # PEFT freezes parameters, which the replica shares, and draws factors.
+        with Borrowed(model, [], trial(device)), warnings.catch_warnings():  # what follows tells
             warnings.simplefilter("ignore")
             loaded: Any = PeftModel.from_pretrained(_replica(model, {}), made)
     except torch.OutOfMemoryError:
@@ -92,9 +99,6 @@ def _check_loads(model: nn.Module, made: str, factors: dict[str, tuple[Tensor, T
             "target: expected layers that PEFT adapts in this model, got some that it refuses "
             f"({error}); a batch with other layers as its target can be exported"
         ) from error
-    finally:
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
     layers = dict(loaded.base_model.model.named_modules())
     for name, pair in factors.items():
         own = [getattr(layers[name], part, {}) for part in ("lora_A", "lora_B")]
