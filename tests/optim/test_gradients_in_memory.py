@@ -42,6 +42,7 @@ def test_a_gradient_in_a_parameter(kind: str, steps_before: int) -> None:
     with pytest.raises(ValueError, match=r"grad of a parameter of shape \(4,\): .*clone"):
         optimizer.step_with({params[0]: torch.ones(4), params[1]: overlapping})
     assert [param.tolist() for param in params] == before
+    assert bool(optimizer.state) == (kind == "Adam" and steps_before > 0)
     params[0].grad = overlapping.clone()
     optimizer.step()
     assert [param.tolist() for param in params] != before

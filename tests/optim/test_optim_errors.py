@@ -116,6 +116,7 @@ def test_bad_explicit_gradients(grad: Any, error: type[Exception], message: str)
         optim.Adam([weight]).step_with({weight: grad})
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
 @pytest.mark.parametrize("block", [False, True])
 @pytest.mark.parametrize(
     ("cls", "name", "value", "message"),
@@ -130,23 +131,28 @@ def test_bad_explicit_gradients(grad: Any, error: type[Exception], message: str)
     ],
 )
 def test_options_that_turn_bad_later(
-    cls: Any, name: str, value: Any, message: str, block: bool
+    cls: Any, name: str, value: Any, message: str, block: bool, steps_before: int
 ) -> None:
-    weight = param()
-    optimizer = cls([weight], lr=0.1)
-    for bad in (False, True):
-        before = weight.detach().clone()
+    """Of two groups, the second one's: a step that fails makes no state for the first one either.
+    SGD would damp the first gradient into a buffer of zeros."""
+    options = {"momentum": 0.9} if cls is optim.SGD else {}
+    weights = [param(), param()]
+    optimizer = cls([{"params": [weight]} for weight in weights[block:]], lr=0.1, **options)
+    for bad in [*[False] * steps_before, True]:
+        before = [weight.detach().clone() for weight in weights]
         if bad:
-            optimizer.param_groups[0][name] = value
+            optimizer.param_groups[-1][name] = value
         with pytest.raises(ValueError, match=message) if bad else nullcontext():
             if block:
                 with optimizer.update_in_backward():
-                    weight.sum().backward()
+                    weights[1].sum().backward()
             else:
-                weight.sum().backward()
+                (weights[0] + weights[1]).sum().backward()
                 optimizer.step()
         optimizer.zero_grad()
-        assert torch.equal(weight, before) == bad
+        same = [torch.equal(weight, b) for weight, b in zip(weights, before, strict=True)]
+        assert same == [bad or block, bad]
+    assert bool(optimizer.state) == bool(steps_before)
 
 
 @pytest.mark.parametrize(("grads", "got"), [([torch.ones(4, 6)], "list"), (None, "NoneType")])

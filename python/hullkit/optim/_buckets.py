@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .._tensors import DTYPES, is_dense, same_layout, uses_triton
 from ._layouts import Layouts, address, check_memory, check_plain, layouts, whereabouts
-from ._record import StepOptions, is_fresh
+from ._record import StepOptions
+from ._state import StateBefore
 from ._tensor_table import TensorTable, check_disjoint
 
 Params = list[Tensor]
@@ -30,17 +31,20 @@ class Bucket:
         dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
         table: TensorTable,
         fresh: bool,
+        before: StateBefore,
     ) -> None:
         self.params = params
         self.dtypes = dtypes
         self.table = table
         self.options: StepOptions | None = None  # the latest that `check_options` has passed
         self.fresh = fresh  # whether state is set by the first launch, not read
+        self.before = before  # until the first launch, the state to go back to if it fails
 
-    def fresh_params(self) -> Params:
-        """Parameters whose state is yet to be set."""
-        pairs = zip(self.params, self.table.rows, strict=True)
-        return [param for param, row in pairs if self.fresh and is_fresh(row.flags)]
+    def launched(self) -> None:
+        if self.fresh:
+            self.table.set_no_longer_fresh()
+            self.fresh = False
+        self.before = []
 
 
 class Launch(NamedTuple):

@@ -114,8 +114,9 @@ class FusedOptimizer(TabledOptimizer):
         Returns:
             The closure's value, or None.
         Raises:
-            TypeError, ValueError: a sparse or complex gradient, or one that lies in a parameter;
-                num_steps out of range, by name.
+            TypeError, ValueError: a sparse or complex gradient, or one that lies in another
+                parameter of its group (in one of an earlier group: read once that is updated);
+                num_steps out of range, by name. Parameters and state are as before then.
 
         >>> import hullkit, torch
         >>> p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
@@ -214,9 +215,9 @@ class FusedOptimizer(TabledOptimizer):
             if self.max_grad_norm is not None and ready:
                 self._clip(ready, self.max_grad_norm)
         except BaseException:
-            self._drop_fresh(launch.bucket for launch in launches)
+            self._restore(launch.bucket for launch in launches)
             raise
-        if len(ready) > 1 or any(bucket.fresh for bucket, _ in ready):
+        if len(ready) > 1 or any(bucket.before for bucket, _ in ready):
             uninterrupted(lambda: self._update(ready, num_steps))
         else:
             self._update(ready, num_steps)
@@ -224,9 +225,8 @@ class FusedOptimizer(TabledOptimizer):
     def _update(self, ready: list[tuple[Bucket, Tensor]], num_steps: int) -> None:
         for bucket, record in ready:
             self._kernel(bucket, record, num_steps)
-            if bucket.fresh:
-                bucket.table.set_no_longer_fresh()
-                bucket.fresh = False
+            if bucket.before:
+                bucket.launched()
             torch.autograd.graph.increment_version(bucket.params)
 
     def _record(self, launch: Launch) -> Tensor:

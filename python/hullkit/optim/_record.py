@@ -35,10 +35,6 @@ def flags_of(salt: int, fresh: bool = False) -> int:
     return salt << 1 | fresh
 
 
-def is_fresh(flags: int) -> bool:
-    return bool(flags & 1)
-
-
 class AdamOptions(NamedTuple):
     lr: float
     beta1: float

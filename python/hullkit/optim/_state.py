@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -13,11 +13,24 @@ from .._checks import check_tensor
 from .._tensors import same_layout
 
 State = tuple[list[Tensor | None], bool]
+StateBefore = list[tuple[Tensor, dict[str, Any] | None]]  # what an optimizer had; None: nothing
 
 
 def own_values(state: Mapping[Any, dict[str, Any]], param: Tensor) -> list[Any]:
     """What an optimizer's state has of this parameter."""
     return [*state.get(param, {}).values()]
+
+
+def state_before(state: Mapping[Any, dict[str, Any]], param: Tensor) -> dict[str, Any] | None:
+    return dict(state[param]) if param in state else None
+
+
+def restore_state(state: MutableMapping[Any, dict[str, Any]], before: StateBefore) -> None:
+    for param, own in reversed(before):
+        if own is None:
+            state.pop(param, None)
+        else:
+            state[param] = own
 
 
 def are_among(values: list[Any], others: list[Any]) -> bool:

@@ -22,7 +22,7 @@ from ._buckets import (
 )
 from ._layouts import StateLayouts, address, state_layouts, torch_swaps
 from ._record import TensorRow, flags_of
-from ._state import are_among, own_values
+from ._state import StateBefore, are_among, own_values, restore_state, state_before
 from ._tensor_table import TensorTable
 
 
@@ -70,7 +70,7 @@ class TabledOptimizer(torch.optim.Optimizer):
         """Forget the tables if the state is not, or lies not where, it was when they were made."""
         self._checked = None  # what a user has done since is not known
         if self._states is None:  # a step or block ended too early to settle
-            self._drop_all_fresh()
+            self._restore(b for made in self._sorted.values() for b in made.buckets if b.fresh)
             self._forget()
         elif self._swapping != torch_swaps() or not self._states.unmoved(self.state):
             self._forget()
@@ -111,7 +111,7 @@ class TabledOptimizer(torch.optim.Optimizer):
             if launches is None:  # gradients of other dtypes than last time
                 launches = self._sort(key, group, present, given).first_launches(group, given)
         except BaseException:  # other groups may have new state, too
-            self._drop_all_fresh()
+            self._restore(b for made in self._sorted.values() for b in made.buckets)
             raise
         assert launches is not None
         return launches
@@ -120,17 +120,20 @@ class TabledOptimizer(torch.optim.Optimizer):
         self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]
     ) -> SortedBuckets:
         """Buckets for these parameters. State is made where it is missing; an error leaves none."""
-        known = [param in self.state for param in params]
+        before: StateBefore = [(param, state_before(self.state, param)) for param in params]
         try:
-            return self._sort_anew(key, group, params, grads)
+            return self._sort_anew(key, group, params, grads, before)
         except BaseException:  # during a capture, say, state was made and not written
-            for param, had in zip(params, known, strict=True):
-                if not had:
-                    self.state.pop(param, None)
+            restore_state(self.state, before)
             raise
 
     def _sort_anew(
-        self, key: Any, group: dict[str, Any], params: Params, grads: list[Tensor]
+        self,
+        key: Any,
+        group: dict[str, Any],
+        params: Params,
+        grads: list[Tensor],
+        before: StateBefore,
     ) -> SortedBuckets:
         if self._checked is None or not self._checked.holds(params):
             # torch may have moved or retyped them since the last step.
@@ -147,9 +150,9 @@ class TabledOptimizer(torch.optim.Optimizer):
             rows, any_fresh = [], False
             for place in chosen:
                 param = params[place]
-                before = own_values(self.state, param)
+                had = own_values(self.state, param)
                 states, fresh = self._state_of(group, param)
-                replaced |= not are_among(before, own_values(self.state, param))
+                replaced |= not are_among(had, own_values(self.state, param))
                 of_states = (0 if state is None else address("state", state) for state in states)
                 state1, state2, step = of_states
                 any_fresh |= fresh
@@ -159,7 +162,7 @@ class TabledOptimizer(torch.optim.Optimizer):
             table = TensorTable(rows, device, uses_triton("params", device, self.backend))
             own = [params[place] for place in chosen]
             dtypes = (dtype, grad_dtype, self._state_dtype(own[0]))
-            buckets.append(Bucket(own, dtypes, table, any_fresh))
+            buckets.append(Bucket(own, dtypes, table, any_fresh, [before[p] for p in chosen]))
         made = SortedBuckets(params, buckets, list(places.values()))
         outdated = [key] if key in self._sorted else []
         if replaced:  # a block has a table of each parameter, and a step one of all
@@ -170,14 +173,10 @@ class TabledOptimizer(torch.optim.Optimizer):
         self._states = None
         return made
 
-    def _drop_fresh(self, buckets: Iterable[Bucket]) -> None:
-        """Takes state back that was made for updates which did not come about: only the tables know
-        that it is yet to be set."""
-        fresh = [param for bucket in buckets for param in bucket.fresh_params()]
-        for param in fresh:
-            self.state.pop(param, None)
-        if fresh:
+    def _restore(self, buckets: Iterable[Bucket]) -> None:
+        """Takes state back that was made for updates which did not come about. Of fresh state only
+        the tables know that it is yet to be set."""
+        before = [entry for bucket in buckets for entry in bucket.before]
+        restore_state(self.state, before)
+        if before:
             self._forget()
-
-    def _drop_all_fresh(self) -> None:
-        self._drop_fresh(b for made in self._sorted.values() for b in made.buckets)
