@@ -11,9 +11,10 @@ import hullkit
 import pytest
 import torch
 from _models import Before, llama
+from _prompts import is_fresh
 from _signals import AtEvery, raising
 from hullkit.language_model import fused_modules, loss, replaced_globals
-from hullkit.prompt_batch import Score, borrowed, layers, slot_forwards
+from hullkit.prompt_batch import Score, borrowed, factors, layers, slot_forwards, stream
 from transformers.models.llama import modeling_llama
 
 # What happens inside of the blocks. Around them, a tracer raises where no signal can.
@@ -107,3 +108,24 @@ def test_signal_as_what_models_compute_is_put_back() -> None:
         before = Before(model)
         at_every.run(run, check)
     assert at_every.where == {"stand_ins", "replaced_globals", "begin", "end"}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_signal_as_slots_become_fresh_again() -> None:
+    prompts = hullkit.PromptBatch(llama(), slots=2, rank=1, capture=False)
+    functions = ("close", "_reset", "reset_", "_copy")
+    at_every = AtEvery(lambda: signal.raise_signal(signal.SIGALRM), (stream, factors), functions)
+
+    def run() -> None:
+        with suppress(TimeoutError):
+            answers = prompts.map([([IDS], [1]), ([IDS], [9])])
+            next(answers)  # the second is under way
+            answers.close()
+
+    def check(_: bool) -> None:
+        assert all(is_fresh(prompts, slot) for slot in range(2))
+        prompts.adapt_([([IDS], [1])] * 2)  # none is fresh before the next
+
+    with raising(signal.SIGALRM, TimeoutError):
+        at_every.run(run, check)
+    assert at_every.where == {*functions}

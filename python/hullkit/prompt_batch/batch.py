@@ -26,6 +26,7 @@ from ..language_model.interface import (
     without_cache,
 )
 from ..language_model.lookups import checked_lookups
+from ..native.kernels import uninterrupted
 from .arguments import BatchArguments, check_slot
 from .borrowed import Borrowed
 from .captured_steps import CapturedSteps
@@ -251,15 +252,12 @@ class PromptBatch(BatchArguments):
                 del answer
                 self._runs = True
         finally:
-            self._busy = self._runs = False  # first: a signal may cut the rest short
-            stream.close()
-
-    # What a stream needs.
+            self._busy = self._runs = False
+            uninterrupted(stream.close)
 
     def _begin(self) -> None:
-        """Follows the model, and makes all slots fresh, whatever an `adapt_` has left in them."""
+        """Follows the model."""
         self._passes.follow()
-        self._reset(range(self.slots))
 
     def _start(self, slot: int, run: Run) -> None:
         """Gives a slot that is fresh the query's seed, if it became so with another one."""

@@ -60,6 +60,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[Answer]:
         self._batch._begin()
+        self._stale = [*range(len(self._runs))]  # whatever an `adapt_` has left in them
         while True:
             self._reset()
             yield from self._ready()  # first: the next query may be long in coming
