@@ -48,6 +48,20 @@ def test_a_gradient_in_a_parameter(kind: str, steps_before: int) -> None:
     assert [param.tolist() for param in params] != before
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_gradient_in_a_parameter_of_another_group(first: int) -> None:
+    """It is read when its own group's turn comes, as by torch."""
+    results = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        params = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))]
+        optimizer = cls([{"params": [params[first]]}, {"params": [params[1 - first]]}], lr=1.0)
+        for _ in range(2):
+            params[0].grad, params[1].grad = torch.full((4,), 5.0), params[0].data
+            optimizer.step()
+        results.append([param.tolist() for param in params])
+    assert results[0] == results[1]
+
+
 def test_gradients_beside_parameters_and_on_them() -> None:
     """Memory that only touches is nobody else's, nor is a place without elements. A parameter that
     is its own gradient is read before it is written."""

@@ -13,7 +13,7 @@ namespace hullkit {
 
 enum class Status : int64_t {
   kConverged = 0,   // ||query - iterate|| < tol
-  kMaxSupport = 1,  // max_support distinct vertices touched
+  kMaxSupport = 1,  // max_support distinct vertices touched, or a capped vanilla step would touch more
   kMaxIters = 2,    // max_iters steps taken
   kStalled = 3,  // no step improves the iterate: the LMO answered the iterate itself (||vertex - iterate||^2 < 1e-12)
                  // or, for the variants with an active set, nothing gains more than rounding

@@ -16,7 +16,9 @@ class Status(IntEnum):
 
     Attributes:
         CONVERGED: 0: the residual is shorter than tol.
-        MAX_SUPPORT: 1: max_support distinct vertices were touched.
+        MAX_SUPPORT: 1: max_support distinct vertices were touched. With a cap and
+            variant="vanilla" also if the next step, towards a mean of several rows, would touch
+            more than that.
         MAX_ITERS: 2: max_iters steps were taken.
         STALLED: 3: no step improves the iterate by more than rounding, and it is optimal. With
             variant="vanilla" the step's direction, from the iterate to a vertex, may also be
