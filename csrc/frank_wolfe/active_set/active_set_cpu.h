@@ -56,7 +56,8 @@ class PoolTeam {
   double base(int i) const { return base_[i]; }
   double query_squared() const { return query_squared_; }
   double squared(int i) {
-    if (squares_[i] < 0.0) squares_[i] = columns_.known(i) ? columns_.known_column(i)[i] : support_.own_product(i);
+    // Not of a column that is known ahead: nobody has looked whether what it holds is finite.
+    if (squares_[i] < 0.0) squares_[i] = support_.own_product(i);
     return squares_[i];
   }
   const T* column(int i) const { return columns_.known_column(i); }
