@@ -43,7 +43,7 @@ class FrankWolfeRun {
       if (num_iters_ % 16 == 0) stop_if_asked();  // a step that computes a column looks too
       const double residual = refined(query_squared_ - 2.0 * query_iterate_ + iterate_squared_,
                                       [this] { return support_.minus_iterate(query_).squared; });
-      if (std::sqrt(std::max(residual, 0.0)) < params_.tol) return Status::kConverged;
+      if (std::sqrt(residual) < params_.tol) return Status::kConverged;
       const Step step = this->step();
       if (step != Step::kContinue) return static_cast<Status>(step);
       if (support_full()) return Status::kMaxSupport;
