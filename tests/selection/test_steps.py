@@ -78,3 +78,14 @@ def test_float32_sees_that_it_has_converged(variant: str) -> None:
         pool /= pool.norm(dim=1, keepdim=True)
         result = hullkit.frank_wolfe(pool, pool.mean(0), tol=1e-5, max_iters=3, variant=variant)
         assert result.status == Status.CONVERGED, result
+
+
+def test_every_capped_step_may_touch_as_many_rows_as_it_moves_to() -> None:
+    """More than one for each iteration: all have their place."""
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(64, 48, generator=generator, dtype=torch.float64)
+    options: dict[str, Any] = {"max_weight": 1 / 8, "max_iters": 2}
+    result = hullkit.frank_wolfe(pool, pool.mean(0), **options)
+    oracle = hullkit.frank_wolfe(pool, pool.mean(0), **options, backend="reference")
+    assert result.support_size == oracle.support_size > 20
+    torch.testing.assert_close(result.dual_gap, oracle.dual_gap)
