@@ -21,7 +21,7 @@ VARIANTS = ["vanilla", "away", "pairwise", "fully_corrective"]
 )
 def test_frank_wolfe(pool: list[list[float]], query: list[float], what: str, variant: str) -> None:
     arguments = torch.tensor(pool), torch.tensor(query)
-    with pytest.raises(ValueError, match="overflow in entry 0, candidate .*down") as caught:
+    with pytest.raises(ValueError, match=r"overflow in entry 0, candidate .*down") as caught:
         hullkit.frank_wolfe(*arguments, max_support=2, tol=0.0, variant=variant)
     if what != "the residual" or variant == "vanilla":
         assert f"inner products with {what} within" in str(caught.value)
@@ -36,7 +36,7 @@ def test_round_multiplicities(scale: float, what: str) -> None:
 
 def test_sift() -> None:
     pool = torch.tensor([[1.0, 1.0], [1e160, 0.0]], dtype=torch.float64)
-    with pytest.raises(ValueError, match="products with itself within .* candidate 1;"):
+    with pytest.raises(ValueError, match=r"products with itself within .* candidate 1;"):
         hullkit.sift(pool, torch.tensor([0.0, 1.0], dtype=torch.float64), 1)
 
 
@@ -53,9 +53,9 @@ def test_a_product_that_could_not_win(call: str, batch: int | None) -> None:
 
 
 def test_weights_to_apportion() -> None:
-    with pytest.raises(ValueError, match="finite values, got nan at position 1$"):
+    with pytest.raises(ValueError, match=r"finite values, got nan at position 1$"):
         hullkit.apportion(torch.tensor([0.5, float("nan")], dtype=torch.float64), 3)
-    with pytest.raises(ValueError, match="finite sum, got inf$"):
+    with pytest.raises(ValueError, match=r"finite sum, got inf$"):
         hullkit.apportion(torch.tensor([1e308, 1e308], dtype=torch.float64), 3)
 
 
