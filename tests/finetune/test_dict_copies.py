@@ -29,8 +29,9 @@ class Thing:
         lambda own: own.pop("b"),
         lambda own: own.clear(),
         lambda own: own.update(a=own.pop("a")),  # another order
+        lambda own: own.update(c=own.pop("b")),
     ],
-    ids=["value", "more", "less", "none", "order"],
+    ids=["value", "more", "less", "none", "order", "name"],
 )
 @pytest.mark.parametrize("kind", [dict, lambda items: defaultdict(list, items)])
 def test_what_has_changed(change: Any, kind: Any) -> None:

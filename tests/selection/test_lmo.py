@@ -64,3 +64,10 @@ def test_lowest_index_on_a_tie(dtype: torch.dtype, n: int) -> None:
 def test_zero_direction_answers_the_first() -> None:
     result = hullkit.lmo(torch.randn(63, 17), torch.zeros(17))
     assert (int(result.index), float(result.value)) == (0, 0.0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_positions_count_those_without_a_candidate(batch: int) -> None:
+    candidates = torch.tensor([-1, 2, -1, 0]).expand(batch, 4)
+    result = hullkit.lmo(torch.eye(3), -torch.eye(3)[:1].expand(batch, 3), candidates=candidates)
+    assert result.index.tolist() == [3] * batch

@@ -82,3 +82,10 @@ def test_products_that_are_zero() -> None:
         assert hullkit.select(rows, query, 6).counts.sum() == 6
     assert hullkit.knn(rows * 1e-30, torch.tensor([1.0, 3.0, 2.0, 0.0]), 1).indices.tolist() == [1]
     assert hullkit.knn(rows, torch.tensor([1.0, 3.0, 2.0, 0.0]) * 1e-30, 1).indices.tolist() == [1]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("name", ["lmo", "knn"])
+def test_coordinates_of_one_sign(name: str, sign: float) -> None:
+    with pytest.raises(ValueError, match=r"got an underflow of all in entry 0"):
+        CALLS[name](torch.full((4, 2), sign * 1e-30), torch.full((2,), -sign * 1e-30))

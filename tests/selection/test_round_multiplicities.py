@@ -253,3 +253,11 @@ def test_exact_data_break_no_tie_by_rounding() -> None:
         )
         wanted = reference.round_multiplicities(pool, query, weights, total)
         assert ours.tolist() == wanted.tolist()
+
+
+def test_a_support_that_names_a_place_without_a_candidate() -> None:
+    support = SimpleNamespace(indices=torch.tensor([1, 0]), weights=torch.full((2,), 0.5).double())
+    with pytest.raises(ValueError, match=r"^candidates: expected a row at position 0 .* got -1$"):
+        hullkit.round_multiplicities(
+            torch.eye(2), torch.ones(2), support, 4, candidates=torch.tensor([-1, 1])
+        )
