@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from _distributed import in_a_process_group
-from _optim import equal_bits
+from _optim import WAYS, Way, equal_bits, parameters
 from hullkit import optim
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -236,3 +236,17 @@ def test_a_parameter_twice(name: str) -> None:
     param.grad = torch.ones(3)
     with pytest.raises(ValueError, match="params: expected every parameter once, got one twice"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fresh_buffer_takes_one_gradient_undamped(way: Way) -> None:
+    """Of several updates in the first call it is the first alone."""
+    [ours], [theirs] = (parameters([torch.ones(700, device=way.device)]) for _ in range(2))
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    first = optim.SGD([ours], **options, backend=way.backend)
+    second = torch.optim.SGD([theirs], **options)
+    ours.grad = theirs.grad = torch.ones_like(ours)
+    first.step(num_steps=3)
+    for _ in range(3):
+        second.step()
+    torch.testing.assert_close(ours, theirs)

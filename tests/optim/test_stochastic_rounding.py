@@ -77,19 +77,27 @@ def test_a_seed_that_is_set_between_steps() -> None:
 )
 def test_core_and_triton_round_alike(num_steps: int, options: dict[str, Any]) -> None:
     device, backend = ("cuda", None) if torch.cuda.is_available() else ("cpu", "triton")
-    start = torch.randn(5000).bfloat16()
-    core, other = parameters([start]), parameters([start.to(device)])
+    starts = [torch.randn(5000).bfloat16(), torch.randn(700).bfloat16()]  # each has its own noise
+    core, others = parameters(starts), parameters([start.to(device) for start in starts])
     options = {"lr": 1e-2, "stochastic_rounding": True, **options}
     first = optim.Adam(core, **options)
-    second = optim.Adam(other, **options, backend=backend)
+    second = optim.Adam(others, **options, backend=backend)
     generator = torch.Generator().manual_seed(0)
-    core[0].grad = torch.randn(5000, generator=generator).bfloat16()
-    core[0].grad[:100] *= 1e-25  # nothing beside eps
-    other[0].grad = core[0].grad.to(device)
+    for param, other in zip(core, others, strict=True):
+        param.grad = torch.randn(param.shape, generator=generator).bfloat16()
+        param.grad[:100] *= 1e-25  # nothing beside eps
+        other.grad = param.grad.to(device)
     first.step(num_steps=num_steps)
     second.step(num_steps=num_steps)
     # Where float32 itself differs in its last bit, the noise may tip the other way.
-    assert (core[0] == other[0].cpu()).double().mean() > 0.995
+    for param, other in zip(core, others, strict=True):
+        assert (param == other.cpu()).double().mean() > 0.99
+    for name in ("exp_avg", "exp_avg_sq"):
+        equal = [
+            first.state[param][name] == second.state[other][name].cpu()
+            for param, other in zip(core, others, strict=True)
+        ]
+        assert torch.cat(equal).double().mean() > 0.999, name
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -133,6 +141,16 @@ def test_float16_at_its_limits(way: Way) -> None:
     optimizer.step()
     wanted = torch.tensor(values, dtype=torch.float16)
     torch.testing.assert_close(param.detach().cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_float16_stays_at_the_largest_number_that_it_has(way: Way) -> None:
+    """Nothing beyond it is drawn: what to nearest would be 65504 is no infinity."""
+    param = nn.Parameter(torch.full((600,), 65504.0, dtype=torch.float16, device=way.device))
+    optimizer = optim.Adam([param], lr=6.0, stochastic_rounding=True, backend=way.backend)
+    param.grad = torch.full_like(param, -1.0)
+    optimizer.step()
+    assert (param == 65504.0).all()
 
 
 @pytest.mark.parametrize("way", WAYS)
