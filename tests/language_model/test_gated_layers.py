@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hullkit.language_model.fused_modules import stand_ins
 from hullkit.language_model.gated_layers import GatedLayer
 from hullkit.language_model.proofs import proof
+from hullkit.triton_kernels.launch import launch
 from torch import Tensor, nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,3 +150,14 @@ def test_the_proof_is_as_sharp_whatever_torchs_default_dtype_is(dtype: torch.dty
         assert proof(other) is None
     finally:
         torch.set_default_dtype(default)
+
+
+def test_the_activation_is_rounded_before_it_is_multiplied() -> None:
+    """As the model rounds it, also where what it is multiplied with is wider."""
+    gate = torch.randn(1000).to(DEVICE, torch.bfloat16)
+    up = torch.full((1000,), 3.0, device=DEVICE)
+    out, gate_gradient, up_gradient = (torch.empty_like(up) for _ in range(3))
+    launch("gate", 1, (gate, up, out, 1000), {"KIND": "silu"})
+    launch("gate_gradient", 1, (gate, up, up, gate_gradient, up_gradient, 1000), {"KIND": "silu"})
+    for product in (out, up_gradient):
+        assert torch.equal((product / 3.0).bfloat16().float() * 3.0, product)
