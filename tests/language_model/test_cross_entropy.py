@@ -14,6 +14,8 @@ from hullkit.language_model.cross_entropy import (
     linear_next_token_loss,
     next_token_loss,
 )
+from hullkit.triton_kernels.cross_entropy import BLOCK_SIZE
+from hullkit.triton_kernels.launch import launch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,3 +258,10 @@ def test_logits_at_a_time() -> None:
     assert rows(200 << 10) == 1310
     assert rows(1 << 20) == 256
     assert rows(1 << 40) == 1
+
+
+def test_a_program_rescales_many_blocks() -> None:
+    values = torch.ones(5 * BLOCK_SIZE + 3, device=DEVICE)
+    launch("rescale", 2, (values, torch.full((1,), 0.5, device=DEVICE), values.numel() - 1), {})
+    assert values[:-1].unique().tolist() == [0.5]
+    assert values[-1] == 1.0

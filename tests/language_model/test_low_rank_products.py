@@ -61,7 +61,7 @@ def test_layers_that_read_one_input(
     dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(0)
-    x = random(slots, rows, columns, dtype=dtype)
+    x = rows_of_memory(slots, rows, columns, dtype=dtype)
     a = [rows_of_memory(slots, rank, columns, dtype=dtype) for _ in range(layers)]
     outputs = (wide, columns, 2 * wide)[:layers]
     b = parts_of_memory(slots, [(width, rank) for width in outputs], dtype)
