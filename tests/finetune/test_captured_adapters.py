@@ -8,6 +8,7 @@ from typing import Any
 import hullkit
 import pytest
 import torch
+from hullkit.language_model import loss
 from hullkit.native import kernels
 from torch import Tensor, nn
 
@@ -74,6 +75,26 @@ def test_captured_adapters_move_as_plain_ones(blocks: int, rank: int) -> None:
         assert largest > 0.0
         # Both round to bfloat16 eight times in a row, by up to half a unit.
         assert float((ours - theirs).abs().max()) <= 2 * 8 * 2**-9 * largest
+
+
+def test_kept_passes_look_at_no_module_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look through a model with adapters takes longer than a pass: with two looks for each
+    example a query of SmolLM2 took twice as long."""
+    examples = [torch.arange(tokens) * 7 % VOCABULARY for tokens in (TOKENS, 96, 64)]
+    tuner = hullkit.TestTimeFinetuner(adapters(1, 8))
+    with tuner.adapted(examples, [1, 1, 1]):
+        pass
+    looks: list[nn.Module] = []
+    monkeypatch.setattr(loss, "is_compiled", lambda model: bool(looks.append(model)))
+    counted = []
+    for few in (1, 3):
+        looks.clear()
+        with tuner.adapted(examples[:few], [1] * few):
+            pass
+        assert tuner.last_report is not None
+        assert tuner.last_report.path == "captured"
+        counted.append(len(looks))
+    assert counted[0] == counted[1]
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")

@@ -21,7 +21,7 @@ from .base_weights import Weights, pass_copies
 from .capture_memory import CaptureMemory, hooks, warm_up
 from .grouped_updates import GroupedUpdates
 from .padding import Inputs, Padding
-from .recorded_passes import RecordedPasses, Recording
+from .recorded_passes import Allowed, RecordedPasses, Recording
 from .rounding import Rounding
 from .schedule import Reuse
 
@@ -103,7 +103,7 @@ class CapturedPasses:
 
         loss_of = self._loss_of
         recorded = self._passes.of(
-            shape, record, constants=not loss_of.compiled, experts=loss_of.fuses
+            shape, record, lambda: Allowed(not loss_of.compiled, loss_of.fuses)
         )
         return recorded, inputs
 

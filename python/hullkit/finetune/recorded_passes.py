@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import nullcontext
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,17 @@ from .capture_memory import CaptureMemory, NotCapturable
 from .snapshot import Attributes
 
 P = TypeVar("P")
+
+
+class Allowed(NamedTuple):
+    """What a recording may do if the pass as it is cannot be captured.
+
+    constants: watch a model that moves tensors from the host, and record it with copies of them.
+    experts: let the model's experts run without questions to the device.
+    """
+
+    constants: bool = True
+    experts: bool = True
 
 
 class Recording:
@@ -71,15 +82,13 @@ class RecordedPasses(Generic[P]):
         self,
         key: Hashable,
         record: Callable[[Recording], P],
-        *,
-        constants: bool = True,
-        experts: bool = True,
+        allowed: Callable[[], Allowed] = Allowed,
     ) -> P:
         """The pass of this key: the one that is kept, or what `record` makes, on the stream of
         captures.
 
-        constants: whether a model that moves tensors from the host may be watched, and recorded
-        with copies of them. experts: whether its experts may run without questions to the device.
+        allowed: tells what that may do. It is not asked for a pass that is kept: to look through a
+        model with adapters takes longer than a pass.
 
         Raises NotCapturable; torch.OutOfMemoryError.
         """
@@ -87,7 +96,7 @@ class RecordedPasses(Generic[P]):
         if known is None:
             while len(self._passes) >= self._most:
                 self._passes.popitem(last=False)
-            known = self._passes[key] = self._record(record, constants, experts)
+            known = self._passes[key] = self._record(record, allowed())
         self._passes.move_to_end(key)
         return known
 
@@ -96,14 +105,14 @@ class RecordedPasses(Generic[P]):
         self._passes.clear()
         self._memory.renew()
 
-    def _record(self, record: Callable[[Recording], P], constants: bool, experts: bool) -> P:
+    def _record(self, record: Callable[[Recording], P], allowed: Allowed) -> P:
         buffers = [dict(module._buffers) for module in self._model.modules()]
         recorded, reason = self._attempt(record, None, False) if self._plain else (None, "")
-        if recorded is None and constants:
+        if recorded is None and allowed.constants:
             # Watching every operation has a cost: only models that need it pay.
             own = (*self._model.parameters(), *self._model.buffers())
             known = HostConstants(self._memory.stream.device, own)
-            recorded, reason = self._attempt(record, known, experts)
+            recorded, reason = self._attempt(record, known, allowed.experts)
             self._plain = recorded is None
         if recorded is None:
             raise NotCapturable(reason)
