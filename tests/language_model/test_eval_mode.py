@@ -48,6 +48,16 @@ def test_signal_at_any_moment(what: str) -> None:
     assert at_every.where >= {"_claim", "_enter", "_leave"}
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated")
+def test_modules_of_torch_jit() -> None:
+    """They keep their flags where an attribute of the Python object does not reach."""
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Dropout(), nn.Linear(8, 16))
+    scripted = torch.jit.script(model)
+    ids = torch.arange(9)
+    assert hullkit.bits_per_byte(scripted, ids, 8) == hullkit.bits_per_byte(model, ids, 8)
+    assert scripted.training
+
+
 def test_modules_with_an_eval_of_their_own_are_not_asked() -> None:
     class Merging(nn.Embedding):
         def train(self, mode: bool = True) -> nn.Embedding:

@@ -29,7 +29,8 @@ class EvalMode(WithBlock):
 
     def _enter(self) -> None:
         torch.set_grad_enabled(False)
-        # Not .eval(): a model may override it to do more, such as merging adapters.
+        # Not .eval(): a model may override it to do more, such as merging adapters. Nor past
+        # `__setattr__`, as in training passes: modules of torch.jit keep their flags elsewhere.
         for module, _ in self._flags:
             module.training = False
 
